@@ -1,0 +1,65 @@
+# Needs make and Python >= 3.10; everything else goes into .venv, at the versions of constraints.txt.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+ARGS ?= pipps
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+INPUTS := pyproject.toml constraints.txt
+# PyTorch starts a thread per core in every process; the processes are the parallelism here.
+THREADS := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format bench clean
+
+help:  ## show this text
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+train: $(VENV)/.core  ## train an agent: make train ARGS="pipps --help" (default: pipps)
+	@$(BIN)/python -m scripts.train $(ARGS)
+
+test: $(VENV)/.dev  ## run the tests: make test PYTEST_ARGS="-m slow -k rssm"
+	@$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## check style (ruff), types (mypy) and spelling
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/codespell
+
+format: $(VENV)/.dev  ## rewrite the code as make lint wants it
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.core  ## time the estimators and one update of each agent
+	@$(THREADS) $(BIN)/python -m scripts.bench
+
+clean:  ## remove .venv, caches and build leftovers; runs/ stays
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# python3 -m venv exists on Debian without ensurepip, so that is what we ask for.
+$(VENV)/.created:
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+	  echo "error: '$(PYTHON)' was not found; install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1), totalprop needs 3.10 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "error: '$(PYTHON)' has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@
+
+# One stamp per set of dependencies, touched last, so that an interrupted install is redone.
+$(VENV)/.core: $(INPUTS) | $(VENV)/.created
+	@echo "Installing totalprop into $(VENV) (once; PyTorch is large, so it takes a minute or more) ..."
+	@$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(INPUTS) | $(VENV)/.created
+	@echo "Installing totalprop and its test tools into $(VENV) (once; it takes a minute or more) ..."
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.core

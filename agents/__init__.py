@@ -1,0 +1,5 @@
+"""Agents with stable-baselines3's interface whose policy gradient is a plug-in."""
+
+from agents.pipps import PIPPS
+
+__all__ = ["PIPPS"]

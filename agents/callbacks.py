@@ -1,0 +1,61 @@
+"""Callbacks that know the phases of our agents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv
+
+
+class TrialEvaluation(BaseCallback):
+    """Evaluate the policy after each trial's policy search, on environments of its own.
+
+    Parmas et al. 2018, Sec. 4.2: "Each trial was evaluated by running the policy 30 times": for
+    evaluation only, the algorithm never sees these episodes.
+
+    Args:
+        eval_env: vector environment used for nothing else.
+        n_episodes: rollouts per evaluation.
+        path: JSON file, rewritten after every evaluation: {"timesteps": [k], "returns": [k][n]}.
+        verbose: 1 prints a line per trial.
+    """
+
+    def __init__(
+        self, eval_env: VecEnv, *, n_episodes: int = 30, path: Path | None = None, verbose: int = 0
+    ) -> None:
+        super().__init__(verbose)
+        self.eval_env, self.n_episodes, self.path = eval_env, n_episodes, path
+        self.timesteps: list[int] = []
+        self.returns: list[list[float]] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.model._n_updates > 0:  # the policy has changed since the last trial
+            self.evaluate()
+
+    def _on_training_end(self) -> None:
+        self.evaluate()
+
+    def evaluate(self) -> None:
+        """Run the rollouts, unless this policy has been evaluated already; record and write them."""
+        if self.timesteps and self.timesteps[-1] == self.num_timesteps:
+            return
+        returns, _ = evaluate_policy(
+            self.model, self.eval_env, self.n_episodes, return_episode_rewards=True, warn=False
+        )
+        self.timesteps.append(self.num_timesteps)
+        self.returns.append([float(r) for r in returns])
+        mean, std = float(np.mean(returns)), float(np.std(returns))
+        self.logger.record("eval/mean_reward", mean)
+        self.logger.record("eval/std_reward", std)
+        if self.verbose:
+            print(f"{self.num_timesteps:6d} real steps: return {mean:8.2f} ± {std:.2f}", flush=True)
+        if self.path is not None:
+            record = {"timesteps": self.timesteps, "returns": self.returns}
+            self.path.write_text(json.dumps(record) + "\n")

@@ -1,0 +1,429 @@
+"""PIPPS: policy search in a Gaussian-process model, with a plug-in policy gradient.
+
+Loop: one episode on the real system -> fit the model to all data -> optimise the policy on simulated
+particles -> next episode. Parmas, Rasmussen, Peters & Doya 2018 (PIPPS); Parmas, Seno & Aoki 2023
+(TPX), App. B. The simulation is in particles.py, the optimiser in policy_search.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from torch import Tensor
+from tqdm import tqdm
+
+import estimators
+from agents import trial_log
+from agents.particles import Cost, Noise, ParticleModel, simulate
+from agents.policies import ControllerPolicy, LinearPolicy, RBFPolicy, trig_features
+from agents.policy_search import OptimizerName, SearchSettings, optimise_policy
+from estimators import Estimator
+from world_models.gp import GaussianProcess
+
+SelfPIPPS = TypeVar("SelfPIPPS", bound="PIPPS")
+LEGS = {"score": estimators.legs.score, "biw": estimators.legs.biw}
+# Variants of the 2018 paper that are not estimators of a node: (resample, fixed noise).
+VARIANTS = {"gr": (True, False), "rp-fs": (False, True), "gr-fs": (True, True)}
+
+
+class PIPPS(BaseAlgorithm):
+    """Particle model-based policy search on any environment with Box observations and actions.
+
+    Args:
+        policy: "RBFPolicy" (both papers, cart-pole) or "LinearPolicy" (unicycle), or a class.
+        env: environment or id. Where it has a differentiable `cost(states)` and an
+            `initial_distribution` (mean, std), simulations use them.
+        learning_rate: step size of the policy optimiser, or a schedule over the training's progress.
+        estimator: a name of the registry ("rp", "lr", "tp", "tps", "tpx", "tpg", ...), "gr"
+            (Gaussian resampling), "rp-fs" or "gr-fs" (fixed noise and a quasi-Newton optimiser), or
+            an `estimators.Estimator`.
+        leg: how the likelihood ratio is formed, "score" or "biw" (batch importance weighting).
+        cross_fit: choose k for each half of the particles from the other half.
+        n_particles: simulated particles N.
+        horizon: simulated steps H; the papers use the length of the real episode.
+        gradient_steps: policy updates after each trial.
+        optimizer: "adam" (2023), "rmsprop2018" (2018, Sec. 3.3) or "quasi-newton" (L-BFGS, which
+            needs fixed noise and is implied by "rp-fs" and "gr-fs").
+        adam_eps: Adam's epsilon.
+        momentum: of "rmsprop2018", in [0, 1).
+        random_trials: first episodes with uniformly random actions.
+        cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64). Without
+            it the environment's own `cost` is used; if it has none, a GP is fitted to the rewards.
+        angle_dims: observation entries that are angles, seen by model and policy as sine and cosine.
+        model_uncertainty: particles spread by the GP's own uncertainty; off: "TP - σ_f" of 2018.
+        noise_multiplier: factor on the learned noise variance in simulation; 100: "TP + σ_n".
+        gp_evaluations: likelihood evaluations per output and fit.
+        policy_kwargs: of the policy class, for example {"n_centres": 50}.
+        stats_window_size: episodes that rollout/ep_rew_mean averages over.
+        tensorboard_log: folder for TensorBoard events, or None.
+        verbose: 1 prints the logged scalars.
+        seed: of everything random; the same seed gives the same run on the same CPU.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one. All is float64.
+
+    Raises:
+        ValueError: a value out of range, with what was expected. Spaces other than Box raise
+            stable-baselines3's AssertionError.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "RBFPolicy": RBFPolicy,
+        "LinearPolicy": LinearPolicy,
+    }
+    policy: ControllerPolicy
+
+    def __init__(
+        self,
+        policy: str | type[ControllerPolicy] = "RBFPolicy",
+        env: GymEnv | str | None = None,
+        learning_rate: float | Schedule = 0.03,
+        estimator: str | Estimator = "tpx",
+        *,
+        leg: Literal["score", "biw"] = "score",
+        cross_fit: bool = False,
+        n_particles: int = 300,
+        horizon: int = 30,
+        gradient_steps: int = 250,
+        optimizer: OptimizerName = "adam",
+        adam_eps: float = 1e-4,
+        momentum: float = 0.9,
+        random_trials: int = 1,
+        cost_fn: Callable[[Tensor], Tensor] | None = None,
+        angle_dims: tuple[int, ...] = (),
+        model_uncertainty: bool = True,
+        noise_multiplier: float = 1.0,
+        gp_evaluations: int = 200,
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy=policy,
+            env=env,
+            learning_rate=learning_rate,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+            supported_action_spaces=(spaces.Box,),
+        )
+        self.estimator = estimator
+        self.leg, self.cross_fit = leg, cross_fit
+        self.n_particles, self.horizon = n_particles, horizon
+        self.gradient_steps, self.optimizer = gradient_steps, optimizer
+        self.adam_eps, self.momentum = adam_eps, momentum
+        self.random_trials = random_trials
+        self.cost_fn = cost_fn
+        self.angle_dims = tuple(angle_dims)
+        self.model_uncertainty, self.noise_multiplier = model_uncertainty, noise_multiplier
+        self.gp_evaluations = gp_evaluations
+        self._n_trials = 0
+        self._policy_is_placed = False
+        self._start_observations: list[np.ndarray] = []
+        self._predicted: np.ndarray | None = None  # [H + 1, N, S] for the next trial
+        if _init_setup_model:
+            self._setup_model()
+
+    # ----------------------------------------------------------------------------------------
+    # set-up
+    # ----------------------------------------------------------------------------------------
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        seed = self.seed if self.seed is not None else int(torch.randint(2**31, ()))
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+        kwargs = {"angle_dims": self.angle_dims, **self.policy_kwargs}
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.lr_schedule, **kwargs
+        ).to(self.device)
+        states, controls = self.observation_space.shape[0], self.action_space.shape[0]  # type: ignore[index]
+        inputs = states + len(self.angle_dims) + controls
+        self.dynamics = GaussianProcess(inputs, states).to(self.device)
+        self.reward_model = GaussianProcess(inputs, 1).to(self.device)
+
+    def _check_arguments(self) -> None:
+        """One sentence per wrong value, before any work is done."""
+        variant = self.estimator if isinstance(self.estimator, str) else ""
+        if variant not in VARIANTS:
+            estimators.make(self.estimator)
+        checks = [
+            ("leg", self.leg, self.leg in LEGS, f"one of {', '.join(LEGS)}"),
+            ("n_particles", self.n_particles, self.n_particles >= 3, "at least 3"),
+            ("horizon", self.horizon, self.horizon >= 1, "at least 1 step"),
+            ("gradient_steps", self.gradient_steps, self.gradient_steps >= 1, "at least 1"),
+            ("random_trials", self.random_trials, self.random_trials >= 1, "at least 1 episode"),
+            ("noise_multiplier", self.noise_multiplier, self.noise_multiplier > 0, "above 0"),
+            ("adam_eps", self.adam_eps, self.adam_eps > 0, "above 0"),
+            ("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)"),
+            ("gp_evaluations", self.gp_evaluations, self.gp_evaluations >= 1, "at least 1"),
+        ]
+        if not callable(self.learning_rate):
+            rate = self.learning_rate
+            checks.append(("learning_rate", rate, 0 < rate < math.inf, "above 0"))
+        names = ("adam", "rmsprop2018", "quasi-newton")
+        checks.append(("optimizer", self.optimizer, self.optimizer in names, f"one of {names}"))
+        for name, value, is_good, expected in checks:
+            if not is_good:
+                raise ValueError(f"{name} must be {expected}, got {value!r}")
+        if self.optimizer == "quasi-newton" and variant not in ("rp-fs", "gr-fs"):
+            raise ValueError(
+                "optimizer 'quasi-newton' needs a deterministic objective; "
+                "choose estimator 'rp-fs' or 'gr-fs'"
+            )
+        self._check_spaces()
+
+    def _check_spaces(self) -> None:
+        space = self.observation_space
+        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+            raise ValueError(
+                f"PIPPS models a vector of real numbers and needs a Box observation space of shape "
+                f"[S], got {space}; wrap the environment in gymnasium.wrappers.FlattenObservation"
+            )
+        if len(self.action_space.shape or ()) != 1:
+            raise ValueError(
+                f"PIPPS needs a Box action space of shape [A], got {self.action_space}"
+            )
+        if self.get_vec_normalize_env() is not None:
+            raise ValueError(
+                "PIPPS fits its model to raw observations, whose scale VecNormalize keeps changing; "
+                "pass the environment without VecNormalize (the GP scales its inputs itself)"
+            )
+        wrong = [d for d in self.angle_dims if not 0 <= d < space.shape[0]]
+        if wrong:
+            raise ValueError(
+                f"angle_dims must be entries of the observation, 0..{space.shape[0] - 1}, got {wrong}"
+            )
+
+    def _settings(self) -> SearchSettings:
+        variant = self.estimator if isinstance(self.estimator, str) else ""
+        resample, fixed_noise = VARIANTS.get(variant, (False, False))
+        estimator = estimators.make("rp" if variant in VARIANTS else self.estimator)
+        if not isinstance(self.estimator, Estimator):  # an Estimator object brings its own
+            changes = {"legs": (LEGS[self.leg],), "cross_fit": self.cross_fit}
+            estimator = estimators.make(estimator, **changes)
+        return SearchSettings(
+            estimator=estimator,
+            optimizer="quasi-newton" if fixed_noise else self.optimizer,
+            learning_rate=self.lr_schedule(self._current_progress_remaining),
+            gradient_steps=self.gradient_steps,
+            n_particles=self.n_particles,
+            horizon=self.horizon,
+            resample=resample,
+            fixed_noise=fixed_noise,
+            adam_eps=self.adam_eps,
+            momentum=self.momentum,
+        )
+
+    # ----------------------------------------------------------------------------------------
+    # the loop
+    # ----------------------------------------------------------------------------------------
+
+    def learn(
+        self: SelfPIPPS,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "PIPPS",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfPIPPS:
+        """Run trials until `total_timesteps` real steps are done; a policy search follows each.
+
+        The random trials count. With 30-step episodes, 450 steps are the papers' 15 searches, the
+        last one on all data. Simulated steps neither count nor trigger callbacks.
+
+        Args:
+            total_timesteps: real environment steps; exact up to the number of environments.
+            callback, tb_log_name, reset_num_timesteps, progress_bar: as in stable-baselines3.
+            log_interval: trials between log dumps.
+        Raises:
+            ValueError: an observation or reward is not finite.
+        """
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        while self.num_timesteps < total_timesteps:
+            if not self._collect_trial(callback, total_timesteps):
+                break
+            if self._n_trials >= self.random_trials:
+                self._improve_policy(progress_bar)
+            if log_interval is not None and self._n_trials % log_interval == 0:
+                self.dump_logs()
+        callback.on_training_end()
+        return self
+
+    def _collect_trial(self, callback: BaseCallback, total_timesteps: int) -> bool:
+        """One episode of every environment; False if a callback stopped the training."""
+        assert self.env is not None and self._last_obs is not None
+        callback.on_rollout_start()
+        is_random = self._n_trials < self.random_trials
+        finished = np.zeros(self.env.num_envs, dtype=bool)
+        path, transitions = [np.array(self._last_obs)], []
+        while not finished.all() and self.num_timesteps < total_timesteps:
+            observations = np.array(self._last_obs)
+            if is_random:
+                actions = np.stack([self.action_space.sample() for _ in finished])
+            else:
+                actions, _ = self.predict(observations)
+            new_observations, rewards, dones, infos = self.env.step(actions)
+            self.num_timesteps += self.env.num_envs
+            next_observations = np.array(new_observations)
+            for i in np.flatnonzero(dones):  # the vector environment has reset: take the true end
+                next_observations[i] = infos[i]["terminal_observation"]
+            self._check_finite(next_observations, rewards)
+            starts = np.asarray(self._last_episode_starts, dtype=bool)
+            self._start_observations.extend(observations[starts])
+            transitions.append((observations, actions, next_observations, rewards))
+            if not finished[0]:
+                path.append(next_observations)
+            self._last_obs, self._last_episode_starts = new_observations, dones
+            self._update_info_buffer(infos, dones)
+            finished |= dones
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+        self._n_trials += 1
+        self._store(transitions)
+        if self._predicted is not None:
+            trial_log.record_prediction(self, np.stack(path)[:, 0])
+        callback.on_rollout_end()
+        return True
+
+    def _check_finite(self, observations: np.ndarray, rewards: np.ndarray) -> None:
+        for name, values in (("observation", observations), ("reward", rewards)):
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"the environment returned a non-finite {name} at step {self.num_timesteps}: "
+                    f"{values.tolist()}; fix the environment (or end its episode before that)"
+                )
+
+    def _store(self, transitions: list[tuple[np.ndarray, ...]]) -> None:
+        """Append a trial to the data of the dynamics and the reward model."""
+        flat = [np.concatenate(parts) for parts in zip(*transitions, strict=True)]
+        scaled = self.policy.scale_action(flat[1])
+        x, u, x_next, reward = (
+            torch.as_tensor(a, dtype=torch.float64, device=self.device)
+            for a in (flat[0], scaled, flat[2], flat[3])
+        )
+        before = torch.cat((trig_features(x, self.angle_dims), u), -1)
+        after = torch.cat((trig_features(x_next, self.angle_dims), u), -1)
+        if self.dynamics.is_fitted:
+            trial_log.record_model_fit(self, before, x_next - x)
+        self.dynamics.add_data(before, x_next - x)
+        self.reward_model.add_data(after, reward.unsqueeze(-1))
+
+    def _improve_policy(self, show_progress: bool) -> None:
+        """Fit the model and search the policy; the two phases of a trial that take time."""
+        likelihoods = self.dynamics.fit(max_evaluations=self.gp_evaluations)
+        model = self._particle_model()
+        if not self._policy_is_placed:
+            self._place_policy(model)
+        settings = self._settings()
+        with tqdm(
+            total=settings.gradient_steps,
+            desc=f"trial {self._n_trials}: policy search on {len(self.dynamics.inputs)} points",
+            disable=not show_progress,
+            leave=False,
+        ) as bar:
+
+            def on_step(step: int, loss: float) -> None:
+                bar.update()
+                bar.set_postfix(cost=f"{loss:.2f}", refresh=False)
+
+            log = optimise_policy(self.policy, model, settings, self._generator, on_step)
+        self._n_updates += len(log.losses)
+        self._remember_prediction(model)
+        trial_log.record_search(self, log, likelihoods)
+
+    def _particle_model(self) -> ParticleModel:
+        mean, std = self._start_distribution()
+        return ParticleModel(
+            dynamics=self.dynamics,
+            start_mean=torch.as_tensor(mean, dtype=torch.float64, device=self.device),
+            start_std=torch.as_tensor(std, dtype=torch.float64, device=self.device),
+            cost=self._cost(),
+            model_uncertainty=self.model_uncertainty,
+            noise_multiplier=self.noise_multiplier,
+        )
+
+    def _cost(self) -> Cost:
+        """The given cost, the environment's own, or a GP on the rewards seen so far."""
+        own = self.cost_fn or self._env_attribute("cost")
+        if callable(own):
+            return lambda states, actions: own(states)
+        self.reward_model.fit(max_evaluations=self.gp_evaluations)
+
+        def negative_reward(states: Tensor, actions: Tensor) -> Tensor:
+            inputs = torch.cat((trig_features(states, self.angle_dims), actions), -1)
+            mean = self.reward_model.posterior(inputs.flatten(0, -2)).mean
+            return -mean.reshape(states.shape[:-1])
+
+        return negative_reward
+
+    def _start_distribution(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and std [S] of the particles' start: the environment's own, or from its resets."""
+        given = self._env_attribute("initial_distribution")
+        if given is not None:
+            return given
+        starts = np.stack(self._start_observations).astype(np.float64)
+        # One reset says nothing of the spread: assume that of one noisy observation at least.
+        noise = self.dynamics.noise.cpu().numpy() / math.sqrt(2)
+        return starts.mean(0), np.maximum(starts.std(0), noise)
+
+    def _place_policy(self, model: ParticleModel) -> None:
+        """Spread the controller over the start state (unit scale), or over the first data."""
+        if self._env_attribute("initial_distribution") is not None:
+            mean = trig_features(model.start_mean, self.angle_dims)
+            self.policy.initialise(mean, torch.ones_like(mean))
+        else:
+            features = self.dynamics.inputs[:, : self.policy.n_features]
+            self.policy.initialise(features.mean(0), features.std(0).clamp_min(1e-3))
+        self._policy_is_placed = True
+
+    def _remember_prediction(self, model: ParticleModel) -> None:
+        """Simulate the new policy once more, to be compared with the next trial."""
+        size = self.horizon, self.n_particles, len(model.start_mean)
+        noise = Noise.draw(*size, self._generator, resample=False)
+        with torch.no_grad():
+            _, _, states = simulate(model, self.policy, noise, estimators.make("rp"))
+        self._predicted = states.cpu().numpy()
+
+    def _env_attribute(self, name: str) -> Any:
+        """An attribute of the (first) environment, looked up through its wrappers, or None."""
+        if self.env is None or not self.env.has_attr(name):
+            return None
+        return self.env.get_attr(name, indices=0)[0]
+
+    def dump_logs(self) -> None:
+        """Write everything recorded since the last dump; called once per `log_interval` trials."""
+        trial_log.record_progress(self)
+        self.logger.dump(step=self.num_timesteps)
+
+    # ----------------------------------------------------------------------------------------
+    # saving
+    # ----------------------------------------------------------------------------------------
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ["dynamics", "reward_model", "cost_fn", "_generator", "_predicted"]
+        return [*super()._excluded_save_params(), *own]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "dynamics", "reward_model"], []

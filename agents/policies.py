@@ -1,0 +1,269 @@
+"""Deterministic controllers of PIPPS as stable-baselines3 policies: RBF network and linear.
+
+Everything inside is float64 and in [-1, 1]; stable-baselines3's `predict` rescales to the action
+space and keeps its dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+
+from estimators import DenseJacobian
+
+
+def saturate(v: Tensor) -> Tensor:
+    """(9 sin v + sin 3v) / 8, a smooth map onto [-1, 1]. Parmas et al. 2018, Sec. 4.2."""
+    return (9 * v.sin() + (3 * v).sin()) / 8
+
+
+def saturate_slope(v: Tensor) -> Tensor:
+    """Derivative of `saturate`."""
+    return (9 * v.cos() + 3 * (3 * v).cos()) / 8
+
+
+def trig_features(x: Tensor, angle_dims: tuple[int, ...]) -> Tensor:
+    """Replace angles by their sine and cosine, appended: [..., S] -> [..., S + len(angle_dims)]."""
+    if not angle_dims:
+        return x
+    angles = x[..., list(angle_dims)]
+    others = [d for d in range(x.shape[-1]) if d not in angle_dims]
+    return torch.cat((x[..., others], angles.sin(), angles.cos()), -1)
+
+
+class ControllerPolicy(BasePolicy):
+    """Base for the two controllers: what stable-baselines3 asks of a policy.
+
+    Args:
+        observation_space: Box [S]. action_space: Box [A], bounded.
+        angle_dims: observation entries that are angles and enter as sine and cosine.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        action_space: spaces.Box,
+        lr_schedule: Schedule | None = None,
+        *,
+        angle_dims: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(observation_space, action_space, squash_output=True)
+        self.angle_dims = tuple(angle_dims)
+        self.n_features = observation_space.shape[0] + len(self.angle_dims)
+        self.n_controls = action_space.shape[0]
+
+    def act(self, x: Tensor) -> Tensor:
+        """Scaled action in [-1, 1] [N, A] at observations [N, S] (float64); gradients flow."""
+        return saturate(self.preactivation(trig_features(x, self.angle_dims)))
+
+    def preactivation(self, features: Tensor) -> Tensor:
+        """[N, A] before the saturation, from features [N, n_features]."""
+        raise NotImplementedError
+
+    def initialise(self, mean: Tensor, std: Tensor) -> None:
+        """Place the controller on features of this mean and std, [n_features] each."""
+
+    def parameter_jacobian(self, x: Tensor) -> Tensor:
+        """d action / d parameters, [N, A, P], in the order of `parameters()`; x: [N, S]."""
+        raise NotImplementedError
+
+    def control_jacobian(
+        self, x: Tensor, *, last_layer: bool = False
+    ) -> DenseJacobian | RBFJacobian:
+        """`parameter_jacobian` in the form that `estimators.ControlProbe` takes.
+
+        Args:
+            x: [N, S]. last_layer: only the parameters of the last layer (TPX 2023, Sec. 4: `tps`).
+        """
+        jacobian = self.parameter_jacobian(x)
+        return DenseJacobian(jacobian[..., self.last_layer] if last_layer else jacobian)
+
+    @property
+    def last_layer(self) -> slice:
+        """Which of the P parameters the last layer holds."""
+        raise NotImplementedError
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
+        assert isinstance(observation, Tensor)
+        return self.act(observation.double()).float()
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """Same as `act`, for observations of any dtype."""
+        return self.act(observation.double())
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "angle_dims": self.angle_dims}
+
+
+class RBFPolicy(ControllerPolicy):
+    """Radial basis function network, v = Σ_k w_k exp(-Σ_d ((x_d - c_kd) e^{λ_d})²).
+
+    One shared lengthscale vector, no bias; 254 parameters for the cart-pole with raw inputs (Parmas
+    et al. 2023, App. B: "about 250"). Every control has its own weights.
+
+    Args:
+        n_centres: basis functions (the papers: 50).
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        action_space: spaces.Box,
+        lr_schedule: Schedule | None = None,
+        *,
+        angle_dims: tuple[int, ...] = (),
+        n_centres: int = 50,
+    ) -> None:
+        super().__init__(observation_space, action_space, lr_schedule, angle_dims=angle_dims)
+        if n_centres < 1:
+            raise ValueError(f"n_centres must be at least 1, got {n_centres}")
+        self.n_centres = n_centres
+        dtype, bound = torch.float64, n_centres**-0.5
+        self.centres = nn.Parameter(torch.randn(n_centres, self.n_features, dtype=dtype))
+        self.log_inverse_scale = nn.Parameter(torch.zeros(self.n_features, dtype=dtype))
+        weights = torch.empty(self.n_controls, n_centres, dtype=dtype).uniform_(-bound, bound)
+        self.weights = nn.Parameter(weights)
+
+    def initialise(self, mean: Tensor, std: Tensor) -> None:
+        """Centres ~ N(mean, std²), inverse scales 1 / std."""
+        with torch.no_grad():
+            self.centres.copy_(mean + std * torch.randn_like(self.centres))
+            self.log_inverse_scale.copy_(-std.log())
+
+    def preactivation(self, features: Tensor) -> Tensor:
+        return self._basis(features) @ self.weights.T
+
+    def _basis(self, features: Tensor) -> Tensor:
+        scale = self.log_inverse_scale.exp()
+        x, c = features * scale, self.centres * scale
+        bias = -c.square().sum(-1)
+        exponent = torch.addmm(bias, x, c.T, alpha=2.0)  # [N, n_centres]
+        return (exponent - x.square().sum(-1, keepdim=True)).exp()
+
+    @torch.no_grad()
+    def parameter_jacobian(self, x: Tensor) -> Tensor:
+        features = trig_features(x, self.angle_dims)
+        basis = self._basis(features)  # [N, K]
+        n, a, k = len(x), self.n_controls, self.n_centres
+        by_weight = basis.unsqueeze(1) * saturate_slope(basis @ self.weights.T).unsqueeze(-1)
+        slope = (2 * by_weight * self.weights).unsqueeze(-1)  # [N, A, K, 1]
+        scale = self.log_inverse_scale.exp()
+        offset = ((features.unsqueeze(1) - self.centres) * scale).unsqueeze(1)  # [N, 1, K, S]
+        by_offset = slope * offset  # [N, A, K, S]
+        by_centre = (by_offset * scale).flatten(2)
+        by_scale = -(by_offset * offset).sum(2)
+        if a > 1:  # control b does not depend on the weights of control a
+            blocks = x.new_zeros(n, a, a, k)
+            blocks.diagonal(dim1=1, dim2=2).copy_(by_weight.movedim(1, -1))
+            by_weight = blocks.flatten(2)
+        return torch.cat((by_centre, by_scale, by_weight), -1)
+
+    @torch.no_grad()
+    def control_jacobian(
+        self, x: Tensor, *, last_layer: bool = False
+    ) -> DenseJacobian | RBFJacobian:
+        if self.n_controls > 1:
+            return super().control_jacobian(x, last_layer=last_layer)
+        features = trig_features(x, self.angle_dims)
+        basis = self._basis(features)
+        by_weight = basis * saturate_slope(basis @ self.weights.T)  # [N, K]
+        if last_layer:
+            return DenseJacobian(by_weight.unsqueeze(1))
+        scale = self.log_inverse_scale.exp()
+        return RBFJacobian(
+            by_weight, 2 * by_weight * self.weights, features * scale, self.centres * scale, scale
+        )
+
+    @property
+    def last_layer(self) -> slice:
+        return slice(-self.weights.numel(), None)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "n_centres": self.n_centres}
+
+
+class RBFJacobian(NamedTuple):
+    """d action / d parameters of an RBF network with one control, never as an [N, P] array.
+
+    With z = x e^λ, c = centre e^λ (scaled) and slope_nk = 2 sat'(v) w_k φ_nk, the three blocks are
+    slope (z - c) e^λ for the centres, -Σ_k slope (z - c)² for λ, and sat'(v) φ for the weights; sums
+    over k or n of squares of differences become matrix products.
+    """
+
+    by_weight: Tensor  # [N, K]
+    slope: Tensor  # [N, K]
+    x: Tensor  # [N, S] scaled
+    centres: Tensor  # [K, S] scaled
+    scale: Tensor  # [S]
+
+    def rows(self, rows: slice) -> RBFJacobian:
+        """The same for some of the samples."""
+        return RBFJacobian(
+            self.by_weight[rows], self.slope[rows], self.x[rows], self.centres, self.scale
+        )
+
+    def _by_scale(self) -> Tensor:
+        """[N, S] block of λ: -Σ_k slope (z - c)²."""
+        total = self.slope.sum(1, keepdim=True)
+        cross = 2 * (self.slope @ self.centres) - self.x * total
+        return cross * self.x - self.slope @ self.centres.square()
+
+    def inner(self) -> Tensor:
+        """[N, 1, 1] squared norm of each sample's gradient."""
+        x, c = self.x * self.scale, self.centres * self.scale
+        distance = torch.addmm(c.square().sum(1), x, c.T, alpha=-2.0)  # [N, K], less |x|²
+        distance += x.square().sum(1, keepdim=True)
+        norm = (self.slope.square() * distance + self.by_weight.square()).sum(1)
+        return (norm + self._by_scale().square().sum(1))[:, None, None]
+
+    def project(self, alpha: Tensor) -> Tensor:
+        """[M, P] sums Σ_i α_mi J_i, from α [M, N, 1]."""
+        (m, n, _), (k, s) = alpha.shape, self.centres.shape
+        a = alpha[..., 0]  # [M, N]
+        moments = ((alpha * self.x).mT.reshape(m * s, n) @ self.slope).view(m, s, k)
+        by_centre = moments.mT - (a @ self.slope).unsqueeze(-1) * self.centres  # [M, K, S]
+        by_centre = (by_centre * self.scale).flatten(1)
+        return torch.cat((by_centre, a @ self._by_scale(), a @ self.by_weight), 1)
+
+    def per_sample(self, alpha: Tensor) -> Tensor:
+        """[N, P] products α_i J_i, from α [N, 1]."""
+        offset = (self.x.unsqueeze(1) - self.centres) * self.scale  # [N, K, S]
+        by_centre = (self.slope.unsqueeze(-1) * offset).flatten(1)
+        return alpha * torch.cat((by_centre, self._by_scale(), self.by_weight), 1)
+
+
+class LinearPolicy(ControllerPolicy):
+    """v = W x + b, W ~ 0.01·N(0, 1), b = 0. Parmas et al. 2018, Sec. 4.2 (unicycle)."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        action_space: spaces.Box,
+        lr_schedule: Schedule | None = None,
+        *,
+        angle_dims: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(observation_space, action_space, lr_schedule, angle_dims=angle_dims)
+        shape, dtype = (self.n_controls, self.n_features), torch.float64
+        self.weights = nn.Parameter(0.01 * torch.randn(shape, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(self.n_controls, dtype=dtype))
+
+    def preactivation(self, features: Tensor) -> Tensor:
+        return torch.addmm(self.bias, features, self.weights.T)
+
+    @torch.no_grad()
+    def parameter_jacobian(self, x: Tensor) -> Tensor:
+        features = trig_features(x, self.angle_dims)
+        slope = saturate_slope(self.preactivation(features))  # [N, A]
+        eye = torch.eye(self.n_controls, dtype=x.dtype, device=x.device)
+        by_weight = torch.einsum("na,ns,ab->nabs", slope, features, eye).flatten(2)
+        return torch.cat((by_weight, slope.unsqueeze(-1) * eye), -1)
+
+    @property
+    def last_layer(self) -> slice:
+        return slice(None)

@@ -1,0 +1,60 @@
+"""Baselines b of the likelihood-ratio leg: what is subtracted from the returns.
+
+Each is a function (returns [N, ...], value [N, ...] | None) -> b, broadcastable to the returns,
+with the samples on axis 0. Only `mean` is (slightly) biased: it shrinks the leg by (N - 1) / N.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def none(returns: Tensor, value: Tensor | None) -> Tensor:
+    """b = 0: unbiased, and of high variance."""
+    return torch.zeros_like(returns)
+
+
+def mean(returns: Tensor, value: Tensor | None) -> Tensor:
+    """b = mean of the batch, as TPX 2023, Sec. 3 (LR's expectation shrinks by (N - 1) / N)."""
+    return returns.mean(0, keepdim=True)
+
+
+def leave_one_out(returns: Tensor, value: Tensor | None) -> Tensor:
+    """b_i = Σ_{j≠i} R_j / (N - 1). Mnih & Rezende 2016; Parmas et al. 2018, Sec. 2.2."""
+    n = returns.shape[0]
+    if n < 2:
+        raise ValueError(
+            f"baseline 'leave_one_out' needs at least 2 samples on axis 0, got {n}; "
+            "use more samples or baseline=none"
+        )
+    return (returns.sum(0, keepdim=True) - returns) / (n - 1)
+
+
+def critic(returns: Tensor, value: Tensor | None) -> Tensor:
+    """b_i = leave-one-out linear regression of the returns on a given state value.
+
+    The value may be in any scale (the loss divides by N, the critic does not): the regression
+    R ≈ a + c·value finds it. The prediction for sample i is fitted without i, through the hat
+    matrix (b_i = R_i - e_i / (1 - h_i)), so the leg stays unbiased as long as `value` is a function
+    of what is known before the node's noise.
+
+    Raises:
+        ValueError: the node was called without `value`, or with fewer than 3 samples.
+    """
+    if value is None:
+        raise ValueError("baseline 'critic' needs value=[N, ...]: pass it to the estimator's call")
+    n = returns.shape[0]
+    if n < 3:
+        raise ValueError(f"baseline 'critic' needs at least 3 samples on axis 0, got {n}")
+    centred = value - value.mean(0, keepdim=True)
+    tiny = torch.finfo(centred.dtype).tiny
+    spread = centred.square().sum(0, keepdim=True).clamp_min(tiny)
+    centred_returns = returns - returns.mean(0, keepdim=True)
+    slope = (centred * centred_returns).sum(0, keepdim=True) / spread
+    residual = centred_returns - slope * centred
+    leverage = 1 / n + centred.square() / spread
+    # A sample that alone determines the slope (leverage 1) has no prediction without itself.
+    alone = 1 - leverage < 1e-9
+    left_out = residual / torch.where(alone, torch.ones_like(leverage), 1 - leverage)
+    return torch.where(alone, leave_one_out(returns, None), returns - left_out)

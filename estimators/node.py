@@ -1,0 +1,160 @@
+"""The stochastic node: one pure autograd function in which legs are mixed, and the credit.
+
+    (zeta, noise, credit) -> (sample, credit')
+
+`credit` is a tensor of zeros, one per sample, threaded through the rollout; every cost that a node
+can influence is multiplied by (1 + credit). Forward, nothing changes. Backward, the node receives
+dL/dsample, the pathwise signal, and dL/dcredit', which *is* the return-to-go of each sample in the
+loss's own scale. It forms its legs from them, lets the weight rule choose k and returns the mixture
+to zeta. What bypasses the node is ordinary autograd.
+
+Schulman et al. 2015 (stochastic computation graphs); Parmas 2018 (total propagation).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from estimators.legs import Zeta, draw, pathwise
+from estimators.probes import Probe, restrict
+from estimators.weights import pathwise as no_legs
+
+if TYPE_CHECKING:
+    from estimators.registry import Estimator
+
+
+def assign_credit(cost: Tensor, credit: Tensor) -> Tensor:
+    """The cost, credited: cost·(1 + credit), same value.
+
+    Every differentiable term downstream of a node must be credited with the credit that left the
+    last node before it; an uncredited term is silently shrunk by (1 - k).
+
+    Args:
+        cost: [N] or [..., N], any term of the loss. credit: same shape or broadcastable.
+    """
+    return cost * (1 + credit)
+
+
+def infer_noise(mean: Tensor, std: Tensor, sample: Tensor) -> Tensor:
+    """The noise that gives a known sample: (sample - mean) / std, detached, [N, ..., D].
+
+    For nodes on real data: with it the node returns the data and differentiates as usual.
+    """
+    return ((sample - mean) / std).detach()
+
+
+def stochastic_node(
+    estimator: Estimator,
+    zeta: Zeta,
+    noise: Tensor,
+    credit: Tensor,
+    *,
+    probe: Probe | None = None,
+    value: Tensor | None = None,
+    meter: Tensor | None = None,
+    tap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample a node whose backward is the estimator's. See `Estimator.__call__`."""
+    if credit.shape != zeta[0].shape[:-1]:
+        raise ValueError(
+            f"credit must have the node's shape without its last axis, {list(zeta[0].shape[:-1])}, "
+            f"got {list(credit.shape)}; start a rollout with credit = mean.new_zeros(N)"
+        )
+    if not credit.requires_grad:  # the start of a rollout: its gradient is the first return-to-go
+        credit = credit.detach().requires_grad_()
+    if tap is not None and probe is None:
+        raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
+    sample, credit = _Node.apply(estimator, probe, noise, credit, value, meter, tap, *zeta)
+    return sample, credit
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        estimator: Estimator,
+        probe: Probe | None,
+        noise: Tensor,
+        credit: Tensor,
+        value: Tensor | None,
+        meter: Tensor | None,
+        tap: Tensor | None,
+        *zeta: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.estimator, ctx.probe = estimator, probe
+        ctx.meter_shape = None if meter is None else meter.shape
+        ctx.has_tap = tap is not None
+        ctx.save_for_backward(noise, value, *zeta)
+        return draw(zeta, noise), credit.clone()
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, g_sample: Tensor, returns: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        noise, value, *zeta = ctx.saved_tensors
+        g_zeta, k = mix(ctx.estimator, tuple(zeta), noise, g_sample, returns, value, ctx.probe)
+        g_meter = None if ctx.meter_shape is None else k.mean(0).expand(ctx.meter_shape)
+        g_tap = ctx.probe(g_zeta) if ctx.has_tap else None
+        return (None, None, None, returns, None, g_meter, g_tap, *g_zeta)
+
+
+def mix(
+    estimator: Estimator,
+    zeta: Zeta,
+    noise: Tensor,
+    g_sample: Tensor,
+    returns: Tensor,
+    value: Tensor | None,
+    probe: Probe | None,
+) -> tuple[Zeta, Tensor]:
+    """The backward of a node as a pure function of what it saved and received.
+
+    Returns:
+        The cotangent of zeta, and the total weight k of the score legs, broadcastable to zeta.
+    """
+    rp = pathwise(zeta, noise, g_sample)
+    if estimator.weight is no_legs:
+        return rp, torch.zeros_like(rp[0][:1])
+
+    def estimate(rows: slice, probe: Probe | None) -> tuple[Zeta, list[Zeta], list[Tensor]]:
+        part = tuple(g[rows] for g in rp)
+        part_zeta, part_value = tuple(z[rows] for z in zeta), None if value is None else value[rows]
+        legs = [
+            leg(part_zeta, noise[rows], returns[rows], part_value, estimator.baseline)
+            for leg in estimator.legs
+        ]
+        return part, legs, estimator.weight(part, legs, probe)
+
+    if not estimator.cross_fit:
+        return _combine(*estimate(slice(None), probe))
+    # Each half has its own baseline, and uses the k of the other: nothing of a sample is in its k.
+    n = len(noise)
+    halves = slice(0, n // 2), slice(n // 2, n)
+    parts = [estimate(rows, probe and restrict(probe, rows, n)) for rows in halves]
+    (rp_1, legs_1, k_1), (rp_2, legs_2, k_2) = parts
+    first, second = _combine(rp_1, legs_1, k_2), _combine(rp_2, legs_2, k_1)
+    g_zeta = tuple(torch.cat(pair) for pair in zip(first[0], second[0], strict=True))
+    return g_zeta, torch.cat((first[1], second[1]))
+
+
+def _combine(rp: Zeta, legs: list[Zeta], k: list[Tensor]) -> tuple[Zeta, Tensor]:
+    """rp + Σ_l k_l (leg_l - rp); where the pathwise leg has no weight, the score legs alone."""
+    total = k[0] if len(k) == 1 else torch.stack(k).sum(0)
+    # Within round-off of 1 the remainder is noise, which an exploded pathwise leg would amplify;
+    # a k that is not a number comes from a pathwise leg that is not finite.
+    has_rp = total < 1 - 8 * torch.finfo(total.dtype).eps
+    mixed = []
+    for member, g_rp in enumerate(rp):
+        if len(k) == 1:
+            g_legs, g = legs[0][member], torch.lerp(g_rp, legs[0][member], total)
+        else:
+            g_legs = sum(
+                (w * leg[member] for w, leg in zip(k, legs, strict=True)),
+                start=torch.zeros_like(g_rp),
+            )
+            g = g_rp * (1 - total) + g_legs
+        mixed.append(torch.where(has_rp, g, g_legs))
+    return tuple(mixed), torch.where(has_rp, total, torch.ones_like(total))

@@ -1,0 +1,154 @@
+"""Probes: what a node's cotangent becomes in policy-parameter space, sample by sample.
+
+A probe is any callable `cotangent -> [N, P]` per-sample parameter gradients. The rules that need one
+(`tp`, `tps`, `tpg`) only ask for covariances of such gradients, so a probe may also offer `gram`,
+which can avoid the [N, P] arrays. Building a probe costs nothing until a rule asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+Zeta = tuple[Tensor, ...]
+Probe = Callable[[Zeta], Tensor]
+
+
+def gram(probe: Probe, cotangents: Zeta) -> Tensor:
+    """Covariances of M probed cotangents, summed over the parameters: Σ_p Cov_i(B_a[i,p], B_b[i,p]).
+
+    Args:
+        probe: any probe.
+        cotangents: like zeta, with a leading axis M: each [M, N, ..., D].
+    Returns:
+        [M, M] symmetric, up to the common factor 1 / (N - 1).
+    """
+    if isinstance(probe, ControlProbe):
+        return probe.gram(cotangents)
+    b = torch.stack([probe(one) for one in zip(*cotangents, strict=True)])  # [M, N, P]
+    b = (b - b.mean(1, keepdim=True)).flatten(1)
+    return b @ b.T
+
+
+def restrict(probe: Probe, rows: slice, n: int) -> Probe:
+    """The probe for some rows of a batch of n samples only."""
+    if isinstance(probe, ControlProbe):
+        return probe.rows(rows)
+
+    def padded(cotangent: Zeta) -> Tensor:
+        full = []
+        for c in cotangent:
+            whole = c.new_zeros(n, *c.shape[1:])
+            whole[rows] = c
+            full.append(whole)
+        return probe(tuple(full))[rows]
+
+    return padded
+
+
+class ParameterProbe:
+    """The general probe: per-sample vector-Jacobian products by `torch.func`.
+
+    Args:
+        function: (parameters, *inputs of one sample) -> zeta of that sample, e.g. (mean [D], std [D]).
+        parameters: name -> tensor; leave out what should not count (TPX 2023, Sec. 4: `tps`).
+        inputs: tensors [N, ...], one slice per sample.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], parameters: Mapping[str, Tensor], *inputs: Tensor
+    ) -> None:
+        self.function = function
+        self.parameters = {name: p.detach() for name, p in parameters.items()}
+        self.inputs = tuple(x.detach() for x in inputs)
+
+    def __call__(self, cotangent: Zeta) -> Tensor:
+        """[N, P] gradient of Σ cotangent·zeta for each sample, parameters flattened in order."""
+
+        def one_sample(cotangent: Zeta, *inputs: Tensor) -> Tensor:
+            _, pull_back = vjp(lambda p: self.function(p, *inputs), self.parameters)
+            gradients = pull_back(tuple(cotangent))[0]
+            return torch.cat([g.reshape(-1) for g in gradients.values()])
+
+        return vmap(one_sample)(tuple(cotangent), *self.inputs)
+
+
+class DenseJacobian:
+    """du/dθ as an explicit array [N, F, P]."""
+
+    def __init__(self, jacobian: Tensor) -> None:
+        self.jacobian = jacobian
+
+    def rows(self, rows: slice) -> DenseJacobian:
+        """The same for some of the samples."""
+        return DenseJacobian(self.jacobian[rows])
+
+    def inner(self) -> Tensor:
+        """[N, F, F] J Jᵀ of each sample."""
+        return self.jacobian @ self.jacobian.mT
+
+    def project(self, alpha: Tensor) -> Tensor:
+        """[M, P] sums over the samples Σ_i α_mi J_i, from α [M, N, F]."""
+        return alpha.flatten(1) @ self.jacobian.flatten(0, 1)
+
+    def per_sample(self, alpha: Tensor) -> Tensor:
+        """[N, P] products α_i J_i, from α [N, F]."""
+        return torch.einsum("nf,nfp->np", alpha, self.jacobian)
+
+
+class ControlProbe:
+    """Exact and cheap where zeta depends on the parameters through F controls only.
+
+    With α = cotangentᵀ dzeta/du [N, F] and J = du/dθ [N, F, P], per-sample gradients are α·J, and
+    their covariances need only J Jᵀ [N, F, F] and one product of α with J: no [N, P] array per
+    cotangent, and none at all if J has a structure that knows these two.
+
+    Args:
+        zeta_jacobian: d zeta / du, one [N, D, F] for each member of zeta.
+        control_jacobian: () -> du/dθ, a `DenseJacobian` or anything with its methods.
+        counted: the same for the parameters that count for the weight rule, if not all (TPX 2023,
+            Sec. 4: `tps`); a call of the probe still returns all.
+    """
+
+    def __init__(
+        self,
+        zeta_jacobian: Sequence[Tensor],
+        control_jacobian: Callable[[], Any],
+        counted: Callable[[], Any] | None = None,
+    ) -> None:
+        self.zeta_jacobian = zeta_jacobian
+        self.control_jacobian = control_jacobian
+        self.counted = counted or control_jacobian
+
+    def __call__(self, cotangent: Zeta) -> Tensor:
+        """[N, P] per-sample parameter gradients."""
+        per_sample: Tensor = self.control_jacobian().per_sample(self._alpha(cotangent))
+        return per_sample
+
+    def gram(self, cotangents: Zeta) -> Tensor:
+        """See `estimators.probes.gram`: Σ_i α_i J_i J_iᵀ α_iᵀ less the mean's part."""
+        jacobian = self.counted()
+        inner = jacobian.inner()  # [N, F, F]
+        alpha = self._alpha(cotangents)  # [M, N, F]
+        if inner.shape[-1] == 1:
+            second_moment = (alpha[..., 0] * inner[:, 0, 0]) @ alpha[..., 0].T
+        else:
+            second_moment = torch.einsum("anf,nfg,bng->ab", alpha, inner, alpha)
+        total = jacobian.project(alpha)  # [M, P]
+        return torch.addmm(second_moment, total, total.T, alpha=-1 / len(inner))
+
+    def rows(self, rows: slice) -> ControlProbe:
+        """The same probe for some of the samples."""
+        return ControlProbe(
+            [j[rows] for j in self.zeta_jacobian],
+            lambda: self.control_jacobian().rows(rows),
+            lambda: self.counted().rows(rows),
+        )
+
+    def _alpha(self, cotangent: Zeta) -> Tensor:
+        terms = [(c.unsqueeze(-1) * j).sum(-2) for c, j in zip(cotangent, self.zeta_jacobian)]
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]

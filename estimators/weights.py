@@ -1,0 +1,192 @@
+"""Weight rules: how much of each score leg enters, k, the rest being the pathwise leg.
+
+Every rule is a function (rp, legs, probe) -> [k, ...], one k per leg, broadcastable to [N, ..., D].
+`rp` is the pathwise cotangent of zeta, `legs` the score legs' cotangents (usually one), both in the
+scale of the loss; `probe` see `estimators.probes`. The node uses
+rp + Σ_l k_l (leg_l - rp), and where k is 1 (or not a number) the leg alone, so an exploding or
+non-finite pathwise leg never reaches the result.
+
+With delta = leg - rp, minimising Var(rp + k·delta) is the regression of -rp on delta: that is TPX
+2023, Eq. 6 and 8, and `tpx`, `tpg` and the sum over several legs are this one regression, in other
+spaces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from estimators.probes import Probe, gram
+
+Zeta = tuple[Tensor, ...]
+Weight = Callable[[Zeta, Sequence[Zeta], "Probe | None"], list[Tensor]]
+
+CARRIED = 1.0  # see `tpg`
+RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
+
+
+def pathwise(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """k = 0: RP, plain backpropagation."""
+    return [torch.zeros_like(rp[0][:1])] * len(legs)
+
+
+def likelihood_ratio(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """k = 1: LR."""
+    return [torch.full_like(rp[0][:1], 1 / len(legs))] * len(legs)
+
+
+def tpx(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """One k per coordinate, with covariance, from the mean's cotangents.
+
+    k = (V_RP - cov) / (V_LR + V_RP - 2 cov); the same k for the std.
+    Parmas et al. 2023 (TPX), Eq. 8 and footnote 4; clipped to [0, 1].
+    """
+    return _regress(rp[0], [leg[0] for leg in legs], summed=False)
+
+
+def tpx_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """`tpx` with numerator and denominator summed over the coordinates. TPX 2023, Sec. 4, App. D."""
+    return _regress(rp[0], [leg[0] for leg in legs], summed=True)
+
+
+def tpx_ivw(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """`tpx` without the covariance: inverse variances. TPX 2023, Sec. 4, App. D."""
+    return _inverse_variance(*_variances(rp[0], [leg[0] for leg in legs], summed=False))
+
+
+def tpx_ivw_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """`tpx-ivw` with the variances summed over the coordinates. TPX 2023, App. D."""
+    return _inverse_variance(*_variances(rp[0], [leg[0] for leg in legs], summed=True))
+
+
+def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """One scalar k per node from the variances of the per-sample policy-parameter gradients.
+
+    k = V_RP / (V_RP + V_LR), V = Σ_p Var_i. Parmas et al. 2018 (PIPPS), Alg. 2; TPX 2023, Eq. 5.
+    `tps` is the same rule with a probe of fewer parameters (TPX 2023, Sec. 4).
+    """
+    fields = [torch.stack(member) for member in zip(rp, *legs, strict=True)]  # [1 + L, N, ..., D]
+    largest = torch.linalg.vector_norm(fields[0], math.inf).clamp_min(_tiny(fields[0]))
+    covariance = gram(_require(probe, "tp"), tuple(f / largest for f in fields))
+    variances = covariance.diagonal().clamp_min(0.0)[(...,) + (None,) * rp[0].ndim]
+    return _inverse_variance(variances[0], list(variances[1:]))
+
+
+def tpg(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """One k per coordinate, chosen jointly by the variance in policy-parameter space.
+
+    With J_id the per-sample Jacobian of coordinate d w.r.t. the parameters, and C_RP, C_LR the
+    [D, D] covariances tr Cov_i(J_id g_id, J_ie g_ie) of each leg, minimises over k in [0, 1]^D
+
+        (1 - k)ᵀ C_RP (1 - k) + kᵀ C_LR k + CARRIED Σ_d k_d² C_LR,dd.
+
+    This project; no paper. With one coordinate and CARRIED = 0 it is `tp`; where J keeps the
+    coordinates apart, it is `tpx-ivw` in parameter space. Two choices are measured rather than
+    derived (`scripts/chaos.py`): the covariance between the legs is left out, because over a long
+    chain the noise of its estimate costs more than it gains; and LR's own variance counts once
+    more, because the noise that LR adds at a node is carried on to every earlier node.
+    """
+    if len(legs) != 1 or rp[0].ndim != 2:
+        raise ValueError(
+            f"weight rule 'tpg' takes one score leg and nodes [N, D], got {len(legs)} legs and a "
+            f"node of shape {list(rp[0].shape)}; use weight=tpx"
+        )
+    # A pathwise leg so large that k would round to 1, or not finite, does not take part.
+    spread_rp, spread_lr = rp[0].std(0), legs[0][0].std(0)
+    limit = spread_lr / (8 * torch.finfo(spread_lr.dtype).eps) ** 0.5
+    usable = torch.isfinite(spread_rp) & ~(spread_rp > limit)  # [D]
+    pairs = [(torch.where(usable, g, 0.0), leg) for g, leg in zip(rp, legs[0], strict=True)]
+    scale = torch.stack([torch.linalg.vector_norm(g, math.inf) for g in pairs[0]]).amax()
+    scale = scale.clamp_min(_tiny(scale))
+    # Fields [2 D, N, D]: each coordinate of each leg by itself.
+    fields = [torch.cat([torch.diag_embed(g / scale) for g in pair], 1) for pair in pairs]
+    covariance = gram(_require(probe, "tpg"), tuple(f.movedim(1, 0) for f in fields))
+    d = rp[0].shape[1]
+    c_rp, c_lr = covariance[:d, :d], covariance[d:, d:]
+    carried = CARRIED * c_lr.diagonal()
+    system = c_rp + c_lr + torch.diag(carried)
+    size = system.diagonal().clamp_min(_tiny(scale)).sqrt()
+    # Solved for 1 - k, whose right-hand side holds no exploded number.
+    pathwise_weight = _solve(system, size, c_lr.sum(1) + carried, usable)
+    return [(1 - pathwise_weight).clamp(0.0, 1.0).unsqueeze(0)]
+
+
+def _solve(system: Tensor, size: Tensor, target: Tensor, usable: Tensor) -> Tensor:
+    """Solve a small symmetric system in units of its diagonal; unusable unknowns are 0."""
+    both = usable & usable.unsqueeze(1)
+    eye = torch.eye(len(size), dtype=size.dtype, device=size.device)
+    scaled = torch.where(both, system / size / size.unsqueeze(1), 0.0) * (1 - eye)
+    unknown = torch.linalg.solve(
+        scaled + (1 + RIDGE) * eye, torch.where(usable, target / size, 0.0)
+    )
+    return unknown / size
+
+
+def whole_graph_ivw(rp: Tensor, lr: Tensor) -> Tensor:
+    """k = V_RP / (V_RP + V_LR), once, from per-sample gradients [N, P]. TPX 2023, Eq. 5."""
+    variances = _variances(rp, [lr], summed=True)
+    return _inverse_variance(*variances)[0].squeeze().nan_to_num(nan=1.0)
+
+
+def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
+    """k of least Var_i(rp + Σ_l k_l (leg_l - rp)), per coordinate or summed over the last axis."""
+    deltas = torch.stack([leg - rp for leg in legs]) if len(legs) > 1 else (legs[0] - rp)[None]
+    dims = (1, -1) if summed else (1,)
+    # Largest entry per regression: makes k independent of the loss's scale, without overflow.
+    scale = torch.linalg.vector_norm(deltas, math.inf, dim=(0, *dims), keepdim=True)
+    scale = scale.clamp_min(_tiny(scale))
+    rp, deltas = rp / scale[0], deltas / scale
+    centred = deltas - deltas.mean(1, keepdim=True)
+    if len(legs) == 1:
+        delta = centred[0]
+        numerator, variance = (delta * rp), delta * delta
+        if summed:
+            numerator, variance = numerator.sum(-1, keepdim=True), variance.sum(-1, keepdim=True)
+        k = numerator.sum(0, keepdim=True) / variance.sum(0, keepdim=True).clamp_min(_tiny(scale))
+        return [k.neg_().clamp_(0.0, 1.0)]
+    gram_matrix = torch.einsum("ln...,mn...->...lm", centred, centred)
+    target = torch.einsum("ln...,n...->...l", centred, rp)
+    if summed:
+        gram_matrix, target = gram_matrix.sum(-3, keepdim=True), target.sum(-2, keepdim=True)
+    trace = gram_matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    ridge = torch.eye(len(legs), dtype=rp.dtype, device=rp.device) * (RIDGE * trace + _tiny(trace))
+    k = torch.linalg.solve(gram_matrix + ridge, -target.unsqueeze(-1)).squeeze(-1)
+    k = k.clamp(0.0, 1.0)
+    k = k / k.sum(-1, keepdim=True).clamp_min(1.0)  # together the legs get at most everything
+    return list(k.movedim(-1, 0).unsqueeze(1))
+
+
+def _variances(rp: Tensor, legs: list[Tensor], *, summed: bool) -> tuple[Tensor, list[Tensor]]:
+    gradients = [rp, *legs]
+    dims = (0, -1) if summed else (0,)
+    scale = torch.linalg.vector_norm(rp, math.inf, dim=dims, keepdim=True)
+    scale = scale.clamp_min(_tiny(scale))
+    variances = [(g / scale).var(0, keepdim=True) for g in gradients]
+    if summed:
+        variances = [v.sum(-1, keepdim=True) for v in variances]
+    return variances[0], variances[1:]
+
+
+def _inverse_variance(rp: Tensor, legs: list[Tensor]) -> list[Tensor]:
+    """k_l = V_l⁻¹ / (V_RP⁻¹ + Σ_m V_m⁻¹); 0 where everything is 0."""
+    if len(legs) == 1:
+        return [rp / (legs[0] + rp).clamp_min(_tiny(rp))]
+    precisions = [1 / v.clamp_min(_tiny(v) ** 0.5) for v in [rp, *legs]]
+    total = torch.stack(precisions).sum(0)
+    return [p / total for p in precisions[1:]]
+
+
+def _require(probe: Probe | None, name: str) -> Probe:
+    if probe is None:
+        raise ValueError(
+            f"weight rule '{name}' works in policy-parameter space and needs probe=...; pass one "
+            "(estimators.ParameterProbe) or choose estimator 'tpx', which needs none"
+        )
+    return probe
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny

@@ -1,0 +1,162 @@
+"""A run's folder: what is in it, and how environments and agents are made again from it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
+
+import envs  # noqa: F401  (registers our environments)
+from agents import PIPPS
+
+AGENTS: dict[str, type[BaseAlgorithm]] = {"pipps": PIPPS}
+
+
+class UserError(Exception):
+    """Something the user can put right; scripts print it as one sentence and exit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Everything needed to make environment and agent again, as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def model(self) -> Path:
+        """The trained agent, for `load`."""
+        return self.path / "model.zip"
+
+    @property
+    def evaluations(self) -> Path:
+        """Returns of the evaluation rollouts after each trial, as JSON."""
+        return self.path / "evaluations.json"
+
+    @property
+    def learning_curve(self) -> Path:
+        """Picture of the evaluations."""
+        return self.path / "learning_curve.png"
+
+    @property
+    def video(self) -> Path:
+        """The final policy, as a GIF."""
+        return self.path / "rollout.gif"
+
+    @property
+    def summary(self) -> Path:
+        """Result and timing, as JSON."""
+        return self.path / "summary.json"
+
+    @staticmethod
+    def create(root: Path, name: str) -> RunFolder:
+        """A new folder root/name, or root/name_2, ... if that is taken."""
+        path, number = root / name, 2
+        while path.exists():
+            path, number = root / f"{name}_{number}", number + 1
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
+        return RunFolder(path)
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """An existing run."""
+        folder = RunFolder(path)
+        if not folder.config.is_file():
+            raise UserError(
+                f"{path} is no run folder (it has no config.json); "
+                "pass the folder that scripts/train.py printed"
+            )
+        return folder
+
+    def load_agent(self, env: VecEnv) -> BaseAlgorithm:
+        """The trained agent of this run."""
+        config = read_json(self.config)
+        if config.get("agent") not in AGENTS:
+            raise UserError(f"{self.config} names the unknown agent {config.get('agent')!r}")
+        return AGENTS[config["agent"]].load(self.model, env=env)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def parse_env_args(arguments: tuple[str, ...]) -> dict[str, Any]:
+    """["cost=tip", "noise=4"] -> {"cost": "tip", "noise": 4}."""
+    parsed: dict[str, Any] = {}
+    for argument in arguments:
+        name, separator, text = argument.partition("=")
+        if not separator or not name.isidentifier():
+            raise UserError(f"--env-arg expects NAME=VALUE, got '{argument}'; for example noise=4")
+        try:
+            parsed[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            parsed[name] = text
+    return parsed
+
+
+def make_env(
+    env_id: str,
+    env_args: dict[str, Any],
+    *,
+    seed: int | None,
+    n_envs: int = 1,
+    render: bool = False,
+) -> VecEnv:
+    """Vector environment of an id, each monitored and seeded."""
+    if env_id not in gym.registry and ":" not in env_id:
+        near = difflib.get_close_matches(env_id, list(gym.registry), 1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"unknown environment '{env_id}'{hint}")
+    kwargs = {**env_args, "render_mode": "rgb_array" if render else None}
+    try:
+        return make_vec_env(env_id, n_envs, seed=seed, env_kwargs=kwargs)
+    except (ValueError, TypeError, ImportError, gym.error.Error) as error:
+        raise UserError(f"cannot make the environment '{env_id}': {error}") from error
+
+
+def record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, *, episodes: int = 1) -> float:
+    """Roll the policy out and write what the environment renders; returns the mean return."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError("writing a GIF needs Pillow: pip install pillow") from error
+    fps = env.get_attr("metadata")[0].get("render_fps", 30)
+    frames, returns, observations = [], [], env.reset()
+    state, starts, total = None, np.ones(1, dtype=bool), 0.0
+    frames.append(env.render())
+    while len(returns) < episodes:
+        actions, state = agent.predict(observations, state, starts, deterministic=True)  # type: ignore[arg-type]
+        observations, rewards, starts, _ = env.step(actions)
+        total += float(rewards[0])
+        if starts[0]:
+            returns.append(total)
+            total = 0.0
+        else:  # after the end the environment has reset already: that frame is the next episode's
+            frames.append(env.render())
+    pictures = [Image.fromarray(np.asarray(frame)) for frame in frames if frame is not None]
+    if not pictures:
+        raise UserError("the environment renders nothing; does it support render_mode='rgb_array'?")
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+    )
+    return float(np.mean(returns))

@@ -1,0 +1,251 @@
+"""Train an agent and leave a run folder: config, model, progress.csv, TensorBoard, PNG and GIF.
+
+python -m scripts.train pipps                                  # cart-pole swing-up, tpx, minutes
+python -m scripts.train pipps --estimator lr --seed 3
+python -m scripts.train pipps --preset pipps2018 --env-arg cost=tip --env-arg noise=4
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import os
+import sys
+import time
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from docstring_parser import parse as parse_docstring
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecEnv
+
+from agents import figures, presets
+from agents.callbacks import TrialEvaluation
+from scripts.run_folder import AGENTS, RunFolder, UserError, make_env, parse_env_args, record_gif
+
+# Constructor arguments that are not flags: set below, or not expressible as text.
+NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "pipps": {"env_id": "totalprop/CartPoleSwingUp-v0", "total_timesteps": 450},
+}
+PRESETS = {"pipps": presets.PIPPS}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What is trained where, and what is written."""
+
+    env_id: str = ""
+    """Gymnasium id of the environment; "module:id" imports the module first."""
+    env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=VALUE passed to the environment's constructor; may be given several times."""
+    total_timesteps: int = 0
+    """Real environment steps. The cart-pole's episodes have 30: 450 steps are 15 trials."""
+    runs: Path = Path("runs")
+    """Folder that the run's folder is created in."""
+    name: str = ""
+    """Name of the run's folder; default: agent, environment, estimator and seed."""
+    eval_episodes: int = 30
+    """Evaluation rollouts after each trial; they are not used for learning."""
+    threads: int = 0
+    """CPU threads of PyTorch; 0: one per core."""
+    tensorboard: bool = True
+    """Write TensorBoard events (scalars and figures)."""
+    progress: bool = True
+    """Show progress bars."""
+
+
+def config_class(agent: str) -> type:
+    """Dataclass of the agent's flags, from its constructor's signature and docstring."""
+    cls = AGENTS[agent]
+    # stable-baselines3's GymEnv alias names VecEnv by a string.
+    hints = typing.get_type_hints(cls.__init__, localns={"VecEnv": VecEnv})
+    texts = {p.arg_name: p.description or "" for p in parse_docstring(cls.__doc__ or "").params}
+    fields = []
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name in NOT_FLAGS or name.startswith("_"):
+            continue
+        kind = _flag_type(hints[name])
+        doc = " ".join(texts.get(name, "").split())
+        annotated = Annotated[kind, tyro.conf.arg(help=doc)]  # type: ignore[valid-type]
+        fields.append((name, annotated, dataclasses.field(default=parameter.default)))
+    return dataclasses.make_dataclass(f"{cls.__name__}Flags", fields, frozen=True)
+
+
+def _flag_type(hint: Any) -> Any:
+    """The part of a union that can be typed on a command line: float | Schedule -> float."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = typing.get_args(hint) if is_union else ()
+    plain = [m for m in members if m in (int, float, str, bool, type(None))]
+    if not plain:
+        return hint
+    return typing.Union[tuple(plain)]  # noqa: UP007  (built at run time)
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, Any, str]:
+    """(agent, options, flags, preset) of a command line; exits with 2 on wrong usage."""
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in AGENTS:
+        print(__doc__)
+        print("agents:", ", ".join(AGENTS), " (scripts.train AGENT --help lists its flags)")
+        if arguments and arguments[0] not in ("-h", "--help"):
+            print(f"error: unknown agent '{arguments[0]}'; choose one of {', '.join(AGENTS)}")
+        raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
+    agent, rest = arguments[0], list(arguments[1:])
+    preset = _take_preset(agent, rest)
+    flags_type = config_class(agent)
+    known = {f.name for f in dataclasses.fields(flags_type)}
+    values = PRESETS[agent].get(preset, {})
+    flags = flags_type(**{"seed": 0, **{k: v for k, v in values.items() if k in known}})
+
+    command = dataclasses.make_dataclass(
+        "Command",
+        [
+            ("run", tyro.conf.OmitArgPrefixes[RunOptions]),
+            ("agent", tyro.conf.OmitArgPrefixes[flags_type]),  # type: ignore[valid-type]
+        ],
+    )
+    parsed = tyro.cli(
+        command,
+        args=rest,
+        prog=f"scripts.train {agent}",
+        description=f"{AGENTS[agent].__doc__.splitlines()[0]}\n\n"  # type: ignore[union-attr]
+        f"--preset {{{','.join(PRESETS[agent])}}} sets a paper's numbers; flags given beside it win.",
+        default=command(RunOptions(**DEFAULTS[agent]), flags),
+    )
+    return agent, parsed.run, parsed.agent, preset
+
+
+def _take_preset(agent: str, arguments: list[str]) -> str:
+    """Remove --preset NAME from the arguments: it sets the defaults of all other flags."""
+    for i, argument in enumerate(arguments):
+        name, separator, value = argument.partition("=")
+        if name != "--preset":
+            continue
+        preset = value if separator else (arguments[i + 1] if i + 1 < len(arguments) else "")
+        del arguments[i : i + (1 if separator else 2)]
+        if preset not in PRESETS[agent]:
+            known = ", ".join(PRESETS[agent])
+            print(f"error: unknown preset '{preset}'; choose one of {known}", file=sys.stderr)
+            raise SystemExit(2)
+        return preset
+    return ""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: wrong input ends with one sentence, never with a traceback."""
+    agent, options, flags, preset = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        train(agent, options, flags, preset)
+    except (UserError, ValueError, AssertionError, FloatingPointError) as error:
+        if os.environ.get("TOTALPROP_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("\nstopped; the folder keeps what was written so far", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunFolder:
+    """Make environment, agent and run folder, learn, and report."""
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    if options.total_timesteps < 1:
+        raise UserError(f"--total-timesteps must be at least 1, got {options.total_timesteps}")
+    if options.eval_episodes < 2:
+        raise UserError(f"--eval-episodes must be at least 2, got {options.eval_episodes}")
+    env_args = parse_env_args(options.env_arg)
+    keywords = dataclasses.asdict(flags)
+    policy_kwargs = PRESETS[agent].get(preset, {}).get("policy_kwargs")
+    # Everything that can be wrong is made before the folder: nothing is left behind by a typo.
+    env = make_env(options.env_id, env_args, seed=None)
+    eval_env = make_env(options.env_id, env_args, seed=1000 + flags.seed, n_envs=5)
+    algorithm = AGENTS[agent](env=env, policy_kwargs=policy_kwargs, **keywords)  # type: ignore[call-arg]
+    name = options.name or "_".join(
+        [agent, options.env_id.rsplit("/", 1)[-1], str(flags.estimator), f"seed{flags.seed}"]
+    )
+    folder = RunFolder.create(options.runs, name)
+    config = {
+        "agent": agent,
+        "preset": preset,
+        "env_id": options.env_id,
+        "env_args": env_args,
+        "total_timesteps": options.total_timesteps,
+        "arguments": keywords,
+    }
+    folder.config.write_text(json.dumps(config, indent=2) + "\n")
+    formats = ["csv", *(["tensorboard"] if options.tensorboard else [])]
+    algorithm.set_logger(configure(str(folder.path), formats))
+    algorithm.tensorboard_log = str(folder.path) if options.tensorboard else None
+    evaluation = TrialEvaluation(
+        eval_env, n_episodes=options.eval_episodes, path=folder.evaluations, verbose=1
+    )
+    print(f"Training {agent} ({flags.estimator}) on {options.env_id}, writing to {folder.path}")
+    started = time.perf_counter()
+    algorithm.learn(options.total_timesteps, callback=evaluation, progress_bar=options.progress)
+    seconds = time.perf_counter() - started
+    algorithm.save(folder.model)
+    report(algorithm, folder, evaluation, options, env_args, seconds)
+    return folder
+
+
+def report(
+    algorithm: BaseAlgorithm,
+    folder: RunFolder,
+    evaluation: TrialEvaluation,
+    options: RunOptions,
+    env_args: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Curve, video and the summary line."""
+    costs = -np.array(evaluation.returns)
+    threshold = reward_threshold(evaluation.eval_env)
+    cost_limit = None if threshold is None else -threshold
+    title = f"{type(algorithm).__name__}, {options.env_id}"
+    figures.learning_curve(costs, cost_limit, title).savefig(folder.learning_curve, dpi=150)
+    mean, std = costs[-1].mean(), costs[-1].std()
+    success = None if cost_limit is None else bool(mean < cost_limit)
+    summary = {
+        "final_cost": mean,
+        "final_cost_std": std,
+        "success": success,
+        "success_threshold": cost_limit,
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+    }
+    folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
+    video = ""
+    try:
+        render_env = make_env(options.env_id, env_args, seed=0, render=True)
+        record_gif(algorithm, render_env, folder.video)
+        video = f", {folder.video.name}"
+    except UserError as error:  # the training is done: a missing picture must not hide it
+        print(f"no video: {error}", file=sys.stderr)
+    verdict = {True: "SUCCESS", False: "NO SUCCESS", None: "DONE"}[success]
+    limit = "" if cost_limit is None else f" (success below {cost_limit:g})"
+    print(
+        f"{verdict}: cost {mean:.2f} ± {std:.2f} over {costs.shape[1]} rollouts{limit} "
+        f"after {algorithm.num_timesteps} real steps, {seconds / 60:.1f} min.\n"
+        f"Look at {folder.path}/: {folder.learning_curve.name}{video}, progress.csv, TensorBoard.\n"
+        f"Next: python -m scripts.evaluate {folder.path}"
+        f"   |   tensorboard --logdir {folder.path.parent}"
+    )
+
+
+def reward_threshold(env: VecEnv) -> float | None:
+    """Return that counts as solved, from the environment's registration, or None."""
+    spec = env.get_attr("spec")[0]
+    threshold = None if spec is None else spec.reward_threshold
+    return None if threshold is None or not math.isfinite(threshold) else float(threshold)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""The particle simulation against plain rollouts, finite differences and closed forms."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import estimators
+from agents.particles import Noise, ParticleModel, gaussian_resample, simulate
+from agents.policies import LinearPolicy, RBFPolicy, trig_features
+from estimators import ParameterProbe, assign_credit
+from gymnasium import spaces
+from world_models.gp import GaussianProcess
+
+F64 = torch.float64
+HORIZON, PARTICLES, STATES = 4, 6, 2
+NODEWISE = [name for name in estimators.names() if not estimators.make(name).whole_graph]
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def cost(states, actions):
+    """Depends on states and actions, and is not quadratic."""
+    return 1 - torch.exp(-0.5 * (states - 0.3).square().sum(-1)) + 0.1 * actions.square().sum(-1)
+
+
+def state_cost(states, actions):
+    return 1 - torch.exp(-0.5 * (states - 0.3).square().sum(-1))
+
+
+def make(controls=1, angle_dims=(), cost=state_cost, policy_class=RBFPolicy, **changes):
+    """A model with fixed hyper-parameters on 15 random points, and a small controller."""
+    dynamics = GaussianProcess(STATES + len(angle_dims) + controls, STATES)
+    n_inputs = dynamics.inputs.shape[1]
+    inputs = torch.randn(15, n_inputs, dtype=F64, generator=generator(0))
+    dynamics.set_data(inputs, 0.5 * torch.randn(15, STATES, dtype=F64, generator=generator(1)))
+    dynamics.log_lengthscale.fill_(0.4)
+    dynamics.log_signal.copy_(torch.tensor([0.5, 0.7], dtype=F64).log())
+    dynamics.log_noise.copy_(torch.tensor([0.2, 0.3], dtype=F64).log())
+    model = ParticleModel(
+        dynamics,
+        start_mean=torch.tensor([0.5, -0.5], dtype=F64),
+        start_std=torch.tensor([0.3, 0.2], dtype=F64),
+        cost=cost,
+    )
+    torch.manual_seed(0)
+    kwargs = {"n_centres": 5} if policy_class is RBFPolicy else {}
+    space = spaces.Box(-10, 10, (STATES,))
+    policy = policy_class(space, spaces.Box(-1, 1, (controls,)), angle_dims=angle_dims, **kwargs)
+    return replace(model, **changes), policy
+
+
+def draw(n=PARTICLES, horizon=HORIZON, seed=3, resample=False):
+    return Noise.draw(horizon, n, STATES, generator(seed), resample=resample)
+
+
+def flat_gradient(loss, policy):
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(policy.parameters()))])
+
+
+def estimated(model, policy, noise, estimator, **kwargs):
+    return estimators.gradient(
+        lambda e, tap: simulate(model, policy, noise, e, tap=tap, meter=kwargs.get("meter"))[0],
+        list(policy.parameters()),
+        estimator,
+        samples=len(noise.start),
+        **kwargs,
+    )
+
+
+def flatten(gradients):
+    return torch.cat([g.reshape(-1) for g in gradients])
+
+
+def plain_rollout(model, policy, noise):
+    """The reparameterised rollout without nodes, credits or probes."""
+    x, total, path = model.start_mean + model.start_std * noise.start, 0.0, []
+    for t in range(len(noise.model)):
+        u = policy.act(x)
+        found = model.dynamics.posterior(torch.cat((trig_features(x, policy.angle_dims), u), -1))
+        variance = model.noise_multiplier * model.dynamics.noise**2
+        if model.model_uncertainty:
+            variance = variance + found.variance
+        x = x + found.mean + variance.sqrt() * noise.model[t]
+        if noise.resample is not None:
+            x = gaussian_resample(x, noise.resample[t])
+        path.append(x)
+        total = total + model.cost(x, u).mean()
+    return total, torch.stack(path)
+
+
+# RP
+
+
+@pytest.mark.parametrize("resample", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"model_uncertainty": False}, {"noise_multiplier": 9.0}])
+@pytest.mark.parametrize(("controls", "angle_dims"), [(1, ()), (2, ()), (1, (1,))])
+def test_rp_equals_a_plain_rollout(controls, angle_dims, changes, resample):
+    model, policy = make(controls, angle_dims, cost=cost, **changes)
+    noise = draw(resample=resample)
+    loss, costs, states = simulate(model, policy, noise, estimators.make("rp"))
+    expected, path = plain_rollout(model, policy, noise)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(states[1:], path)
+    torch.testing.assert_close(states[0], model.start_mean + model.start_std * noise.start)
+    assert costs.shape == (HORIZON, PARTICLES) and not costs.requires_grad
+    torch.testing.assert_close(costs.sum(0).mean(), loss.detach())
+    torch.testing.assert_close(flat_gradient(loss, policy), flat_gradient(expected, policy))
+
+
+@pytest.mark.parametrize("resample", [False, True])
+def test_rp_gradient_equals_finite_differences_with_fixed_noise(resample):
+    model, policy = make(cost=cost)
+    noise, rp = draw(resample=resample), estimators.make("rp")
+    gradient = flat_gradient(simulate(model, policy, noise, rp)[0], policy)
+    theta = parameters_to_vector(policy.parameters()).detach()
+
+    def loss(theta):
+        vector_to_parameters(theta, policy.parameters())
+        with torch.no_grad():
+            return float(simulate(model, policy, noise, rp)[0])
+
+    step = 1e-5
+    for i in range(0, len(theta), 3):
+        shift = torch.zeros_like(theta)
+        shift[i] = step
+        slope = (loss(theta + shift) - loss(theta - shift)) / (2 * step)
+        assert float(gradient[i]) == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+# The probe
+
+
+def simulate_with_the_general_probe(model, policy, noise, estimator, tap=None):
+    """`simulate` with `ParameterProbe` (torch.func) instead of the cheap `ControlProbe`."""
+    dynamics = model.dynamics
+    named = {n: p for n, p in policy.named_parameters()}
+    subset = {"weights": named["weights"]} if estimator.probe == "subset" else named
+    dense = torch.linalg.inv(
+        torch.stack([kernel(dynamics, e, dynamics.inputs) for e in range(STATES)])
+        + torch.diag_embed((dynamics.noise**2)[:, None].expand(-1, len(dynamics.inputs)))
+    )
+
+    def zeta(parameters, x):  # one sample, all in torch.func's reach
+        u = functional_call(policy, {**named, **parameters}, (x[None],))
+        z = torch.cat((trig_features(x[None], policy.angle_dims), u), -1)
+        k = torch.stack([kernel(dynamics, e, z)[0] for e in range(STATES)])  # [E, n]
+        weights = torch.einsum("en,enm->em", k, dense)
+        mean = (weights * dynamics.targets.T).sum(-1)
+        variance = (2 * dynamics.log_signal).exp() - (weights * k).sum(-1)
+        return x + mean, (variance + dynamics.noise**2).sqrt()
+
+    x = model.start_mean + model.start_std * noise.start
+    credit, loss = x.new_zeros(len(x)), x.new_zeros(())
+    for t in range(len(noise.model)):
+        u = policy.act(x)
+        found = dynamics.posterior(torch.cat((trig_features(x, policy.angle_dims), u), -1))
+        std = (found.variance + dynamics.noise**2).sqrt()
+        probe = ParameterProbe(zeta, subset, x)
+        x, credit = estimator(x + found.mean, std, noise.model[t], credit, probe=probe, tap=tap)
+        loss = loss + assign_credit(model.cost(x, u), credit).mean()
+    return loss
+
+
+def kernel(gp, e, x):
+    difference = (x[:, None, :] - gp.inputs[None]) / gp.log_lengthscale[e].exp()
+    return (2 * gp.log_signal[e]).exp() * torch.exp(-0.5 * (difference**2).sum(-1))
+
+
+@pytest.mark.parametrize("name", ["tp", "tps", "tpg"])
+@pytest.mark.parametrize(("controls", "angle_dims"), [(1, ()), (2, (1,))])
+def test_control_probe_equals_the_general_probe(name, controls, angle_dims):
+    model, policy = make(controls, angle_dims)
+    noise, estimator = draw(n=12), estimators.make(name)
+    ours = flat_gradient(simulate(model, policy, noise, estimator)[0], policy)
+    general = simulate_with_the_general_probe(model, policy, noise, estimator)
+    torch.testing.assert_close(ours, flat_gradient(general, policy), rtol=1e-6, atol=1e-10)
+    rp = flat_gradient(simulate(model, policy, noise, estimators.make("rp"))[0], policy)
+    assert not torch.allclose(ours, rp, rtol=1e-3)
+
+
+def test_tps_weighs_by_the_last_layer_only():
+    model, policy = make(2)
+    noise = draw(n=12)
+    gradients = [
+        flat_gradient(simulate(model, policy, noise, estimators.make(name))[0], policy)
+        for name in ("tp", "tps")
+    ]
+    assert not torch.allclose(*gradients)
+    assert torch.isfinite(gradients[1]).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_uncertainty": False}])
+@pytest.mark.parametrize("name", NODEWISE)
+def test_taps_sum_to_the_gradient(name, changes):
+    model, policy = make(controls=2, **changes)
+    result = estimated(model, policy, draw(n=9), estimators.make(name), per_sample=True)
+    assert result.per_sample.shape == (9, sum(p.numel() for p in policy.parameters()))
+    flat = flatten(result.gradients)
+    torch.testing.assert_close(result.per_sample.sum(0), flat, rtol=1e-9, atol=1e-12)
+    assert flat.norm() > 1e-4
+
+
+def test_tap_rows_are_the_gradients_of_single_particles_for_rp():
+    model, policy = make(controls=1)
+    noise = draw(n=3)
+    found = estimated(model, policy, noise, estimators.make("rp"), per_sample=True).per_sample
+    for i in range(3):
+        one = Noise(noise.start[i : i + 1], noise.model[:, i : i + 1], None)
+        alone = flat_gradient(plain_rollout(model, policy, one)[0], policy)
+        torch.testing.assert_close(found[i], alone / 3, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("rp", 0.0), ("lr", 1.0)])
+def test_meter_measures_k(name, expected):
+    model, policy = make()
+    meter = torch.zeros(HORIZON, STATES, dtype=F64, requires_grad=True)
+    k = estimated(model, policy, draw(), estimators.make(name), meter=meter).k
+    torch.testing.assert_close(k, torch.full_like(meter, expected).detach())
+
+
+# All estimators agree
+
+
+DRAWS, N_EACH = 400, 25
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """RP's mean gradient over many particles at once: 200 x 300 particles, seed 99."""
+    model, policy = make(policy_class=LinearPolicy)
+    source = generator(99)
+    gradients = torch.stack(
+        [
+            flatten(estimated(model, policy, n, estimators.make("rp")).gradients)
+            for n in (Noise.draw(2, 300, STATES, source, resample=False) for _ in range(200))
+        ]
+    )
+    return gradients.mean(0), gradients.var(0) / len(gradients)
+
+
+@pytest.mark.parametrize("name", estimators.names())
+def test_estimators_agree_in_mean(name, reference):
+    """400 draws of 25 particles, horizon 2, seed 7; <= 4 SE in each of the 3 parameters.
+
+    Composite estimators choose k from the particles that they weigh; with cross-fitting their bias
+    is far below the standard error.
+    """
+    model, policy = make(policy_class=LinearPolicy)
+    source, estimator = generator(7), estimators.make(name)
+    if name not in ("rp", "lr", "ivw"):
+        estimator = replace(estimator, cross_fit=True)
+    gradients = torch.stack(
+        [
+            flatten(estimated(model, policy, n, estimator).gradients)
+            for n in (Noise.draw(2, N_EACH, STATES, source, resample=False) for _ in range(DRAWS))
+        ]
+    )
+    error = gradients.mean(0) - reference[0]
+    standard_error = (gradients.var(0) / DRAWS + reference[1]).sqrt()
+    assert (error.abs() <= 4 * standard_error).all()
+    assert (reference[0].abs() > 4 * standard_error).any()  # the test can tell it from zero
+
+
+# Gaussian resampling
+
+
+def test_resampled_points_have_the_fitted_mean_and_covariance():
+    """4000 particles -> 200 000 draws of the fitted Gaussian, seed 5, within 4 SE."""
+    x = torch.randn(4000, 2, dtype=F64, generator=generator(4))
+    x = x @ torch.tensor([[1.0, 0.6], [0.0, 0.5]], dtype=F64) + torch.tensor([3.0, -1.0])
+    noise = torch.randn(50, 4000, 2, dtype=F64, generator=generator(5))
+    y = torch.cat([gaussian_resample(x, z) for z in noise])
+    covariance, n = torch.cov(x.T), len(y)
+    mean_error = (y.mean(0) - x.mean(0)) / (covariance.diagonal() / n).sqrt()
+    assert mean_error.abs().max() < 4
+    variances = covariance.diagonal()
+    error = (variances[:, None] * variances + covariance.square()) / n  # of a sample covariance
+    assert ((torch.cov(y.T) - covariance).abs() <= 4 * error.sqrt()).all()
+
+
+def test_resampling_equals_its_formula():
+    x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 3.0]], dtype=F64)
+    z = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=F64)
+    # mean (1, 1); Bessel-corrected covariance diag(1, 3)
+    expected = torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, 1 + 3**0.5]], dtype=F64)
+    torch.testing.assert_close(gaussian_resample(x, z), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_gradcheck_of_resampling():
+    x = torch.randn(7, 3, dtype=F64, generator=generator(0)).requires_grad_()
+    z = torch.randn(7, 3, dtype=F64, generator=generator(1))
+    assert torch.autograd.gradcheck(lambda x: gaussian_resample(x, z), (x,))
+
+
+def test_resampling_survives_collapsed_and_too_few_particles():
+    z = torch.randn(3, 4, dtype=F64, generator=generator(1))
+    collapsed = gaussian_resample(torch.ones(3, 4, dtype=F64), z)
+    torch.testing.assert_close(collapsed, torch.ones(3, 4, dtype=F64), atol=1e-6, rtol=0)
+    for seed in range(20):
+        few = torch.randn(3, 4, dtype=F64, generator=generator(seed))
+        assert torch.isfinite(gaussian_resample(few, z)).all()
+
+
+# The model's options, in closed form
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 4.0, 100.0])
+@pytest.mark.parametrize("uncertainty", [True, False])
+def test_spread_after_one_step(multiplier, uncertainty):
+    """From a known start x_1 - x_0 = m + z sqrt(σ_f² + multiplier·σ_n²), exactly for each z."""
+    model, policy = make(model_uncertainty=uncertainty, noise_multiplier=multiplier)
+    model = replace(model, start_std=torch.zeros(STATES, dtype=F64))
+    noise = draw(horizon=1)
+    _, _, states = simulate(model, policy, noise, estimators.make("rp"))
+    start = model.start_mean[None]
+    found = model.dynamics.posterior(torch.cat((start, policy.act(start)), -1))
+    variance = multiplier * torch.tensor([0.04, 0.09], dtype=F64)
+    if uncertainty:
+        assert (found.variance > 0.01).all()
+        variance = variance + found.variance
+    expected = start + found.mean + variance.sqrt() * noise.model[0]
+    torch.testing.assert_close(states[1], expected.detach())
+
+
+# Noise
+
+
+def test_same_generator_state_gives_the_same_noise():
+    first, second, other = draw(seed=1, resample=True), draw(seed=1, resample=True), draw(seed=2)
+    for name, shape in (("start", (6, 2)), ("model", (4, 6, 2)), ("resample", (4, 6, 2))):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+        assert getattr(first, name).shape == shape and getattr(first, name).dtype == F64
+    assert not torch.equal(first.model, other.model) and other.resample is None
+    assert not torch.equal(first.model, first.resample)
+
+
+def test_simulation_draws_nothing_from_the_global_generator():
+    model, policy = make()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    simulate(model, policy, draw(resample=True), estimators.make("tpx"))
+    assert torch.equal(torch.rand(1), expected)

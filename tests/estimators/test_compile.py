@@ -1,0 +1,92 @@
+"""torch.compile: the node is one graph, and compiled gradients are the eager ones."""
+
+import shutil
+
+import pytest
+import torch
+from torch.utils.cpp_extension import get_cxx_compiler
+
+import estimators
+from estimators import ControlProbe, DenseJacobian, assign_credit
+
+N, D, A, H = 12, 3, 2, 2
+NAMES = ("rp", "lr", "tpx", "tpx-ivw", "tp", "tpg")
+
+
+def inputs(dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=dtype, generator=generator)
+
+    weight = (0.5 * randn(A, D)).requires_grad_()
+    meter = torch.zeros(1, D, dtype=dtype, requires_grad=True)
+    return weight, meter, randn(N, D), randn(D, A), randn(H, N, D)
+
+
+def loss_of(estimator, weight, meter, x, mixing, noise):
+    """Two nodes of a nonlinear model whose parameters act through the action alone."""
+    credit = x.new_zeros(N)
+    total = x.new_zeros(())
+    for noise_t in noise:
+        action = torch.tanh(x @ weight.T)
+        mean, std = torch.sin(2 * x) + action @ mixing.T, 0.3 + 0.2 * torch.sigmoid(x)
+        features, slope = x.detach(), (1 - action.square()).detach()
+
+        def control_jacobian(features=features, slope=slope):  # [N, A, A·D]
+            outer = torch.eye(A, dtype=features.dtype)[None, :, :, None] * features[:, None, None]
+            return DenseJacobian((slope[:, :, None, None] * outer).flatten(2))
+
+        by_action = mixing.detach().expand(N, D, A)
+        probe = ControlProbe([by_action, torch.zeros_like(by_action)], control_jacobian)
+        x, credit = estimator(mean, std, noise_t, credit, probe=probe, meter=meter)
+        total = total + assign_credit(torch.sin(3 * x).sum(-1) + x.prod(-1), credit).mean()
+    return total
+
+
+def gradients(function, dtype):
+    weight, meter, *rest = inputs(dtype)
+    loss = function(weight, meter, *rest)
+    return (loss.detach(), *torch.autograd.grad(loss, [weight, meter]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_equals_eager(name):
+    """Full graph, forward and backward, through AOTAutograd; float64 to round-off."""
+    estimator = estimators.make(name)
+
+    def function(*arguments):
+        return loss_of(estimator, *arguments)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = gradients(function, torch.float64)
+    found = gradients(compiled, torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    if name not in ("rp", "lr"):
+        assert ((expected[2] > 0) & (expected[2] < H)).any()
+
+
+@pytest.mark.skipif(
+    shutil.which(get_cxx_compiler()) is None, reason="inductor needs a C++ compiler on the CPU"
+)
+def test_inductor_equals_eager():
+    """All estimators in one compiled function, so that it is built once."""
+    chosen = [estimators.make(name) for name in NAMES]
+
+    def function(weight, meter, *rest):
+        losses = [
+            loss_of(estimator, weight[i], meter[i], *rest) for i, estimator in enumerate(chosen)
+        ]
+        return torch.stack(losses)
+
+    def stacked(function):
+        weight, meter, *rest = inputs(torch.float32)
+        weight = weight.detach().expand(len(NAMES), A, D).clone().requires_grad_()
+        meter = torch.zeros(len(NAMES), 1, D, requires_grad=True)
+        losses = function(weight, meter, *rest)
+        return (losses.detach(), *torch.autograd.grad(losses.sum(), [weight, meter]))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="inductor")
+    torch.testing.assert_close(stacked(compiled), stacked(function), rtol=1e-3, atol=1e-5)

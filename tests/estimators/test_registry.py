@@ -1,0 +1,125 @@
+"""The registry: names, errors, plug-ins."""
+
+from dataclasses import FrozenInstanceError
+from importlib.metadata import EntryPoint, EntryPoints
+
+import pytest
+import torch
+
+import estimators
+from estimators import Estimator, make, register, registry, weights
+from estimators.baselines import none
+
+MINE = Estimator(weights.pathwise, source="a test")
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """Another distribution declares the entry point `plugged = test_registry_plugin:MINE`."""
+    import sys
+    from types import SimpleNamespace
+
+    monkeypatch.setitem(sys.modules, "test_registry_plugin", SimpleNamespace(MINE=MINE, BAD=3))
+    group = registry.ENTRY_POINT_GROUP
+
+    def entry_points(**selected):
+        declared = [
+            EntryPoint("plugged", "test_registry_plugin:MINE", group),
+            EntryPoint("broken", "test_registry_plugin:BAD", group),
+            EntryPoint("other", "test_registry_plugin:MINE", "some.other.group"),
+        ]
+        return EntryPoints(declared).select(**selected)
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+
+
+def test_the_papers_estimators_are_there():
+    papers = {"rp", "lr", "tp", "tps", "tpx", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar", "ivw"}
+    assert papers | {"tpg"} <= set(estimators.names())
+
+
+@pytest.mark.parametrize("name", estimators.names())
+def test_every_entry_has_a_source_and_is_made_by_name(name):
+    estimator = make(name)
+    assert isinstance(estimator, Estimator)
+    assert estimator.source
+    assert estimator.probe in {"none", "all", "subset"}
+
+
+def test_make_changes_fields_of_a_copy():
+    changed = make("tpx", baseline=none, cross_fit=True)
+    assert changed.baseline is none
+    assert changed.cross_fit
+    assert changed.weight is weights.tpx
+    assert make("tpx").baseline is not none
+    with pytest.raises(TypeError, match="nonsense"):
+        make("tpx", nonsense=1)
+
+
+def test_an_estimator_passes_through():
+    assert make(MINE) == MINE
+    assert make(MINE, cross_fit=True).cross_fit
+    with pytest.raises(FrozenInstanceError):
+        MINE.cross_fit = True
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("tpx-iwv", "tpx-ivw"), ("tpxx", "tpx"), ("rpp", "rp")]
+)
+def test_unknown_name_suggests_the_nearest(typed, meant):
+    with pytest.raises(ValueError, match=f"unknown estimator '{typed}'.*did you mean '{meant}'"):
+        make(typed)
+
+
+def test_unknown_name_lists_all_when_none_is_near():
+    with pytest.raises(ValueError, match="choose one of rp, lr") as caught:
+        make("something else")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_registered_estimator_is_made_by_name():
+    register("mine", MINE)
+    assert make("mine") is not None
+    assert make("mine").source == "a test"
+    assert "mine" in estimators.names()
+
+
+def test_register_refuses_duplicates_and_wrong_types():
+    with pytest.raises(ValueError, match="'tpx' is registered already"):
+        register("tpx", MINE)
+    with pytest.raises(TypeError, match="expected an Estimator, got function"):
+        register("mine", weights.tpx)
+    assert "mine" not in estimators.names()
+
+
+@pytest.mark.usefixtures("plugin")
+def test_entry_point_plugin_is_found():
+    assert "plugged" in estimators.names()
+    assert "other" not in estimators.names()
+    assert make("plugged", cross_fit=True).source == "a test"
+    assert make("plugged") == MINE  # the second time from the registry
+    assert estimators.names().count("plugged") == 1
+
+
+@pytest.mark.usefixtures("plugin")
+def test_entry_point_that_names_no_estimator_is_refused():
+    with pytest.raises(TypeError, match="expected an Estimator, got int"):
+        make("broken")
+
+
+@pytest.mark.usefixtures("plugin")
+def test_ours_win_over_a_plugin_of_the_same_name(monkeypatch):
+    register("plugged", Estimator(weights.tpx, source="ours"))
+    assert make("plugged").source == "ours"
+
+
+def test_a_whole_graph_estimator_has_no_node():
+    mean = torch.zeros(3, 1)
+    with pytest.raises(ValueError, match=r"estimators\.gradient"):
+        make("ivw")(mean, mean + 1, mean, torch.zeros(3))

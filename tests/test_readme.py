@@ -1,0 +1,43 @@
+"""Every Python block of the README runs as printed, in a fresh namespace and an empty folder.
+
+A block whose info string contains `no-run` (```python no-run) is only compiled.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+FENCE = re.compile(r"^```python\b([^\n]*)\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+
+
+def python_blocks(text: str) -> list[tuple[int, str, str]]:
+    """Returns (line number of the first line of code, rest of the info string, code)."""
+    return [
+        (text.count("\n", 0, match.start(2)) + 1, match[1], match[2])
+        for match in FENCE.finditer(text)
+    ]
+
+
+BLOCKS = python_blocks(README.read_text(encoding="utf-8")) if README.exists() else []
+
+
+def test_readme_has_python_blocks():
+    assert BLOCKS, f"{README.name} has no ```python block"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line{block[0]}")
+def test_readme_block_runs(block, tmp_path, monkeypatch):
+    first_line, info, source = block
+    # The blank lines make a traceback point at the line of the README.
+    code = compile("\n" * (first_line - 1) + source, str(README), "exec")
+    if "no-run" in info:
+        return
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"__name__": "__main__"})
+
+
+def test_blocks_are_found_with_their_line_and_info():
+    text = "a\n```python\nx = 1\n```\n```bash\nls\n```\n\n```python no-run\ny\nz\n```\n"
+    assert python_blocks(text) == [(3, "", "x = 1\n"), (10, " no-run", "y\nz\n")]

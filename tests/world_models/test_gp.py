@@ -1,0 +1,365 @@
+"""The Gaussian process against dense algebra, GPyTorch and finite differences."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from world_models.gp import GaussianProcess, negative_log_likelihood
+
+F64 = torch.float64
+N_DATA, N_INPUTS, N_OUTPUTS = 25, 3, 2
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=F64, generator=generator(seed))
+
+
+def make_gp(seed=0, noise=0.1):
+    """A GP with known hyper-parameters, different for every output and input."""
+    gp = GaussianProcess(N_INPUTS, N_OUTPUTS)
+    gp.set_data(randn(N_DATA, N_INPUTS, seed=seed), randn(N_DATA, N_OUTPUTS, seed=seed + 1))
+    lengthscale = torch.tensor([[0.7, 1.3, 2.0], [1.1, 0.5, 0.9]], dtype=F64)
+    gp.log_lengthscale.copy_(lengthscale.log())
+    gp.log_signal.copy_(torch.tensor([1.5, 0.6], dtype=F64).log())
+    gp.log_noise.copy_(torch.tensor([noise, 2 * noise], dtype=F64).log())
+    return gp
+
+
+def kernel(gp, e, a, b):
+    """s² exp(-½ Σ (a - b)² / l²), written out."""
+    difference = (a[:, None, :] - b[None, :, :]) / gp.log_lengthscale[e].exp()
+    return gp.log_signal[e].exp() ** 2 * torch.exp(-0.5 * (difference**2).sum(-1))
+
+
+def dense_posterior(gp, x):
+    """Mean and variance [N, E] by a dense solve, differentiable."""
+    means, variances = [], []
+    for e in range(gp.targets.shape[1]):
+        k_xx = kernel(gp, e, gp.inputs, gp.inputs)
+        k_xx = k_xx + gp.log_noise[e].exp() ** 2 * torch.eye(len(gp.inputs), dtype=F64)
+        k_star = kernel(gp, e, x, gp.inputs)
+        means.append(k_star @ torch.linalg.solve(k_xx, gp.targets[:, e]))
+        explained = (k_star * torch.linalg.solve(k_xx, k_star.T).T).sum(-1)
+        variances.append(gp.log_signal[e].exp() ** 2 - explained)
+    return torch.stack(means, -1), torch.stack(variances, -1)
+
+
+def sample_targets(inputs, lengthscale, signal, noise, seed):
+    """One draw of a GP's noisy observations at the inputs."""
+    scaled = inputs / torch.as_tensor(lengthscale, dtype=F64)
+    covariance = signal**2 * torch.exp(-0.5 * torch.cdist(scaled, scaled) ** 2)
+    covariance += noise**2 * torch.eye(len(inputs), dtype=F64)
+    return torch.linalg.cholesky(covariance) @ randn(len(inputs), seed=seed)
+
+
+# The posterior
+
+
+def test_posterior_equals_a_dense_solve():
+    gp, x = make_gp(), randn(17, N_INPUTS, seed=5)
+    mean, variance = dense_posterior(gp, x)
+    found = gp.posterior(x)
+    torch.testing.assert_close(found.mean, mean, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found.variance, variance, rtol=1e-8, atol=1e-10)
+
+
+def test_posterior_equals_gpytorch():
+    gpytorch = pytest.importorskip("gpytorch")
+    gp, x = make_gp(), randn(11, N_INPUTS, seed=6)
+    found = gp.posterior(x)
+
+    class Exact(gpytorch.models.ExactGP):
+        def __init__(self, inputs, targets, likelihood):
+            super().__init__(inputs, targets, likelihood)
+            self.mean_module = gpytorch.means.ZeroMean()
+            rbf = gpytorch.kernels.RBFKernel(ard_num_dims=N_INPUTS)
+            self.covar_module = gpytorch.kernels.ScaleKernel(rbf)
+
+        def forward(self, x):
+            covariance = self.covar_module(x)
+            return gpytorch.distributions.MultivariateNormal(self.mean_module(x), covariance)
+
+    for e in range(N_OUTPUTS):
+        likelihood = gpytorch.likelihoods.GaussianLikelihood().double()
+        model = Exact(gp.inputs, gp.targets[:, e], likelihood).double()
+        model.covar_module.base_kernel.lengthscale = gp.log_lengthscale[e].exp()
+        model.covar_module.outputscale = gp.log_signal[e].exp() ** 2
+        likelihood.noise = gp.noise[e] ** 2
+        model.eval()
+        with torch.no_grad(), gpytorch.settings.fast_computations(False, False, False):
+            reference = model(x)
+            mean, variance = reference.mean, reference.variance
+        torch.testing.assert_close(found.mean[:, e], mean, rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(found.variance[:, e], variance, rtol=1e-6, atol=1e-8)
+
+
+def test_gradients_and_jacobians_equal_autograd_through_the_dense_solve():
+    gp = make_gp()
+    x = randn(9, N_INPUTS, seed=7).requires_grad_()
+    found, reference = gp.posterior(x), dense_posterior(gp, x)
+    jacobians = found.mean_jacobian, found.variance_jacobian
+    for moment, dense, jacobian in zip(found[:2], reference, jacobians, strict=True):
+        assert not jacobian.requires_grad
+        for e in range(N_OUTPUTS):
+            (by_ours,) = torch.autograd.grad(moment[:, e].sum(), x, retain_graph=True)
+            (by_dense,) = torch.autograd.grad(dense[:, e].sum(), x, retain_graph=True)
+            torch.testing.assert_close(by_ours, by_dense, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(jacobian[:, e], by_dense, rtol=1e-8, atol=1e-9)
+
+
+def test_gradcheck_of_mean_and_variance():
+    gp = make_gp()
+    x = randn(4, N_INPUTS, seed=8).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: gp.posterior(x)[:2], (x,))
+
+
+def test_far_from_the_data_is_the_prior():
+    gp = make_gp()
+    found = gp.posterior(torch.full((2, N_INPUTS), 60.0, dtype=F64))
+    torch.testing.assert_close(found.mean, torch.zeros(2, N_OUTPUTS, dtype=F64), atol=1e-12, rtol=0)
+    prior = (gp.log_signal.exp() ** 2).expand(2, -1)
+    torch.testing.assert_close(found.variance, prior, rtol=1e-12, atol=0)
+
+
+def test_variance_is_never_negative_and_interpolates_without_noise():
+    gp = make_gp(noise=1e-6)
+    found = gp.posterior(gp.inputs)
+    assert (found.variance >= 0).all()
+    assert found.variance.max() < 1e-9
+    torch.testing.assert_close(found.mean, gp.targets, atol=1e-6, rtol=1e-6)
+
+
+def test_observation_noise_is_not_in_the_variance():
+    gp = make_gp()
+    gp.set_data(gp.inputs[:1], gp.targets[:1])
+    s, n = gp.log_signal.exp() ** 2, gp.noise**2
+    expected = (s - s * s / (s + n)).unsqueeze(0)  # one datum, asked at the datum
+    torch.testing.assert_close(gp.posterior(gp.inputs).variance, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_inputs_far_from_the_origin_give_the_same_posterior(offset):
+    gp, x = make_gp(), randn(6, N_INPUTS, seed=9)
+    before = gp.posterior(x)
+    gp.set_data(gp.inputs + offset, gp.targets)
+    after = gp.posterior(x + offset)
+    torch.testing.assert_close(after.mean, before.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(after.variance, before.variance, rtol=1e-4, atol=1e-6)
+
+
+def test_no_data_is_a_clear_error():
+    with pytest.raises(RuntimeError, match="no data"):
+        GaussianProcess(2, 1).posterior(torch.zeros(1, 2, dtype=F64))
+
+
+# Data
+
+
+def test_add_data_appends_and_the_posterior_uses_it_at_once():
+    gp, whole = make_gp(), make_gp()
+    inputs, targets, x = gp.inputs, gp.targets, randn(5, N_INPUTS, seed=3)
+    gp.set_data(inputs[:10], targets[:10])
+    few = gp.posterior(x).mean
+    gp.add_data(inputs[10:], targets[10:])
+    assert torch.equal(gp.inputs, inputs) and torch.equal(gp.targets, targets)
+    torch.testing.assert_close(gp.posterior(x).mean, whole.posterior(x).mean)
+    assert not torch.allclose(few, gp.posterior(x).mean)
+
+
+def test_data_are_stored_in_float64_and_detached():
+    gp = GaussianProcess(1, 1)
+    gp.set_data(torch.ones(2, 1, requires_grad=True), torch.ones(2, 1))
+    assert gp.inputs.dtype == F64 and not gp.inputs.requires_grad
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["inputs", "targets"])
+def test_non_finite_data_raise_and_leave_the_data_alone(bad, where):
+    gp = make_gp()
+    inputs, targets = gp.inputs[:2].clone(), gp.targets[:2].clone()
+    (inputs if where == "inputs" else targets)[1, 0] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        gp.add_data(inputs, targets)
+    assert len(gp.inputs) == N_DATA
+
+
+def test_state_dict_of_another_size_loads_and_predicts_the_same():
+    gp, x = make_gp(), randn(4, N_INPUTS, seed=4)
+    other = GaussianProcess(N_INPUTS, N_OUTPUTS)
+    other.set_data(randn(3, N_INPUTS), randn(3, N_OUTPUTS))
+    other.posterior(x)  # fills the cache, which must not survive
+    other.load_state_dict(gp.state_dict())
+    assert other.is_fitted
+    torch.testing.assert_close(other.posterior(x).mean, gp.posterior(x).mean, rtol=0, atol=0)
+
+
+def test_load_copies_rather_than_shares():
+    gp, other = make_gp(), GaussianProcess(N_INPUTS, N_OUTPUTS)
+    other.load_state_dict(gp.state_dict())
+    gp.inputs.add_(1.0)
+    assert not torch.equal(other.inputs, gp.inputs)
+
+
+def test_unfitted_gp_with_data_stays_unfitted_through_a_state_dict():
+    gp, other = GaussianProcess(1, 1), GaussianProcess(1, 1)
+    gp.set_data(randn(4, 1), randn(4, 1))
+    other.load_state_dict(gp.state_dict())
+    assert other.is_fitted == gp.is_fitted
+
+
+# The likelihood
+
+THETA = torch.tensor([0.2, -0.3, 0.1, 0.4, -1.2], dtype=F64)  # log l (3), log s, log σ_n
+
+
+def test_likelihood_equals_the_multivariate_normal():
+    gp = make_gp()
+    gp.log_lengthscale[0], gp.log_signal[0], gp.log_noise[0] = THETA[:3], THETA[3], THETA[4]
+    covariance = kernel(gp, 0, gp.inputs, gp.inputs)
+    covariance = covariance + math.exp(2 * THETA[4]) * torch.eye(N_DATA, dtype=F64)
+    normal = MultivariateNormal(torch.zeros(N_DATA, dtype=F64), covariance)
+    value, _ = negative_log_likelihood(THETA, gp.inputs, gp.targets[:, 0])
+    assert value == pytest.approx(-float(normal.log_prob(gp.targets[:, 0])), rel=1e-10)
+
+
+@pytest.mark.parametrize("curb", [False, True])
+def test_likelihood_gradient_equals_finite_differences(curb):
+    gp = make_gp()
+    # Far enough from the inputs' spread, and noise far enough below, that the curbs matter.
+    theta = torch.tensor([4.7, -0.3, -4.9, 1.5, -5.2], dtype=F64) if curb else THETA
+    log_std = gp.inputs.std(0, correction=0).log() if curb else None
+
+    def value(theta):
+        return negative_log_likelihood(theta, gp.inputs, gp.targets[:, 0], log_std)[0]
+
+    gradient = negative_log_likelihood(theta, gp.inputs, gp.targets[:, 0], log_std)[1]
+    step = 1e-5
+    for i in range(len(theta)):
+        shift = torch.zeros_like(theta)
+        shift[i] = step
+        slope = (value(theta + shift) - value(theta - shift)) / (2 * step)
+        assert float(gradient[i]) == pytest.approx(slope, rel=1e-5, abs=1e-5)
+
+
+def test_curbs_are_those_of_hypcurb():
+    inputs, target = randn(12, N_INPUTS), randn(12, seed=1)
+    log_std = inputs.std(0, correction=0).log()
+
+    def penalty(theta):
+        with_curb = negative_log_likelihood(theta, inputs, target, log_std)[0]
+        return with_curb - negative_log_likelihood(theta, inputs, target)[0]
+
+    start = torch.cat((log_std, torch.tensor([0.3, 0.3 - math.log(10)], dtype=F64)))
+    assert penalty(start) == pytest.approx((math.log(10) / math.log(1000)) ** 30, abs=1e-12)
+    # SNR e × 1000 and one lengthscale e × 100 deviations, by hand:
+    theta = torch.cat((log_std, torch.tensor([0.0, -math.log(1000) - 1], dtype=F64)))
+    theta[1] += math.log(100) + 1
+    expected = (1 + 1 / math.log(1000)) ** 30 + (1 + 1 / math.log(100)) ** 30
+    assert penalty(theta) == pytest.approx(expected, rel=1e-8)
+
+
+# The fit
+
+
+def test_fit_recovers_the_hyper_parameters_of_sampled_data():
+    """One draw of n = 150 points (seeds 11, 12): within 35 % for l and s, 15 % for the noise.
+
+    The noise's standard error is about 1 / sqrt(2·150) = 6 %.
+    """
+    inputs = 6 * torch.rand(150, 2, dtype=F64, generator=generator(11)) - 3
+    target = sample_targets(inputs, [0.9, 1.8], 2.0, 0.2, seed=12)
+    gp = GaussianProcess(2, 1)
+    gp.set_data(inputs, target[:, None])
+    gp.fit()
+    assert gp.is_fitted
+    ratio = gp.log_lengthscale[0].exp() / torch.tensor([0.9, 1.8], dtype=F64)
+    assert ((ratio > 1 / 1.35) & (ratio < 1.35)).all()
+    assert float(gp.log_signal.exp()) == pytest.approx(2.0, rel=0.35)
+    assert float(gp.noise) == pytest.approx(0.2, rel=0.15)
+
+
+def test_fit_starts_from_the_data_and_increases_the_likelihood():
+    inputs = randn(40, 2, seed=1)
+    targets = (2 * inputs[:, :1]).sin() + 0.1 * randn(40, 1, seed=2)
+    gp = GaussianProcess(2, 1)
+    gp.set_data(inputs, targets)
+    start = torch.cat((inputs.std(0, correction=0), targets.std(0, correction=0).expand(1)))
+    start = torch.cat((start, start[-1:] / 10)).log()
+    at_start = negative_log_likelihood(start, inputs, targets[:, 0])[0] / 40
+    loss = float(gp.fit())
+    assert loss < at_start - 0.1
+    theta = torch.cat((gp.log_lengthscale[0], gp.log_signal, gp.log_noise))
+    at_end = negative_log_likelihood(theta, inputs, targets[:, 0])[0] / 40
+    assert loss == pytest.approx(at_end, rel=1e-12)
+
+
+def test_second_fit_starts_from_the_first_optimum():
+    gp = make_gp()
+    gp._is_fitted = False
+    gp.fit()
+    first = gp.log_lengthscale.clone()
+    gp.fit(max_evaluations=1)  # not enough to get anywhere: it stays at its start
+    torch.testing.assert_close(gp.log_lengthscale, first, rtol=0.02, atol=0.05)
+
+
+def test_posterior_after_a_fit_uses_the_new_hyper_parameters():
+    gp, x = make_gp(), randn(3, N_INPUTS, seed=2)
+    before = gp.posterior(x).mean
+    gp.fit()
+    torch.testing.assert_close(gp.posterior(x).mean, dense_posterior(gp, x)[0])
+    assert not torch.allclose(before, gp.posterior(x).mean)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.7, 1e-3, 1234.567])
+def test_constant_input_column_is_ignored(value):
+    """0.1 and the like have no exact mean in floating point: their std is 1e-17, not 0."""
+    inputs = randn(30, 2, seed=1)
+    inputs[:, 1] = value
+    targets = inputs[:, :1].sin() + 0.05 * randn(30, 1, seed=2)
+    gp = GaussianProcess(2, 1)
+    gp.set_data(inputs, targets)
+    assert torch.isfinite(gp.fit()).all()
+    error = gp.posterior(inputs).mean - inputs[:, :1].sin()
+    assert float(error.square().mean().sqrt()) < 0.1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_constant_targets_are_fitted(value):
+    gp = GaussianProcess(1, 1)
+    gp.set_data(randn(20, 1), torch.full((20, 1), value, dtype=F64))
+    assert torch.isfinite(gp.fit()).all()
+    found = gp.posterior(gp.inputs).mean
+    torch.testing.assert_close(found, gp.targets, atol=0.02, rtol=0)
+
+
+def test_duplicate_points_without_noise_do_not_crash():
+    gp = make_gp(noise=1e-9)
+    gp.set_data(gp.inputs.repeat(3, 1), gp.targets.repeat(3, 1))
+    found = gp.posterior(gp.inputs)
+    assert torch.isfinite(found.mean).all() and (found.variance >= 0).all()
+    torch.testing.assert_close(found.mean, gp.targets, atol=1e-2, rtol=1e-2)
+    assert torch.isfinite(gp.fit()).all()
+
+
+def test_one_point_can_be_fitted():
+    gp = GaussianProcess(2, 1)
+    gp.set_data(torch.ones(1, 2, dtype=F64), torch.ones(1, 1, dtype=F64))
+    assert torch.isfinite(gp.fit()).all()
+    assert torch.isfinite(gp.posterior(gp.inputs).mean).all()
+
+
+def test_fit_does_not_touch_the_global_random_generators():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    make_gp().fit(max_evaluations=5)
+    assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()

@@ -1,0 +1,279 @@
+"""Batched exact Gaussian processes: one per output, shared inputs, float64.
+
+Here live the posterior (with its Jacobian) and the fit of the hyper-parameters. What the outputs
+mean (state differences, rewards) and how particles move through them is the agent's business.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+# Curb on hyper-parameters: no lengthscale beyond 100 input deviations, no signal-to-noise ratio
+# beyond 1000; the power makes the penalty a soft wall. Deisenroth's PILCO code, hypCurb.m.
+LENGTHSCALE_CURB, SNR_CURB, CURB_POWER = math.log(100.0), math.log(1000.0), 30
+JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # relative to the signal variance, escalated on failure
+
+
+class Posterior(NamedTuple):
+    """Marginal posterior of the latent functions at N points, observation noise not included."""
+
+    mean: Tensor  # [N, E]
+    variance: Tensor  # [N, E]
+    mean_jacobian: Tensor  # [N, E, D] d mean / d input, detached
+    variance_jacobian: Tensor  # [N, E, D] d variance / d input, detached
+
+
+class GaussianProcess(nn.Module):
+    """E independent Gaussian processes over the same D inputs, with zero prior mean.
+
+    k(x, x') = s² exp(-½ Σ_d (x_d - x'_d)² / l_d²), Gaussian noise of deviation σ_n.
+    Source: Rasmussen & Williams 2006, Ch. 2 and 5; Parmas et al. 2018, Sec. 2.4.1 (whose kernel is
+    written without the ½).
+
+    Attributes (buffers, float64; the data grow, and a state dict of any size loads):
+        inputs: [n, D], targets: [n, E]
+        log_lengthscale: [E, D], log_signal: [E], log_noise: [E]: logs of deviations, not variances.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    log_lengthscale: Tensor
+    log_signal: Tensor
+    log_noise: Tensor
+
+    def __init__(self, n_inputs: int, n_outputs: int) -> None:
+        super().__init__()
+        d, e, dtype = n_inputs, n_outputs, torch.float64
+        self.register_buffer("inputs", torch.zeros(0, d, dtype=dtype))
+        self.register_buffer("targets", torch.zeros(0, e, dtype=dtype))
+        self.register_buffer("log_lengthscale", torch.zeros(e, d, dtype=dtype))
+        self.register_buffer("log_signal", torch.zeros(e, dtype=dtype))
+        self.register_buffer("log_noise", torch.full((e,), math.log(0.1), dtype=dtype))
+        self._is_fitted = False
+        self._factors: tuple[Tensor, ...] | None = None
+
+    @property
+    def noise(self) -> Tensor:
+        """[E] deviation of the observation noise, in the targets' units."""
+        return self.log_noise.exp()
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether hyper-parameters have been chosen."""
+        return self._is_fitted
+
+    def add_data(self, inputs: Tensor, targets: Tensor) -> None:
+        """Append data; the posterior uses them at once, the hyper-parameters at the next `fit`."""
+        self.set_data(torch.cat((self.inputs, inputs)), torch.cat((self.targets, targets)))
+
+    def set_data(self, inputs: Tensor, targets: Tensor) -> None:
+        """Replace the data. inputs: [n, D], targets: [n, E]; raises ValueError on non-finite."""
+        if not (torch.isfinite(inputs).all() and torch.isfinite(targets).all()):
+            raise ValueError("GP data hold a NaN or infinity; check the environment's observations")
+        self.inputs = inputs.detach().to(self.inputs)
+        self.targets = targets.detach().to(self.targets)
+        self._factors = None
+
+    def fit(self, *, max_evaluations: int = 200) -> Tensor:
+        """Choose the hyper-parameters by L-BFGS on the penalised marginal likelihood, per output.
+
+        The first call starts from l = std(inputs), s = std(targets), σ_n = s / 10; later calls from
+        the previous optimum (PILCO's train.m).
+
+        Returns:
+            [E] negative log marginal likelihood per data point at the optimum (without penalty).
+        """
+        input_std = _positive_std(self.inputs)
+        if not self._is_fitted:
+            target_std = _positive_std(self.targets)
+            self.log_lengthscale.copy_(input_std.log().expand_as(self.log_lengthscale))
+            self.log_signal.copy_(target_std.log())
+            self.log_noise.copy_((target_std / 10).log())
+            self._is_fitted = True
+        losses = []
+        for e in range(self.targets.shape[1]):
+            loss = _fit_output(self, e, input_std.log(), max_evaluations)
+            losses.append(loss / len(self.inputs))
+        self._factors = None
+        return torch.tensor(losses, dtype=torch.float64)
+
+    def posterior(self, x: Tensor) -> Posterior:
+        """Posterior mean and variance at x, differentiable (once) in x.
+
+        Args:
+            x: [N, D] float64; gradients flow.
+        Raises:
+            RuntimeError: there are no data yet, or a kernel matrix cannot be factorised.
+        """
+        if self._factors is None:
+            self._factors = _factorise(self)
+        moments: Posterior = _PosteriorMoments.apply(x, *self._factors)
+        return Posterior(*moments)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("inputs", "targets"):  # data of any length load
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        self._factors, self._is_fitted = None, len(self.inputs) > 0
+
+
+class _PosteriorMoments(torch.autograd.Function):
+    """Mean, variance and their Jacobians in one pass: the backward is two small products.
+
+    With k* = K(x, X) the variance s² - k*ᵀK⁻¹k* needs w = K⁻¹k*, and w is also all that its
+    gradient -2 wᵀ dk*/dx needs: one [N, n] x [n, n] product per output, none in the backward.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        inverse_lengthscale: Tensor,  # [E, 1, D]
+        features: Tensor,  # [E, D + 2, n] (X/l, 1, log s² - ½|X/l|²)
+        weighted: Tensor,  # [E, n, D + 1] β (X/l, 1)
+        plain: Tensor,  # [E, n, D + 1] (X/l, 1)
+        precision: Tensor,  # [E, n, n] (K + σ_n² I)⁻¹
+        signal_variance: Tensor,  # [E, 1]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        d = x.shape[1]
+        scaled = x * inverse_lengthscale  # [E, N, D]
+        half_norm = scaled.square().sum(-1, keepdim=True).mul_(-0.5)
+        left = torch.cat((scaled, half_norm, torch.ones_like(half_norm)), -1)
+        k = torch.bmm(left, features).exp_()  # [E, N, n]
+        mean_sums = torch.bmm(k, weighted)  # [E, N, D + 1]
+        w = torch.bmm(k, precision).mul_(k)  # k* K⁻¹k*, elementwise
+        variance_sums = torch.bmm(w, plain)
+        mean, explained = mean_sums[..., d:], variance_sums[..., d:]  # [E, N, 1]
+        mean_jacobian = (mean_sums[..., :d] - scaled * mean) * inverse_lengthscale
+        variance_jacobian = (scaled * explained - variance_sums[..., :d]) * (
+            2 * inverse_lengthscale
+        )
+        variance = (signal_variance - explained.squeeze(-1)).clamp_min_(0.0)
+        jacobians = mean_jacobian.transpose(0, 1), variance_jacobian.transpose(0, 1)
+        ctx.save_for_backward(*jacobians)
+        ctx.mark_non_differentiable(*jacobians)
+        return mean.squeeze(-1).T, variance.T, *jacobians
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        mean_jacobian, variance_jacobian = ctx.saved_tensors  # [N, E, D]
+        g_x = (grads[0].unsqueeze(-1) * mean_jacobian).sum(1)
+        g_x += (grads[1].unsqueeze(-1) * variance_jacobian).sum(1)
+        return (g_x, *(None,) * 6)
+
+
+def _positive_std(x: Tensor) -> Tensor:
+    std = x.std(0, correction=0)
+    return torch.where(std > 0, std, torch.ones_like(std))
+
+
+def _log_kernel(scaled: Tensor, log_signal: Tensor) -> Tensor:
+    """[n, n] log k from inputs already divided by the lengthscales, exactly symmetric."""
+    norm = scaled.square().sum(-1)
+    inner = scaled @ scaled.T
+    square_distance = (norm[:, None] + norm - inner - inner.T).clamp_min_(0.0)
+    return 2 * log_signal - 0.5 * square_distance
+
+
+def _cholesky(k: Tensor, noise_variance: Tensor, signal_variance: Tensor) -> Tensor:
+    """Lower factor of K + σ_n² I; adds the least jitter that makes it exist."""
+    for jitter in JITTERS:
+        a = k.clone()
+        a.diagonal().add_(noise_variance + jitter * signal_variance)
+        factor, info = torch.linalg.cholesky_ex(a)
+        if info == 0:
+            return factor
+    raise RuntimeError(
+        f"kernel matrix of {len(k)} points is not positive definite even with a relative jitter of "
+        f"{JITTERS[-1]:g}; the data hold (near) duplicates with no noise: add observation noise"
+    )
+
+
+def _factorise(gp: GaussianProcess) -> tuple[Tensor, ...]:
+    """Everything the posterior needs that does not depend on where it is asked."""
+    if len(gp.inputs) == 0:
+        raise RuntimeError("the GP has no data; call set_data (and fit) first")
+    inverse_lengthscale = (-gp.log_lengthscale).exp().unsqueeze(1)  # [E, 1, D]
+    scaled = gp.inputs * inverse_lengthscale  # [E, n, D]
+    precision, beta = [], []
+    for e in range(gp.targets.shape[1]):
+        k = _log_kernel(scaled[e], gp.log_signal[e]).exp()
+        factor = _cholesky(k, (2 * gp.log_noise[e]).exp(), (2 * gp.log_signal[e]).exp())
+        precision.append(torch.cholesky_inverse(factor))
+        beta.append(torch.cholesky_solve(gp.targets[:, e, None], factor))
+    plain = torch.cat((scaled, torch.ones_like(scaled[..., :1])), -1)
+    bias = 2 * gp.log_signal[:, None] - 0.5 * scaled.square().sum(-1)
+    features = torch.cat((plain, bias.unsqueeze(-1)), -1).mT.contiguous()
+    signal_variance = (2 * gp.log_signal).exp().unsqueeze(1)
+    weighted = plain * torch.stack(beta)
+    return inverse_lengthscale, features, weighted, plain, torch.stack(precision), signal_variance
+
+
+def negative_log_likelihood(
+    theta: Tensor, inputs: Tensor, target: Tensor, log_input_std: Tensor | None = None
+) -> tuple[float, Tensor]:
+    """Penalised negative log marginal likelihood of one output, and its gradient.
+
+    ½ yᵀβ + Σ log L_ii + ½ n log 2π, plus PILCO's curbs
+    Σ_d ((log l_d - log std x_d) / log 100)³⁰ + ((log s - log σ_n) / log 1000)³⁰ (hypCurb.m).
+
+    Args:
+        theta: [D + 2] (log l, log s, log σ_n).
+        inputs: [n, D]. target: [n]. log_input_std: [D]; None leaves the curbs out.
+    Returns:
+        The value, and its gradient [D + 2]: ½ tr((K⁻¹ - ββᵀ) dK/dθ) with
+        Σ_ij W_ij (x_i - x_j)² written as products of W with the inputs.
+    """
+    d = inputs.shape[1]
+    scaled = inputs * (-theta[:d]).exp()
+    noise_variance = (2 * theta[d + 1]).exp()
+    k = _log_kernel(scaled, theta[d]).exp()
+    factor = _cholesky(k, noise_variance, (2 * theta[d]).exp())
+    beta = torch.cholesky_solve(target[:, None], factor)
+    value = 0.5 * (target @ beta).squeeze() + factor.diagonal().log().sum()
+    value += 0.5 * len(target) * math.log(2 * math.pi)
+    residual = torch.cholesky_inverse(factor) - beta @ beta.T
+    w = residual * k
+    row_sums = w.sum(1)
+    gradient = torch.empty_like(theta)
+    gradient[:d] = row_sums @ scaled.square() - (scaled * (w @ scaled)).sum(0)
+    gradient[d] = row_sums.sum()
+    gradient[d + 1] = noise_variance * residual.diagonal().sum()
+    if log_input_std is not None:
+        ratio = (theta[:d] - log_input_std) / LENGTHSCALE_CURB
+        snr = (theta[d] - theta[d + 1]) / SNR_CURB
+        value += ratio.pow(CURB_POWER).sum() + snr.pow(CURB_POWER)
+        gradient[:d] += CURB_POWER * ratio.pow(CURB_POWER - 1) / LENGTHSCALE_CURB
+        snr_slope = CURB_POWER * snr.pow(CURB_POWER - 1) / SNR_CURB
+        gradient[d] += snr_slope
+        gradient[d + 1] -= snr_slope
+    return float(value), gradient
+
+
+def _fit_output(gp: GaussianProcess, e: int, log_input_std: Tensor, max_evaluations: int) -> float:
+    target = gp.targets[:, e]
+    start = torch.cat((gp.log_lengthscale[e], gp.log_signal[e : e + 1], gp.log_noise[e : e + 1]))
+
+    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        try:
+            value, gradient = negative_log_likelihood(
+                torch.from_numpy(theta), gp.inputs, target, log_input_std
+            )
+        except RuntimeError:  # a line search may try impossible values: send it back
+            return 1e25, np.zeros_like(theta)
+        return value, gradient.numpy()
+
+    result = minimize(
+        objective, start.numpy(), jac=True, method="L-BFGS-B", options={"maxfun": max_evaluations}
+    )
+    theta = torch.from_numpy(result.x)
+    gp.log_lengthscale[e], gp.log_signal[e], gp.log_noise[e] = theta[:-2], theta[-2], theta[-1]
+    return negative_log_likelihood(theta, gp.inputs, target)[0]
