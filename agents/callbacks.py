@@ -50,7 +50,7 @@ class TrialEvaluation(BaseCallback):
             self.model, self.eval_env, self.n_episodes, return_episode_rewards=True, warn=False
         )
         self.timesteps.append(self.num_timesteps)
-        self.returns.append([float(r) for r in returns])
+        self.returns.append(np.asarray(returns, dtype=float).tolist())
         mean, std = float(np.mean(returns)), float(np.std(returns))
         self.logger.record("eval/mean_reward", mean)
         self.logger.record("eval/std_reward", std)

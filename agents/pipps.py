@@ -8,7 +8,7 @@ particles -> next episode. Parmas, Rasmussen, Peters & Doya 2018 (PIPPS); Parmas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -163,7 +163,7 @@ class PIPPS(BaseAlgorithm):
         variant = self.estimator if isinstance(self.estimator, str) else ""
         if variant not in VARIANTS:
             estimators.make(self.estimator)
-        checks = [
+        checks: list[tuple[str, Any, bool, str]] = [
             ("leg", self.leg, self.leg in LEGS, f"one of {', '.join(LEGS)}"),
             ("n_particles", self.n_particles, self.n_particles >= 3, "at least 3"),
             ("horizon", self.horizon, self.horizon >= 1, "at least 1 step"),
@@ -294,7 +294,8 @@ class PIPPS(BaseAlgorithm):
             transitions.append((observations, actions, next_observations, rewards))
             if not finished[0]:
                 path.append(next_observations)
-            self._last_obs, self._last_episode_starts = new_observations, dones
+            self._last_obs = new_observations  # type: ignore[assignment]
+            self._last_episode_starts = dones
             self._update_info_buffer(infos, dones)
             finished |= dones
             callback.update_locals(locals())
@@ -315,7 +316,7 @@ class PIPPS(BaseAlgorithm):
                     f"{values.tolist()}; fix the environment (or end its episode before that)"
                 )
 
-    def _store(self, transitions: list[tuple[np.ndarray, ...]]) -> None:
+    def _store(self, transitions: Sequence[tuple[np.ndarray, ...]]) -> None:
         """Append a trial to the data of the dynamics and the reward model."""
         flat = [np.concatenate(parts) for parts in zip(*transitions, strict=True)]
         scaled = self.policy.scale_action(flat[1])
@@ -420,6 +421,24 @@ class PIPPS(BaseAlgorithm):
     # ----------------------------------------------------------------------------------------
     # saving
     # ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls: type[SelfPIPPS], path: Any, *args: Any, **kwargs: Any) -> SelfPIPPS:
+        """As in stable-baselines3; a `cost_fn` is not in the file: pass it again as `cost_fn=`.
+
+        Raises:
+            ValueError: the file is no PIPPS model, or does not fit the environment.
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            return super().load(path, *args, **kwargs)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"cannot load {path} as a {cls.__name__} model: {error}; "
+                f"expected a file written by {cls.__name__}.save (model.zip in a run folder)"
+            ) from error
 
     def _excluded_save_params(self) -> list[str]:
         own = ["dynamics", "reward_model", "cost_fn", "_generator", "_predicted"]

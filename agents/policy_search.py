@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -120,7 +120,7 @@ def optimise_policy(
 
 
 def _adam(
-    parameters: list[Tensor], step: Callable[..., _Step], settings: SearchSettings, log: SearchLog
+    parameters: Sequence[Tensor], step: Callable[..., _Step], settings: SearchSettings, log: SearchLog
 ) -> None:
     """Adam, started anew for every search (as the authors' demo does)."""
     adam = torch.optim.Adam(parameters, lr=settings.learning_rate, eps=settings.adam_eps)
@@ -135,7 +135,7 @@ def _adam(
 
 
 def _rmsprop2018(
-    parameters: list[Tensor], step: Callable[..., _Step], settings: SearchSettings, log: SearchLog
+    parameters: Sequence[Tensor], step: Callable[..., _Step], settings: SearchSettings, log: SearchLog
 ) -> None:
     """m ← γ m + g / √z, θ ← θ - α m, z = E[g]² + V[g]. Parmas et al. 2018, Sec. 3.3.
 
@@ -158,7 +158,7 @@ def _rmsprop2018(
             vector_to_parameters(theta, parameters)
 
 
-def _quasi_newton(parameters: list[Tensor], step: Callable[..., _Step], evaluations: int) -> None:
+def _quasi_newton(parameters: Sequence[Tensor], step: Callable[..., _Step], evaluations: int) -> None:
     """L-BFGS on the objective made deterministic by fixed noise (PEGASUS; Parmas 2018, Sec. 3.3)."""
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:

@@ -54,7 +54,8 @@ def critic(returns: Tensor, value: Tensor | None) -> Tensor:
     slope = (centred * centred_returns).sum(0, keepdim=True) / spread
     residual = centred_returns - slope * centred
     leverage = 1 / n + centred.square() / spread
-    # A sample that alone determines the slope (leverage 1) has no prediction without itself.
-    alone = 1 - leverage < 1e-9
+    # A sample that (all but) alone determines the slope has no prediction without itself; decided
+    # from the values only, so the leg stays unbiased.
+    alone = 1 - leverage < 0.01
     left_out = residual / torch.where(alone, torch.ones_like(leverage), 1 - leverage)
     return torch.where(alone, leave_one_out(returns, None), returns - left_out)

@@ -63,8 +63,6 @@ def stochastic_node(
             f"credit must have the node's shape without its last axis, {list(zeta[0].shape[:-1])}, "
             f"got {list(credit.shape)}; start a rollout with credit = mean.new_zeros(N)"
         )
-    if not credit.requires_grad:  # the start of a rollout: its gradient is the first return-to-go
-        credit = credit.detach().requires_grad_()
     if tap is not None and probe is None:
         raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
     sample, credit = _Node.apply(estimator, probe, noise, credit, value, meter, tap, *zeta)
@@ -73,7 +71,7 @@ def stochastic_node(
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         estimator: Estimator,
         probe: Probe | None,
@@ -91,7 +89,7 @@ class _Node(torch.autograd.Function):
         return draw(zeta, noise), credit.clone()
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, g_sample: Tensor, returns: Tensor
     ) -> tuple[Tensor | None, ...]:
         noise, value, *zeta = ctx.saved_tensors

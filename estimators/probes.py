@@ -70,7 +70,7 @@ class ParameterProbe:
         """[N, P] gradient of Σ cotangent·zeta for each sample, parameters flattened in order."""
 
         def one_sample(cotangent: Zeta, *inputs: Tensor) -> Tensor:
-            _, pull_back = vjp(lambda p: self.function(p, *inputs), self.parameters)
+            pull_back = vjp(lambda p: self.function(p, *inputs), self.parameters)[1]
             gradients = pull_back(tuple(cotangent))[0]
             return torch.cat([g.reshape(-1) for g in gradients.values()])
 

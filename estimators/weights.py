@@ -139,6 +139,7 @@ def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
     scale = torch.linalg.vector_norm(deltas, math.inf, dim=(0, *dims), keepdim=True)
     scale = scale.clamp_min(_tiny(scale))
     rp, deltas = rp / scale[0], deltas / scale
+    rp = rp - rp.mean(0, keepdim=True)  # else a large mean's round-off keeps k from 1
     centred = deltas - deltas.mean(1, keepdim=True)
     if len(legs) == 1:
         delta = centred[0]
@@ -162,7 +163,8 @@ def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
 def _variances(rp: Tensor, legs: list[Tensor], *, summed: bool) -> tuple[Tensor, list[Tensor]]:
     gradients = [rp, *legs]
     dims = (0, -1) if summed else (0,)
-    scale = torch.linalg.vector_norm(rp, math.inf, dim=dims, keepdim=True)
+    norms = [torch.linalg.vector_norm(g, math.inf, dim=dims, keepdim=True) for g in gradients]
+    scale = torch.stack(norms).amax(0)  # of all: RP alone may be 0
     scale = scale.clamp_min(_tiny(scale))
     variances = [(g / scale).var(0, keepdim=True) for g in gradients]
     if summed:

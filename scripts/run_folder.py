@@ -89,7 +89,14 @@ class RunFolder:
         config = read_json(self.config)
         if config.get("agent") not in AGENTS:
             raise UserError(f"{self.config} names the unknown agent {config.get('agent')!r}")
-        return AGENTS[config["agent"]].load(self.model, env=env)
+        try:
+            return AGENTS[config["agent"]].load(self.model, env=env)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.model} does not exist: the run has not finished; train it again"
+            ) from error
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

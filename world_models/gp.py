@@ -120,7 +120,7 @@ class GaussianProcess(nn.Module):
         for name in ("inputs", "targets"):  # data of any length load
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._factors, self._is_fitted = None, len(self.inputs) > 0
 
 
@@ -132,7 +132,7 @@ class _PosteriorMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         inverse_lengthscale: Tensor,  # [E, 1, D]
@@ -163,7 +163,7 @@ class _PosteriorMoments(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         mean_jacobian, variance_jacobian = ctx.saved_tensors  # [N, E, D]
         g_x = (grads[0].unsqueeze(-1) * mean_jacobian).sum(1)
         g_x += (grads[1].unsqueeze(-1) * variance_jacobian).sum(1)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gymnasium import spaces
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -11,7 +12,6 @@ import estimators
 from agents.particles import Noise, ParticleModel, gaussian_resample, simulate
 from agents.policies import LinearPolicy, RBFPolicy, trig_features
 from estimators import ParameterProbe, assign_credit
-from gymnasium import spaces
 from world_models.gp import GaussianProcess
 
 F64 = torch.float64

@@ -83,7 +83,7 @@ class LinearGaussian:
         return loss
 
     def expected_loss(self, parameters: dict[str, Tensor]) -> Tensor:
-        """E[loss] exactly: mean and covariance of s = [x, h] propagated through the linear chain."""
+        """E[loss] exactly: mean and covariance of s = [x, h] go through the linear chain."""
         gain, bias, std = parameters["gain"], parameters["bias"], parameters["log_std"].exp()
         mean, covariance = START_MEAN, torch.diag(START_STD.square())
         to_x = STATE_TO_X + ACTION_TO_X @ gain

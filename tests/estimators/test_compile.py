@@ -9,7 +9,7 @@ from torch.utils.cpp_extension import get_cxx_compiler
 import estimators
 from estimators import ControlProbe, DenseJacobian, assign_credit
 
-N, D, A, H = 12, 3, 2, 2
+N, D, A, H = 12, 3, 2, 1
 NAMES = ("rp", "lr", "tpx", "tpx-ivw", "tp", "tpg")
 
 
@@ -67,12 +67,9 @@ def test_compiled_equals_eager(name):
         assert ((expected[2] > 0) & (expected[2] < H)).any()
 
 
-@pytest.mark.skipif(
-    shutil.which(get_cxx_compiler()) is None, reason="inductor needs a C++ compiler on the CPU"
-)
-def test_inductor_equals_eager():
-    """All estimators in one compiled function, so that it is built once."""
-    chosen = [estimators.make(name) for name in NAMES]
+def stacked_gradients(compile_with, names):
+    """All estimators in one function, so that it is compiled once; float32."""
+    chosen = [estimators.make(name) for name in names]
 
     def function(weight, meter, *rest):
         losses = [
@@ -80,13 +77,24 @@ def test_inductor_equals_eager():
         ]
         return torch.stack(losses)
 
-    def stacked(function):
-        weight, meter, *rest = inputs(torch.float32)
-        weight = weight.detach().expand(len(NAMES), A, D).clone().requires_grad_()
-        meter = torch.zeros(len(NAMES), 1, D, requires_grad=True)
-        losses = function(weight, meter, *rest)
-        return (losses.detach(), *torch.autograd.grad(losses.sum(), [weight, meter]))
+    weight, _, *rest = inputs(torch.float32)
+    weight = weight.detach().expand(len(names), A, D).clone().requires_grad_()
+    meter = torch.zeros(len(names), 1, D, requires_grad=True)
+    losses = compile_with(function)(weight, meter, *rest)
+    return (losses.detach(), *torch.autograd.grad(losses.sum(), [weight, meter]))
 
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(get_cxx_compiler()) is None, reason="inductor needs a C++ compiler on the CPU"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("names", [("tpx",), pytest.param(NAMES, marks=pytest.mark.slow)], ids=len)
+def test_inductor_equals_eager(names):
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="inductor")
-    torch.testing.assert_close(stacked(compiled), stacked(function), rtol=1e-3, atol=1e-5)
+    found = stacked_gradients(
+        lambda function: torch.compile(function, fullgraph=True, backend="inductor"), names
+    )
+    expected = stacked_gradients(lambda function: function, names)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""`estimators.gradient`: every registered estimator is right in the mean; the naive ivw; the tap."""
+"""`estimators.gradient`: every registered estimator is right in the mean; naive ivw; the tap."""
 
 from dataclasses import replace
 

@@ -632,6 +632,6 @@ def test_tap_without_probe_is_refused():
 
 @pytest.mark.parametrize("name", ["tp", "tps", "tpg"])
 def test_a_rule_without_its_probe_says_so_in_one_sentence(name):
-    with pytest.raises(ValueError, match="needs probe=.*'tpx', which needs none") as caught:
+    with pytest.raises(ValueError, match=r"needs probe=.*'tpx', which needs none") as caught:
         single_node(estimators.make(name))
     assert "\n" not in str(caught.value)

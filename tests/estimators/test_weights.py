@@ -255,7 +255,7 @@ def test_swapping_the_legs_gives_one_minus_k(name):
 
 def test_tpg_refuses_what_it_cannot_do():
     rp, lr, probe = toy_legs()
-    with pytest.raises(ValueError, match="one score leg.*2 legs.*weight=tpx"):
+    with pytest.raises(ValueError, match=r"one score leg.*2 legs.*weight=tpx"):
         weights.tpg(rp, [lr, lr], probe)
     deep = tuple(g.unsqueeze(1) for g in rp)
     with pytest.raises(ValueError, match=r"\[N, D\]"):

@@ -317,17 +317,29 @@ def test_posterior_after_a_fit_uses_the_new_hyper_parameters():
     assert not torch.allclose(before, gp.posterior(x).mean)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.7, 1e-3, 1234.567])
-def test_constant_input_column_is_ignored(value):
-    """0.1 and the like have no exact mean in floating point: their std is 1e-17, not 0."""
-    inputs = randn(30, 2, seed=1)
-    inputs[:, 1] = value
-    targets = inputs[:, :1].sin() + 0.05 * randn(30, 1, seed=2)
+@pytest.mark.parametrize("n", [30, 31])
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 1234.567])
+def test_constant_input_column_is_ignored(value, n):
+    """The mean of 31 times 0.1 is not 0.1 in floating point: their std is 1e-17, not 0."""
+    check_fit_ignores(torch.full((n,), value, dtype=F64))
+
+
+@pytest.mark.parametrize(("value", "spread"), [(1.0, 1e-7), (100.0, 1e-5)])
+def test_input_column_that_wobbles_by_its_rounding_is_ignored(value, spread):
+    """What a float32 observation of a constant may look like."""
+    check_fit_ignores((value + spread * torch.randn(30, generator=generator(5))).double())
+
+
+def check_fit_ignores(column):
+    n = len(column)
+    inputs = torch.stack((randn(n, seed=1), column), -1)
+    truth = inputs[:, :1].sin()
     gp = GaussianProcess(2, 1)
-    gp.set_data(inputs, targets)
+    gp.set_data(inputs, truth + 0.05 * randn(n, 1, seed=2))
     assert torch.isfinite(gp.fit()).all()
-    error = gp.posterior(inputs).mean - inputs[:, :1].sin()
-    assert float(error.square().mean().sqrt()) < 0.1
+    found = gp.posterior(inputs)
+    assert float((found.mean - truth).square().mean().sqrt()) < 0.1
+    assert (found.variance >= 0).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1])

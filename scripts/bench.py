@@ -1,0 +1,174 @@
+"""Speed as ratios, measured against a named peer or floor in the same run.
+
+    python -m scripts.bench pipps                  # seconds per policy gradient
+    python -m scripts.bench pipps --json bench.json
+
+Every figure is the median over interleaved repeats, so that a slow moment of the machine hits all
+of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+import envs  # noqa: F401  (registers our environments)
+import estimators
+from agents.particles import Noise, ParticleModel, simulate
+from agents.policies import RBFPolicy
+from world_models.gp import GaussianProcess, Posterior
+
+HORIZON, PARTICLES = 30, 300  # Parmas et al. 2023, App. B.1
+ESTIMATORS = ("rp", "lr", "tpx", "tp", "tpg")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", default="pipps", choices=["pipps"])
+    parser.add_argument("--points", type=int, nargs="+", default=[30, 150, 450], help="GP data")
+    parser.add_argument("--repeats", type=int, default=11, help="median of this many (default: 11)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    rows = [bench_pipps(n, options.repeats) for n in options.points]
+    names = [name for name in rows[0] if name not in ("points", "seconds")]
+    print(f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}, {options.threads} threads")
+    print(f"{'GP data points':>34} " + " ".join(f"{row['points']:>9}" for row in rows))
+    print(f"{'seconds (rp)':>34} " + " ".join(f"{row['seconds']:9.4f}" for row in rows))
+    for name in names:
+        print(f"{name:>34} " + " ".join(f"{row[name]:9.3f}" for row in rows))
+    if options.json is not None:
+        record = {"threads": options.threads, "torch": torch.__version__, "rows": rows}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"written to {options.json}")
+
+
+def bench_pipps(points: int, repeats: int) -> dict[str, float]:
+    """Ratios of one policy gradient to `rp`, to GPyTorch and to the matrix-product floor."""
+    model, policy = _problem(points)
+    noise = Noise.draw(HORIZON, PARTICLES, 4, torch.Generator().manual_seed(0), resample=False)
+    parameters = list(policy.parameters())
+
+    def policy_gradient(name: str, model: ParticleModel = model) -> Callable[[], object]:
+        estimator = estimators.make(name)
+        return lambda: estimators.gradient(
+            lambda estimator, tap: simulate(model, policy, noise, estimator, tap=tap)[0],
+            parameters,
+            estimator,
+            samples=PARTICLES,
+        )
+
+    k, precision = torch.rand(4, PARTICLES, points).double(), torch.rand(4, points, points).double()
+
+    def floor() -> None:
+        for _ in range(HORIZON):
+            torch.bmm(k, precision)
+
+    tasks = {name: policy_gradient(name) for name in ESTIMATORS}
+    tasks["floor"] = floor
+    gpytorch_model = _gpytorch_model(model)
+    if gpytorch_model is not None:
+        tasks["gpytorch"] = policy_gradient("rp", gpytorch_model)
+    seconds = _interleaved_medians(tasks, repeats)
+    ratios = {f"{name} / rp": seconds[name] / seconds["rp"] for name in ESTIMATORS[1:]}
+    row = {"points": points, "seconds": seconds["rp"], **ratios}
+    row["rp / matrix-product floor"] = seconds["rp"] / seconds["floor"]
+    if "gpytorch" in seconds:
+        row["GPyTorch / rp (speed-up)"] = seconds["gpytorch"] / seconds["rp"]
+    return row
+
+
+def _interleaved_medians(
+    tasks: dict[str, Callable[[], object]], repeats: int
+) -> dict[str, float]:
+    for task in tasks.values():
+        task()
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(repeats):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def _problem(points: int) -> tuple[ParticleModel, RBFPolicy]:
+    """Cart-pole data of a random controller, a fitted model and a random policy."""
+    env = gym.make("totalprop/CartPoleSwingUp-v0")
+    env.action_space.seed(0)
+    inputs, targets = [], []
+    observation, _ = env.reset(seed=0)
+    while len(inputs) < points:
+        action = env.action_space.sample()
+        new, _, _, truncated, _ = env.step(action)
+        inputs.append(np.concatenate((observation, action)))
+        targets.append(new - observation)
+        observation = env.reset()[0] if truncated else new
+    gp = GaussianProcess(5, 4)
+    gp.set_data(torch.as_tensor(np.array(inputs)), torch.as_tensor(np.array(targets)))
+    gp.fit()
+    torch.manual_seed(0)
+    policy = RBFPolicy(env.observation_space, env.action_space)  # type: ignore[arg-type]
+    mean, std = map(torch.as_tensor, env.get_wrapper_attr("initial_distribution"))
+    policy.initialise(mean, torch.ones_like(mean))
+    own_cost = env.get_wrapper_attr("cost")
+    return ParticleModel(gp, mean, std, lambda states, actions: own_cost(states)), policy
+
+
+def _gpytorch_model(model: ParticleModel) -> ParticleModel | None:
+    """The same GP in GPyTorch's own classes, or None where GPyTorch is not installed."""
+    try:
+        import gpytorch
+    except ImportError:
+        print("GPyTorch is not installed, its row is left out: pip install gpytorch")
+        return None
+    ours = model.dynamics
+    batch = torch.Size([ours.targets.shape[1]])
+
+    class Exact(gpytorch.models.ExactGP):
+        def __init__(self, x: Tensor, y: Tensor, likelihood: object) -> None:
+            super().__init__(x, y, likelihood)
+            self.mean_module = gpytorch.means.ZeroMean(batch_shape=batch)
+            kernel = gpytorch.kernels.RBFKernel(ard_num_dims=x.shape[-1], batch_shape=batch)
+            self.covar_module = gpytorch.kernels.ScaleKernel(kernel, batch_shape=batch)
+
+        def forward(self, x: Tensor) -> object:
+            mean, covariance = self.mean_module(x), self.covar_module(x)
+            return gpytorch.distributions.MultivariateNormal(mean, covariance)
+
+    likelihood = gpytorch.likelihoods.GaussianLikelihood(
+        batch_shape=batch, noise_constraint=gpytorch.constraints.GreaterThan(1e-12)
+    ).double()
+    inputs = ours.inputs.expand(*batch, *ours.inputs.shape)
+    exact = Exact(inputs, ours.targets.T.contiguous(), likelihood).double()
+    exact.covar_module.base_kernel.lengthscale = ours.log_lengthscale.exp().unsqueeze(1)
+    exact.covar_module.outputscale = (2 * ours.log_signal).exp()
+    likelihood.noise = (2 * ours.log_noise).exp().unsqueeze(1)
+    exact.eval()
+    likelihood.eval()
+
+    class Peer:
+        noise = ours.noise
+
+        def posterior(self, x: Tensor) -> Posterior:
+            prediction = exact(x.expand(*batch, *x.shape))
+            variance = prediction.variance.T
+            return Posterior(prediction.mean.T, variance, variance, variance)
+
+    return ParticleModel(Peer(), model.start_mean, model.start_std, model.cost)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

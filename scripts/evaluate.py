@@ -1,0 +1,66 @@
+"""Evaluate a trained run: mean and spread of its returns, and a GIF of the policy.
+
+    python -m scripts.evaluate runs/pipps_CartPoleSwingUp-v0_tpx_seed0 --episodes 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from scripts.run_folder import RunFolder, UserError, make_env, read_json, record_gif
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder that scripts.train printed")
+    parser.add_argument("--episodes", type=int, default=30, help="rollouts to average (default: 30)")
+    parser.add_argument("--seed", type=int, default=12345, help="seed of the environments")
+    parser.add_argument("--gif", type=Path, default=None, help="default: RUN/evaluation.gif")
+    parser.add_argument("--no-gif", action="store_true", help="numbers only")
+    options = parser.parse_args(arguments)
+    if options.episodes < 1:
+        parser.error(f"--episodes must be at least 1, got {options.episodes}")
+    try:
+        evaluate(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Load, roll out, print, draw."""
+    folder = RunFolder.open(options.run)
+    config = read_json(folder.config)
+    n_envs = min(5, options.episodes)
+    env = make_env(config["env_id"], config["env_args"], seed=options.seed, n_envs=n_envs)
+    agent = folder.load_agent(env)
+    env.seed(options.seed)
+    returns, lengths = evaluate_policy(
+        agent, env, options.episodes, return_episode_rewards=True, warn=False
+    )
+    r = np.array(returns)
+    low, high = np.percentile(r, (5, 95))
+    print(
+        f"{folder.path}: return {r.mean():.2f} ± {r.std():.2f} over {len(r)} episodes "
+        f"(5 %: {low:.2f}, 95 %: {high:.2f}; {np.mean(lengths):.0f} steps each)"
+    )
+    if not options.no_gif:
+        path = options.gif or folder.path / "evaluation.gif"
+        render_env = make_env(
+            config["env_id"], config["env_args"], seed=options.seed, render=True
+        )
+        shown = record_gif(agent, render_env, path)
+        print(f"GIF of one episode (return {shown:.2f}): {path}")
+
+
+if __name__ == "__main__":
+    main()

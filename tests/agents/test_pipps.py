@@ -1,0 +1,1025 @@
+"""PIPPS: stable-baselines3's contract item by item, the data it stores, and that it learns.
+
+All on tiny settings. `CountingEnv` makes every stored number predictable.
+"""
+
+import random
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+    LogEveryNTimesteps,
+    ProgressBarCallback,
+    StopTrainingOnMaxEpisodes,
+)
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import KVWriter, Logger, configure
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import FloatSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+import envs  # noqa: F401  (registers the cart-pole)
+import estimators
+from agents import PIPPS, presets
+from agents.policies import LinearPolicy, RBFPolicy
+
+CARTPOLE = "totalprop/CartPoleSwingUp-v0"
+LENGTH = 7
+LOW, HIGH = -2.0, 4.0
+TINY = {
+    "n_particles": 20,
+    "horizon": 5,
+    "gradient_steps": 3,
+    "gp_evaluations": 5,
+    "policy_kwargs": {"n_centres": 4},
+    "seed": 0,
+    "device": "cpu",
+}
+
+
+class CountingEnv(gym.Env):
+    """Observation (position, time): episode e starts at (e, 0); a step adds (u / 10, 1).
+
+    Reward -time after the step. Ends (terminates or truncates) after `length` steps. Nothing is
+    random, actions lie in [-2, 4].
+    """
+
+    def __init__(self, length=LENGTH, first=0, truncates=False):
+        self.observation_space = spaces.Box(-1e3, 1e3, (2,), np.float32)
+        self.action_space = spaces.Box(LOW, HIGH, (1,), np.float32)
+        self.length, self.episode, self.truncates = length, first, truncates
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode += 1
+        self.state = np.array([self.episode, 0.0], np.float32)
+        return self.state.copy(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.state = self.state + np.array([float(action[0]) / 10, 1.0], np.float32)
+        done = bool(self.state[1] >= self.length)
+        reward = -float(self.state[1])
+        return self.state.copy(), reward, done and not self.truncates, done and self.truncates, {}
+
+
+class CostEnv(CountingEnv):
+    """The same with a differentiable cost and a known start, as the cart-pole has."""
+
+    initial_distribution = (np.array([3.0, 0.0]), np.array([0.1, 0.2]))
+
+    def cost(self, states):
+        return 1 - torch.exp(-0.5 * (states[..., 0] - 1.0) ** 2)
+
+
+class BrokenEnv(CountingEnv):
+    """Returns a NaN at the third step of an episode (or at reset)."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        return (observation * np.nan if self.where == "reset" else observation), info
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        if observation[1] == 3 and self.where == "observation":
+            observation = observation * np.float32(np.nan)
+        if self.state[1] == 3 and self.where == "reward":
+            reward = np.inf
+        return observation, reward, *rest
+
+
+def vector(*lengths):
+    """Counting environments of these lengths; number i starts its episodes at 100 i."""
+    makers = [
+        lambda length=length, i=i: Monitor(CountingEnv(length, first=100 * i))
+        for i, length in enumerate(lengths)
+    ]
+    return DummyVecEnv(makers)
+
+
+def make(env=None, policy="RBFPolicy", **changes):
+    if policy != "RBFPolicy" and "policy_kwargs" not in changes:
+        changes["policy_kwargs"] = {}
+    return PIPPS(policy, CountingEnv() if env is None else env, **{**TINY, **changes})
+
+
+def parameters(agent):
+    return torch.nn.utils.parameters_to_vector(agent.policy.parameters()).detach().clone()
+
+
+class Trace(BaseCallback):
+    """The order of events, and whatever else a test wants to read."""
+
+    def __init__(self, stop_at=None, stop_with=False):
+        super().__init__()
+        self.events, self.stop_at, self.stop_with = [], stop_at, stop_with
+
+    def _on_training_start(self):
+        self.events.append("start")
+
+    def _on_rollout_start(self):
+        self.events.append("rollout+")
+
+    def _on_step(self):
+        self.events.append("step")
+        return self.stop_with if self.num_timesteps == self.stop_at else True
+
+    def _on_rollout_end(self):
+        self.events.append("rollout-")
+
+    def _on_training_end(self):
+        self.events.append("end")
+
+
+class Memory(KVWriter):
+    """Keeps what is logged: one (values, step) per dump."""
+
+    def __init__(self):
+        self.dumps = []
+
+    def write(self, key_values, key_excluded, step=0):
+        self.dumps.append((dict(key_values), step))
+
+    def close(self):
+        pass
+
+
+def logged(agent):
+    memory = Memory()
+    agent.set_logger(Logger(None, [memory]))
+    return memory
+
+
+# Construction
+
+
+@pytest.mark.parametrize(
+    "env",
+    [CARTPOLE, gym.make(CARTPOLE), DummyVecEnv([CountingEnv])],
+    ids=["id", "instance", "VecEnv"],
+)
+def test_environment_may_be_an_id_an_instance_or_a_vec_env(env):
+    agent = make(env)
+    assert agent.get_env().num_envs == 1
+    action, state = agent.predict(agent.observation_space.sample() * 0)
+    assert action.shape == (1,) and state is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("RBFPolicy", RBFPolicy),
+        ("LinearPolicy", LinearPolicy),
+        (RBFPolicy, RBFPolicy),
+        (LinearPolicy, LinearPolicy),
+    ],
+)
+def test_policy_may_be_a_name_or_a_class(policy, expected):
+    assert type(make(policy=policy).policy) is expected
+
+
+def test_unknown_policy_name_is_an_error():
+    with pytest.raises(ValueError, match="MlpPolicy"):
+        make(policy="MlpPolicy")
+
+
+def test_policy_kwargs_reach_the_policy():
+    assert make(policy_kwargs={"n_centres": 9}).policy.n_centres == 9
+
+
+def test_constructor_without_an_environment_says_what_is_missing():
+    with pytest.raises((ValueError, TypeError, AssertionError), match="env"):
+        PIPPS("RBFPolicy")
+
+
+@pytest.mark.parametrize("name", presets.PIPPS)
+def test_presets_construct(name):
+    agent = PIPPS("RBFPolicy", CARTPOLE, **presets.PIPPS[name], device="cpu")
+    assert sum(p.numel() for p in agent.policy.parameters()) == 254
+    assert agent.n_particles == 300 and agent.horizon == 30
+    for key, value in presets.PIPPS[name].items():
+        assert getattr(agent, key) == value
+
+
+WRONG = {
+    "leg": ("rp", "one of score, biw"),
+    "n_particles": (2, "at least 3"),
+    "horizon": (0, "at least 1 step"),
+    "gradient_steps": (0, "at least 1"),
+    "random_trials": (0, "at least 1 episode"),
+    "noise_multiplier": (0.0, "above 0"),
+    "adam_eps": (-1.0, "above 0"),
+    "momentum": (1.0, r"in \[0, 1\)"),
+    "gp_evaluations": (0, "at least 1"),
+    "learning_rate": (0.0, "above 0"),
+    "optimizer": ("sgd", "one of .*adam.*rmsprop2018.*quasi-newton"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_values_are_one_sentence_with_the_value_and_the_remedy(name):
+    value, expected = WRONG[name]
+    with pytest.raises(ValueError, match=f"^{name} must be {expected}.*, got {value!r}$") as error:
+        make(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -0.1])
+def test_learning_rate_must_be_a_positive_number(rate):
+    with pytest.raises(ValueError, match="learning_rate must be above 0"):
+        make(learning_rate=rate)
+
+
+@pytest.mark.parametrize("estimator", ["rp", "tpx", "gr"])
+def test_quasi_newton_needs_fixed_noise(estimator):
+    with pytest.raises(ValueError, match="quasi-newton.*deterministic.*'rp-fs' or 'gr-fs'"):
+        make(estimator=estimator, optimizer="quasi-newton")
+
+
+@pytest.mark.parametrize("wrong", ["tpxx", "gr-f"])
+def test_unknown_estimator_lists_every_name_that_works(wrong):
+    with pytest.raises(ValueError, match="unknown estimator") as error:
+        make(estimator=wrong)
+    for name in [*estimators.names(), "gr", "rp-fs", "gr-fs"]:
+        assert name in str(error.value).replace(wrong, "")
+
+
+@pytest.mark.parametrize("wrong", [(2,), (-1,), (0, 5)])
+def test_angle_dims_must_be_observations(wrong):
+    with pytest.raises(ValueError, match=r"angle_dims must be .*0\.\.1, got"):
+        make(angle_dims=wrong)
+
+
+def test_repeated_angle_dims_are_refused():
+    with pytest.raises(ValueError, match="angle_dims"):
+        make(angle_dims=(1, 1))
+
+
+def space_env(observation=None, action=None):
+    env = CountingEnv()
+    env.observation_space = observation or env.observation_space
+    env.action_space = action or env.action_space
+    return env
+
+
+def test_discrete_actions_are_refused():
+    with pytest.raises(AssertionError, match="Discrete"):
+        make(space_env(action=spaces.Discrete(3)))
+
+
+def test_action_matrices_are_refused():
+    with pytest.raises(ValueError, match=r"Box action space of shape \[A\]"):
+        make(space_env(action=spaces.Box(-1, 1, (2, 2))))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Dict({"a": spaces.Box(-1, 1, (2,))}),
+        spaces.Box(0, 255, (8, 8, 3), np.uint8),
+        spaces.Discrete(4),
+        spaces.Box(-1, 1, (2, 2)),
+    ],
+    ids=["dict", "image", "discrete", "matrix"],
+)
+def test_other_observations_are_refused(space):
+    with pytest.raises(ValueError, match=r"Box observation space of shape \[S\].*FlattenObs"):
+        make(space_env(observation=space))
+
+
+def test_vec_normalize_is_refused_by_the_constructor():
+    with pytest.raises(ValueError, match="VecNormalize.*pass the environment without"):
+        make(VecNormalize(DummyVecEnv([CountingEnv])))
+
+
+def test_vec_normalize_is_refused_by_set_env_and_load(tmp_path):
+    agent = make()
+    agent.save(tmp_path / "agent")
+    normalised = VecNormalize(DummyVecEnv([CountingEnv]))
+    with pytest.raises(ValueError, match="VecNormalize"):
+        PIPPS.load(tmp_path / "agent", env=normalised)
+    with pytest.raises(ValueError, match="VecNormalize"):
+        agent.set_env(normalised)
+
+
+# The loop
+
+
+def test_learn_returns_self_and_uses_the_budget_exactly():
+    agent = make()
+    assert agent.learn(17) is agent
+    assert agent.num_timesteps == 17
+    assert len(agent.dynamics.inputs) == len(agent.reward_model.inputs) == 17
+
+
+@pytest.mark.parametrize("budget", [1, 2, 7, 8])
+def test_any_budget_works(budget):
+    agent = make().learn(budget)
+    assert agent.num_timesteps == budget
+    assert torch.isfinite(parameters(agent)).all()
+
+
+def test_overshoot_is_less_than_the_number_of_environments():
+    agent = make(vector(7, 4, 5)).learn(20)
+    assert agent.num_timesteps == 21
+
+
+def test_events_come_in_stable_baselines3s_order():
+    trace = Trace()
+    make().learn(17, callback=trace)
+    rollout = ["rollout+", *["step"] * 7, "rollout-"]
+    assert trace.events == [
+        "start",
+        *rollout,
+        *rollout,
+        "rollout+",
+        *["step"] * 3,
+        "rollout-",
+        "end",
+    ]
+
+
+@pytest.mark.parametrize("stop", [False, np.bool_(False), torch.tensor(False)])
+def test_callback_stops_the_training(stop):
+    trace = Trace(stop_at=10, stop_with=stop)
+    agent = make().learn(100, callback=trace)
+    assert agent.num_timesteps == 10
+    assert trace.events.count("step") == 10 and trace.events[-1] == "end"
+    assert agent.learn(7, reset_num_timesteps=False).num_timesteps == 17
+
+
+def test_function_and_list_callbacks():
+    seen, trace = [], Trace()
+    agent = make()
+    agent.learn(
+        7, callback=lambda _locals, _globals: bool(seen.append(_locals["dones"][0])) or True
+    )
+    assert seen == [False] * 6 + [True]
+    agent.learn(7, callback=[trace])
+    assert trace.events.count("step") == 7
+
+
+def test_callbacks_see_the_locals_that_others_rely_on():
+    class Look(Trace):
+        def _on_step(self):
+            needed = {"dones", "infos", "rewards", "total_timesteps", "tb_log_name", "actions"}
+            assert needed <= set(self.locals) and self.locals["self"] is self.model
+            return True
+
+    make().learn(3, callback=Look())
+
+
+def test_counters():
+    agent = make().learn(21)
+    assert agent._n_updates == 9  # 3 trials of 3 gradient steps
+    assert agent._n_trials == 3
+    assert len(agent.ep_info_buffer) == 3
+    assert [info["r"] for info in agent.ep_info_buffer] == [-28.0] * 3
+    assert [info["l"] for info in agent.ep_info_buffer] == [7] * 3
+
+
+def test_random_trials_come_first_and_train_nothing():
+    agent = make(random_trials=2)
+    before = parameters(agent)
+    agent.learn(7)
+    assert agent._n_updates == 0 and torch.equal(parameters(agent), before)
+    agent.learn(7, reset_num_timesteps=False)
+    assert agent._n_updates == 3 and not torch.equal(parameters(agent), before)
+
+
+def test_random_trials_fill_the_action_space_and_the_policy_acts_after():
+    """200 uniform actions, seed 0: mean within 4 SE of the middle, extremes near the bounds."""
+    agent = make(CountingEnv(length=200), gradient_steps=1, horizon=1).learn(202)
+    actions = agent.dynamics.inputs[:, 2].numpy()  # scaled to [-1, 1]
+    assert abs(actions[:200].mean()) < 4 / (3 * 200) ** 0.5
+    assert actions[:200].min() < -0.9 and actions[:200].max() > 0.9
+    later = agent.dynamics.inputs[200:, :2].float().numpy()
+    assert len(later) == 2 and len(np.unique(actions[:200])) == 200
+
+
+def test_reset_num_timesteps_false_continues_the_episode():
+    env = CountingEnv()
+    agent = make(env).learn(10)
+    assert env.episode == 2
+    agent.learn(4, reset_num_timesteps=False)
+    assert (agent.num_timesteps == 14 and env.state[1] == 7 - 0) or env.state[1] == 0
+    inputs, targets = agent.dynamics.inputs, agent.dynamics.targets
+    np.testing.assert_array_equal(inputs[:, 1], [*range(7), *range(7)])
+    np.testing.assert_allclose(targets[:, 1], 1.0)
+    agent.learn(5)
+    assert agent.num_timesteps == 5 and len(agent.dynamics.inputs) == 19
+
+
+def test_learning_rate_schedule_follows_the_progress():
+    seen = []
+
+    def schedule(progress):
+        seen.append(progress)
+        return 0.01
+
+    make(learning_rate=schedule).learn(21)
+    assert seen[-3:] == pytest.approx([1 - 7 / 21, 1 - 14 / 21, 0.0])
+
+
+def test_stored_data_never_cross_an_episode_of_one_environment():
+    agent = make().learn(20)
+    check_data(agent, [(1, range(7)), (2, range(7)), (3, range(6))])
+
+
+@pytest.mark.parametrize("truncates", [False, True])
+def test_terminal_observations_are_used_at_episode_ends(truncates):
+    agent = make(CountingEnv(truncates=truncates)).learn(14)
+    check_data(agent, [(1, range(7)), (2, range(7))])
+
+
+def test_stored_data_of_two_environments():
+    """Lengths 7 and 4: a trial lasts until both have ended an episode."""
+    agent = make(vector(7, 4)).learn(14)
+    inputs, targets = agent.dynamics.inputs.numpy(), agent.dynamics.targets.numpy()
+    assert len(inputs) == 14
+    np.testing.assert_array_equal(inputs[0::2, 1], [0, 1, 2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(inputs[1::2, 1], [0, 1, 2, 3, 0, 1, 2])
+    np.testing.assert_array_equal(np.floor(inputs[[0, 1, 9], 0]), [1, 101, 102])
+    np.testing.assert_allclose(targets[:, 1], 1.0)
+    np.testing.assert_allclose(targets[:, 0], env_action(inputs) / 10, atol=2e-5)
+    assert agent._n_trials == 1
+    starts = np.stack(agent._start_observations)
+    np.testing.assert_array_equal(starts, [[1, 0], [101, 0], [102, 0]])
+
+
+def env_action(inputs):
+    return LOW + (HIGH - LOW) * (inputs[:, 2] + 1) / 2
+
+
+def check_data(agent, episodes):
+    """Inputs, targets and rewards of whole (or begun) episodes, all known beforehand."""
+    inputs, targets = agent.dynamics.inputs.numpy(), agent.dynamics.targets.numpy()
+    times = np.concatenate([list(steps) for _, steps in episodes])
+    np.testing.assert_array_equal(inputs[:, 1], times)
+    for start in np.flatnonzero(times == 0):
+        assert inputs[start, 0] in [number for number, _ in episodes]
+    np.testing.assert_allclose(targets[:, 1], 1.0)
+    np.testing.assert_allclose(targets[:, 0], env_action(inputs) / 10, atol=2e-6)
+    rewards = agent.reward_model
+    np.testing.assert_array_equal(rewards.targets[:, 0], -(times + 1))
+    np.testing.assert_allclose(rewards.inputs[:, 1], times + 1)  # rewards belong to next states
+    np.testing.assert_allclose(rewards.inputs[:, 0], inputs[:, 0] + targets[:, 0], atol=1e-6)
+    np.testing.assert_array_equal(rewards.inputs[:, 2], inputs[:, 2])
+
+
+def test_angle_dims_reach_model_and_policy():
+    agent = make(angle_dims=(1,)).learn(14)
+    inputs = agent.dynamics.inputs.numpy()  # position, sin time, cos time, action
+    assert inputs.shape == (14, 4) and agent.policy.n_features == 3
+    times = np.array([*range(7), *range(7)], dtype=float)
+    np.testing.assert_allclose(inputs[:, 1], np.sin(times), atol=1e-12)
+    np.testing.assert_allclose(inputs[:, 2], np.cos(times), atol=1e-12)
+    np.testing.assert_allclose(agent.dynamics.targets[:, 1], 1.0)  # the raw difference
+    np.testing.assert_allclose(agent.reward_model.inputs[:, 1], np.sin(times + 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["observation", "reward", "reset"])
+def test_non_finite_values_of_the_environment_are_a_clear_error(where):
+    name = "observation" if where == "reset" else where
+    match = f"environment returned a non-finite {name}"
+    with pytest.raises(ValueError, match=match):
+        make(BrokenEnv(where)).learn(14)
+
+
+# Which model, which cost
+
+
+def spy_on_search(monkeypatch):
+    """Records the particle model and settings of every policy search."""
+    from agents import pipps
+
+    seen, original = [], pipps.optimise_policy
+
+    def spy(policy, model, settings, *rest):
+        seen.append((model, settings))
+        return original(policy, model, settings, *rest)
+
+    monkeypatch.setattr(pipps, "optimise_policy", spy)
+    return seen
+
+
+STATE = torch.tensor([[0.5, 2.0], [1.0, 3.0]], dtype=torch.float64)
+ACTION = torch.tensor([[0.1], [0.2]], dtype=torch.float64)
+
+
+def test_given_cost_comes_first(monkeypatch):
+    seen = spy_on_search(monkeypatch)
+    make(CostEnv(), cost_fn=lambda states: 7 * states[..., 1]).learn(7)
+    torch.testing.assert_close(seen[0][0].cost(STATE, ACTION), 7 * STATE[:, 1])
+
+
+def test_environments_cost_and_start_are_found_through_wrappers(monkeypatch):
+    seen = spy_on_search(monkeypatch)
+    make(DummyVecEnv([lambda: Monitor(CostEnv())])).learn(7)
+    model = seen[0][0]
+    torch.testing.assert_close(model.cost(STATE, ACTION), CostEnv().cost(STATE))
+    np.testing.assert_array_equal(model.start_mean, [3.0, 0.0])
+    np.testing.assert_array_equal(model.start_std, [0.1, 0.2])
+
+
+def test_without_a_cost_a_gp_learns_the_rewards(monkeypatch):
+    """The reward is -time; the model's cost at the observed next states must be the time."""
+    seen = spy_on_search(monkeypatch)
+    agent = make(gp_evaluations=100).learn(21)
+    inputs = agent.reward_model.inputs
+    found = seen[-1][0].cost(inputs[:, :2], inputs[:, 2:])
+    torch.testing.assert_close(found, inputs[:, 1], atol=0.3, rtol=0)
+    found = seen[-1][0].cost(inputs[:, :2].reshape(3, 7, 2), inputs[:, 2:].reshape(3, 7, 1))
+    assert found.shape == (3, 7)
+
+
+def test_start_distribution_is_that_of_the_resets(monkeypatch):
+    seen = spy_on_search(monkeypatch)
+    make().learn(21)
+    model = seen[-1][0]  # episodes start at (1, 0), (2, 0), (3, 0)
+    np.testing.assert_allclose(model.start_mean, [2.0, 0.0])
+    assert float(model.start_std[0]) == pytest.approx((2 / 3) ** 0.5)
+    assert 0 < float(model.start_std[1]) < 0.2  # no spread seen: that of the noise at most
+
+
+def test_options_reach_the_particle_model(monkeypatch):
+    seen = spy_on_search(monkeypatch)
+    make(model_uncertainty=False, noise_multiplier=4.0).learn(7)
+    assert seen[0][0].model_uncertainty is False and seen[0][0].noise_multiplier == 4.0
+
+
+def test_options_reach_the_search(monkeypatch):
+    seen = spy_on_search(monkeypatch)
+    make(leg="biw", cross_fit=True, learning_rate=0.5, optimizer="rmsprop2018").learn(7)
+    settings = seen[0][1]
+    assert settings.estimator.legs == (estimators.legs.biw,) and settings.estimator.cross_fit
+    assert settings.learning_rate == 0.5 and settings.optimizer == "rmsprop2018"
+    assert (settings.gradient_steps, settings.n_particles, settings.horizon) == (3, 20, 5)
+
+
+def test_an_estimator_object_is_used_as_it_is(monkeypatch):
+    seen = spy_on_search(monkeypatch)
+    mine = estimators.make("tpx", cross_fit=True)
+    make(estimator=mine, leg="biw").learn(7)
+    assert seen[0][1].estimator == mine
+
+
+@pytest.mark.parametrize(
+    ("name", "resample", "fixed", "optimizer"),
+    [
+        ("gr", True, False, "adam"),
+        ("rp-fs", False, True, "quasi-newton"),
+        ("gr-fs", True, True, "quasi-newton"),
+        ("tpx", False, False, "adam"),
+    ],
+)
+def test_variants_of_2018(name, resample, fixed, optimizer, monkeypatch):
+    seen = spy_on_search(monkeypatch)
+    make(estimator=name).learn(7)
+    settings = seen[0][1]
+    assert (settings.resample, settings.fixed_noise) == (resample, fixed)
+    assert settings.optimizer == optimizer
+    assert (settings.estimator.weight is estimators.weights.pathwise) == (name != "tpx")
+
+
+@pytest.mark.parametrize("leg", ["score", "biw"])
+@pytest.mark.parametrize("name", [*estimators.names(), "gr", "rp-fs", "gr-fs"])
+def test_every_estimator_runs_a_trial(name, leg):
+    agent = make(CARTPOLE, estimator=name, leg=leg, horizon=3)
+    agent.learn(4)
+    assert agent._n_updates >= 3 and torch.isfinite(parameters(agent)).all()
+    assert np.isfinite(agent.predict(np.zeros(4, np.float32))[0]).all()
+
+
+@pytest.mark.parametrize("policy", ["RBFPolicy", "LinearPolicy"])
+@pytest.mark.parametrize(
+    ("optimizer", "estimator"),
+    [("adam", "tp"), ("rmsprop2018", "tp"), ("quasi-newton", "rp-fs"), ("quasi-newton", "gr-fs")],
+)
+def test_every_optimizer_changes_the_policy(optimizer, estimator, policy):
+    agent = make(CARTPOLE, policy, optimizer=optimizer, estimator=estimator)
+    agent.learn(5)
+    before = parameters(agent)
+    agent.learn(3, reset_num_timesteps=False)
+    assert not torch.equal(parameters(agent), before)
+    assert torch.isfinite(parameters(agent)).all()
+
+
+def test_an_environment_without_cost_from_gymnasium():
+    env = gym.make("Pendulum-v1", max_episode_steps=10)
+    agent = make(env).learn(20)
+    assert agent.num_timesteps == 20 and agent.reward_model.is_fitted
+    action, _ = agent.predict(env.observation_space.sample())
+    assert env.action_space.contains(action)
+
+
+# Callbacks of stable-baselines3
+
+
+def test_eval_callback_does_not_change_the_training(tmp_path):
+    found = []
+    for evaluate in (False, True):
+        agent = make(CARTPOLE)
+        callback = None
+        if evaluate:
+            callback = EvalCallback(
+                Monitor(gym.make(CARTPOLE)),
+                best_model_save_path=str(tmp_path),
+                log_path=str(tmp_path),
+                eval_freq=10,
+                n_eval_episodes=2,
+                deterministic=False,
+                verbose=0,
+            )
+        agent.learn(65, callback=callback)
+        found.append((parameters(agent), agent.dynamics.inputs))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    results = np.load(tmp_path / "evaluations.npz")
+    assert results["timesteps"].tolist() == [10, 20, 30, 40, 50, 60]
+    assert results["results"].shape == (6, 2)
+    assert PIPPS.load(tmp_path / "best_model", device="cpu").n_particles == 20
+
+
+def test_checkpoint_callback(tmp_path):
+    agent = make().learn(14, callback=CheckpointCallback(7, str(tmp_path), name_prefix="p"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p_14_steps.zip", "p_7_steps.zip"]
+    loaded = PIPPS.load(tmp_path / "p_14_steps.zip", env=CountingEnv(), device="cpu")
+    # Checkpoints are taken at a step, before the trial's policy search.
+    assert loaded.num_timesteps == 14 and loaded._n_updates == 3
+    assert agent._n_updates == 6
+
+
+def test_stop_training_on_max_episodes():
+    agent = make().learn(1000, callback=StopTrainingOnMaxEpisodes(3))
+    assert agent.num_timesteps == 21
+
+
+def test_log_every_n_timesteps():
+    agent = make()
+    memory = logged(agent)
+    agent.learn(14, callback=LogEveryNTimesteps(5), log_interval=1000)
+    assert [step for _, step in memory.dumps] == [5, 10]
+
+
+def test_progress_bar(capsys):
+    agent = make().learn(14, callback=ProgressBarCallback())
+    assert agent.learn(7, progress_bar=True).num_timesteps == 7
+    assert "100%" in capsys.readouterr().out
+
+
+def test_callback_lists_with_everything_at_once(tmp_path):
+    callbacks = CallbackList([Trace(), CheckpointCallback(5, str(tmp_path)), LogEveryNTimesteps(4)])
+    assert make(vector(7, 4)).learn(20, callback=callbacks).num_timesteps == 20
+
+
+# Prediction
+
+
+def test_predict_single_batch_and_deterministic():
+    agent = make().learn(7)
+    observations = np.array([[1.0, 0.0], [2.0, 3.0], [0.5, 6.0]], np.float32)
+    batch, state = agent.predict(observations, deterministic=True)
+    assert batch.shape == (3, 1) and batch.dtype == np.float32 and state is None
+    for observation, action in zip(observations, batch, strict=True):
+        single, _ = agent.predict(observation)
+        assert single.shape == (1,) and agent.action_space.contains(single)
+        np.testing.assert_allclose(single, action, rtol=1e-6)
+    scaled = agent.policy.act(torch.from_numpy(observations).double()).detach().numpy()
+    np.testing.assert_allclose(batch, LOW + (HIGH - LOW) * (scaled + 1) / 2, atol=1e-5)
+
+
+def test_predict_draws_nothing():
+    agent = make()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    expected = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    own = agent._generator.get_state()
+    for deterministic in (True, False):
+        agent.predict(np.zeros((4, 2), np.float32), deterministic=deterministic)
+    assert torch.equal(torch.get_rng_state(), expected[0])
+    assert np.random.get_state()[1].tolist() == expected[1] and random.getstate() == expected[2]
+    assert torch.equal(agent._generator.get_state(), own)
+
+
+def test_evaluate_policy():
+    agent = make(CARTPOLE).learn(30)
+    mean, std = evaluate_policy(agent, Monitor(gym.make(CARTPOLE)), n_eval_episodes=3)
+    assert -30 <= mean <= 0 and std >= 0
+    rewards, lengths = evaluate_policy(
+        make().learn(7), vector(7, 4), n_eval_episodes=4, return_episode_rewards=True
+    )
+    assert sorted(zip(lengths, rewards, strict=True)) == [(4, -10.0)] * 2 + [(7, -28.0)] * 2
+
+
+# Saving
+
+
+OBSERVATIONS = np.random.default_rng(0).uniform(-1, 5, (20, 2)).astype(np.float32)
+
+
+@pytest.mark.parametrize("trained", [0, 7, 10])
+@pytest.mark.parametrize("policy", ["RBFPolicy", "LinearPolicy"])
+def test_save_load_predict_is_identical(policy, trained, tmp_path):
+    agent = make(policy=policy, angle_dims=(1,), estimator="tp", learning_rate=0.02)
+    if trained:
+        agent.learn(trained)
+    agent.save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", device="cpu")
+    for key, value in agent.get_parameters().items():
+        for name, tensor in value.items():
+            assert torch.equal(tensor, loaded.get_parameters()[key][name]), (key, name)
+    expected, _ = agent.predict(OBSERVATIONS)
+    assert np.array_equal(loaded.predict(OBSERVATIONS)[0], expected)
+    assert loaded.num_timesteps == trained and loaded._n_trials == agent._n_trials
+    for name in ("n_particles", "horizon", "estimator", "seed", "learning_rate", "angle_dims"):
+        assert getattr(loaded, name) == getattr(agent, name), name
+
+
+def test_load_without_an_environment_predicts_but_does_not_learn(tmp_path):
+    make().learn(7).save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", device="cpu")
+    loaded.predict(OBSERVATIONS)
+    with pytest.raises(AssertionError):
+        loaded.learn(7)
+    loaded.set_env(CountingEnv())
+    assert loaded.learn(7).num_timesteps == 7
+
+
+def test_training_continues_after_load(tmp_path):
+    agent = make().learn(14)
+    agent.save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", env=CountingEnv(first=50), device="cpu")
+    memory = logged(loaded)
+    loaded.learn(7, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 21 and loaded._n_trials == 3 and loaded._n_updates == 9
+    assert len(loaded.dynamics.inputs) == 21
+    assert loaded.dynamics.inputs[14:, 0].min() > 49  # the new environment's data
+    # A loaded agent is not random again: its third trial follows the policy it had.
+    expected, _ = agent.predict(loaded.dynamics.inputs[14:, :2].float().numpy())
+    scaled = agent.policy.scale_action(expected)
+    np.testing.assert_allclose(loaded.dynamics.inputs[14:, 2:], scaled, atol=1e-5)
+    assert "model_fit/standardised_error" in memory.dumps[0][0]
+
+
+def test_load_reseeds_the_generators_from_the_seed(tmp_path):
+    agent = make().learn(14)
+    agent.save(tmp_path / "agent")
+    found = []
+    for _ in range(2):
+        loaded = PIPPS.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
+        found.append(parameters(loaded.learn(14, reset_num_timesteps=False)))
+    assert torch.equal(*found)
+
+
+def test_agent_saved_before_its_first_fit_fits_as_if_it_had_not_been_saved(tmp_path):
+    """After a random trial there are data but no hyper-parameters."""
+    agent = make(random_trials=2).learn(7)
+    assert not agent.dynamics.is_fitted
+    agent.save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", env=CountingEnv(first=1), device="cpu")
+    assert not loaded.dynamics.is_fitted
+
+
+def test_save_and_load_with_objects_for_estimator_and_cost(tmp_path):
+    agent = make(CostEnv(), estimator=estimators.make("tpx", cross_fit=True), cost_fn=cost_of_time)
+    agent.learn(7).save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", env=CostEnv(), cost_fn=cost_of_time, device="cpu")
+    assert loaded.estimator == agent.estimator and loaded.cost_fn is cost_of_time
+    loaded.learn(7)
+
+
+def cost_of_time(states):
+    return states[..., 1]
+
+
+def test_loading_an_agent_that_had_a_cost_fn_does_not_swap_the_cost_silently(tmp_path):
+    make(cost_fn=cost_of_time).learn(7).save(tmp_path / "agent")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            loaded = PIPPS.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
+            kept = loaded.cost_fn is not None
+            loaded.learn(7)
+        except ValueError as error:
+            assert "cost_fn" in str(error)
+            return
+    assert kept or any("cost_fn" in str(w.message) for w in caught)
+
+
+def test_get_and_set_parameters_carry_policy_and_model():
+    agent, other = make().learn(14), make(seed=1).learn(7)
+    assert set(agent.get_parameters()) == {"policy", "dynamics", "reward_model"}
+    assert not np.array_equal(agent.predict(OBSERVATIONS)[0], other.predict(OBSERVATIONS)[0])
+    other.set_parameters(agent.get_parameters())
+    np.testing.assert_array_equal(agent.predict(OBSERVATIONS)[0], other.predict(OBSERVATIONS)[0])
+    assert len(other.dynamics.inputs) == 14
+    x = torch.zeros(1, 3, dtype=torch.float64)
+    assert torch.equal(agent.dynamics.posterior(x).mean, other.dynamics.posterior(x).mean)
+    other.learn(7)
+
+
+def test_parameters_of_an_agent_with_more_data_load_from_a_file(tmp_path):
+    agent = make().learn(21)
+    agent.save(tmp_path / "agent")
+    fresh = make()
+    fresh.set_parameters(tmp_path / "agent")
+    assert torch.equal(fresh.dynamics.inputs, agent.dynamics.inputs)
+
+
+def test_set_parameters_of_another_model_is_an_error():
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make().set_parameters(make(angle_dims=(1,)).learn(7).get_parameters())
+
+
+# Vector environments
+
+
+def test_set_env_continues_on_the_new_environment():
+    agent = make().learn(7)
+    agent.set_env(CountingEnv(first=30))
+    agent.learn(7, reset_num_timesteps=False)
+    assert agent.num_timesteps == 14
+    np.testing.assert_array_equal(agent.dynamics.inputs[7, :2], [31, 0])
+
+
+def test_set_env_checks_the_number_of_environments_and_the_spaces():
+    agent = make()
+    with pytest.raises(AssertionError):
+        agent.set_env(vector(7, 4))
+    with pytest.raises(ValueError, match="spaces do not match"):
+        agent.set_env(gym.make(CARTPOLE))
+
+
+# Logging
+
+
+def test_scalars_are_logged():
+    agent = make(estimator="tpx")
+    memory = logged(agent)
+    agent.learn(14)
+    assert [step for _, step in memory.dumps] == [7, 14]
+    first, second = (values for values, _ in memory.dumps)
+    needed = {
+        "train/loss": 1,
+        "train/gradient_norm": 1,
+        "train/gradient_snr": 1,
+        "train/k": 1,
+        "train/n_updates": 1,
+        "train/skipped_steps": 1,
+        "k/step_01": 1,
+        "k/step_05": 1,
+        "k/coordinate_0": 1,
+        "k/coordinate_1": 1,
+        "gp/noise_0": 1,
+        "gp/signal_1": 1,
+        "gp/lengthscale_1_2": 1,
+        "gp/data": 1,
+        "rollout/ep_rew_mean": 1,
+        "rollout/ep_len_mean": 1,
+        "time/total_timesteps": 1,
+    }
+    for values in (first, second):
+        assert set(needed) <= set(values)
+        assert all(np.isfinite(values[key]) for key in needed)
+    # Only a model that exists can be compared with a trial.
+    assert "model_fit/standardised_error" not in first
+    assert {"model_fit/standardised_error", "model_fit/rmse_0", "model_fit/rmse_1"} <= set(second)
+    assert (first["gp/data"], second["gp/data"]) == (7, 14)
+    assert (first["train/n_updates"], second["train/n_updates"]) == (3, 6)
+    assert second["rollout/ep_rew_mean"] == -28 and second["rollout/ep_len_mean"] == 7
+    assert 0 <= first["train/k"] <= 1 and "k/step_06" not in first
+
+
+@pytest.mark.parametrize(("estimator", "k"), [("rp", 0.0), ("lr", 1.0)])
+def test_logged_k_is_the_estimators(estimator, k):
+    agent = make(estimator=estimator)
+    memory = logged(agent)
+    agent.learn(7)
+    values = memory.dumps[0][0]
+    assert values["train/k"] == values["k/step_03"] == values["k/coordinate_1"] == k
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(1, [7, 14, 21]), (2, [14]), (None, [])])
+def test_log_interval_counts_trials(interval, expected):
+    agent = make()
+    memory = logged(agent)
+    agent.learn(21, log_interval=interval)
+    assert [step for _, step in memory.dumps] == expected
+
+
+def test_learning_rate_is_logged():
+    agent = make(learning_rate=0.02)
+    memory = logged(agent)
+    agent.learn(7)
+    assert memory.dumps[0][0]["train/learning_rate"] == 0.02
+
+
+def test_skipped_gradients_do_not_spoil_the_logged_norm():
+    class Sometimes:
+        calls = 0
+
+        def __call__(self, states):
+            Sometimes.calls += 1
+            return states.sum(-1) * (float("nan") if Sometimes.calls == 2 else 1.0)
+
+    agent = make(cost_fn=Sometimes())
+    memory = logged(agent)
+    agent.learn(7)
+    assert memory.dumps[0][0]["train/skipped_steps"] == 1
+    assert np.isfinite(memory.dumps[0][0]["train/gradient_norm"])
+
+
+def test_figures_and_scalars_reach_tensorboard(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    agent = make(CARTPOLE, tensorboard_log=str(tmp_path)).learn(60)
+    agent.logger.close()
+    (folder,) = Path(tmp_path).iterdir()
+    assert folder.name == "PIPPS_1"
+    events = event_accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()
+    assert {"figures/k", "figures/prediction"} <= set(tags["images"])
+    assert {"train/loss", "k/step_01", "gp/noise_3"} <= set(tags["scalars"])
+    assert [e.step for e in events.Scalars("train/loss")] == [30, 60]
+    assert [e.step for e in events.Images("figures/prediction")] == [60]
+
+
+def test_every_output_format_can_be_written(tmp_path, capsys):
+    agent = make(verbose=1, tensorboard_log=str(tmp_path / "tb"))
+    formats = ["stdout", "log", "csv", "json", "tensorboard"]
+    agent.set_logger(configure(str(tmp_path), formats))
+    agent.learn(14)
+    assert "train/" in capsys.readouterr().out
+    assert "train/loss" in (tmp_path / "progress.csv").read_text().splitlines()[0]
+    assert "k/step_01" in (tmp_path / "progress.json").read_text()
+
+
+# Reproducibility
+
+
+def train(seed, env=CARTPOLE, **kwargs):
+    agent = make(env, seed=seed, **kwargs)
+    agent.learn(60)
+    return parameters(agent), [info["r"] for info in agent.ep_info_buffer]
+
+
+def test_same_seed_same_bits():
+    first, second, other = train(3), train(3), train(4)
+    assert torch.equal(first[0], second[0]) and first[1] == second[1]
+    assert not torch.equal(first[0], other[0]) and first[1] != other[1]
+
+
+def test_no_seed_differs():
+    assert not torch.equal(train(None)[0], train(None)[0])
+
+
+def test_training_does_not_depend_on_the_global_generators():
+    """Another agent built, or a plot drawn, between construction and training changes nothing."""
+    found = []
+    for disturb in (False, True):
+        agent = make(CARTPOLE)
+        if disturb:
+            torch.rand(3)
+            np.random.rand(3)
+        agent.learn(60)
+        found.append(parameters(agent))
+    assert torch.equal(*found)
+
+
+# It learns
+
+
+@pytest.mark.slow
+def test_cartpole_swings_up_after_a_few_trials():
+    """tpx, seed 7, 1 random trial and 4 searches: mean cost of 30 rollouts < 15 (start: 27)."""
+    agent = PIPPS("RBFPolicy", CARTPOLE, estimator="tpx", seed=7, device="cpu")
+    agent.learn(4 * 30)
+    env = Monitor(gym.make(CARTPOLE))
+    env.reset(seed=123)
+    mean, _ = evaluate_policy(agent, env, n_eval_episodes=30)
+    assert -mean < 15
+
+
+def test_policy_search_lowers_the_simulated_cost():
+    """A cost that the first step can lower, 60 gradient steps; last loss against the first."""
+    agent = make(CostEnv(), gradient_steps=60, learning_rate=FloatSchedule(0.1), gp_evaluations=50)
+    memory = logged(agent)
+    agent.learn(14)
+    values = memory.dumps[-1][0]
+    assert values["train/loss"] < values["train/loss_first"]

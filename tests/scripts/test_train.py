@@ -1,0 +1,166 @@
+"""The command lines, end to end on tiny settings and with wrong input."""
+
+import json
+
+import pytest
+
+from scripts import evaluate, run_folder, sweep, train
+
+TINY = ["pipps", "--total-timesteps", "60", "--gradient-steps", "3", "--n-particles", "20"]
+TINY += ["--eval-episodes", "5", "--threads", "1", "--no-progress"]
+
+
+def run(tmp_path, *extra, name="run"):
+    train.main([*TINY, "--runs", str(tmp_path), "--name", name, *extra])
+    return tmp_path / name
+
+
+def test_a_run_leaves_everything_and_says_so(tmp_path, capsys):
+    folder = run(tmp_path)
+    names = {path.name for path in folder.iterdir()}
+    expected = {"config.json", "model.zip", "progress.csv", "evaluations.json", "summary.json"}
+    assert expected | {"learning_curve.png", "rollout.gif"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    output = capsys.readouterr().out
+    assert "NO SUCCESS: cost" in output and str(folder) in output and "Next:" in output
+    evaluations = json.loads((folder / "evaluations.json").read_text())
+    assert evaluations["timesteps"] == [30, 60]
+    assert [len(returns) for returns in evaluations["returns"]] == [5, 5]
+    assert json.loads((folder / "config.json").read_text())["arguments"]["n_particles"] == 20
+
+
+def test_the_gif_shows_one_episode(tmp_path):
+    from PIL import Image
+
+    with Image.open(run(tmp_path) / "rollout.gif") as gif:
+        assert gif.n_frames == 30  # the start and every step but the last, which has reset already
+        assert gif.info["duration"] == 100  # ms: 10 Hz
+
+
+def test_evaluate_loads_the_run(tmp_path, capsys):
+    folder = run(tmp_path)
+    capsys.readouterr()
+    evaluate.main([str(folder), "--episodes", "4"])
+    output = capsys.readouterr().out
+    assert "over 4 episodes" in output
+    assert (folder / "evaluation.gif").stat().st_size > 1000
+    evaluate.main([str(folder), "--episodes", "4", "--no-gif"])
+    again = capsys.readouterr().out
+    assert output.splitlines()[0] == again.splitlines()[0]  # same seed, same returns
+
+
+def test_the_same_command_twice_gives_the_same_numbers(tmp_path):
+    first, second = (run(tmp_path, "--seed", "5", name=name) for name in ("a", "b"))
+    assert (first / "evaluations.json").read_bytes() == (second / "evaluations.json").read_bytes()
+    other = run(tmp_path, "--seed", "6", name="c")
+    assert (first / "evaluations.json").read_bytes() != (other / "evaluations.json").read_bytes()
+
+
+def test_a_taken_name_is_not_overwritten(tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "run" / "evaluations.json").read_bytes()
+    run(tmp_path, "--seed", "9")
+    assert (tmp_path / "run" / "evaluations.json").read_bytes() == before
+    assert (tmp_path / "run_2" / "model.zip").exists()
+
+
+def test_preset_sets_what_is_not_given(tmp_path):
+    folder = run(tmp_path, "--preset", "pipps2018", "--momentum", "0.5")
+    arguments = json.loads((folder / "config.json").read_text())["arguments"]
+    assert arguments["optimizer"] == "rmsprop2018" and arguments["leg"] == "biw"
+    assert arguments["momentum"] == 0.5 and arguments["gradient_steps"] == 3
+
+
+def test_help_teaches_every_flag(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["pipps", "--help"])
+    assert caught.value.code == 0
+    output = capsys.readouterr().out
+    for word in ("--estimator", "simulated particles N", "--env-arg", "--preset", "450"):
+        assert word in output
+
+
+WRONG = [
+    (["--estimator", "tpxx"], 1, "did you mean 'tpx'"),
+    (["--estimator", ""], 1, "unknown estimator"),
+    (["--env-id", "totalprop/CartPoleSwingUp"], 1, "did you mean 'totalprop/CartPoleSwingUp-v0'"),
+    (["--env-id", "CartPole-v1"], 1, "action"),
+    (["--env-arg", "cost=tipp"], 1, "tip"),
+    (["--env-arg", "noise=-1"], 1, "noise"),
+    (["--env-arg", "noise"], 1, "NAME=VALUE"),
+    (["--env-arg", "nonsense=1"], 1, "nonsense"),
+    (["--n-particles", "2"], 1, "n_particles must be at least 3, got 2"),
+    (["--horizon", "0"], 1, "horizon must be at least 1"),
+    (["--learning-rate", "-1"], 1, "learning_rate must be above 0"),
+    (["--learning-rate", "nan"], 1, "learning_rate must be above 0"),
+    (["--total-timesteps", "0"], 1, "--total-timesteps must be at least 1"),
+    (["--eval-episodes", "1"], 1, "--eval-episodes must be at least 2"),
+    (["--angle-dims", "7"], 1, "angle_dims must be entries of the observation"),
+    (["--policy", "MlpPolicy"], 1, "MlpPolicy"),
+    (["--optimizer", "quasi-newton"], 1, "rp-fs"),
+    (["--preset", "tpx2024"], 2, "unknown preset 'tpx2024'"),
+    (["--optimizer", "sgd"], 2, "sgd"),
+    (["--n-particles", "many"], 2, "many"),
+    (["--no-such-flag"], 2, "no-such-flag"),
+]
+
+
+@pytest.mark.parametrize(("flags", "code", "text"), WRONG, ids=lambda value: str(value)[:40])
+def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, flags, code, text):
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path, *flags)
+    captured = capsys.readouterr()
+    assert caught.value.code == code
+    assert text in captured.err + captured.out
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_agent(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["dreamerr"])
+    assert caught.value.code == 2
+    assert "unknown agent 'dreamerr'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 truncated"])
+def test_a_file_that_is_no_model_is_one_sentence(tmp_path, capsys, content):
+    folder = run(tmp_path)
+    (folder / "model.zip").write_bytes(content)
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([str(folder)])
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert "cannot load" in error and "Traceback" not in error
+
+
+def test_evaluate_says_what_is_missing(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit):
+            evaluate.main([str(path)])
+        assert "is no run folder" in capsys.readouterr().err
+
+
+def test_a_missing_picture_does_not_lose_the_run(tmp_path, capsys, monkeypatch):
+    def no_picture(*args, **kwargs):
+        raise run_folder.UserError("no renderer")
+
+    monkeypatch.setattr(train, "record_gif", no_picture)
+    folder = run(tmp_path)
+    captured = capsys.readouterr()
+    assert "no video: no renderer" in captured.err
+    assert "NO SUCCESS" in captured.out and (folder / "model.zip").exists()
+
+
+def test_sweep_runs_reports_and_goes_on(tmp_path, capsys, monkeypatch):
+    command = ["sweep", "pipps", "--estimators", "tpx", "--seeds", "0", "1"]
+    command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--jobs", "2"]
+    monkeypatch.setattr("sys.argv", [*command, "--", *TINY[1:7], "--eval-episodes", "5"])
+    sweep.main()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert {e: sorted(seeds) for e, seeds in results.items()} == {"tpx": ["0", "1"]}
+    assert len(results["tpx"]["0"]["costs"]) == 2
+    assert (tmp_path / "out" / "table.md").read_text().count("0/2") == 3
+    stamp = (tmp_path / "runs" / "tpx_seed0" / "model.zip").stat().st_mtime_ns
+    sweep.main()
+    assert (tmp_path / "runs" / "tpx_seed0" / "model.zip").stat().st_mtime_ns == stamp
