@@ -20,7 +20,7 @@ class PolicyGradient(NamedTuple):
 
     loss: Tensor  # [] value of the loss, detached
     gradients: tuple[Tensor, ...]  # like the parameters
-    per_sample: Tensor | None  # [N, P] contributions of each sample; they sum to the gradient
+    per_sample: Tensor | None  # [N, P] contributions of each sample, through the nodes
     k: Tensor | None  # like the meter: weight of the score legs
 
 
@@ -43,7 +43,9 @@ def gradient(
         rollout: (estimator, tap) -> loss []. Calls the estimator at its nodes, passes the tap and a
             probe on, and draws the same noise each time it is called.
         parameters: what to differentiate by; P elements in all, in the probe's order.
-        samples: N. per_sample: also return the per-sample gradients (needs probes).
+        samples: N.
+        per_sample: also return the per-sample gradients (needs probes of all parameters). They sum to
+            the gradient where the parameters act through the nodes alone.
         meter: the zeros that the rollout passes to its nodes to learn k (requires grad), or None.
     """
     size = sum(p.numel() for p in parameters)
@@ -52,7 +54,7 @@ def gradient(
         tap = parameters[0].new_zeros(samples, size, requires_grad=True) if tapped else None
         loss = rollout(estimator, tap)
         extra = [x for x in (tap, meter) if x is not None]
-        found = torch.autograd.grad(loss, [*parameters, *extra])
+        found = torch.autograd.grad(loss, [*parameters, *extra], materialize_grads=True)
         n = len(parameters)
         return PolicyGradient(
             loss.detach(),

@@ -13,6 +13,7 @@ spaces.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -24,7 +25,6 @@ from estimators.probes import Probe, gram
 Zeta = tuple[Tensor, ...]
 Weight = Callable[[Zeta, Sequence[Zeta], "Probe | None"], list[Tensor]]
 
-CARRIED = 1.0  # see `tpg`
 RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
 
 
@@ -75,19 +75,22 @@ def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     return _inverse_variance(variances[0], list(variances[1:]))
 
 
-def tpg(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+def tpg(
+    rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, carried: float = 1.0
+) -> list[Tensor]:
     """One k per coordinate, chosen jointly by the variance in policy-parameter space.
 
     With J_id the per-sample Jacobian of coordinate d w.r.t. the parameters, and C_RP, C_LR the
     [D, D] covariances tr Cov_i(J_id g_id, J_ie g_ie) of each leg, minimises over k in [0, 1]^D
 
-        (1 - k)ᵀ C_RP (1 - k) + kᵀ C_LR k + CARRIED Σ_d k_d² C_LR,dd.
+        (1 - k)ᵀ C_RP (1 - k) + kᵀ C_LR k + carried Σ_d k_d² C_LR,dd.
 
-    This project; no paper. With one coordinate and CARRIED = 0 it is `tp`; where J keeps the
+    This project; no paper. With one coordinate and carried = 0 it is `tp`; where J keeps the
     coordinates apart, it is `tpx-ivw` in parameter space. Two choices are measured rather than
     derived (`scripts/chaos.py`): the covariance between the legs is left out, because over a long
-    chain the noise of its estimate costs more than it gains; and LR's own variance counts once
-    more, because the noise that LR adds at a node is carried on to every earlier node.
+    chain the noise of its estimate costs more than it gains; and LR's own variance counts `carried`
+    times more, because the noise that LR adds at a node is carried on to every earlier node. For a
+    single node nothing is carried, and `functools.partial(tpg, carried=0.0)` is the better rule.
     """
     if len(legs) != 1 or rp[0].ndim != 2:
         raise ValueError(
@@ -106,11 +109,11 @@ def tpg(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     covariance = gram(_require(probe, "tpg"), tuple(f.movedim(1, 0) for f in fields))
     d = rp[0].shape[1]
     c_rp, c_lr = covariance[:d, :d], covariance[d:, d:]
-    carried = CARRIED * c_lr.diagonal()
-    system = c_rp + c_lr + torch.diag(carried)
+    penalty = carried * c_lr.diagonal()
+    system = c_rp + c_lr + torch.diag(penalty)
     size = system.diagonal().clamp_min(_tiny(scale)).sqrt()
     # Solved for 1 - k, whose right-hand side holds no exploded number.
-    pathwise_weight = _solve(system, size, c_lr.sum(1) + carried, usable)
+    pathwise_weight = _solve(system, size, c_lr.sum(1) + penalty, usable)
     return [(1 - pathwise_weight).clamp(0.0, 1.0).unsqueeze(0)]
 
 
@@ -133,31 +136,57 @@ def whole_graph_ivw(rp: Tensor, lr: Tensor) -> Tensor:
 
 def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
     """k of least Var_i(rp + Σ_l k_l (leg_l - rp)), per coordinate or summed over the last axis."""
-    deltas = torch.stack([leg - rp for leg in legs]) if len(legs) > 1 else (legs[0] - rp)[None]
-    dims = (1, -1) if summed else (1,)
+    if len(legs) > 1:
+        return _simplex([rp, *legs], summed=summed)[1:]
+    delta = legs[0] - rp
+    dims = (0, -1) if summed else (0,)
     # Largest entry per regression: makes k independent of the loss's scale, without overflow.
-    scale = torch.linalg.vector_norm(deltas, math.inf, dim=(0, *dims), keepdim=True)
+    scale = torch.linalg.vector_norm(delta, math.inf, dim=dims, keepdim=True)
     scale = scale.clamp_min(_tiny(scale))
-    rp, deltas = rp / scale[0], deltas / scale
+    rp, delta = rp / scale, delta / scale
     rp = rp - rp.mean(0, keepdim=True)  # else a large mean's round-off keeps k from 1
-    centred = deltas - deltas.mean(1, keepdim=True)
-    if len(legs) == 1:
-        delta = centred[0]
-        numerator, variance = (delta * rp), delta * delta
-        if summed:
-            numerator, variance = numerator.sum(-1, keepdim=True), variance.sum(-1, keepdim=True)
-        k = numerator.sum(0, keepdim=True) / variance.sum(0, keepdim=True).clamp_min(_tiny(scale))
-        return [k.neg_().clamp_(0.0, 1.0)]
-    gram_matrix = torch.einsum("ln...,mn...->...lm", centred, centred)
-    target = torch.einsum("ln...,n...->...l", centred, rp)
+    delta = delta - delta.mean(0, keepdim=True)
+    numerator = (delta * rp).sum(dims, keepdim=True)
+    k = numerator / (delta * delta).sum(dims, keepdim=True).clamp_min(_tiny(scale))
+    return [k.neg_().clamp_(0.0, 1.0)]
+
+
+def _simplex(legs: list[Tensor], *, summed: bool) -> list[Tensor]:
+    """Weights of least variance, each >= 0, together 1: generalised least squares on a simplex.
+
+    Within a face of the simplex w ∝ S⁻¹ 1 with variance 1 / (1ᵀ S⁻¹ 1); with two or three legs the
+    faces can be tried one by one, which is exact where clipping is not. The covariance S is used in
+    units of its diagonal, so that legs may differ by many orders of magnitude.
+    """
+    x, last = torch.stack(legs), (-1,) if summed else ()
+    largest = torch.linalg.vector_norm(x, math.inf, dim=(1, *last), keepdim=True)
+    x = x / largest.clamp_min(_tiny(largest))
+    x = x - x.mean(1, keepdim=True)
+    s = torch.einsum("an...,bn...->...ab", x, x)
     if summed:
-        gram_matrix, target = gram_matrix.sum(-3, keepdim=True), target.sum(-2, keepdim=True)
-    trace = gram_matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    ridge = torch.eye(len(legs), dtype=rp.dtype, device=rp.device) * (RIDGE * trace + _tiny(trace))
-    k = torch.linalg.solve(gram_matrix + ridge, -target.unsqueeze(-1)).squeeze(-1)
-    k = k.clamp(0.0, 1.0)
-    k = k / k.sum(-1, keepdim=True).clamp_min(1.0)  # together the legs get at most everything
-    return list(k.movedim(-1, 0).unsqueeze(1))
+        s = s.sum(-3, keepdim=True)
+    deviation = s.diagonal(dim1=-2, dim2=-1).sqrt()
+    inverse = 1 / deviation.clamp_min(_tiny(s))
+    correlation = s * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    correlation = correlation + RIDGE * torch.eye(len(legs), dtype=s.dtype, device=s.device)
+    deviation = deviation * largest.squeeze(1).movedim(0, -1)
+    unit = deviation.nan_to_num(nan=math.inf).amin(-1, keepdim=True)
+    precision = 1 / (deviation / unit.clamp_min(_tiny(unit))).clamp_min(1e-6)  # [..., M]
+    best = torch.full_like(deviation[..., :1], math.inf)
+    weights = torch.zeros_like(deviation)
+    for size in range(1, len(legs) + 1):
+        for face in itertools.combinations(range(len(legs)), size):
+            index = list(face)
+            block = correlation[..., index, :][..., index]
+            w = torch.linalg.solve_ex(block, precision[..., index].unsqueeze(-1))[0].squeeze(-1)
+            w = w * precision[..., index]
+            variance = 1 / w.sum(-1, keepdim=True)
+            inside = (w >= 0).all(-1, keepdim=True) & torch.isfinite(variance)
+            better = inside & (variance < best)
+            full = torch.zeros_like(weights)
+            full[..., index] = w * variance
+            best, weights = torch.where(better, variance, best), torch.where(better, full, weights)
+    return list(weights.movedim(-1, 0).unsqueeze(1))
 
 
 def _variances(rp: Tensor, legs: list[Tensor], *, summed: bool) -> tuple[Tensor, list[Tensor]]:

@@ -138,7 +138,7 @@ def test_rp_gradient_equals_finite_differences_with_fixed_noise(resample):
 def simulate_with_the_general_probe(model, policy, noise, estimator, tap=None):
     """`simulate` with `ParameterProbe` (torch.func) instead of the cheap `ControlProbe`."""
     dynamics = model.dynamics
-    named = {n: p for n, p in policy.named_parameters()}
+    named = dict(policy.named_parameters())
     subset = {"weights": named["weights"]} if estimator.probe == "subset" else named
     dense = torch.linalg.inv(
         torch.stack([kernel(dynamics, e, dynamics.inputs) for e in range(STATES)])

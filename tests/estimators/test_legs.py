@@ -259,10 +259,7 @@ CLIPPED = [
 ]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="clipping the unconstrained solution is not the constrained optimum"
-)
-@pytest.mark.parametrize(("stds", "correlations"), CLIPPED[:4])
+@pytest.mark.parametrize(("stds", "correlations"), CLIPPED)
 def test_three_legs_are_never_worse_than_the_best_one(stds, correlations):
     """N = 20000, seed 33: where the optimum has negative weights too (1 % for the error of k)."""
     covariance = covariance_of(stds, correlations)

@@ -131,9 +131,9 @@ def test_k_of_the_same_samples_biases_a_small_batch(name):
 
 @pytest.mark.parametrize("name", CROSS_FITTED)
 def test_cross_fit_is_unbiased_at_a_single_node(name):
-    """The same batches, with k from the other half: within 4 SE."""
+    """The same batches, with k from the other half: within 4 SE (half as many)."""
     gradients, repeats = CROSS_FITTED[name]
-    g = gradients(name, True, n=6, repeats=repeats)
+    g = gradients(name, True, n=6, repeats=repeats // 2)
     assert abs(bias_in_standard_errors(g)) <= 4
 
 

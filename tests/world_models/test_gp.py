@@ -320,7 +320,7 @@ def test_posterior_after_a_fit_uses_the_new_hyper_parameters():
 @pytest.mark.parametrize("n", [30, 31])
 @pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 1234.567])
 def test_constant_input_column_is_ignored(value, n):
-    """The mean of 31 times 0.1 is not 0.1 in floating point: their std is 1e-17, not 0."""
+    """Even if the mean of its values is not exactly the value in floating point."""
     check_fit_ignores(torch.full((n,), value, dtype=F64))
 
 
@@ -349,6 +349,16 @@ def test_constant_targets_are_fitted(value):
     assert torch.isfinite(gp.fit()).all()
     found = gp.posterior(gp.inputs).mean
     torch.testing.assert_close(found, gp.targets, atol=0.02, rtol=0)
+
+
+def test_constant_targets_do_not_collapse_over_repeated_fits():
+    """A likelihood without a lower bound: every warm start used to shrink signal and noise more."""
+    gp = GaussianProcess(2, 1)
+    for trial in range(10):
+        gp.add_data(randn(7, 2, seed=trial), torch.zeros(7, 1, dtype=F64))
+        assert torch.isfinite(gp.fit()).all()
+    assert float(gp.noise) > 1e-12
+    assert (gp.posterior(gp.inputs).mean.abs() < 1e-3).all()
 
 
 def test_duplicate_points_without_noise_do_not_crash():
