@@ -43,7 +43,7 @@ class TrialEvaluation(BaseCallback):
         self.evaluate()
 
     def evaluate(self) -> None:
-        """Run the rollouts, unless this policy has been evaluated already; record and write them."""
+        """Run the rollouts, unless this policy was evaluated already; record and write them."""
         if self.timesteps and self.timesteps[-1] == self.num_timesteps:
             return
         returns, _ = evaluate_policy(

@@ -1,8 +1,8 @@
 """PIPPS: policy search in a Gaussian-process model, with a plug-in policy gradient.
 
-Loop: one episode on the real system -> fit the model to all data -> optimise the policy on simulated
-particles -> next episode. Parmas, Rasmussen, Peters & Doya 2018 (PIPPS); Parmas, Seno & Aoki 2023
-(TPX), App. B. The simulation is in particles.py, the optimiser in policy_search.py.
+Loop: one episode on the real system -> fit the model to all data -> optimise the policy on
+simulated particles -> next episode. Parmas, Rasmussen, Peters & Doya 2018 (PIPPS); Parmas, Seno &
+Aoki 2023 (TPX), App. B. The simulation is in particles.py, the optimiser in policy_search.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import estimators
 from agents import trial_log
+from agents.arguments import LEGS, VARIANTS, check_arguments
 from agents.particles import Cost, Noise, ParticleModel, simulate
 from agents.policies import ControllerPolicy, LinearPolicy, RBFPolicy, trig_features
 from agents.policy_search import OptimizerName, SearchSettings, optimise_policy
@@ -30,9 +31,6 @@ from estimators import Estimator
 from world_models.gp import GaussianProcess
 
 SelfPIPPS = TypeVar("SelfPIPPS", bound="PIPPS")
-LEGS = {"score": estimators.legs.score, "biw": estimators.legs.biw}
-# Variants of the 2018 paper that are not estimators of a node: (resample, fixed noise).
-VARIANTS = {"gr": (True, False), "rp-fs": (False, True), "gr-fs": (True, True)}
 
 
 class PIPPS(BaseAlgorithm):
@@ -42,7 +40,7 @@ class PIPPS(BaseAlgorithm):
         policy: "RBFPolicy" (both papers, cart-pole) or "LinearPolicy" (unicycle), or a class.
         env: environment or id. Where it has a differentiable `cost(states)` and an
             `initial_distribution` (mean, std), simulations use them.
-        learning_rate: step size of the policy optimiser, or a schedule over the training's progress.
+        learning_rate: step size of the policy optimiser, or a schedule of the training's progress.
         estimator: a name of the registry ("rp", "lr", "tp", "tps", "tpx", "tpg", ...), "gr"
             (Gaussian resampling), "rp-fs" or "gr-fs" (fixed noise and a quasi-Newton optimiser), or
             an `estimators.Estimator`.
@@ -58,7 +56,7 @@ class PIPPS(BaseAlgorithm):
         random_trials: first episodes with uniformly random actions.
         cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64). Without
             it the environment's own `cost` is used; if it has none, a GP is fitted to the rewards.
-        angle_dims: observation entries that are angles, seen by model and policy as sine and cosine.
+        angle_dims: observation entries that are angles: model and policy see sine and cosine.
         model_uncertainty: particles spread by the GP's own uncertainty; off: "TP - σ_f" of 2018.
         noise_multiplier: factor on the learned noise variance in simulation; 100: "TP + σ_n".
         gp_evaluations: likelihood evaluations per output and fit.
@@ -144,7 +142,7 @@ class PIPPS(BaseAlgorithm):
     # ----------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
-        self._check_arguments()
+        check_arguments(self)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         seed = self.seed if self.seed is not None else int(torch.randint(2**31, ()))
@@ -157,59 +155,6 @@ class PIPPS(BaseAlgorithm):
         inputs = states + len(self.angle_dims) + controls
         self.dynamics = GaussianProcess(inputs, states).to(self.device)
         self.reward_model = GaussianProcess(inputs, 1).to(self.device)
-
-    def _check_arguments(self) -> None:
-        """One sentence per wrong value, before any work is done."""
-        variant = self.estimator if isinstance(self.estimator, str) else ""
-        if variant not in VARIANTS:
-            estimators.make(self.estimator)
-        checks: list[tuple[str, Any, bool, str]] = [
-            ("leg", self.leg, self.leg in LEGS, f"one of {', '.join(LEGS)}"),
-            ("n_particles", self.n_particles, self.n_particles >= 3, "at least 3"),
-            ("horizon", self.horizon, self.horizon >= 1, "at least 1 step"),
-            ("gradient_steps", self.gradient_steps, self.gradient_steps >= 1, "at least 1"),
-            ("random_trials", self.random_trials, self.random_trials >= 1, "at least 1 episode"),
-            ("noise_multiplier", self.noise_multiplier, self.noise_multiplier > 0, "above 0"),
-            ("adam_eps", self.adam_eps, self.adam_eps > 0, "above 0"),
-            ("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)"),
-            ("gp_evaluations", self.gp_evaluations, self.gp_evaluations >= 1, "at least 1"),
-        ]
-        if not callable(self.learning_rate):
-            rate = self.learning_rate
-            checks.append(("learning_rate", rate, 0 < rate < math.inf, "above 0"))
-        names = ("adam", "rmsprop2018", "quasi-newton")
-        checks.append(("optimizer", self.optimizer, self.optimizer in names, f"one of {names}"))
-        for name, value, is_good, expected in checks:
-            if not is_good:
-                raise ValueError(f"{name} must be {expected}, got {value!r}")
-        if self.optimizer == "quasi-newton" and variant not in ("rp-fs", "gr-fs"):
-            raise ValueError(
-                "optimizer 'quasi-newton' needs a deterministic objective; "
-                "choose estimator 'rp-fs' or 'gr-fs'"
-            )
-        self._check_spaces()
-
-    def _check_spaces(self) -> None:
-        space = self.observation_space
-        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
-            raise ValueError(
-                f"PIPPS models a vector of real numbers and needs a Box observation space of shape "
-                f"[S], got {space}; wrap the environment in gymnasium.wrappers.FlattenObservation"
-            )
-        if len(self.action_space.shape or ()) != 1:
-            raise ValueError(
-                f"PIPPS needs a Box action space of shape [A], got {self.action_space}"
-            )
-        if self.get_vec_normalize_env() is not None:
-            raise ValueError(
-                "PIPPS fits its model to raw observations, whose scale VecNormalize keeps changing; "
-                "pass the environment without VecNormalize (the GP scales its inputs itself)"
-            )
-        wrong = [d for d in self.angle_dims if not 0 <= d < space.shape[0]]
-        if wrong:
-            raise ValueError(
-                f"angle_dims must be entries of the observation, 0..{space.shape[0] - 1}, got {wrong}"
-            )
 
     def _settings(self) -> SearchSettings:
         variant = self.estimator if isinstance(self.estimator, str) else ""

@@ -191,8 +191,8 @@ class RBFJacobian(NamedTuple):
     """d action / d parameters of an RBF network with one control, never as an [N, P] array.
 
     With z = x e^λ, c = centre e^λ (scaled) and slope_nk = 2 sat'(v) w_k φ_nk, the three blocks are
-    slope (z - c) e^λ for the centres, -Σ_k slope (z - c)² for λ, and sat'(v) φ for the weights; sums
-    over k or n of squares of differences become matrix products.
+    slope (z - c) e^λ for the centres, -Σ_k slope (z - c)² for λ, and sat'(v) φ for the weights;
+    sums of squares of differences become matrix products.
     """
 
     by_weight: Tensor  # [N, K]

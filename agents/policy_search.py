@@ -113,14 +113,17 @@ def optimise_policy(
         _rmsprop2018(parameters, step, settings, log)
     if log.skipped == len(log.losses):
         raise FloatingPointError(
-            f"none of the {log.skipped} policy gradients was finite; choose estimator 'tpx' or 'lr', "
-            "or a shorter horizon"
+            f"none of the {log.skipped} policy gradients was finite; "
+            "choose estimator 'tpx' or 'lr', or a shorter horizon"
         )
     return log
 
 
 def _adam(
-    parameters: Sequence[Tensor], step: Callable[..., _Step], settings: SearchSettings, log: SearchLog
+    parameters: Sequence[Tensor],
+    step: Callable[..., _Step],
+    settings: SearchSettings,
+    log: SearchLog,
 ) -> None:
     """Adam, started anew for every search (as the authors' demo does)."""
     adam = torch.optim.Adam(parameters, lr=settings.learning_rate, eps=settings.adam_eps)
@@ -135,7 +138,10 @@ def _adam(
 
 
 def _rmsprop2018(
-    parameters: Sequence[Tensor], step: Callable[..., _Step], settings: SearchSettings, log: SearchLog
+    parameters: Sequence[Tensor],
+    step: Callable[..., _Step],
+    settings: SearchSettings,
+    log: SearchLog,
 ) -> None:
     """m ← γ m + g / √z, θ ← θ - α m, z = E[g]² + V[g]. Parmas et al. 2018, Sec. 3.3.
 
@@ -158,8 +164,10 @@ def _rmsprop2018(
             vector_to_parameters(theta, parameters)
 
 
-def _quasi_newton(parameters: Sequence[Tensor], step: Callable[..., _Step], evaluations: int) -> None:
-    """L-BFGS on the objective made deterministic by fixed noise (PEGASUS; Parmas 2018, Sec. 3.3)."""
+def _quasi_newton(
+    parameters: Sequence[Tensor], step: Callable[..., _Step], evaluations: int
+) -> None:
+    """L-BFGS on an objective made deterministic by fixed noise (PIPPS 2018, Sec. 3.3)."""
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
         with torch.no_grad():

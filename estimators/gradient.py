@@ -44,8 +44,8 @@ def gradient(
             probe on, and draws the same noise each time it is called.
         parameters: what to differentiate by; P elements in all, in the probe's order.
         samples: N.
-        per_sample: also return the per-sample gradients (needs probes of all parameters). They sum to
-            the gradient where the parameters act through the nodes alone.
+        per_sample: also return the per-sample gradients (needs probes of all parameters). They sum
+            to the gradient where the parameters act through the nodes alone.
         meter: the zeros that the rollout passes to its nodes to learn k (requires grad), or None.
     """
     size = sum(p.numel() for p in parameters)

@@ -89,9 +89,7 @@ class _Node(torch.autograd.Function):
         return draw(zeta, noise), credit.clone()
 
     @staticmethod
-    def backward(
-        ctx: Any, g_sample: Tensor, returns: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g_sample: Tensor, returns: Tensor) -> tuple[Tensor | None, ...]:
         noise, value, *zeta = ctx.saved_tensors
         g_zeta, k = mix(ctx.estimator, tuple(zeta), noise, g_sample, returns, value, ctx.probe)
         g_meter = None if ctx.meter_shape is None else k.mean(0).expand(ctx.meter_shape)

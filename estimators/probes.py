@@ -1,8 +1,8 @@
 """Probes: what a node's cotangent becomes in policy-parameter space, sample by sample.
 
-A probe is any callable `cotangent -> [N, P]` per-sample parameter gradients. The rules that need one
-(`tp`, `tps`, `tpg`) only ask for covariances of such gradients, so a probe may also offer `gram`,
-which can avoid the [N, P] arrays. Building a probe costs nothing until a rule asks.
+A probe is any callable `cotangent -> [N, P]` per-sample parameter gradients. The rules that need
+one (`tp`, `tps`, `tpg`) only ask for covariances of such gradients, and `ControlProbe` finds those
+without the [N, P] arrays. Building a probe costs nothing until a rule asks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Probe = Callable[[Zeta], Tensor]
 
 
 def gram(probe: Probe, cotangents: Zeta) -> Tensor:
-    """Covariances of M probed cotangents, summed over the parameters: Σ_p Cov_i(B_a[i,p], B_b[i,p]).
+    """Covariances of M probed cotangents over the samples: Σ_p Cov_i(B_a[i, p], B_b[i, p]).
 
     Args:
         probe: any probe.
@@ -54,7 +54,7 @@ class ParameterProbe:
     """The general probe: per-sample vector-Jacobian products by `torch.func`.
 
     Args:
-        function: (parameters, *inputs of one sample) -> zeta of that sample, e.g. (mean [D], std [D]).
+        function: (parameters, *inputs of one sample) -> its zeta, e.g. (mean [D], std [D]).
         parameters: name -> tensor; leave out what should not count (TPX 2023, Sec. 4: `tps`).
         inputs: tensors [N, ...], one slice per sample.
     """

@@ -71,7 +71,7 @@ class Estimator:
             probe: needed by `tp`, `tps`, `tpg`, see `estimators.probes`.
             value: [N, ...] critic's estimate of the return, for baselines.critic; no gradient.
             meter: zeros broadcastable from [1, ..., D]; its gradient becomes k (mean over samples).
-            tap: zeros [N, P]; its gradient collects the per-sample parameter gradients (with probe).
+            tap: zeros [N, P]; its gradient collects per-sample parameter gradients (with probe).
         Returns:
             sample [N, ..., D] and the credit for every cost and node downstream.
         Raises:

@@ -48,7 +48,7 @@ def tpx(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
 
 
 def tpx_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
-    """`tpx` with numerator and denominator summed over the coordinates. TPX 2023, Sec. 4, App. D."""
+    """`tpx` with numerator and denominator summed over coordinates. TPX 2023, Sec. 4, App. D."""
     return _regress(rp[0], [leg[0] for leg in legs], summed=True)
 
 

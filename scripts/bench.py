@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     rows = [bench_pipps(n, options.repeats) for n in options.points]
     names = [name for name in rows[0] if name not in ("points", "seconds")]
-    print(f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}, {options.threads} threads")
+    print(
+        f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}, {options.threads} threads"
+    )
     print(f"{'GP data points':>34} " + " ".join(f"{row['points']:>9}" for row in rows))
     print(f"{'seconds (rp)':>34} " + " ".join(f"{row['seconds']:9.4f}" for row in rows))
     for name in names:
@@ -90,9 +92,7 @@ def bench_pipps(points: int, repeats: int) -> dict[str, float]:
     return row
 
 
-def _interleaved_medians(
-    tasks: dict[str, Callable[[], object]], repeats: int
-) -> dict[str, float]:
+def _interleaved_medians(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     for task in tasks.values():
         task()
     times: dict[str, list[float]] = {name: [] for name in tasks}

@@ -120,7 +120,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--study", choices=list(GRIDS), default="single", help="default: single")
     add("--betas", nargs="+", type=float, help="grid of β_1; default: 22 (single), 12 (double)")
-    add("--second-betas", nargs="+", type=float, default=SECOND_BETAS, help="β_2; default: 1.5 2.5 3.5")
+    add(
+        "--second-betas",
+        nargs="+",
+        type=float,
+        default=SECOND_BETAS,
+        help="β_2; default: 1.5 2.5 3.5",
+    )
     add("--estimators", nargs="+", default=names(), help="default: all that are registered")
     add("--samples", type=int, default=1000, help="N per gradient; default: 1000")
     add("--repeats", type=int, default=40, help="R per grid point; default: 40")
@@ -300,7 +306,10 @@ def _table(name: str, settings: dict[str, Any], study: Study) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     errors = [m.relative_se for point in study.values() for e, m in point.items() if e != "rp"]
     errors_rp = [point["rp"].relative_se for point in study.values() if "rp" in point]
-    lines += ["", f"Relative standard error of a variance (jackknife): median {np.median(errors):.2f}"]
+    lines += [
+        "",
+        f"Relative standard error of a variance (jackknife): median {np.median(errors):.2f}",
+    ]
     lines[-1] += f"; rp up to {max(errors_rp):.2f}." if errors_rp else "."
     costs = {e: np.median([p[e].ms for p in study.values() if e in p]) for e in columns}
     lines.append("ms per gradient: " + ", ".join(f"{e} {ms:.0f}" for e, ms in costs.items()) + ".")
@@ -318,7 +327,9 @@ def _summary(name: str, study: Study) -> list[str]:
         logs = {e: np.mean([np.log(p[e].variance + 1e-300) for p in points]) for e in common}
         first, *rest = sorted(common, key=lambda e: logs[e])
         after = ", ".join(f"{e} {np.exp(logs[e] - logs[first]):.3g}x" for e in rest[:3])
-        lines.append(f"{name}, β_1 {region}: least variance {first}, then {after} (geometric means)")
+        lines.append(
+            f"{name}, β_1 {region}: least variance {first}, then {after} (geometric means)"
+        )
     compared = {b: c for b, p in study.items() if (c := compare(p)) is not None}
     if compared:
         worst = max(compared, key=lambda b: compared[b].ratio)
@@ -343,7 +354,9 @@ def _summary(name: str, study: Study) -> list[str]:
         point = study.get(betas, {})
         if {*better, *worse} <= set(point):
             gain = min(point[e].variance for e in worse) / point[better[0]].variance
-            lines.append(f"{name}, β = {betas}: {better[0]} beats {' and '.join(worse)} by {gain:.3g}x")
+            lines.append(
+                f"{name}, β = {betas}: {better[0]} beats {' and '.join(worse)} by {gain:.3g}x"
+            )
     return lines
 
 
@@ -382,7 +395,9 @@ def _figure(study: Study) -> Figure:
     axes[1, 0].set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes[1, 0].minorticks_off()
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=min(len(labels), 5), frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncol=min(len(labels), 5), frameon=False
+    )
     return figure
 
 

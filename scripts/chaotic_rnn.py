@@ -48,7 +48,9 @@ def gradients(estimator: Estimator, betas: Sequence[float], noise: Tensor) -> Te
     """
     if estimator.probe != "none":
         return torch.cat([_gradients(estimator, betas, one.unsqueeze(2)) for one in noise])
-    parts = [_gradients(estimator, betas, part.permute(1, 2, 0, 3)) for part in noise.split(TOGETHER)]
+    parts = [
+        _gradients(estimator, betas, part.permute(1, 2, 0, 3)) for part in noise.split(TOGETHER)
+    ]
     return torch.cat(parts)
 
 

@@ -1,6 +1,6 @@
 """Evaluate a trained run: mean and spread of its returns, and a GIF of the policy.
 
-    python -m scripts.evaluate runs/pipps_CartPoleSwingUp-v0_tpx_seed0 --episodes 100
+python -m scripts.evaluate runs/pipps_CartPoleSwingUp-v0_tpx_seed0 --episodes 100
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="run folder that scripts.train printed")
-    parser.add_argument("--episodes", type=int, default=30, help="rollouts to average (default: 30)")
+    parser.add_argument(
+        "--episodes", type=int, default=30, help="rollouts to average (default: 30)"
+    )
     parser.add_argument("--seed", type=int, default=12345, help="seed of the environments")
     parser.add_argument("--gif", type=Path, default=None, help="default: RUN/evaluation.gif")
     parser.add_argument("--no-gif", action="store_true", help="numbers only")
@@ -55,9 +57,7 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     if not options.no_gif:
         path = options.gif or folder.path / "evaluation.gif"
-        render_env = make_env(
-            config["env_id"], config["env_args"], seed=options.seed, render=True
-        )
+        render_env = make_env(config["env_id"], config["env_args"], seed=options.seed, render=True)
         shown = record_gif(agent, render_env, path)
         print(f"GIF of one episode (return {shown:.2f}): {path}")
 

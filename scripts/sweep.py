@@ -1,6 +1,6 @@
 """Train several estimators and seeds, and write the numbers, a table and learning curves.
 
-    python -m scripts.sweep pipps --estimators tpx tp tpg lr rp --seeds 0 1 2 3 4 --out results/pipps
+    python -m scripts.sweep pipps --estimators tpx lr rp --seeds 0 1 2 3 4 --out results/pipps
 
 Every run is a `scripts.train` of its own, so a killed sweep goes on where it stopped: finished runs
 are not repeated. Flags of scripts.train follow after `--`.

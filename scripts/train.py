@@ -118,7 +118,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, Any, str]:
         args=rest,
         prog=f"scripts.train {agent}",
         description=f"{AGENTS[agent].__doc__.splitlines()[0]}\n\n"  # type: ignore[union-attr]
-        f"--preset {{{','.join(PRESETS[agent])}}} sets a paper's numbers; flags given beside it win.",
+        f"--preset {{{','.join(PRESETS[agent])}}} sets a paper's numbers; flags beside it win.",
         default=command(RunOptions(**DEFAULTS[agent]), flags),
     )
     return agent, parsed.run, parsed.agent, preset

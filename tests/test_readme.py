@@ -1,8 +1,8 @@
 """Every Python block of the README runs as printed, in a fresh namespace and an empty folder.
 
 A block whose info string contains `no-run` (```python no-run) is only compiled. The comment
-`<!-- readme-test: A -> B -->` before a block has A replaced by B here: training for seconds instead of
-minutes.
+`<!-- readme-test: A -> B -->` before a block has A replaced by B here: training for
+seconds instead of minutes.
 """
 
 import re
