@@ -9,6 +9,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
 
 
 class TrialEvaluation(BaseCallback):
@@ -55,7 +56,7 @@ class TrialEvaluation(BaseCallback):
         self.logger.record("eval/mean_reward", mean)
         self.logger.record("eval/std_reward", std)
         if self.verbose:
-            print(f"{self.num_timesteps:6d} real steps: return {mean:8.2f} ± {std:.2f}", flush=True)
+            tqdm.write(f"{self.num_timesteps:6d} real steps: return {mean:8.2f} ± {std:.2f}")
         if self.path is not None:
             record = {"timesteps": self.timesteps, "returns": self.returns}
             self.path.write_text(json.dumps(record) + "\n")

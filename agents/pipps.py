@@ -196,13 +196,14 @@ class PIPPS(BaseAlgorithm):
 
         Args:
             total_timesteps: real environment steps; exact up to the number of environments.
-            callback, tb_log_name, reset_num_timesteps, progress_bar: as in stable-baselines3.
+            callback, tb_log_name, reset_num_timesteps: as in stable-baselines3.
             log_interval: trials between log dumps.
+            progress_bar: a bar for each policy search, which is where the time goes.
         Raises:
             ValueError: an observation or reward is not finite.
         """
         total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar=False
         )
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
@@ -249,7 +250,8 @@ class PIPPS(BaseAlgorithm):
         self._n_trials += 1
         self._store(transitions)
         if self._predicted is not None:
-            trial_log.record_prediction(self, np.stack(path)[:, 0])
+            names = self._env_attribute("observation_names") or ()
+            trial_log.record_prediction(self, np.stack(path)[:, 0], names)
         callback.on_rollout_end()
         return True
 

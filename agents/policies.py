@@ -175,8 +175,8 @@ class RBFPolicy(ControllerPolicy):
         if last_layer:
             return DenseJacobian(by_weight.unsqueeze(1))
         scale = self.log_inverse_scale.exp()
-        return RBFJacobian(
-            by_weight, 2 * by_weight * self.weights, features * scale, self.centres * scale, scale
+        return RBFJacobian.build(
+            by_weight, self.weights, features * scale, self.centres * scale, scale
         )
 
     @property
@@ -201,17 +201,25 @@ class RBFJacobian(NamedTuple):
     centres: Tensor  # [K, S] scaled
     scale: Tensor  # [S]
 
+    by_scale: Tensor  # [N, S] the block of λ
+
+    @staticmethod
+    def build(
+        by_weight: Tensor, weights: Tensor, x: Tensor, c: Tensor, scale: Tensor
+    ) -> RBFJacobian:
+        """From sat'(v) φ [N, K], w [1, K], scaled features [N, S], centres [K, S], e^λ [S]."""
+        slope = 2 * by_weight * weights
+        cross = 2 * (slope @ c) - x * slope.sum(1, keepdim=True)
+        return RBFJacobian(by_weight, slope, x, c, scale, cross * x - slope @ c.square())
+
     def rows(self, rows: slice) -> RBFJacobian:
         """The same for some of the samples."""
-        return RBFJacobian(
-            self.by_weight[rows], self.slope[rows], self.x[rows], self.centres, self.scale
+        return self._replace(
+            by_weight=self.by_weight[rows],
+            slope=self.slope[rows],
+            x=self.x[rows],
+            by_scale=self.by_scale[rows],
         )
-
-    def _by_scale(self) -> Tensor:
-        """[N, S] block of λ: -Σ_k slope (z - c)²."""
-        total = self.slope.sum(1, keepdim=True)
-        cross = 2 * (self.slope @ self.centres) - self.x * total
-        return cross * self.x - self.slope @ self.centres.square()
 
     def inner(self) -> Tensor:
         """[N, 1, 1] squared norm of each sample's gradient."""
@@ -219,7 +227,7 @@ class RBFJacobian(NamedTuple):
         distance = torch.addmm(c.square().sum(1), x, c.T, alpha=-2.0)  # [N, K], less |x|²
         distance += x.square().sum(1, keepdim=True)
         norm = (self.slope.square() * distance + self.by_weight.square()).sum(1)
-        return (norm + self._by_scale().square().sum(1))[:, None, None]
+        return (norm + self.by_scale.square().sum(1))[:, None, None]
 
     def project(self, alpha: Tensor) -> Tensor:
         """[M, P] sums Σ_i α_mi J_i, from α [M, N, 1]."""
@@ -228,13 +236,13 @@ class RBFJacobian(NamedTuple):
         moments = ((alpha * self.x).mT.reshape(m * s, n) @ self.slope).view(m, s, k)
         by_centre = moments.mT - (a @ self.slope).unsqueeze(-1) * self.centres  # [M, K, S]
         by_centre = (by_centre * self.scale).flatten(1)
-        return torch.cat((by_centre, a @ self._by_scale(), a @ self.by_weight), 1)
+        return torch.cat((by_centre, a @ self.by_scale, a @ self.by_weight), 1)
 
     def per_sample(self, alpha: Tensor) -> Tensor:
         """[N, P] products α_i J_i, from α [N, 1]."""
         offset = (self.x.unsqueeze(1) - self.centres) * self.scale  # [N, K, S]
         by_centre = (self.slope.unsqueeze(-1) * offset).flatten(1)
-        return alpha * torch.cat((by_centre, self._by_scale(), self.by_weight), 1)
+        return alpha * torch.cat((by_centre, self.by_scale, self.by_weight), 1)
 
 
 class LinearPolicy(ControllerPolicy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,10 +64,10 @@ def record_model_fit(agent: PIPPS, inputs: Tensor, targets: Tensor) -> None:
         agent.logger.record(f"model_fit/rmse_{d}", value, exclude=QUIET)
 
 
-def record_prediction(agent: PIPPS, path: np.ndarray) -> None:
-    """Figure: the particles predicted before a trial, and the trial; path [T + 1, S]."""
+def record_prediction(agent: PIPPS, path: np.ndarray, names: Sequence[str]) -> None:
+    """Figure: the particles predicted before a trial, and the trial itself, [T + 1, S]."""
     if agent.tensorboard_log is not None and agent._predicted is not None:
-        figure = figures.prediction(agent._predicted, path)
+        figure = figures.prediction(agent._predicted, path, names)
         agent.logger.record("figures/prediction", Figure(figure, close=True), PICTURE)
 
 

@@ -149,6 +149,7 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    observation_names = ("cart [m]", "pole [rad]", "cart [m/s]", "pole [rad/s]")  # for figures
 
     def __init__(
         self,

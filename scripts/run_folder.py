@@ -144,9 +144,14 @@ def make_env(
 def record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, *, episodes: int = 1) -> float:
     """Roll the policy out and write what the environment renders; returns the mean return."""
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise UserError("writing a GIF needs Pillow: pip install pillow") from error
+        return _record_gif(agent, env, path, episodes)
+    except (ImportError, gym.error.Error) as error:
+        raise UserError(f"cannot record a GIF: {error}") from error
+
+
+def _record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, episodes: int) -> float:
+    from PIL import Image
+
     fps = env.get_attr("metadata")[0].get("render_fps", 30)
     frames, returns, observations = [], [], env.reset()
     state, starts, total = None, np.ones(1, dtype=bool), 0.0

@@ -151,7 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\nstopped; the folder keeps what was written so far", file=sys.stderr)
+        print(
+            "\nstopped; the run folder keeps the model as it was and the evaluations so far",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
 
 
@@ -190,7 +193,11 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     )
     print(f"Training {agent} ({flags.estimator}) on {options.env_id}, writing to {folder.path}")
     started = time.perf_counter()
-    algorithm.learn(options.total_timesteps, callback=evaluation, progress_bar=options.progress)
+    try:
+        algorithm.learn(options.total_timesteps, callback=evaluation, progress_bar=options.progress)
+    except KeyboardInterrupt:
+        algorithm.save(folder.model)
+        raise
     seconds = time.perf_counter() - started
     algorithm.save(folder.model)
     report(algorithm, folder, evaluation, options, env_args, seconds)

@@ -197,3 +197,31 @@ def test_policy_saves_and_loads_alone(policy_class, tmp_path):
     policy.save(tmp_path / "policy.pth")
     loaded = policy_class.load(tmp_path / "policy.pth")
     assert torch.equal(loaded(states()), policy(states()))
+
+
+# The Jacobian that the probe uses
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("last_layer", [False, True])
+@pytest.mark.parametrize("controls", [1, 2])
+@pytest.mark.parametrize("policy_class", [RBFPolicy, LinearPolicy])
+def test_control_jacobian_acts_as_the_dense_one(policy_class, controls, last_layer, offset):
+    """Everything shifted by 30 units: sums of squares as products must not lose the digits."""
+    kwargs = {"n_centres": 6} if policy_class is RBFPolicy else {}
+    policy, x = make(policy_class, controls, (1,) if offset == 0 else (), **kwargs), states()
+    if policy_class is RBFPolicy:
+        with torch.no_grad():
+            policy.centres.add_(offset)
+    x = x + offset
+    dense = policy.parameter_jacobian(x)  # [N, A, P]
+    if last_layer:
+        dense = dense[..., policy.last_layer]
+    found = policy.control_jacobian(x, last_layer=last_layer)
+    alpha = torch.randn(3, len(x), controls, dtype=F64, generator=torch.Generator().manual_seed(2))
+    for rows in (slice(None), slice(2, 5)):
+        j, d, a = found.rows(rows), dense[rows], alpha[:, rows]
+        close = {"rtol": 1e-8, "atol": 1e-10}
+        torch.testing.assert_close(j.inner(), d @ d.mT, **close)
+        torch.testing.assert_close(j.project(a), torch.einsum("mnf,nfp->mp", a, d), **close)
+        torch.testing.assert_close(j.per_sample(a[0]), torch.einsum("nf,nfp->np", a[0], d), **close)
