@@ -13,25 +13,34 @@ if TYPE_CHECKING:
     from agents.pipps import PIPPS
 
 LEGS = {"score": estimators.legs.score, "biw": estimators.legs.biw}
+NO_VEC_NORMALIZE = (
+    "PIPPS fits its model to raw observations, whose scale VecNormalize keeps changing; "
+    "pass the environment without VecNormalize (the GP scales its inputs itself)"
+)
 # Variants of the 2018 paper that are not estimators of a node: (resample, fixed noise).
 VARIANTS = {"gr": (True, False), "rp-fs": (False, True), "gr-fs": (True, True)}
 
 
 def check_arguments(agent: PIPPS) -> None:
     """One sentence per wrong value, before any work is done."""
-    variant = agent.estimator if isinstance(agent.estimator, str) else ""
-    if variant not in VARIANTS:
-        estimators.make(agent.estimator)
+    known, variant = [*estimators.names(), *VARIANTS], ""
+    if not isinstance(agent.estimator, estimators.Estimator):
+        variant = str(agent.estimator)
+        if agent.estimator not in known:
+            raise ValueError(estimators.unknown_name(agent.estimator, known))
+    if getattr(agent, "observation_space", None) is None:
+        raise ValueError("PIPPS needs an environment to learn in: pass env=... (an id or instance)")
     checks: list[tuple[str, Any, bool, str]] = [
         ("leg", agent.leg, agent.leg in LEGS, f"one of {', '.join(LEGS)}"),
-        ("n_particles", agent.n_particles, agent.n_particles >= 3, "at least 3"),
-        ("horizon", agent.horizon, agent.horizon >= 1, "at least 1 step"),
-        ("gradient_steps", agent.gradient_steps, agent.gradient_steps >= 1, "at least 1"),
-        ("random_trials", agent.random_trials, agent.random_trials >= 1, "at least 1 episode"),
+        _whole(agent, "n_particles", 6 if agent.cross_fit else 3),
+        _whole(agent, "horizon", 1),
+        _whole(agent, "gradient_steps", 1),
+        _whole(agent, "random_trials", 1),
+        _whole(agent, "gp_evaluations", 1),
+        ("cost_fn", agent.cost_fn, agent.cost_fn is None or callable(agent.cost_fn), "a function"),
         ("noise_multiplier", agent.noise_multiplier, agent.noise_multiplier > 0, "above 0"),
         ("adam_eps", agent.adam_eps, agent.adam_eps > 0, "above 0"),
         ("momentum", agent.momentum, 0 <= agent.momentum < 1, "in [0, 1)"),
-        ("gp_evaluations", agent.gp_evaluations, agent.gp_evaluations >= 1, "at least 1"),
     ]
     if not callable(agent.learning_rate):
         rate = agent.learning_rate
@@ -46,7 +55,17 @@ def check_arguments(agent: PIPPS) -> None:
             "optimizer 'quasi-newton' needs a deterministic objective; "
             "choose estimator 'rp-fs' or 'gr-fs'"
         )
+    if "angle_dims" in agent.policy_kwargs:
+        raise ValueError(
+            "angle_dims is for model and policy: pass it to PIPPS, not in policy_kwargs"
+        )
     _check_spaces(agent)
+
+
+def _whole(agent: PIPPS, name: str, least: int) -> tuple[str, Any, bool, str]:
+    value = getattr(agent, name)
+    is_good = isinstance(value, int) and value >= least
+    return name, value, is_good, f"at least {least}, a whole number"
 
 
 def _check_spaces(agent: PIPPS) -> None:
@@ -59,12 +78,10 @@ def _check_spaces(agent: PIPPS) -> None:
     if len(agent.action_space.shape or ()) != 1:
         raise ValueError(f"PIPPS needs a Box action space of shape [A], got {agent.action_space}")
     if agent.get_vec_normalize_env() is not None:
-        raise ValueError(
-            "PIPPS fits its model to raw observations, whose scale VecNormalize keeps changing; "
-            "pass the environment without VecNormalize (the GP scales its inputs itself)"
-        )
+        raise ValueError(NO_VEC_NORMALIZE)
     wrong = [d for d in agent.angle_dims if not 0 <= d < space.shape[0]]
-    if wrong:
+    if wrong or len(set(agent.angle_dims)) < len(agent.angle_dims):
         raise ValueError(
-            f"angle_dims must be entries of the observation, 0..{space.shape[0] - 1}, got {wrong}"
+            f"angle_dims must be entries of the observation, 0..{space.shape[0] - 1}, each once, "
+            f"got {list(agent.angle_dims)}"
         )

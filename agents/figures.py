@@ -27,6 +27,8 @@ def prediction(particles: np.ndarray, path: np.ndarray, labels: Sequence[str] = 
         axes[d].fill_between(steps, lower, upper, alpha=0.4, color="C0", lw=0, label="50 %")
         axes[d].plot(path[:, d], color="C3", lw=1.5, label="real trial")
         axes[d].set(title=names[d], xlabel="step")
+    for axis in axes[n_states:]:
+        axis.set_visible(False)
     axes[0].legend(fontsize="small", frameon=False)
     return figure
 

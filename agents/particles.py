@@ -127,7 +127,11 @@ def gaussian_resample(x: Tensor, noise: Tensor) -> Tensor:
     covariance = centred.T @ centred / (len(x) - 1)
     jitter = 1e-10 * covariance.diagonal().mean().detach() + 1e-14
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    return mean + noise @ torch.linalg.cholesky(covariance + jitter * eye).T
+    factor, info = torch.linalg.cholesky_ex(covariance + jitter * eye)
+    factor = torch.where(
+        info == 0, factor, torch.nan
+    )  # of non-finite particles; the step is skipped
+    return mean + noise @ factor.T
 
 
 def _control_probe(

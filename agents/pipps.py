@@ -7,7 +7,6 @@ Aoki 2023 (TPX), App. B. The simulation is in particles.py, the optimiser in pol
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -18,13 +17,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 from tqdm import tqdm
 
 import estimators
-from agents import trial_log
-from agents.arguments import LEGS, VARIANTS, check_arguments
-from agents.particles import Cost, Noise, ParticleModel, simulate
+from agents import task, trial_log
+from agents.arguments import LEGS, NO_VEC_NORMALIZE, VARIANTS, check_arguments
+from agents.particles import Noise, ParticleModel, simulate
 from agents.policies import ControllerPolicy, LinearPolicy, RBFPolicy, trig_features
 from agents.policy_search import OptimizerName, SearchSettings, optimise_policy
 from estimators import Estimator
@@ -131,7 +131,7 @@ class PIPPS(BaseAlgorithm):
         self.model_uncertainty, self.noise_multiplier = model_uncertainty, noise_multiplier
         self.gp_evaluations = gp_evaluations
         self._n_trials = 0
-        self._policy_is_placed = False
+        self._needs_cost_fn = cost_fn is not None
         self._start_observations: list[np.ndarray] = []
         self._predicted: np.ndarray | None = None  # [H + 1, N, S] for the next trial
         if _init_setup_model:
@@ -142,6 +142,7 @@ class PIPPS(BaseAlgorithm):
     # ----------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
+        self.angle_dims = tuple(self.angle_dims)  # a list where it comes from a file
         check_arguments(self)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -207,11 +208,13 @@ class PIPPS(BaseAlgorithm):
         )
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
+            # Before the trial: at its end the last search would have no progress left, and no step.
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             if not self._collect_trial(callback, total_timesteps):
                 break
             if self._n_trials >= self.random_trials:
                 self._improve_policy(progress_bar)
-            if log_interval is not None and self._n_trials % log_interval == 0:
+            if log_interval and self._n_trials % log_interval == 0:
                 self.dump_logs()
         callback.on_training_end()
         return self
@@ -222,7 +225,9 @@ class PIPPS(BaseAlgorithm):
         callback.on_rollout_start()
         is_random = self._n_trials < self.random_trials
         finished = np.zeros(self.env.num_envs, dtype=bool)
+        self._check_finite(np.array(self._last_obs), np.zeros(1))
         path, transitions = [np.array(self._last_obs)], []
+        from_start = bool(np.asarray(self._last_episode_starts)[0])
         while not finished.all() and self.num_timesteps < total_timesteps:
             observations = np.array(self._last_obs)
             if is_random:
@@ -242,15 +247,16 @@ class PIPPS(BaseAlgorithm):
                 path.append(next_observations)
             self._last_obs = new_observations  # type: ignore[assignment]
             self._last_episode_starts = dones
-            self._update_info_buffer(infos, dones)
             finished |= dones
             callback.update_locals(locals())
             if not callback.on_step():
+                self._store(transitions)
                 return False
+            self._update_info_buffer(infos, dones)
         self._n_trials += 1
         self._store(transitions)
-        if self._predicted is not None:
-            names = self._env_attribute("observation_names") or ()
+        if self._predicted is not None and from_start:
+            names = task.env_attribute(self, "observation_names") or ()
             trial_log.record_prediction(self, np.stack(path)[:, 0], names)
         callback.on_rollout_end()
         return True
@@ -281,9 +287,9 @@ class PIPPS(BaseAlgorithm):
     def _improve_policy(self, show_progress: bool) -> None:
         """Fit the model and search the policy; the two phases of a trial that take time."""
         likelihoods = self.dynamics.fit(max_evaluations=self.gp_evaluations)
-        model = self._particle_model()
-        if not self._policy_is_placed:
-            self._place_policy(model)
+        model = task.particle_model(self)
+        if not self.policy.is_placed:
+            task.place_policy(self, model)
         settings = self._settings()
         with tqdm(
             total=settings.gradient_steps,
@@ -301,51 +307,6 @@ class PIPPS(BaseAlgorithm):
         self._remember_prediction(model)
         trial_log.record_search(self, log, likelihoods)
 
-    def _particle_model(self) -> ParticleModel:
-        mean, std = self._start_distribution()
-        return ParticleModel(
-            dynamics=self.dynamics,
-            start_mean=torch.as_tensor(mean, dtype=torch.float64, device=self.device),
-            start_std=torch.as_tensor(std, dtype=torch.float64, device=self.device),
-            cost=self._cost(),
-            model_uncertainty=self.model_uncertainty,
-            noise_multiplier=self.noise_multiplier,
-        )
-
-    def _cost(self) -> Cost:
-        """The given cost, the environment's own, or a GP on the rewards seen so far."""
-        own = self.cost_fn or self._env_attribute("cost")
-        if callable(own):
-            return lambda states, actions: own(states)
-        self.reward_model.fit(max_evaluations=self.gp_evaluations)
-
-        def negative_reward(states: Tensor, actions: Tensor) -> Tensor:
-            inputs = torch.cat((trig_features(states, self.angle_dims), actions), -1)
-            mean = self.reward_model.posterior(inputs.flatten(0, -2)).mean
-            return -mean.reshape(states.shape[:-1])
-
-        return negative_reward
-
-    def _start_distribution(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and std [S] of the particles' start: the environment's own, or from its resets."""
-        given = self._env_attribute("initial_distribution")
-        if given is not None:
-            return given
-        starts = np.stack(self._start_observations).astype(np.float64)
-        # One reset says nothing of the spread: assume that of one noisy observation at least.
-        noise = self.dynamics.noise.cpu().numpy() / math.sqrt(2)
-        return starts.mean(0), np.maximum(starts.std(0), noise)
-
-    def _place_policy(self, model: ParticleModel) -> None:
-        """Spread the controller over the start state (unit scale), or over the first data."""
-        if self._env_attribute("initial_distribution") is not None:
-            mean = trig_features(model.start_mean, self.angle_dims)
-            self.policy.initialise(mean, torch.ones_like(mean))
-        else:
-            features = self.dynamics.inputs[:, : self.policy.n_features]
-            self.policy.initialise(features.mean(0), features.std(0).clamp_min(1e-3))
-        self._policy_is_placed = True
-
     def _remember_prediction(self, model: ParticleModel) -> None:
         """Simulate the new policy once more, to be compared with the next trial."""
         size = self.horizon, self.n_particles, len(model.start_mean)
@@ -354,11 +315,11 @@ class PIPPS(BaseAlgorithm):
             _, _, states = simulate(model, self.policy, noise, estimators.make("rp"))
         self._predicted = states.cpu().numpy()
 
-    def _env_attribute(self, name: str) -> Any:
-        """An attribute of the (first) environment, looked up through its wrappers, or None."""
-        if self.env is None or not self.env.has_attr(name):
-            return None
-        return self.env.get_attr(name, indices=0)[0]
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """As in stable-baselines3; raises ValueError for VecNormalize."""
+        if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
+            raise ValueError(NO_VEC_NORMALIZE)
+        super().set_env(env, force_reset)
 
     def dump_logs(self) -> None:
         """Write everything recorded since the last dump; called once per `log_interval` trials."""

@@ -18,13 +18,17 @@ from estimators import DenseJacobian
 
 
 def saturate(v: Tensor) -> Tensor:
-    """(9 sin v + sin 3v) / 8, a smooth map onto [-1, 1]. Parmas et al. 2018, Sec. 4.2."""
-    return (9 * v.sin() + (3 * v).sin()) / 8
+    """(9 sin v + sin 3v) / 8, a smooth map onto [-1, 1]. Parmas et al. 2018, Sec. 4.2.
+
+    Written as s (3 - s²) / 2 with s = sin v: one sine instead of two.
+    """
+    s = v.sin()
+    return s * (1.5 - 0.5 * s * s)
 
 
 def saturate_slope(v: Tensor) -> Tensor:
-    """Derivative of `saturate`."""
-    return (9 * v.cos() + 3 * (3 * v).cos()) / 8
+    """Derivative of `saturate`: 3/2 cos³ v."""
+    return 1.5 * v.cos().pow(3)
 
 
 def trig_features(x: Tensor, angle_dims: tuple[int, ...]) -> Tensor:
@@ -44,6 +48,8 @@ class ControllerPolicy(BasePolicy):
         angle_dims: observation entries that are angles and enter as sine and cosine.
     """
 
+    is_placed: Tensor
+
     def __init__(
         self,
         observation_space: spaces.Box,
@@ -53,6 +59,7 @@ class ControllerPolicy(BasePolicy):
         angle_dims: tuple[int, ...] = (),
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=True)
+        self.register_buffer("is_placed", torch.tensor(False))
         self.angle_dims = tuple(angle_dims)
         self.n_features = observation_space.shape[0] + len(self.angle_dims)
         self.n_controls = action_space.shape[0]
@@ -65,8 +72,9 @@ class ControllerPolicy(BasePolicy):
         """[N, A] before the saturation, from features [N, n_features]."""
         raise NotImplementedError
 
-    def initialise(self, mean: Tensor, std: Tensor) -> None:
-        """Place the controller on features of this mean and std, [n_features] each."""
+    def place(self, mean: Tensor, std: Tensor) -> None:
+        """Put a new controller where the features are: their mean and std, [n_features] each."""
+        self.is_placed.fill_(True)
 
     def parameter_jacobian(self, x: Tensor) -> Tensor:
         """d action / d parameters, [N, A, P], in the order of `parameters()`; x: [N, S]."""
@@ -97,7 +105,11 @@ class ControllerPolicy(BasePolicy):
         return self.act(observation.double())
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "angle_dims": self.angle_dims}
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "angle_dims": self.angle_dims,
+        }
 
 
 class RBFPolicy(ControllerPolicy):
@@ -129,10 +141,11 @@ class RBFPolicy(ControllerPolicy):
         weights = torch.empty(self.n_controls, n_centres, dtype=dtype).uniform_(-bound, bound)
         self.weights = nn.Parameter(weights)
 
-    def initialise(self, mean: Tensor, std: Tensor) -> None:
-        """Centres ~ N(mean, std²), inverse scales 1 / std."""
+    def place(self, mean: Tensor, std: Tensor) -> None:
+        """Centres, N(0, 1) so far, become N(mean, std²); inverse scales 1 / std."""
+        super().place(mean, std)
         with torch.no_grad():
-            self.centres.copy_(mean + std * torch.randn_like(self.centres))
+            self.centres.mul_(std).add_(mean)
             self.log_inverse_scale.copy_(-std.log())
 
     def preactivation(self, features: Tensor) -> Tensor:

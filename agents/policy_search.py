@@ -106,7 +106,7 @@ def optimise_policy(
         return _Step(result, flat)
 
     if settings.optimizer == "quasi-newton":
-        _quasi_newton(parameters, step, settings.gradient_steps)
+        _quasi_newton(parameters, step, settings.gradient_steps, log)
     elif settings.optimizer == "adam":
         _adam(parameters, step, settings, log)
     else:
@@ -165,7 +165,7 @@ def _rmsprop2018(
 
 
 def _quasi_newton(
-    parameters: Sequence[Tensor], step: Callable[..., _Step], evaluations: int
+    parameters: Sequence[Tensor], step: Callable[..., _Step], evaluations: int, log: SearchLog
 ) -> None:
     """L-BFGS on an objective made deterministic by fixed noise (PIPPS 2018, Sec. 3.3)."""
 
@@ -173,6 +173,9 @@ def _quasi_newton(
         with torch.no_grad():
             vector_to_parameters(torch.as_tensor(theta, device=parameters[0].device), parameters)
         result, flat = step()
+        if not (torch.isfinite(result.loss) and torch.isfinite(flat).all()):
+            log.skipped += 1
+            return 1e25, np.zeros_like(theta)  # a wall: the line search steps back
         return float(result.loss), flat.cpu().numpy()
 
     start = parameters_to_vector(parameters).detach().cpu().numpy()

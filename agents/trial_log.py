@@ -27,7 +27,9 @@ def record_search(agent: PIPPS, log: SearchLog, likelihoods: Tensor) -> None:
     record = agent.logger.record
     record("train/loss", log.losses[-1])
     record("train/loss_first", log.losses[0], exclude=QUIET)
-    record("train/gradient_norm", float(np.mean(log.gradient_norms)))
+    norms = np.array(log.gradient_norms)
+    record("train/gradient_norm", float(norms[np.isfinite(norms)].mean()))
+    record("train/learning_rate", agent._settings().learning_rate)
     if log.signal_to_noise:
         record("train/gradient_snr", float(np.mean(log.signal_to_noise)))
         k = torch.stack(log.k).mean(0)  # [H, S]

@@ -10,7 +10,7 @@ from estimators import baselines, diagnostics, legs, weights
 from estimators.gradient import PolicyGradient, gradient
 from estimators.node import assign_credit, infer_noise
 from estimators.probes import ControlProbe, DenseJacobian, ParameterProbe
-from estimators.registry import Estimator, make, names, register
+from estimators.registry import Estimator, make, names, register, unknown_name
 
 __all__ = [
     "ControlProbe",
@@ -27,5 +27,6 @@ __all__ = [
     "make",
     "names",
     "register",
+    "unknown_name",
     "weights",
 ]

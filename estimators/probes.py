@@ -150,5 +150,7 @@ class ControlProbe:
         )
 
     def _alpha(self, cotangent: Zeta) -> Tensor:
-        terms = [(c.unsqueeze(-1) * j).sum(-2) for c, j in zip(cotangent, self.zeta_jacobian)]
+        terms = [
+            torch.einsum("...nd,ndf->...nf", c, j) for c, j in zip(cotangent, self.zeta_jacobian)
+        ]
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]

@@ -7,7 +7,7 @@ Every agent resolves a name once, in its constructor, with `make`. Other package
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, Literal
@@ -136,9 +136,14 @@ def make(name: str | Estimator, **changes: Any) -> Estimator:
         estimator = entry_points(group=ENTRY_POINT_GROUP)[name].load()
         register(name, estimator)
         return replace(estimator, **changes)
-    near = difflib.get_close_matches(name, names(), 1)
+    raise ValueError(unknown_name(name, names()))
+
+
+def unknown_name(name: object, known: Sequence[str]) -> str:
+    """Message for an estimator that is not known, with the nearest known name."""
+    near = difflib.get_close_matches(str(name), known, 1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    raise ValueError(f"unknown estimator '{name}': {hint}choose one of {', '.join(names())}")
+    return f"unknown estimator {name!r}: {hint}choose one of {', '.join(known)}"
 
 
 def _plugins() -> Iterator[str]:

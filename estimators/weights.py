@@ -86,11 +86,12 @@ def tpg(
         (1 - k)ᵀ C_RP (1 - k) + kᵀ C_LR k + carried Σ_d k_d² C_LR,dd.
 
     This project; no paper. With one coordinate and carried = 0 it is `tp`; where J keeps the
-    coordinates apart, it is `tpx-ivw` in parameter space. Two choices are measured rather than
-    derived (`scripts/chaos.py`): the covariance between the legs is left out, because over a long
-    chain the noise of its estimate costs more than it gains; and LR's own variance counts `carried`
-    times more, because the noise that LR adds at a node is carried on to every earlier node. For a
-    single node nothing is carried, and `functools.partial(tpg, carried=0.0)` is the better rule.
+    coordinates apart, it is `tpx-ivw` in parameter space. Two choices are empirical
+    (results/chaos/table.md). The covariance between the legs is left out: over a long chain the
+    noise of its estimate costs more than it gains. And LR's own variance counts `carried` times
+    more: at the edge of chaos that lowers the variance of the whole gradient several-fold, though
+    not at a single node, where `functools.partial(tpg, carried=0.0)` is the better rule, and deep
+    in chaos `tp` is better than either.
     """
     if len(legs) != 1 or rp[0].ndim != 2:
         raise ValueError(

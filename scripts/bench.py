@@ -122,7 +122,7 @@ def _problem(points: int) -> tuple[ParticleModel, RBFPolicy]:
     torch.manual_seed(0)
     policy = RBFPolicy(env.observation_space, env.action_space)  # type: ignore[arg-type]
     mean, std = map(torch.as_tensor, env.get_wrapper_attr("initial_distribution"))
-    policy.initialise(mean, torch.ones_like(mean))
+    policy.place(mean, torch.ones_like(mean))
     own_cost = env.get_wrapper_attr("cost")
     return ParticleModel(gp, mean, std, lambda states, actions: own_cost(states)), policy
 

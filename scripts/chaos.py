@@ -69,7 +69,7 @@ class Measured:
     """What one estimator did at one grid point."""
 
     g: np.ndarray  # [R] dL/dβ_1
-    ms: float  # per gradient
+    ms: float  # of CPU time per gradient
 
     @property
     def variance(self) -> float:
@@ -190,16 +190,16 @@ def measure(options: argparse.Namespace) -> None:
             noise = draw_noise(betas, **sizes)
             for name in estimators:
                 bar.set_postfix_str(f"β = {', '.join(map(str, betas))}: {name}")
-                began = time.perf_counter()
+                began = time.process_time()
                 g = gradients(make(name), betas, noise)[:, 0].numpy()
-                ms = 1000 * (time.perf_counter() - began) / options.repeats
+                ms = 1000 * (time.process_time() - began) / options.repeats
                 study.setdefault(betas, {})[name] = Measured(g, ms)
                 bar.update()
             write(path, settings, study)
 
 
 def write(path: Path, settings: dict[str, Any], study: Study) -> None:
-    """CSV with the settings as JSON in a comment before it; replaced at once, never half-written."""
+    """CSV below the settings (a comment, JSON); replaced at once, so never half-written."""
     new = path.with_suffix(".tmp")
     with open(new, "w", newline="") as file:
         file.write(f"# {json.dumps(settings)}\n")
@@ -312,7 +312,9 @@ def _table(name: str, settings: dict[str, Any], study: Study) -> str:
     ]
     lines[-1] += f"; rp up to {max(errors_rp):.2f}." if errors_rp else "."
     costs = {e: np.median([p[e].ms for p in study.values() if e in p]) for e in columns}
-    lines.append("ms per gradient: " + ", ".join(f"{e} {ms:.0f}" for e, ms in costs.items()) + ".")
+    lines.append(
+        "CPU ms per gradient: " + ", ".join(f"{e} {ms:.0f}" for e, ms in costs.items()) + "."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -336,8 +338,8 @@ def _summary(name: str, study: Study) -> list[str]:
         c, low = compared[worst], sum(c.interval[0] > LIMIT for c in compared.values())
         lines.append(
             f"{name}: worst {OURS} / best other = {c.ratio:.2f} (95 %: {c.interval[0]:.2f} to "
-            f"{c.interval[1]:.2f}) at β = {worst} against {c.best}; {low} of {len(compared)} points "
-            f"are above {LIMIT} by more than noise"
+            f"{c.interval[1]:.2f}) at β = {worst} against {c.best}; {low} of {len(compared)} "
+            f"points are above {LIMIT} by more than noise"
         )
     z = [
         (d.mean() / (d.std(ddof=1) / len(d) ** 0.5 + 1e-300))
@@ -347,8 +349,9 @@ def _summary(name: str, study: Study) -> list[str]:
     ]
     if z:
         lines.append(
-            f"{name}: mean of {OURS} less mean of lr (unbiased) in standard errors: root mean square "
-            f"{np.sqrt(np.mean(np.square(z))):.2f} (1 if unbiased), largest {np.abs(z).max():.1f}"
+            f"{name}: mean of {OURS} less mean of lr (unbiased) in standard errors: "
+            f"root mean square {np.sqrt(np.mean(np.square(z))):.2f} (1 if unbiased), "
+            f"largest {np.abs(z).max():.1f}"
         )
     for betas, better, worse in (((2.45,), ["tp"], ["rp", "lr"]), ((1.5, 3.5), ["tpx"], ["tp"])):
         point = study.get(betas, {})
@@ -391,7 +394,7 @@ def _figure(study: Study) -> Figure:
     axes[0, 0].set(yscale="log", ylabel="variance of $dL/d\\beta_1$")
     axes[0, 0].set_ylim(max(lowest, 1e-12) / 5, max([*finite, lowest], default=1.0) * 30)
     axes[1, 0].set(yscale="log", ylabel=f"{OURS} / best other")
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10)]
+    ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10)
     axes[1, 0].set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes[1, 0].minorticks_off()
     handles, labels = axes[0, 0].get_legend_handles_labels()

@@ -1,20 +1,21 @@
 """The chaotic RNN of Parmas et al. 2023 (TPX), Sec. 5: a test bench for gradient estimators.
 
 Parallel chains x_{t+1} = sigmoid(β_i W x_t) + N(0, 0.001²), x_0 = [0.35, 0.55], one β_i each; the
-loss is L = 1/2 Σ_i |x_H^[i]|². Below β ≈ 2.5 a chain is stable and backpropagation (RP) is accurate;
-above it is chaotic and the variance of RP grows exponentially with H. The chain is Wang's (1991).
-Here is one gradient, what it costs, and nothing about studies, files or figures.
+loss is L = 1/2 Σ_i |x_H^[i]|². Below β ≈ 2.5 a chain is stable and backpropagation (RP) is exact
+enough; above it is chaotic and RP's variance grows exponentially with H (Wang 1991). Here are the
+noise and the gradients; the study, its files and figures are in `chaos.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from estimators import ControlProbe, DenseJacobian, Estimator, assign_credit, gradient
+from estimators import Estimator, assign_credit, gradient
 
 W = ((-5.0, 5.0), (-25.0, 25.0))
 START = (0.35, 0.55)
@@ -56,14 +57,14 @@ def gradients(estimator: Estimator, betas: Sequence[float], noise: Tensor) -> Te
 
 def _gradients(estimator: Estimator, betas: Sequence[float], noise: Tensor) -> Tensor:
     """[R, C] from noise [H, N, R, D], in one graph."""
-    n, repeats, d = noise.shape[1:]
+    n, repeats = noise.shape[1:3]
     probed = estimator.probe != "none"
     noise = noise.squeeze(2) if probed else noise.contiguous()  # [H, N, D] or [H, N, R, D]
     theta = noise.new_tensor(betas).repeat(repeats, 1).requires_grad_()  # [R, C]
     weight = torch.block_diag(*[noise.new_tensor(W)] * len(betas)).T
     chain = torch.eye(len(betas), dtype=noise.dtype).repeat_interleave(2, 0)  # [D, C]
+    counted = chain[:, :1] if estimator.probe == "subset" else chain
     std = torch.full_like(noise[0], STD)
-    no_influence = noise.new_zeros(n, d, len(betas))
 
     def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
         beta = (theta @ chain.T).squeeze(0) if probed else theta @ chain.T  # [D] or [R, D]
@@ -74,19 +75,16 @@ def _gradients(estimator: Estimator, betas: Sequence[float], noise: Tensor) -> T
             mean = torch.sigmoid(beta * drive)
             probe = None
             if probed:
-                slope = (mean * (1 - mean) * drive).detach()
-                jacobian = slope.unsqueeze(-1) * chain  # [N, D, C] d mean / dβ
-                probe = ControlProbe((jacobian, no_influence), every_beta, counted)
+                probe = partial(_probe, (mean * (1 - mean) * drive).detach(), counted)
             x, credit = estimator(mean, std, noise_t, credit, probe=probe, tap=tap)
         return assign_credit(0.5 * x.square().sum(-1), credit).mean(0).sum()
 
-    identity = torch.eye(len(betas), dtype=noise.dtype).expand(n, -1, -1)  # the controls are the β
-
-    def every_beta() -> DenseJacobian:
-        return DenseJacobian(identity)
-
-    def first_beta() -> DenseJacobian:
-        return DenseJacobian(identity[..., :1])
-
-    counted = first_beta if estimator.probe == "subset" else every_beta
     return gradient(rollout, [theta], estimator, samples=n).gradients[0].detach()
+
+
+def _probe(slope: Tensor, counted: Tensor, cotangent: tuple[Tensor, ...]) -> Tensor:
+    """[N, C] per-sample gradients w.r.t. the β that count, at one node; its std is a constant.
+
+    slope: [N, D] d mean_d / dβ of its chain. counted: [D, C] which β drives which coordinate.
+    """
+    return (cotangent[0] * slope) @ counted

@@ -46,6 +46,7 @@ class GaussianProcess(nn.Module):
     log_lengthscale: Tensor
     log_signal: Tensor
     log_noise: Tensor
+    has_fit: Tensor
 
     def __init__(self, n_inputs: int, n_outputs: int) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class GaussianProcess(nn.Module):
         self.register_buffer("log_lengthscale", torch.zeros(e, d, dtype=dtype))
         self.register_buffer("log_signal", torch.zeros(e, dtype=dtype))
         self.register_buffer("log_noise", torch.full((e,), math.log(0.1), dtype=dtype))
-        self._is_fitted = False
+        self.register_buffer("has_fit", torch.tensor(False))
         self._factors: tuple[Tensor, ...] | None = None
 
     @property
@@ -66,7 +67,7 @@ class GaussianProcess(nn.Module):
     @property
     def is_fitted(self) -> bool:
         """Whether hyper-parameters have been chosen."""
-        return self._is_fitted
+        return bool(self.has_fit)
 
     def add_data(self, inputs: Tensor, targets: Tensor) -> None:
         """Append data; the posterior uses them at once, the hyper-parameters at the next `fit`."""
@@ -90,12 +91,12 @@ class GaussianProcess(nn.Module):
             [E] negative log marginal likelihood per data point at the optimum (without penalty).
         """
         input_std = _positive_std(self.inputs)
-        if not self._is_fitted:
+        if not self.is_fitted:
             target_std = _positive_std(self.targets)
             self.log_lengthscale.copy_(input_std.log().expand_as(self.log_lengthscale))
             self.log_signal.copy_(target_std.log())
             self.log_noise.copy_((target_std / 10).log())
-            self._is_fitted = True
+            self.has_fit.fill_(True)
         losses = []
         for e in range(self.targets.shape[1]):
             loss = _fit_output(self, e, input_std.log(), max_evaluations)
@@ -121,7 +122,7 @@ class GaussianProcess(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._factors, self._is_fitted = None, len(self.inputs) > 0
+        self._factors = None
 
 
 class _PosteriorMoments(torch.autograd.Function):
@@ -135,6 +136,7 @@ class _PosteriorMoments(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        centre: Tensor,  # [D] mean of the data: without it large offsets would cost digits
         inverse_lengthscale: Tensor,  # [E, 1, D]
         features: Tensor,  # [E, D + 2, n] (X/l, 1, log s² - ½|X/l|²)
         weighted: Tensor,  # [E, n, D + 1] β (X/l, 1)
@@ -143,7 +145,7 @@ class _PosteriorMoments(torch.autograd.Function):
         signal_variance: Tensor,  # [E, 1]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         d = x.shape[1]
-        scaled = x * inverse_lengthscale  # [E, N, D]
+        scaled = (x - centre) * inverse_lengthscale  # [E, N, D]
         half_norm = scaled.square().sum(-1, keepdim=True).mul_(-0.5)
         left = torch.cat((scaled, half_norm, torch.ones_like(half_norm)), -1)
         k = torch.bmm(left, features).exp_()  # [E, N, n]
@@ -167,12 +169,13 @@ class _PosteriorMoments(torch.autograd.Function):
         mean_jacobian, variance_jacobian = ctx.saved_tensors  # [N, E, D]
         g_x = (grads[0].unsqueeze(-1) * mean_jacobian).sum(1)
         g_x += (grads[1].unsqueeze(-1) * variance_jacobian).sum(1)
-        return (g_x, *(None,) * 6)
+        return (g_x, *(None,) * 7)
 
 
 def _positive_std(x: Tensor) -> Tensor:
+    """[D] deviation of each column; 1 where it is constant up to float32's rounding."""
     std = x.std(0, correction=0)
-    return torch.where(std > 0, std, torch.ones_like(std))
+    return torch.where(std > 1e-6 * x.mean(0).abs(), std, torch.ones_like(std))
 
 
 def _log_kernel(scaled: Tensor, log_signal: Tensor) -> Tensor:
@@ -202,7 +205,8 @@ def _factorise(gp: GaussianProcess) -> tuple[Tensor, ...]:
     if len(gp.inputs) == 0:
         raise RuntimeError("the GP has no data; call set_data (and fit) first")
     inverse_lengthscale = (-gp.log_lengthscale).exp().unsqueeze(1)  # [E, 1, D]
-    scaled = gp.inputs * inverse_lengthscale  # [E, n, D]
+    centre = gp.inputs.mean(0)
+    scaled = (gp.inputs - centre) * inverse_lengthscale  # [E, n, D]
     precision, beta = [], []
     for e in range(gp.targets.shape[1]):
         k = _log_kernel(scaled[e], gp.log_signal[e]).exp()
@@ -214,7 +218,8 @@ def _factorise(gp: GaussianProcess) -> tuple[Tensor, ...]:
     features = torch.cat((plain, bias.unsqueeze(-1)), -1).mT.contiguous()
     signal_variance = (2 * gp.log_signal).exp().unsqueeze(1)
     weighted = plain * torch.stack(beta)
-    return inverse_lengthscale, features, weighted, plain, torch.stack(precision), signal_variance
+    precisions = torch.stack(precision)
+    return centre, inverse_lengthscale, features, weighted, plain, precisions, signal_variance
 
 
 def negative_log_likelihood(
@@ -233,7 +238,7 @@ def negative_log_likelihood(
         Σ_ij W_ij (x_i - x_j)² written as products of W with the inputs.
     """
     d = inputs.shape[1]
-    scaled = inputs * (-theta[:d]).exp()
+    scaled = (inputs - inputs.mean(0)) * (-theta[:d]).exp()
     noise_variance = (2 * theta[d + 1]).exp()
     k = _log_kernel(scaled, theta[d]).exp()
     factor = _cholesky(k, noise_variance, (2 * theta[d]).exp())
@@ -260,20 +265,32 @@ def negative_log_likelihood(
 
 def _fit_output(gp: GaussianProcess, e: int, log_input_std: Tensor, max_evaluations: int) -> float:
     target = gp.targets[:, e]
+    target_std = float(target.std(correction=0))
+    if target_std == 0:  # nothing to explain, and a likelihood without bound: a small, safe prior
+        gp.log_signal[e], gp.log_noise[e] = math.log(1e-3), math.log(1e-4)
     start = torch.cat((gp.log_lengthscale[e], gp.log_signal[e : e + 1], gp.log_noise[e : e + 1]))
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
         try:
             value, gradient = negative_log_likelihood(
-                torch.from_numpy(theta), gp.inputs, target, log_input_std
+                torch.from_numpy(theta).to(start), gp.inputs, target, log_input_std
             )
         except RuntimeError:  # a line search may try impossible values: send it back
             return 1e25, np.zeros_like(theta)
-        return value, gradient.numpy()
+        return value, gradient.cpu().numpy()
 
-    result = minimize(
-        objective, start.numpy(), jac=True, method="L-BFGS-B", options={"maxfun": max_evaluations}
-    )
-    theta = torch.from_numpy(result.x)
+    floor = math.log(1e-6 * target_std) if target_std > 0 else 0.0
+    bounds = [(None, None)] * (len(start) - 2) + [(floor, None)] * 2
+    theta = start
+    if target_std > 0:
+        result = minimize(
+            objective,
+            start.cpu().numpy(),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxfun": max_evaluations},
+        )
+        theta = torch.from_numpy(result.x).to(start)
     gp.log_lengthscale[e], gp.log_signal[e], gp.log_noise[e] = theta[:-2], theta[-2], theta[-1]
     return negative_log_likelihood(theta, gp.inputs, target)[0]

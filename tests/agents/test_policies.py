@@ -141,7 +141,7 @@ def test_initialise_places_the_centres():
     policy = RBFPolicy(CARTPOLE, actions(1), n_centres=5000)
     mean = torch.tensor([0.0, 3.0, -1.0, 2.0], dtype=F64)
     std = torch.tensor([1.0, 0.1, 2.0, 0.5], dtype=F64)
-    policy.initialise(mean, std)
+    policy.place(mean, std)
     error = (policy.centres.mean(0) - mean) / (std / 5000**0.5)
     assert error.abs().max() < 4
     spread_error = (policy.centres.std(0) / std - 1) * (2 * 5000) ** 0.5

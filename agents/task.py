@@ -1,0 +1,88 @@
+"""What a PIPPS agent simulates: where particles start and what a step costs.
+
+From the environment where it offers them, else from the data.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.particles import Cost, ParticleModel
+from agents.policies import trig_features
+
+if TYPE_CHECKING:
+    from agents.pipps import PIPPS
+
+
+def particle_model(agent: PIPPS) -> ParticleModel:
+    """The model that policies are searched in."""
+    mean, std = start_distribution(agent)
+    return ParticleModel(
+        dynamics=agent.dynamics,
+        start_mean=torch.as_tensor(mean, dtype=torch.float64, device=agent.device),
+        start_std=torch.as_tensor(std, dtype=torch.float64, device=agent.device),
+        cost=cost(agent),
+        model_uncertainty=agent.model_uncertainty,
+        noise_multiplier=agent.noise_multiplier,
+    )
+
+
+def cost(agent: PIPPS) -> Cost:
+    """The given cost, the environment's own, or a GP on the rewards seen so far."""
+    if agent._needs_cost_fn and agent.cost_fn is None:
+        raise ValueError(
+            "this agent was made with a cost_fn, which is not in its file; "
+            "pass it again: PIPPS.load(path, env=env, cost_fn=...)"
+        )
+    own = agent.cost_fn or env_attribute(agent, "cost")
+    if callable(own):
+        return lambda states, actions: own(states)
+    agent.reward_model.fit(max_evaluations=agent.gp_evaluations)
+
+    def negative_reward(states: Tensor, actions: Tensor) -> Tensor:
+        inputs = torch.cat((trig_features(states, agent.angle_dims), actions), -1)
+        mean = agent.reward_model.posterior(inputs.flatten(0, -2)).mean
+        return -mean.reshape(states.shape[:-1])
+
+    return negative_reward
+
+
+def start_distribution(agent: PIPPS) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std [S] of the particles' start: the environment's own, or from its resets."""
+    given = env_attribute(agent, "initial_distribution")
+    if given is not None:
+        return given
+    starts = np.stack(agent._start_observations).astype(np.float64)
+    # One reset says nothing of the spread: assume that of one noisy observation at least.
+    noise = agent.dynamics.noise.cpu().numpy() / math.sqrt(2)
+    return starts.mean(0), np.maximum(starts.std(0), noise)
+
+
+def place_policy(agent: PIPPS, model: ParticleModel) -> None:
+    """Put the controller over the start state (unit scale), or over the first data."""
+    if env_attribute(agent, "initial_distribution") is not None:
+        mean = trig_features(model.start_mean, agent.angle_dims)
+        std = torch.ones_like(mean)
+    else:
+        features = agent.dynamics.inputs[:, : agent.policy.n_features]
+        mean, std = features.mean(0), features.std(0, correction=0)
+        std = torch.where(std > 1e-6 * mean.abs().clamp_min(1.0), std, torch.ones_like(std))
+    agent.policy.place(mean, std)
+
+
+def env_attribute(agent: PIPPS, name: str) -> Any:
+    """An attribute of the (first) environment, or None.
+
+    It speaks of the environment's own observations: not used where a wrapper changes them.
+    """
+    if agent.env is None or not agent.env.has_attr(name):
+        return None
+    inner = agent.env.get_attr("unwrapped", indices=0)[0]
+    if inner.observation_space != agent.observation_space:
+        return None
+    return agent.env.get_attr(name, indices=0)[0]

@@ -1,0 +1,185 @@
+"""The chaotic-RNN study: what TPX 2023, Sec. 5 and Fig. 3 claim, and the script that shows it."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from estimators import baselines, make, names
+from scripts import chaos
+from scripts.chaotic_rnn import START, STD, W, draw_noise, gradients
+
+SMALL = ("--samples", "20", "--repeats", "3", "--horizon", "5", "--estimators", "rp", "tp", "tpg")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def measure(name, betas, noise):
+    return chaos.Measured(gradients(make(name), betas, noise)[:, 0].numpy(), 0.0)
+
+
+def test_tpx_ignores_a_chaotic_parallel_path_and_tp_does_not():
+    # 12 repeats: the relative standard error of either variance is about 0.4; 1e-4 is far from it.
+    noise = draw_noise((1.5, 3.5), repeats=12, samples=200, horizon=100, seed=0)
+    tpx, tp = (measure(name, (1.5, 3.5), noise) for name in ("tpx", "tp"))
+    assert tpx.variance < 1e-4 * tp.variance
+
+
+def test_tp_beats_both_its_legs_at_the_edge_of_chaos():
+    noise = draw_noise((2.45,), repeats=20, samples=200, horizon=100, seed=0)
+    tp, rp, lr = (measure(name, (2.45,), noise) for name in ("tp", "rp", "lr"))
+    rows = np.random.default_rng(0).integers(20, size=(1000, 20))
+    assert np.quantile(lr.g[rows].var(1) / tp.g[rows].var(1), 0.01) > 5
+    # A few exploded samples are all of rp's variance (here thousands of times tp's), so a bootstrap
+    # without them says nothing; that a sample has any makes the estimate a low one.
+    assert rp.variance > 100 * tp.variance
+
+
+def test_repeats_side_by_side_equal_one_at_a_time():
+    noise = draw_noise((2.0, 2.4), repeats=3, samples=20, horizon=10, seed=0)
+    for name in names():
+        together = gradients(make(name), (2.0, 2.4), noise)
+        alone = torch.cat([gradients(make(name), (2.0, 2.4), one[None]) for one in noise])
+        torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_rp_is_the_derivative_of_the_simulated_loss():
+    betas, h = (1.7, 2.2), 1e-6
+    noise = draw_noise(betas, repeats=1, samples=10, horizon=8, seed=0)
+    weight = torch.tensor(W, dtype=torch.float64)
+
+    def loss(betas):
+        x = noise.new_tensor(START).expand(2, 10, 2)  # [C, N, 2]
+        beta = noise.new_tensor(betas)[:, None, None]
+        for noise_t in noise[0]:
+            x = torch.sigmoid(beta * (x @ weight.T)) + STD * noise_t.reshape(10, 2, 2).movedim(1, 0)
+        return float(x.square().sum((0, 2)).mean() / 2)
+
+    g = gradients(make("rp"), betas, noise)[0]
+    for i in range(2):
+        plus, minus = ([b + s * h * (i == j) for j, b in enumerate(betas)] for s in (1, -1))
+        assert float(g[i]) == pytest.approx((loss(plus) - loss(minus)) / (2 * h), rel=1e-5)
+
+
+def test_the_probe_gives_the_per_sample_gradients():
+    # Without a baseline a sample's gradient is that of a batch of one; ivw needs all of them.
+    noise, betas = draw_noise((1.9, 2.3), repeats=1, samples=20, horizon=8, seed=0), (1.9, 2.3)
+    each = noise.transpose(0, 2)  # [20, 8, 1, 4]: every sample as a repeat
+    rp, lr = (gradients(make(e, baseline=baselines.none), betas, each) for e in ("rp", "lr"))
+    v_rp, v_lr = rp.var(0).sum(), lr.var(0).sum()
+    k = v_rp / (v_rp + v_lr)
+    ivw = gradients(make("ivw", baseline=baselines.none), betas, noise)[0]
+    torch.testing.assert_close(ivw, k * lr.mean(0) + (1 - k) * rp.mean(0))
+
+
+def test_noise_is_reproducible_and_other_for_other_points_and_repeats():
+    sizes = {"repeats": 2, "samples": 4, "horizon": 3}
+    a = draw_noise((2.0,), **sizes, seed=0)
+    assert torch.equal(a, draw_noise((2.0,), **sizes, seed=0))
+    assert not torch.equal(a[0], a[1])
+    assert not torch.equal(a, draw_noise((2.1,), **sizes, seed=0))
+    assert not torch.equal(a, draw_noise((2.0,), **sizes, seed=1))
+
+
+def test_relative_standard_error_of_a_variance():
+    g = np.random.default_rng(0).normal(size=4000)
+    assert chaos.Measured(g, 0).relative_se == pytest.approx((2 / 3999) ** 0.5, rel=0.1)
+    alone = np.zeros(40)
+    alone[3] = 1e200  # one repeat is all of the variance
+    assert chaos.Measured(alone, 0).relative_se == pytest.approx(1, rel=0.1)
+
+
+def test_worse_than_the_best_is_told_from_noise():
+    draws = np.random.default_rng(0)
+    other, ours = draws.normal(size=(2, 400))
+    point = {"tp": chaos.Measured(other, 0), "lr": chaos.Measured(9 * other, 0)}
+    worse = chaos.compare({**point, "tpg": chaos.Measured(2 * ours, 0)})
+    assert worse.best == "tp" and worse.verdict == "> 1.1"
+    # Paired: the same gradients have a ratio of exactly 1, whatever the noise.
+    assert chaos.compare({**point, "tpg": point["tp"]}).interval == (1, 1)
+
+
+@pytest.mark.parametrize("study", ["single", "double"])
+def test_end_to_end_and_resumption_adds_nothing(study, tmp_path, monkeypatch, capsys):
+    command = ["--study", study, "--betas", "1.5", "2.4", "--second-betas", "3", *SMALL]
+    command += ["--out", str(tmp_path)]
+    chaos.main(command)
+    assert "worst tpg / best other" in capsys.readouterr().out
+    first = (tmp_path / f"{study}.csv").read_text()
+    header, *lines = first.splitlines()
+    rows = list(csv.DictReader(lines))
+    assert header.startswith("# {") and '"repeats": 3' in header
+    assert [(row["beta_1"], row["estimator"]) for row in rows] == [
+        (beta, name) for beta in ("1.5", "2.4") for name in ("rp", "tp", "tpg")
+    ]
+    for row in rows:
+        g = np.array(row["g"].split(), float)
+        assert len(g) == 3 and float(row["variance"]) == pytest.approx(g.var(ddof=1), rel=1e-3)
+    assert (tmp_path / f"{study}.png").stat().st_size > 10_000
+    assert f"## {study}" in (tmp_path / "table.md").read_text()
+
+    def never(*_):
+        raise AssertionError("a finished point was measured again")
+
+    monkeypatch.setattr(chaos, "gradients", never)
+    chaos.main(command)
+    assert (tmp_path / f"{study}.csv").read_text() == first
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    monkeypatch.setattr(chaos, "report", lambda out: None)
+
+
+def test_redo_measures_one_estimator_again(tmp_path, monkeypatch, no_report):
+    command = ["--betas", "1.5", *SMALL, "--out", str(tmp_path)]
+    chaos.main(command)
+    measured = []
+    monkeypatch.setattr(
+        chaos, "gradients", lambda e, *args: measured.append(e) or gradients(e, *args)
+    )
+    chaos.main([*command, "--redo", "tpg"])
+    assert measured == [make("tpg")]
+
+
+def test_other_settings_do_not_mix(tmp_path, capsys, no_report):
+    command = ["--betas", "1.5", *SMALL, "--out", str(tmp_path)]
+    chaos.main(command)
+    with pytest.raises(SystemExit) as stop:
+        chaos.main([*command, "--repeats", "4"])
+    assert stop.value.code == 1
+    assert "repeats = 3, not 4" in capsys.readouterr().err
+
+
+def test_a_report_without_measurements_says_so(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        chaos.main(["--report-only", "--out", str(tmp_path)])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--estimators", "tpq"),
+        ("--study", "triple"),
+        ("--betas", "-1"),
+        ("--betas", "nan"),
+        ("--repeats", "1"),
+        ("--samples", "many"),
+        ("--nonsense",),
+    ],
+)
+def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        chaos.main([*arguments])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and shown.count("\n") == 1
