@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from estimators import baselines, make, names
-from scripts import chaos
+from scripts import chaos, chaos_report
 from scripts.chaotic_rnn import START, STD, W, draw_noise, gradients
 
 SMALL = ("--samples", "20", "--repeats", "3", "--horizon", "5", "--estimators", "rp", "tp", "tpg")
@@ -22,7 +22,7 @@ def one_thread():
 
 
 def measure(name, betas, noise):
-    return chaos.Measured(gradients(make(name), betas, noise)[:, 0].numpy(), 0.0)
+    return chaos_report.Measured(gradients(make(name), betas, noise)[:, 0].numpy(), 0.0)
 
 
 def test_tpx_ignores_a_chaotic_parallel_path_and_tp_does_not():
@@ -90,20 +90,20 @@ def test_noise_is_reproducible_and_other_for_other_points_and_repeats():
 
 def test_relative_standard_error_of_a_variance():
     g = np.random.default_rng(0).normal(size=4000)
-    assert chaos.Measured(g, 0).relative_se == pytest.approx((2 / 3999) ** 0.5, rel=0.1)
+    assert chaos_report.Measured(g, 0).relative_se == pytest.approx((2 / 3999) ** 0.5, rel=0.1)
     alone = np.zeros(40)
     alone[3] = 1e200  # one repeat is all of the variance
-    assert chaos.Measured(alone, 0).relative_se == pytest.approx(1, rel=0.1)
+    assert chaos_report.Measured(alone, 0).relative_se == pytest.approx(1, rel=0.1)
 
 
 def test_worse_than_the_best_is_told_from_noise():
     draws = np.random.default_rng(0)
     other, ours = draws.normal(size=(2, 400))
-    point = {"tp": chaos.Measured(other, 0), "lr": chaos.Measured(9 * other, 0)}
-    worse = chaos.compare({**point, "tpg": chaos.Measured(2 * ours, 0)})
+    point = {"tp": chaos_report.Measured(other, 0), "lr": chaos_report.Measured(9 * other, 0)}
+    worse = chaos_report.compare({**point, "tpg": chaos_report.Measured(2 * ours, 0)})
     assert worse.best == "tp" and worse.verdict == "> 1.1"
     # Paired: the same gradients have a ratio of exactly 1, whatever the noise.
-    assert chaos.compare({**point, "tpg": point["tp"]}).interval == (1, 1)
+    assert chaos_report.compare({**point, "tpg": point["tp"]}).interval == (1, 1)
 
 
 @pytest.mark.parametrize("study", ["single", "double"])
