@@ -136,40 +136,41 @@ class _PosteriorMoments(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        centre: Tensor,  # [D] mean of the data: without it large offsets would cost digits
-        inverse_lengthscale: Tensor,  # [E, 1, D]
-        features: Tensor,  # [E, D + 2, n] (X/l, 1, log s² - ½|X/l|²)
-        weighted: Tensor,  # [E, n, D + 1] β (X/l, 1)
-        plain: Tensor,  # [E, n, D + 1] (X/l, 1)
+        centre: Tensor,  # [D, 1] mean of the data: without it large offsets would cost digits
+        inverse_lengthscale: Tensor,  # [E, D, 1]
+        features: Tensor,  # [E, n, D + 2] (X/l, 1, log s² - ½|X/l|²)
+        weighted: Tensor,  # [E, D + 1, n] β (X/l, 1)
+        plain: Tensor,  # [E, D + 1, n] (X/l, 1)
         precision: Tensor,  # [E, n, n] (K + σ_n² I)⁻¹
         signal_variance: Tensor,  # [E, 1]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        d = x.shape[1]
-        scaled = (x - centre) * inverse_lengthscale  # [E, N, D]
-        half_norm = scaled.square().sum(-1, keepdim=True).mul_(-0.5)
-        left = torch.cat((scaled, half_norm, torch.ones_like(half_norm)), -1)
-        k = torch.bmm(left, features).exp_()  # [E, N, n]
-        mean_sums = torch.bmm(k, weighted)  # [E, N, D + 1]
-        w = torch.bmm(k, precision).mul_(k)  # k* K⁻¹k*, elementwise
-        variance_sums = torch.bmm(w, plain)
-        mean, explained = mean_sums[..., d:], variance_sums[..., d:]  # [E, N, 1]
-        mean_jacobian = (mean_sums[..., :d] - scaled * mean) * inverse_lengthscale
-        variance_jacobian = (scaled * explained - variance_sums[..., :d]) * (
-            2 * inverse_lengthscale
-        )
-        variance = (signal_variance - explained.squeeze(-1)).clamp_min_(0.0)
-        jacobians = mean_jacobian.transpose(0, 1), variance_jacobian.transpose(0, 1)
-        ctx.save_for_backward(*jacobians)
-        ctx.mark_non_differentiable(*jacobians)
-        return mean.squeeze(-1).T, variance.T, *jacobians
+        # Points last: the products with few rows are then twice as fast as with few columns.
+        d, e = x.shape[1], len(features)
+        scaled = (x.T - centre) * inverse_lengthscale  # [E, D, N]
+        half_norm = scaled.square().sum(1, keepdim=True).mul_(-0.5)
+        right = torch.cat((scaled, half_norm, torch.ones_like(half_norm)), 1)
+        k = torch.bmm(features, right).exp_()  # [E, n, N]
+        mean_sums = torch.bmm(weighted, k)  # [E, D + 1, N]
+        w = torch.bmm(precision, k).mul_(k)  # k* K⁻¹k*, elementwise
+        variance_sums = torch.bmm(plain, w)
+        mean, explained = mean_sums[:, d:], variance_sums[:, d:]  # [E, 1, N]
+        mean_jacobian = mean_sums[:, :d] - scaled * mean
+        variance_jacobian = (scaled * explained - variance_sums[:, :d]) * 2
+        jacobian = torch.stack((mean_jacobian, variance_jacobian))  # [2, E, D, N]
+        jacobian *= inverse_lengthscale
+        variance = (signal_variance - explained.squeeze(1)).clamp_min_(0.0)
+        ctx.save_for_backward(jacobian)
+        parts = jacobian.permute(0, 3, 1, 2)  # [2, N, E, D]
+        outputs = mean.reshape(e, -1).T, variance.T, parts[0], parts[1]
+        ctx.mark_non_differentiable(*outputs[2:])
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        mean_jacobian, variance_jacobian = ctx.saved_tensors  # [N, E, D]
-        g_x = (grads[0].unsqueeze(-1) * mean_jacobian).sum(1)
-        g_x += (grads[1].unsqueeze(-1) * variance_jacobian).sum(1)
-        return (g_x, *(None,) * 7)
+        (jacobian,) = ctx.saved_tensors
+        cotangent = torch.stack((grads[0].T, grads[1].T)).unsqueeze(2)  # [2, E, 1, N]
+        return ((cotangent * jacobian).sum((0, 1)).T, *(None,) * 7)
 
 
 def _positive_std(x: Tensor) -> Tensor:
@@ -213,13 +214,17 @@ def _factorise(gp: GaussianProcess) -> tuple[Tensor, ...]:
         factor = _cholesky(k, (2 * gp.log_noise[e]).exp(), (2 * gp.log_signal[e]).exp())
         precision.append(torch.cholesky_inverse(factor))
         beta.append(torch.cholesky_solve(gp.targets[:, e, None], factor))
-    plain = torch.cat((scaled, torch.ones_like(scaled[..., :1])), -1)
+    plain = torch.cat((scaled, torch.ones_like(scaled[..., :1])), -1)  # [E, n, D + 1]
     bias = 2 * gp.log_signal[:, None] - 0.5 * scaled.square().sum(-1)
-    features = torch.cat((plain, bias.unsqueeze(-1)), -1).mT.contiguous()
-    signal_variance = (2 * gp.log_signal).exp().unsqueeze(1)
-    weighted = plain * torch.stack(beta)
-    precisions = torch.stack(precision)
-    return centre, inverse_lengthscale, features, weighted, plain, precisions, signal_variance
+    return (
+        centre.unsqueeze(1),
+        inverse_lengthscale.mT,
+        torch.cat((plain, bias.unsqueeze(-1)), -1),
+        (plain * torch.stack(beta)).mT.contiguous(),
+        plain.mT.contiguous(),
+        torch.stack(precision),
+        (2 * gp.log_signal).exp().unsqueeze(1),
+    )
 
 
 def negative_log_likelihood(
