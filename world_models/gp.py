@@ -17,6 +17,10 @@ from torch import Tensor, nn
 # Curb on hyper-parameters: no lengthscale beyond 100 input deviations, no signal-to-noise ratio
 # beyond 1000; the power makes the penalty a soft wall. Deisenroth's PILCO code, hypCurb.m.
 LENGTHSCALE_CURB, SNR_CURB, CURB_POWER = math.log(100.0), math.log(1000.0), 30
+# A kernel matrix of many points along similar trajectories has few eigenvalues above its noise.
+# Those below RANK_TOLERANCE σ_n² count as 0 in (K + σ_n² I)⁻¹, which changes the posterior variance
+# by less than RANK_TOLERANCE² of itself (with round-off: below 1e-4), where that saves products.
+RANK_TOLERANCE, LOW_RANK_POINTS, LOW_RANK_SHARE = 1e-3, 200, 0.4
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # relative to the signal variance, escalated on failure
 
 
@@ -57,7 +61,7 @@ class GaussianProcess(nn.Module):
         self.register_buffer("log_signal", torch.zeros(e, dtype=dtype))
         self.register_buffer("log_noise", torch.full((e,), math.log(0.1), dtype=dtype))
         self.register_buffer("has_fit", torch.tensor(False))
-        self._factors: tuple[Tensor, ...] | None = None
+        self._factors: tuple[Any, ...] | None = None
 
     @property
     def noise(self) -> Tensor:
@@ -141,7 +145,7 @@ class _PosteriorMoments(torch.autograd.Function):
         features: Tensor,  # [E, n, D + 2] (X/l, 1, log s² - ½|X/l|²)
         weighted: Tensor,  # [E, D + 1, n] β (X/l, 1)
         plain: Tensor,  # [E, D + 1, n] (X/l, 1)
-        precision: Tensor,  # [E, n, n] (K + σ_n² I)⁻¹
+        precision: Precision,  # (K + σ_n² I)⁻¹ of each output
         signal_variance: Tensor,  # [E, 1]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Points last: the products with few rows are then twice as fast as with few columns.
@@ -151,7 +155,7 @@ class _PosteriorMoments(torch.autograd.Function):
         right = torch.cat((scaled, half_norm, torch.ones_like(half_norm)), 1)
         k = torch.bmm(features, right).exp_()  # [E, n, N]
         mean_sums = torch.bmm(weighted, k)  # [E, D + 1, N]
-        w = torch.bmm(precision, k).mul_(k)  # k* K⁻¹k*, elementwise
+        w = _multiply(precision, k).mul_(k)  # k* K⁻¹k*, elementwise
         variance_sums = torch.bmm(plain, w)
         mean, explained = mean_sums[:, d:], variance_sums[:, d:]  # [E, 1, N]
         mean_jacobian = mean_sums[:, :d] - scaled * mean
@@ -171,6 +175,45 @@ class _PosteriorMoments(torch.autograd.Function):
         (jacobian,) = ctx.saved_tensors
         cotangent = torch.stack((grads[0].T, grads[1].T)).unsqueeze(2)  # [2, E, 1, N]
         return ((cotangent * jacobian).sum((0, 1)).T, *(None,) * 7)
+
+
+class LowRank(NamedTuple):
+    """(K + σ_n² I)⁻¹ = I / σ_n² - right left from the leading r eigenvectors U of K."""
+
+    left: Tensor  # [r, n] Uᵀ
+    right: Tensor  # [n, r] U λ / (λ + σ_n²) / σ_n²
+    inverse_noise: float
+
+
+Precision = Tensor | list[Tensor | LowRank]  # the inverses [E, n, n], or one form per output
+
+
+def _multiply(precision: Precision, k: Tensor) -> Tensor:
+    """[E, n, N] products of each precision with k [E, n, N]."""
+    if isinstance(precision, Tensor):
+        return torch.bmm(precision, k)
+    w = torch.empty_like(k)
+    for factor, k_e, w_e in zip(precision, k, w):
+        if isinstance(factor, LowRank):
+            torch.addmm(
+                k_e, factor.right, factor.left @ k_e, beta=factor.inverse_noise, alpha=-1.0, out=w_e
+            )
+        else:
+            torch.mm(factor, k_e, out=w_e)
+    return w
+
+
+def _low_rank(k: Tensor, noise_variance: Tensor) -> LowRank | None:
+    """The low-rank form of (K + σ_n² I)⁻¹ where it is accurate and fewer products."""
+    if len(k) < LOW_RANK_POINTS:
+        return None
+    values, vectors = torch.linalg.eigh(k)
+    rank = int((values > RANK_TOLERANCE * noise_variance).sum())
+    if rank > LOW_RANK_SHARE * len(k):
+        return None
+    values, basis = values[-rank:], vectors[:, -rank:]
+    right = basis * (values / (values + noise_variance) / noise_variance)
+    return LowRank(basis.T.contiguous(), right.contiguous(), float(1 / noise_variance))
 
 
 def _positive_std(x: Tensor) -> Tensor:
@@ -201,19 +244,22 @@ def _cholesky(k: Tensor, noise_variance: Tensor, signal_variance: Tensor) -> Ten
     )
 
 
-def _factorise(gp: GaussianProcess) -> tuple[Tensor, ...]:
+def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
     """Everything the posterior needs that does not depend on where it is asked."""
     if len(gp.inputs) == 0:
         raise RuntimeError("the GP has no data; call set_data (and fit) first")
     inverse_lengthscale = (-gp.log_lengthscale).exp().unsqueeze(1)  # [E, 1, D]
     centre = gp.inputs.mean(0)
     scaled = (gp.inputs - centre) * inverse_lengthscale  # [E, n, D]
-    precision, beta = [], []
+    precision: list[Tensor | LowRank] = []
+    beta = []
     for e in range(gp.targets.shape[1]):
         k = _log_kernel(scaled[e], gp.log_signal[e]).exp()
-        factor = _cholesky(k, (2 * gp.log_noise[e]).exp(), (2 * gp.log_signal[e]).exp())
-        precision.append(torch.cholesky_inverse(factor))
+        noise_variance = (2 * gp.log_noise[e]).exp()
+        factor = _cholesky(k, noise_variance, (2 * gp.log_signal[e]).exp())
+        precision.append(_low_rank(k, noise_variance) or torch.cholesky_inverse(factor))
         beta.append(torch.cholesky_solve(gp.targets[:, e, None], factor))
+    dense = [p for p in precision if isinstance(p, Tensor)]
     plain = torch.cat((scaled, torch.ones_like(scaled[..., :1])), -1)  # [E, n, D + 1]
     bias = 2 * gp.log_signal[:, None] - 0.5 * scaled.square().sum(-1)
     return (
@@ -222,7 +268,7 @@ def _factorise(gp: GaussianProcess) -> tuple[Tensor, ...]:
         torch.cat((plain, bias.unsqueeze(-1)), -1),
         (plain * torch.stack(beta)).mT.contiguous(),
         plain.mT.contiguous(),
-        torch.stack(precision),
+        torch.stack(dense) if len(dense) == len(precision) else precision,
         (2 * gp.log_signal).exp().unsqueeze(1),
     )
 

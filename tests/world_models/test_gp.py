@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
+import world_models.gp as gp_module
 from world_models.gp import GaussianProcess, negative_log_likelihood
 
 F64 = torch.float64
@@ -385,3 +386,26 @@ def test_fit_does_not_touch_the_global_random_generators():
     np.random.seed(0)
     make_gp().fit(max_evaluations=5)
     assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()
+
+
+def test_low_rank_form_agrees_with_the_inverse(monkeypatch):
+    """300 points along similar trajectories: relative error of variance and Jacobian below 1e-4."""
+    t = torch.linspace(0, 3, 30, dtype=F64).repeat(10)
+    inputs = torch.stack((t, t.sin(), (2 * t).cos()), 1) + 0.02 * randn(300, 3, seed=1)
+    gp = GaussianProcess(3, 2)
+    gp.set_data(inputs, inputs[:, :2] + 0.1 * randn(300, 2, seed=2))
+    gp.fit()
+    x = inputs[::7] + 0.05 * randn(43, 3, seed=3)
+    low = gp.posterior(x)
+    assert all(isinstance(p, gp_module.LowRank) for p in gp._factors[5])
+    assert all(len(p.left) < 0.4 * 300 for p in gp._factors[5])
+    monkeypatch.setattr(gp_module, "LOW_RANK_POINTS", 1000)
+    gp.set_data(gp.inputs, gp.targets)
+    full = gp.posterior(x)
+    assert isinstance(gp._factors[5], torch.Tensor)
+    assert torch.equal(low.mean, full.mean)
+    torch.testing.assert_close(low.variance, full.variance, rtol=1e-4, atol=0)
+    largest = float(full.variance_jacobian.abs().max())
+    torch.testing.assert_close(
+        low.variance_jacobian, full.variance_jacobian, rtol=0, atol=1e-4 * largest
+    )
