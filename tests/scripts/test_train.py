@@ -89,7 +89,7 @@ WRONG = [
     (["--env-arg", "noise=-1"], 1, "noise"),
     (["--env-arg", "noise"], 1, "NAME=VALUE"),
     (["--env-arg", "nonsense=1"], 1, "nonsense"),
-    (["--n-particles", "2"], 1, "n_particles must be at least 3, got 2"),
+    (["--n-particles", "2"], 1, "n_particles must be at least 3, a whole number, got 2"),
     (["--horizon", "0"], 1, "horizon must be at least 1"),
     (["--learning-rate", "-1"], 1, "learning_rate must be above 0"),
     (["--learning-rate", "nan"], 1, "learning_rate must be above 0"),
