@@ -43,9 +43,7 @@ def weights(k: np.ndarray) -> Figure:
     return figure
 
 
-def learning_curve(
-    costs: np.ndarray, threshold: float | None = None, title: str = "", errors: str = "std"
-) -> Figure:
+def learning_curve(costs: np.ndarray, threshold: float | None = None, title: str = "") -> Figure:
     """Cost of the policy after each trial, mean and spread over evaluation rollouts.
 
     Args:

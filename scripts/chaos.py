@@ -18,7 +18,6 @@ import csv
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ from scripts.chaos_report import (
     table,
 )
 from scripts.chaotic_rnn import STD, draw_noise, gradients
-from scripts.run_folder import UserError
+from scripts.run_folder import UserError, current_commit
 
 GRIDS = {
     "single": (
@@ -137,7 +136,7 @@ def measure(options: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"cannot write to {options.out}: {error.strerror}") from error
     settings |= {"command": f"python -m scripts.chaos {options.command}".strip()}
-    settings |= {"commit": _commit(), "torch": torch.__version__}
+    settings |= {"commit": current_commit(), "torch": torch.__version__}
 
     seconds = options.second_betas if options.study == "double" else [None]
     points = [(b,) if c is None else (b, c) for c in seconds for b in options.betas]
@@ -190,12 +189,6 @@ def read(path: Path) -> tuple[dict[str, Any], Study]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error!r}; delete it to measure again") from error
     return settings, study
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 # ---------------------------------------------------------------------------- reporting

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,13 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def current_commit() -> str:
+    """Short hash of the checkout, for records of results."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
 
 
 def parse_env_args(arguments: tuple[str, ...]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from scripts.run_folder import AGENTS, RunFolder, UserError, read_json
+from scripts.run_folder import AGENTS, RunFolder, UserError, current_commit, read_json
 
 THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
 
@@ -93,7 +93,7 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
     )
     command += f"--seeds {' '.join(map(str, options.seeds))} --out {options.out}"
     command += f" -- {' '.join(extra)}" if extra else ""
-    record = {"command": command, "commit": _commit(), "results": results}
+    record = {"command": command, "commit": current_commit(), "results": results}
     (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     table = _table(results)
     (options.out / "table.md").write_text(table)
@@ -129,13 +129,6 @@ def _curves(results: dict[str, dict[str, Any]]) -> Figure:
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, title="estimator (seeds)")
     return figure
-
-
-def _commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
