@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,8 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> None:
         name = f"{estimator}_seed{seed}"
         if (options.runs / name / "summary.json").exists():
             return
+        # Else the new run would get another name, which the report does not look for.
+        shutil.rmtree(options.runs / name, ignore_errors=True)
         options.runs.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "scripts.train", options.agent, "--estimator", estimator]
         command += ["--seed", str(seed), "--runs", str(options.runs), "--name", name]
