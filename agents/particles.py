@@ -90,8 +90,9 @@ def simulate(
     credit = x.new_zeros(len(x))
     meters = [None] * horizon if meter is None else meter.unbind(0)
     states, actions, credits = [x], [], []
+    act = policy.controller()
     for t in range(horizon):
-        u = policy.act(x)
+        u = act(x)
         moments = model.dynamics.posterior(torch.cat((trig_features(x, policy.angle_dims), u), -1))
         if model.model_uncertainty:
             std = (moments.variance + noise_variance).sqrt()

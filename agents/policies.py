@@ -6,6 +6,7 @@ space and keeps its dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,10 @@ class ControllerPolicy(BasePolicy):
     def act(self, x: Tensor) -> Tensor:
         """Scaled action in [-1, 1] [N, A] at observations [N, S] (float64); gradients flow."""
         return saturate(self.preactivation(trig_features(x, self.angle_dims)))
+
+    def controller(self) -> Callable[[Tensor], Tensor]:
+        """`act` for the steps of one rollout: what does not depend on x is computed once."""
+        return self.act
 
     def preactivation(self, features: Tensor) -> Tensor:
         """[N, A] before the saturation, from features [N, n_features]."""
@@ -148,20 +153,35 @@ class RBFPolicy(ControllerPolicy):
             self.centres.mul_(std).add_(mean)
             self.log_inverse_scale.copy_(-std.log())
 
-    def preactivation(self, features: Tensor) -> Tensor:
-        return self._basis(features) @ self.weights.T
+    def controller(self) -> Callable[[Tensor], Tensor]:
+        constants = self._constants()
 
-    def _basis(self, features: Tensor) -> Tensor:
+        def act(x: Tensor) -> Tensor:
+            basis = self._basis(trig_features(x, self.angle_dims), constants)
+            return saturate(basis @ self.weights.T)
+
+        return act
+
+    def preactivation(self, features: Tensor) -> Tensor:
+        return self._basis(features, self._constants()) @ self.weights.T
+
+    def _constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """e^λ [S], and of the scaled centres 2 cᵀ [S, n_centres] and -|c|² [n_centres]."""
         scale = self.log_inverse_scale.exp()
-        x, c = features * scale, self.centres * scale
-        bias = -c.square().sum(-1)
-        exponent = torch.addmm(bias, x, c.T, alpha=2.0)  # [N, n_centres]
+        c = self.centres * scale
+        return scale, 2 * c.T, -c.square().sum(-1)
+
+    @staticmethod
+    def _basis(features: Tensor, constants: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        scale, twice_centres, bias = constants
+        x = features * scale
+        exponent = torch.addmm(bias, x, twice_centres)  # [N, n_centres]
         return (exponent - x.square().sum(-1, keepdim=True)).exp()
 
     @torch.no_grad()
     def parameter_jacobian(self, x: Tensor) -> Tensor:
         features = trig_features(x, self.angle_dims)
-        basis = self._basis(features)  # [N, K]
+        basis = self._basis(features, self._constants())  # [N, K]
         n, a, k = len(x), self.n_controls, self.n_centres
         by_weight = basis.unsqueeze(1) * saturate_slope(basis @ self.weights.T).unsqueeze(-1)
         slope = (2 * by_weight * self.weights).unsqueeze(-1)  # [N, A, K, 1]
@@ -183,7 +203,7 @@ class RBFPolicy(ControllerPolicy):
         if self.n_controls > 1:
             return super().control_jacobian(x, last_layer=last_layer)
         features = trig_features(x, self.angle_dims)
-        basis = self._basis(features)
+        basis = self._basis(features, self._constants())
         by_weight = basis * saturate_slope(basis @ self.weights.T)  # [N, K]
         if last_layer:
             return DenseJacobian(by_weight.unsqueeze(1))

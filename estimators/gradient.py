@@ -31,7 +31,9 @@ def gradient(
     *,
     samples: int,
     per_sample: bool = False,
+    tap_size: int | None = None,
     meter: Tensor | None = None,
+    retain_graph: bool = False,
 ) -> PolicyGradient:
     """Gradient of a rollout's loss w.r.t. the parameters.
 
@@ -46,15 +48,20 @@ def gradient(
         samples: N.
         per_sample: also return the per-sample gradients (needs probes of all parameters). They sum
             to the gradient where the parameters act through the nodes alone.
+        tap_size: parameters that the rollout's probes know of, if not all P; then `ivw` chooses its
+            k by these alone.
         meter: the zeros that the rollout passes to its nodes to learn k (requires grad), or None.
+        retain_graph: keep the rollout's graph, for a critic that shares it.
     """
-    size = sum(p.numel() for p in parameters)
+    size = tap_size or sum(p.numel() for p in parameters)
 
     def backward(estimator: Estimator, tapped: bool) -> PolicyGradient:
         tap = parameters[0].new_zeros(samples, size, requires_grad=True) if tapped else None
         loss = rollout(estimator, tap)
         extra = [x for x in (tap, meter) if x is not None]
-        found = torch.autograd.grad(loss, [*parameters, *extra], materialize_grads=True)
+        found = torch.autograd.grad(
+            loss, [*parameters, *extra], retain_graph=retain_graph, materialize_grads=True
+        )
         n = len(parameters)
         return PolicyGradient(
             loss.detach(),

@@ -102,9 +102,16 @@ class GaussianProcess(nn.Module):
             self.log_noise.copy_((target_std / 10).log())
             self.has_fit.fill_(True)
         losses = []
-        for e in range(self.targets.shape[1]):
-            loss = _fit_output(self, e, input_std.log(), max_evaluations)
-            losses.append(loss / len(self.inputs))
+        # SciPy's optimiser calls NumPy's BLAS between our evaluations; on few cores its threads and
+        # PyTorch's wait for each other, milliseconds each time. One thread is several times faster.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for e in range(self.targets.shape[1]):
+                loss = _fit_output(self, e, input_std.log(), max_evaluations)
+                losses.append(loss / len(self.inputs))
+        finally:
+            torch.set_num_threads(threads)
         self._factors = None
         return torch.tensor(losses, dtype=torch.float64)
 

@@ -1,0 +1,121 @@
+"""Checks of DreamerTPX's constructor arguments, and the settings they become."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+
+import estimators
+from agents.dreamer_update import UpdateSettings
+from agents.imagination import ImaginationSettings
+from world_models.latent_model import ModelLossSettings
+from world_models.networks import IMAGE_SIZE
+
+if TYPE_CHECKING:
+    from agents.dreamer_tpx import DreamerTPX
+
+BASELINES = {
+    "leave-one-out": estimators.baselines.leave_one_out,
+    "critic": estimators.baselines.critic,
+}
+NO_VEC_NORMALIZE = (
+    "DreamerTPX learns to reconstruct raw observations, whose scale VecNormalize keeps changing; "
+    "pass the environment without VecNormalize"
+)
+WHOLE = {  # name: least value
+    "horizon": 2, "batch_size": 1, "sequence_length": 2, "imagination_starts": 0, "buffer_size": 2,
+    "learning_starts": 1, "train_freq": 1, "gradient_steps": 1,
+}  # fmt: skip
+ABOVE_ZERO = ("model_learning_rate", "adam_eps", "max_grad_norm", "discount_scale")
+AT_LEAST_ZERO = ("exploration_noise", "kl_scale", "free_nats")
+
+
+def check_arguments(agent: DreamerTPX) -> None:
+    """One sentence per wrong value, before any work is done."""
+    estimators.make(agent.estimator)
+    checks = [
+        (name, (value := getattr(agent, name)), isinstance(value, int) and value >= least,
+         f"at least {least}, a whole number") for name, least in WHOLE.items()
+    ]  # fmt: skip
+    for name in ABOVE_ZERO:
+        value = getattr(agent, name)
+        checks.append((name, value, 0 < value < math.inf, "above 0"))
+    for name in AT_LEAST_ZERO:
+        value = getattr(agent, name)
+        checks.append((name, value, 0 <= value < math.inf, "at least 0"))
+    for name in ("gamma", "lam"):
+        value = getattr(agent, name)
+        checks.append((name, value, 0 <= value <= 1, "in [0, 1]"))
+    for name, choices in (("baseline", list(BASELINES)), ("storage", ["ram", "disk", "device"])):
+        value = getattr(agent, name)
+        checks.append((name, value, value in choices, f"one of {', '.join(choices)}"))
+    if not callable(agent.learning_rate):
+        rate = agent.learning_rate
+        checks.append(("learning_rate", rate, 0 < rate < math.inf, "above 0"))
+    for name, value, is_good, expected in checks:
+        if not is_good:
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
+    if "discount_head" in agent.policy_kwargs:
+        raise ValueError(
+            "discount_head belongs to DreamerTPX: pass it there, not in policy_kwargs"
+        )
+    _check_spaces(agent)
+
+
+def _check_spaces(agent: DreamerTPX) -> None:
+    space = getattr(agent, "observation_space", None)
+    if space is None:
+        raise ValueError(
+            "DreamerTPX needs an environment to learn in: pass env=... (an id or instance)"
+        )
+    if not isinstance(space, spaces.Box):
+        raise ValueError(
+            f"DreamerTPX needs a Box observation space, an image or a vector, got {space}; "
+            "wrap the environment in gymnasium.wrappers.FlattenObservation"
+        )
+    if len(space.shape) == 3 and not is_image_space(space):
+        raise ValueError(
+            f"images must be uint8 in [0, 255], got {space.dtype} of shape {space.shape}"
+        )
+    if is_image_space(space) and space.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(
+            f"images must be {IMAGE_SIZE}x{IMAGE_SIZE}, got {space.shape} (channel first); wrap the "
+            f"environment in gymnasium.wrappers.ResizeObservation(env, ({IMAGE_SIZE}, {IMAGE_SIZE}))"
+        )
+    if agent.get_vec_normalize_env() is not None:
+        raise ValueError(NO_VEC_NORMALIZE)
+    if agent.env is not None and agent.buffer_size // agent.n_envs < agent.sequence_length:
+        raise ValueError(
+            f"buffer_size must hold a sequence of every environment, at least "
+            f"{agent.sequence_length} x {agent.n_envs}, got {agent.buffer_size}"
+        )
+    assert np.isfinite(agent.action_space.low).all()  # type: ignore[attr-defined]
+
+
+def update_settings(agent: DreamerTPX) -> UpdateSettings:
+    """The agent's arguments as the settings of a gradient step."""
+    estimator = estimators.make(agent.estimator)
+    if not isinstance(agent.estimator, estimators.Estimator):  # an object brings its own
+        estimator = replace(estimator, baseline=BASELINES[agent.baseline])
+    return UpdateSettings(
+        estimator=estimator,
+        imagination=ImaginationSettings(
+            agent.gamma, agent.lam, agent.stop_grad_actor_input, agent.discount_weights
+        ),
+        model=ModelLossSettings(
+            agent.kl_scale, agent.free_nats, agent.free_nats_per_step, agent.gamma,
+            agent.discount_scale,
+        ),
+        horizon=agent.horizon,
+        imagination_starts=agent.imagination_starts,
+        learning_rate=agent.lr_schedule(1.0),
+        model_learning_rate=agent.model_learning_rate,
+        adam_eps=agent.adam_eps,
+        max_grad_norm=agent.max_grad_norm,
+        bf16=agent.bf16,
+    )  # fmt: skip

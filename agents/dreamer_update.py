@@ -1,0 +1,172 @@
+"""One gradient step of DreamerTPX: world model, actor and critic on a batch of sequences.
+
+As in danijar/dreamer all three losses are taken with the model as it was before the step. Gradients
+are asked for by name (`torch.autograd.grad`), so the actor's loss never computes the gradients of
+the world model's weights that it passes through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import estimators
+from agents.dreamer_policy import DreamerPolicy
+from agents.imagination import (
+    Imagined,
+    ImaginationNoise,
+    ImaginationSettings,
+    imagine,
+    last_layer_size,
+)
+from agents.replay import SequenceBatch
+from estimators import Estimator, PolicyGradient
+from world_models.latent_model import ModelLossSettings, State
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """Everything a gradient step depends on; see `DreamerTPX` for the meanings."""
+
+    estimator: Estimator
+    imagination: ImaginationSettings
+    model: ModelLossSettings
+    horizon: int
+    imagination_starts: int
+    learning_rate: float
+    model_learning_rate: float
+    adam_eps: float
+    max_grad_norm: float
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """What a step leaves for the logs; nothing is moved off the device."""
+
+    scalars: dict[str, Tensor]
+    actor_gradient: Sequence[Tensor]  # like the actor's parameters, before the clip
+    k: Tensor  # [H, D] mean weight of the LR leg
+
+
+class DreamerUpdate:
+    """The three optimisers and the step they take together."""
+
+    def __init__(self, policy: DreamerPolicy, settings: UpdateSettings) -> None:
+        self.policy, self.settings = policy, settings
+        self.model_optimizer = self._adam(policy.model, settings.model_learning_rate)
+        self.actor_optimizer = self._adam(policy.actor, settings.learning_rate)
+        self.critic_optimizer = self._adam(policy.critic, settings.learning_rate)
+
+    def _adam(self, module: nn.Module, rate: float) -> torch.optim.Adam:
+        return torch.optim.Adam(module.parameters(), rate, eps=self.settings.adam_eps, fused=True)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Step size of actor and critic from here on."""
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def __call__(self, batch: SequenceBatch, generator: torch.Generator) -> UpdateRecord:
+        """Take one step on a batch."""
+        settings, policy = self.settings, self.policy
+        model_parameters = list(policy.model.parameters())
+        with self._precision():
+            loss, states = policy.model.loss(
+                batch.observation, batch.action, batch.reward, batch.is_first, batch.is_terminal,
+                self._normal((*batch.reward.shape, policy.model.rssm.stoch_size), generator),
+                settings.model,
+            )  # fmt: skip
+        model_gradient = torch.autograd.grad(loss.total, model_parameters)
+        start = self._starts(states.detach(), generator)
+        actor_gradient, critic_gradient, imagined = self.behaviour(start, generator)
+        norms = {
+            "model": self._apply(self.model_optimizer, model_parameters, model_gradient),
+            "actor": self._apply(
+                self.actor_optimizer, list(policy.actor.parameters()), actor_gradient.gradients
+            ),
+            "critic": self._apply(
+                self.critic_optimizer, list(policy.critic.parameters()), critic_gradient
+            ),
+        }
+        scalars = {
+            "model_loss": loss.total, "observation_loss": loss.observation,
+            "reward_loss": loss.reward, "kl": loss.kl, "discount_loss": loss.discount,
+            "actor_loss": imagined.actor_loss, "critic_loss": imagined.critic_loss,
+            "return": imagined.returns.mean(), "value": imagined.values.mean(),
+            "action_std": imagined.action_std,
+            **{f"{name}_gradient_norm": norm for name, norm in norms.items()},
+        }  # fmt: skip
+        k = actor_gradient.k
+        assert k is not None
+        return UpdateRecord(
+            {name: value.detach() for name, value in scalars.items()}, actor_gradient.gradients, k
+        )
+
+    def behaviour(
+        self, start: State, generator: torch.Generator
+    ) -> tuple[PolicyGradient, tuple[Tensor, ...], Imagined]:
+        """The estimator's policy gradient and the critic's gradient, imagined from N states."""
+        settings, policy = self.settings, self.policy
+        n, latents = start.stoch.shape
+        noise = ImaginationNoise.draw(settings.horizon, n, policy.n_actions, latents, generator)
+        meter = noise.latent.new_zeros(settings.horizon, latents, requires_grad=True)
+        imagined: list[Imagined] = []
+
+        def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
+            with self._precision():
+                imagined.append(
+                    imagine(
+                        policy, start, noise, estimator, settings.imagination, tap=tap, meter=meter
+                    )
+                )
+            return imagined[-1].actor_loss
+
+        gradient = estimators.gradient(
+            rollout,
+            list(policy.actor.parameters()),
+            settings.estimator,
+            samples=n,
+            tap_size=last_layer_size(policy.actor),
+            meter=meter,
+            retain_graph=True,
+        )
+        # The critic shares the graph of the actor's loss: no second forward pass.
+        critic = torch.autograd.grad(imagined[-1].critic_loss, list(policy.critic.parameters()))
+        return gradient, critic, imagined[-1]
+
+    def _starts(self, states: State, generator: torch.Generator) -> State:
+        flat = State(states.deter.flatten(0, 1), states.stoch.flatten(0, 1))
+        n, wanted = len(flat.stoch), self.settings.imagination_starts
+        if not 0 < wanted < n:
+            return flat
+        rows = torch.randperm(n, generator=generator, device=generator.device)[:wanted]
+        return State(flat.deter[rows], flat.stoch[rows])
+
+    def _apply(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter],
+        gradients: Sequence[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Clip and step; a gradient that is not finite leaves everything as it is."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        scale = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if torch.isfinite(norm):
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient * scale
+            optimizer.step()
+            optimizer.zero_grad()
+        return norm
+
+    def _precision(self) -> Any:
+        if not self.settings.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.policy.device.type, torch.bfloat16)
+
+    @staticmethod
+    def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device)

@@ -1,0 +1,127 @@
+"""Which OpenGL library MuJoCo draws with: chosen before the import, or a sentence with the remedy.
+
+MuJoCo and dm_control read MUJOCO_GL once, when they are imported, and a wrong value makes the
+import itself fail. So whoever needs them asks `load_dm_control` here instead of importing them.
+"""
+
+import functools
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from typing import Any
+
+OFF = "off"  # MUJOCO_GL's own word for "never draw"
+PROBE_TIMEOUT = 30.0  # s; a working probe takes half a second
+_REMEDY = (
+    "run `apt install libegl1 libgl1` (or `libosmesa6`), unset MUJOCO_GL and start Python again"
+)
+_PROBE = """
+import mujoco
+model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")
+data = mujoco.MjData(model)
+with mujoco.Renderer(model, 8, 8) as renderer:
+    renderer.update_scene(data)
+    renderer.render()
+"""
+
+
+def choose_backend() -> str:
+    """Set MUJOCO_GL, unless it is set, to the first of EGL and OSMesa that draws.
+
+    The choice stays in os.environ, so that child processes inherit it. When neither draws it is
+    "off": simulation works, and `check_rendering` names the remedy. macOS and Windows have one
+    library each and are left alone; once dm_control is imported nothing can be chosen any more.
+
+    Returns:
+        The backend in MUJOCO_GL's words; "" for the platform's own.
+    """
+    loaded = sys.modules.get("dm_control._render")
+    if loaded is not None:
+        return str(loaded.BACKEND or OFF)
+    if os.environ.get("MUJOCO_GL"):
+        return os.environ["MUJOCO_GL"]
+    if platform.system() != "Linux":
+        return ""
+    backend = next((name for name in ("egl", "osmesa") if draws(name)), OFF)
+    os.environ["MUJOCO_GL"] = backend
+    return backend
+
+
+def draws(backend: str) -> bool:
+    """Whether a frame can be drawn, tried in another process: drivers crash, and some hang."""
+    command = [sys.executable, "-c", _PROBE]
+    environment = {**os.environ, "MUJOCO_GL": backend}
+    quiet = subprocess.DEVNULL
+    try:
+        done = subprocess.run(
+            command, env=environment, timeout=PROBE_TIMEOUT, stdin=quiet, stdout=quiet, stderr=quiet
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def load_dm_control() -> tuple[Any, Any, Any]:
+    """Import dm_control and shimmy with a working backend.
+
+    Returns:
+        The modules dm_control.suite and dm_control.mujoco, and shimmy's compatibility class.
+
+    Raises:
+        ImportError: a package is missing.
+        RuntimeError: they do not load, most often because of MUJOCO_GL.
+    """
+    for package in ("dm_control", "mujoco", "shimmy"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"The dmc/ environments need {package}: run `pip install 'totalprop[dmc]'`."
+            )
+    backend = choose_backend()
+    try:
+        from dm_control import mujoco, suite
+        from shimmy.dm_control_compatibility import DmControlCompatibilityV0
+    # PyOpenGL without its library fails on an attribute of None.
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:
+        raise RuntimeError(
+            f"dm_control does not load with MUJOCO_GL={backend!r} ({error}): unset it to have one "
+            "chosen, or run `pip install 'totalprop[dmc]'` for versions that fit together."
+        ) from error
+    return suite, mujoco, DmControlCompatibilityV0
+
+
+def check_rendering() -> None:
+    """Raise a RuntimeError with the remedy where nothing can be drawn."""
+    backend = choose_backend()
+    if backend.lower() in (OFF, "disable", "disabled", "false", "0"):
+        raise RuntimeError(f"MuJoCo cannot draw here (MUJOCO_GL={backend!r}): {_REMEDY}.")
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if backend == "glfw" and platform.system() == "Linux" and not display:
+        # The second attempt would abort the process without an exception.
+        raise RuntimeError(
+            "MuJoCo cannot draw with GLFW, which needs a display: make a dmc/ environment before "
+            "you import dm_control or shimmy, or start Python with MUJOCO_GL=egl."
+        )
+
+
+def check_not_forked() -> None:
+    """Raise a RuntimeError where drawing would hang; to be called before a context is created."""
+    if _first_drawing_process() != os.getpid():
+        raise RuntimeError(
+            "OpenGL hangs in a process forked from one that has drawn: start workers with "
+            "'forkserver' or 'spawn' (start_method= in stable-baselines3, context= in gymnasium)."
+        )
+
+
+def rendering_failed(error: Exception) -> RuntimeError:
+    """The sentence for a context that cannot be created, to be raised from `error`."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return RuntimeError(
+        f"MuJoCo cannot draw with MUJOCO_GL={choose_backend()!r} ({reason}): {_REMEDY}."
+    )
+
+
+@functools.cache
+def _first_drawing_process() -> int:
+    return os.getpid()  # cached: a forked child inherits its parent's answer
