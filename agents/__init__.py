@@ -1,5 +1,6 @@
 """Agents with stable-baselines3's interface whose policy gradient is a plug-in."""
 
+from agents.dreamer_tpx import DreamerTPX
 from agents.pipps import PIPPS
 
-__all__ = ["PIPPS"]
+__all__ = ["PIPPS", "DreamerTPX"]

@@ -12,24 +12,33 @@ from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 
-class TrialEvaluation(BaseCallback):
-    """Evaluate the policy after each trial's policy search, on environments of its own.
+class Evaluation(BaseCallback):
+    """Evaluate the policy on environments that learning never sees.
 
-    Parmas et al. 2018, Sec. 4.2: "Each trial was evaluated by running the policy 30 times": for
-    evaluation only, the algorithm never sees these episodes.
+    Parmas et al. 2018, Sec. 4.2: "Each trial was evaluated by running the policy 30 times".
 
     Args:
         eval_env: vector environment used for nothing else.
         n_episodes: rollouts per evaluation.
+        every: steps between evaluations; 0: whenever the policy has changed before a rollout
+            (PIPPS: after each trial's policy search). The final policy is always evaluated.
         path: JSON file, rewritten after every evaluation: {"timesteps": [k], "returns": [k][n]}.
         verbose: 1 prints a line per trial.
     """
 
     def __init__(
-        self, eval_env: VecEnv, *, n_episodes: int = 30, path: Path | None = None, verbose: int = 0
+        self,
+        eval_env: VecEnv,
+        *,
+        n_episodes: int = 30,
+        every: int = 0,
+        path: Path | None = None,
+        verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
         self.eval_env, self.n_episodes, self.path = eval_env, n_episodes, path
+        self.every = every
+        self._evaluated = -1  # updates of the policy that was evaluated last
         self.timesteps: list[int] = []
         self.returns: list[list[float]] = []
 
@@ -37,7 +46,9 @@ class TrialEvaluation(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        if self.model._n_updates > 0:  # the policy has changed since the last trial
+        last = self.timesteps[-1] if self.timesteps else 0
+        is_due = self.num_timesteps - last >= self.every
+        if self.model._n_updates > 0 and is_due:  # the policy has changed
             self.evaluate()
 
     def _on_training_end(self) -> None:
@@ -45,11 +56,12 @@ class TrialEvaluation(BaseCallback):
 
     def evaluate(self) -> None:
         """Run the rollouts, unless this policy was evaluated already; record and write them."""
-        if self.timesteps and self.timesteps[-1] == self.num_timesteps:
+        if self._evaluated == self.model._n_updates:
             return
+        self._evaluated = self.model._n_updates
         returns, _ = evaluate_policy(
             self.model, self.eval_env, self.n_episodes, return_episode_rewards=True, warn=False
-        )
+        )  # deterministic: a recurrent policy draws no random number then, and training is the same
         self.timesteps.append(self.num_timesteps)
         self.returns.append(np.asarray(returns, dtype=float).tolist())
         mean, std = float(np.mean(returns)), float(np.std(returns))

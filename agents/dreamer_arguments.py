@@ -32,7 +32,7 @@ WHOLE = {  # name: least value
     "learning_starts": 1, "train_freq": 1, "gradient_steps": 1,
 }  # fmt: skip
 ABOVE_ZERO = ("model_learning_rate", "adam_eps", "max_grad_norm", "discount_scale")
-AT_LEAST_ZERO = ("exploration_noise", "kl_scale", "free_nats")
+AT_LEAST_ZERO = ("exploration_noise", "entropy_scale", "kl_scale", "free_nats")
 
 
 def check_arguments(agent: DreamerTPX) -> None:
@@ -42,6 +42,8 @@ def check_arguments(agent: DreamerTPX) -> None:
         (name, (value := getattr(agent, name)), isinstance(value, int) and value >= least,
          f"at least {least}, a whole number") for name, least in WHOLE.items()
     ]  # fmt: skip
+    starts = agent.imagination_starts  # one trajectory has no baseline
+    checks.append(("imagination_starts", starts, starts != 1, "0 for all, or at least 2"))
     for name in ABOVE_ZERO:
         value = getattr(agent, name)
         checks.append((name, value, 0 < value < math.inf, "above 0"))
@@ -61,9 +63,7 @@ def check_arguments(agent: DreamerTPX) -> None:
         if not is_good:
             raise ValueError(f"{name} must be {expected}, got {value!r}")
     if "discount_head" in agent.policy_kwargs:
-        raise ValueError(
-            "discount_head belongs to DreamerTPX: pass it there, not in policy_kwargs"
-        )
+        raise ValueError("discount_head belongs to DreamerTPX: pass it there, not in policy_kwargs")
     _check_spaces(agent)
 
 
@@ -78,14 +78,17 @@ def _check_spaces(agent: DreamerTPX) -> None:
             f"DreamerTPX needs a Box observation space, an image or a vector, got {space}; "
             "wrap the environment in gymnasium.wrappers.FlattenObservation"
         )
-    if len(space.shape) == 3 and not is_image_space(space):
+    is_picture = len(space.shape) > 2 or (len(space.shape) == 2 and space.dtype == np.uint8)
+    if is_picture and not is_image_space(space):
         raise ValueError(
-            f"images must be uint8 in [0, 255], got {space.dtype} of shape {space.shape}"
+            f"images must be uint8 in [0, 255] of shape [height, width, channels], got {space}; "
+            "if it is a vector, wrap the environment in gymnasium.wrappers.FlattenObservation"
         )
     if is_image_space(space) and space.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(
-            f"images must be {IMAGE_SIZE}x{IMAGE_SIZE}, got {space.shape} (channel first); wrap the "
-            f"environment in gymnasium.wrappers.ResizeObservation(env, ({IMAGE_SIZE}, {IMAGE_SIZE}))"
+            f"images must be {IMAGE_SIZE}x{IMAGE_SIZE}, got {space.shape} (channel first); wrap "
+            "the environment in gymnasium.wrappers.ResizeObservation(env, "
+            f"({IMAGE_SIZE}, {IMAGE_SIZE}))"
         )
     if agent.get_vec_normalize_env() is not None:
         raise ValueError(NO_VEC_NORMALIZE)
@@ -105,7 +108,11 @@ def update_settings(agent: DreamerTPX) -> UpdateSettings:
     return UpdateSettings(
         estimator=estimator,
         imagination=ImaginationSettings(
-            agent.gamma, agent.lam, agent.stop_grad_actor_input, agent.discount_weights
+            agent.gamma,
+            agent.lam,
+            agent.stop_grad_actor_input,
+            agent.discount_weights,
+            agent.entropy_scale,
         ),
         model=ModelLossSettings(
             agent.kl_scale, agent.free_nats, agent.free_nats_per_step, agent.gamma,

@@ -45,8 +45,8 @@ class Round:
             self.scalars[name] = self.scalars.get(name, zero) + value
         if not self.gradient:
             self.gradient = [torch.zeros_like(g) for g in record.actor_gradient]
-        torch._foreach_add_(self.gradient, record.actor_gradient)
-        norms = torch._foreach_norm(record.actor_gradient)
+        torch._foreach_add_(self.gradient, list(record.actor_gradient))
+        norms = torch._foreach_norm(list(record.actor_gradient))
         self.square = self.square + torch.stack(norms).square().sum()
         self.k = self.k + record.k
 
@@ -95,7 +95,7 @@ def record_progress(agent: DreamerTPX) -> None:
 
 def action_repeat(agent: DreamerTPX) -> int:
     """Frames per decision, from the environment's `action_repeat`; 1 where it has none."""
-    try:
-        return int(agent.get_env().get_attr("action_repeat")[0])  # type: ignore[union-attr]
-    except AttributeError:
+    env = agent.get_env()
+    if env is None or not env.has_attr("action_repeat"):
         return 1
+    return int(env.get_attr("action_repeat", indices=0)[0])

@@ -22,6 +22,7 @@ from world_models.latent_model import LatentModel, State
 from world_models.networks import initialise, mlp
 
 MEAN_SCALE, INIT_STD, MIN_STD = 5.0, 5.0, 1e-4  # danijar/dreamer, models.ActionDecoder
+GAUSSIAN_ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal, nats
 RecurrentState = tuple[np.ndarray, ...]
 
 
@@ -46,11 +47,17 @@ class Actor(nn.Module):
         return raw
 
     def act(self, raw: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Action in [-1, 1] and its std before the tanh, [..., A]; without noise tanh(mean)."""
+        """Action [..., A] in [-1, 1], without noise tanh(mean), and its entropy [...] in nats.
+
+        The entropy is a one-sample estimate: that of the Gaussian plus the tanh's log-slope at the
+        sample. It keeps actions from saturating, where the policy gradient vanishes.
+        """
         raw_mean, raw_std = raw.chunk(2, -1)
         mean = MEAN_SCALE * (raw_mean / MEAN_SCALE).tanh()
         std = softplus(raw_std + math.log(math.expm1(INIT_STD))) + MIN_STD
-        return (mean if noise is None else mean + std * noise).tanh(), std
+        u = mean if noise is None else mean + std * noise
+        log_slope = 2 * (math.log(2) - u - softplus(-2 * u))  # log(1 - tanh² u), without cancelling
+        return u.tanh(), (std.log() + log_slope + GAUSSIAN_ENTROPY).sum(-1)
 
 
 class DreamerPolicy(BasePolicy):
@@ -79,7 +86,7 @@ class DreamerPolicy(BasePolicy):
         discount_head: bool = False,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=True)
-        self.sizes = {
+        self.sizes: dict[str, Any] = {
             "stoch": stoch, "deter": deter, "hidden": hidden, "width": width,
             "conv_depth": conv_depth, "vector_std": vector_std, "discount_head": discount_head,
         }  # fmt: skip
@@ -134,10 +141,10 @@ class DreamerPolicy(BasePolicy):
         return action, state
 
     def to_model(self, observations: Tensor) -> Tensor:
-        """Observations as the world model takes them: images as they are, the rest flat."""
+        """Observations [n, ...] as the world model takes them: images as they are, others flat."""
         if is_image_space(self.observation_space):
             return observations
-        return observations.flatten(observations.ndim - len(self.observation_space.shape or ()))
+        return observations.reshape(len(observations), -1)
 
     def predict(
         self,
@@ -164,7 +171,7 @@ class DreamerPolicy(BasePolicy):
                 "pass the observation alone"
             )
         if isinstance(observation, np.ndarray):  # renderers return flipped views
-            observation = np.ascontiguousarray(observation)
+            observation = np.asarray(observation, order="C")
         tensor, is_batch = self.obs_to_tensor(observation)
         assert isinstance(tensor, Tensor)
         n = len(tensor)

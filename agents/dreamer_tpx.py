@@ -8,6 +8,7 @@ gradient step dreamer_update.py.
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -50,6 +51,8 @@ class DreamerTPX(BaseAlgorithm):
             (DreamerV1); RP and LR then have different means.
         gamma: discount. lam: λ of the returns.
         discount_weights: weight imagined step t by γᵗ in actor and critic loss.
+        entropy_scale: weight of the policy's entropy in the actor's loss; 0 in DreamerV1. It keeps
+            actions off the bounds, where the tanh passes no gradient.
         model_learning_rate: step size of the world model.
         adam_eps: Adam's epsilon.
         max_grad_norm: global-norm clip of each of the three optimisers.
@@ -93,6 +96,7 @@ class DreamerTPX(BaseAlgorithm):
         gamma: float = 0.99,
         lam: float = 0.95,
         discount_weights: bool = True,
+        entropy_scale: float = 0.0,
         model_learning_rate: float = 6e-4,
         adam_eps: float = 1e-7,
         max_grad_norm: float = 100.0,
@@ -136,6 +140,7 @@ class DreamerTPX(BaseAlgorithm):
         self.estimator, self.baseline = estimator, baseline
         self.horizon, self.stop_grad_actor_input = horizon, stop_grad_actor_input
         self.gamma, self.lam, self.discount_weights = gamma, lam, discount_weights
+        self.entropy_scale = entropy_scale
         self.model_learning_rate, self.adam_eps = model_learning_rate, adam_eps
         self.max_grad_norm = max_grad_norm
         self.batch_size, self.sequence_length = batch_size, sequence_length
@@ -174,21 +179,28 @@ class DreamerTPX(BaseAlgorithm):
         total, callback = super()._setup_learn(*args, **kwargs)
         assert self.env is not None and isinstance(self._last_obs, np.ndarray)
         if self.replay_buffer is None:  # not in the constructor: `load` must not allocate it
-            self.replay_buffer = SequenceReplay(
-                self.buffer_size,
-                self._model_shape(),
-                self.observation_space.dtype,
-                self.policy.n_actions,
-                self.env.num_envs,
-                device=self.device,
-                storage=self.storage,
-            )
+            self.replay_buffer = self._new_replay(self.env.num_envs)
             if self.verbose:
                 print(self.replay_buffer.describe())
+        self._check_finite(self._last_obs, np.zeros(1), [])
         if self._last_obs is not had_observation or self._memory is None:
             self.replay_buffer.start(self._for_model(self._last_obs))
             self._memory = self.policy.initial_state(self.env.num_envs)
         return total, callback
+
+    def _new_replay(self, n_envs: int) -> SequenceReplay:
+        dtype = self.observation_space.dtype
+        assert dtype is not None
+        return SequenceReplay(
+            self.buffer_size,
+            self._model_shape(),
+            dtype,
+            self.policy.n_actions,
+            n_envs,
+            device=self.device,
+            storage=self.storage,
+            folder=tempfile.gettempdir(),
+        )
 
     def _model_shape(self) -> tuple[int, ...]:
         shape = self.observation_space.shape or ()
@@ -196,6 +208,11 @@ class DreamerTPX(BaseAlgorithm):
 
     def _for_model(self, observations: np.ndarray) -> np.ndarray:
         return observations.reshape(-1, *self._model_shape())
+
+    def _flat(self, info: dict[str, Any]) -> dict[str, Any]:
+        """The info with its terminal observation as the model takes it; callbacks keep theirs."""
+        end = info.get("terminal_observation")
+        return info if end is None else {**info, "terminal_observation": self._for_model(end)[0]}
 
     # ----------------------------------------------------------------------------------------
     # the loop
@@ -248,12 +265,10 @@ class DreamerTPX(BaseAlgorithm):
             actions = self._act(self._last_obs)
             new_observations, rewards, dones, infos = env.step(self.policy.to_env(actions))
             assert isinstance(new_observations, np.ndarray)
-            self._check_finite(new_observations, rewards)
+            self._check_finite(new_observations, rewards, infos)
             self.num_timesteps += env.num_envs
-            for info in infos:
-                if "terminal_observation" in info:
-                    info["terminal_observation"] = self._for_model(info["terminal_observation"])[0]
-            replay.step(actions, self._for_model(new_observations), rewards, dones, infos)
+            flat, flat_infos = self._for_model(new_observations), [self._flat(i) for i in infos]
+            replay.step(actions, flat, rewards, dones, flat_infos)
             self._last_obs, self._last_episode_starts = new_observations, dones
             callback.update_locals(locals())
             if not callback.on_step():
@@ -282,8 +297,12 @@ class DreamerTPX(BaseAlgorithm):
         self._memory = state, action
         return action.cpu().numpy()
 
-    def _check_finite(self, observations: np.ndarray, rewards: np.ndarray) -> None:
-        for name, values in (("observation", observations), ("reward", rewards)):
+    def _check_finite(
+        self, observations: np.ndarray, rewards: np.ndarray, infos: list[dict[str, Any]]
+    ) -> None:
+        ends = [i["terminal_observation"] for i in infos if "terminal_observation" in i]
+        seen = [("observation", x) for x in (observations, *ends)]
+        for name, values in (*seen, ("reward", rewards)):
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 raise ValueError(
                     f"the environment returned a non-finite {name} at step {self.num_timesteps}: "
@@ -294,7 +313,8 @@ class DreamerTPX(BaseAlgorithm):
         """`gradient_steps` updates of world model, actor and critic."""
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
-        rate = self.lr_schedule(self._current_progress_remaining)
+        # Several environments may overshoot the budget: no negative rate then.
+        rate = self.lr_schedule(max(self._current_progress_remaining, 0.0))
         self._update.set_learning_rate(rate)
         self.logger.record("train/learning_rate", rate)
         with dreamer_log.Round(self) as log:
@@ -341,11 +361,8 @@ class DreamerTPX(BaseAlgorithm):
         """Read a replay that `save_replay_buffer` wrote; the next `learn` starts new episodes."""
         if self.env is None:
             raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
-        self._last_obs = self._memory = None
-        self.replay_buffer = SequenceReplay(
-            self.buffer_size, self._model_shape(), self.observation_space.dtype,
-            self.policy.n_actions, self.env.num_envs, device=self.device, storage=self.storage,
-        )  # fmt: skip
+        self._last_obs = self._memory = self.replay_buffer = None  # frees a GPU's before the next
+        self.replay_buffer = self._new_replay(self.env.num_envs)
         self.replay_buffer.load(path)
 
     @classmethod

@@ -1,14 +1,14 @@
 """One gradient step of DreamerTPX: world model, actor and critic on a batch of sequences.
 
-As in danijar/dreamer all three losses are taken with the model as it was before the step. Gradients
-are asked for by name (`torch.autograd.grad`), so the actor's loss never computes the gradients of
-the world model's weights that it passes through.
+As in danijar/dreamer all three losses are taken with the model as it was before the step. Model and
+critic are frozen in the actor's loss, which passes through them: their weights' gradients, a third
+of the work, are never computed there.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import estimators
 from agents.dreamer_policy import DreamerPolicy
 from agents.imagination import (
-    Imagined,
     ImaginationNoise,
     ImaginationSettings,
+    Imagined,
+    critic_loss,
     imagine,
     last_layer_size,
 )
@@ -84,22 +85,24 @@ class DreamerUpdate:
             )  # fmt: skip
         model_gradient = torch.autograd.grad(loss.total, model_parameters)
         start = self._starts(states.detach(), generator)
-        actor_gradient, critic_gradient, imagined = self.behaviour(start, generator)
+        actor_gradient, imagined = self.actor_gradient(start, generator)
+        with self._precision():
+            value_loss, values = critic_loss(policy, imagined)
+        critic_parameters = list(policy.critic.parameters())
+        critic_gradient = torch.autograd.grad(value_loss, critic_parameters)
         norms = {
             "model": self._apply(self.model_optimizer, model_parameters, model_gradient),
             "actor": self._apply(
                 self.actor_optimizer, list(policy.actor.parameters()), actor_gradient.gradients
             ),
-            "critic": self._apply(
-                self.critic_optimizer, list(policy.critic.parameters()), critic_gradient
-            ),
+            "critic": self._apply(self.critic_optimizer, critic_parameters, critic_gradient),
         }
         scalars = {
             "model_loss": loss.total, "observation_loss": loss.observation,
             "reward_loss": loss.reward, "kl": loss.kl, "discount_loss": loss.discount,
-            "actor_loss": imagined.actor_loss, "critic_loss": imagined.critic_loss,
-            "return": imagined.returns.mean(), "value": imagined.values.mean(),
-            "action_std": imagined.action_std,
+            "actor_loss": imagined.actor_loss, "critic_loss": value_loss,
+            "return": imagined.returns.mean(), "value": values.mean(),
+            "entropy": imagined.entropy,
             **{f"{name}_gradient_norm": norm for name, norm in norms.items()},
         }  # fmt: skip
         k = actor_gradient.k
@@ -108,10 +111,10 @@ class DreamerUpdate:
             {name: value.detach() for name, value in scalars.items()}, actor_gradient.gradients, k
         )
 
-    def behaviour(
+    def actor_gradient(
         self, start: State, generator: torch.Generator
-    ) -> tuple[PolicyGradient, tuple[Tensor, ...], Imagined]:
-        """The estimator's policy gradient and the critic's gradient, imagined from N states."""
+    ) -> tuple[PolicyGradient, Imagined]:
+        """The estimator's policy gradient, imagined from N states."""
         settings, policy = self.settings, self.policy
         n, latents = start.stoch.shape
         noise = ImaginationNoise.draw(settings.horizon, n, policy.n_actions, latents, generator)
@@ -127,18 +130,16 @@ class DreamerUpdate:
                 )
             return imagined[-1].actor_loss
 
-        gradient = estimators.gradient(
-            rollout,
-            list(policy.actor.parameters()),
-            settings.estimator,
-            samples=n,
-            tap_size=last_layer_size(policy.actor),
-            meter=meter,
-            retain_graph=True,
-        )
-        # The critic shares the graph of the actor's loss: no second forward pass.
-        critic = torch.autograd.grad(imagined[-1].critic_loss, list(policy.critic.parameters()))
-        return gradient, critic, imagined[-1]
+        with _frozen(policy.model, policy.critic):
+            gradient = estimators.gradient(
+                rollout,
+                list(policy.actor.parameters()),
+                settings.estimator,
+                samples=n,
+                tap_size=last_layer_size(policy.actor),
+                meter=meter,
+            )
+        return gradient, imagined[-1]
 
     def _starts(self, states: State, generator: torch.Generator) -> State:
         flat = State(states.deter.flatten(0, 1), states.stoch.flatten(0, 1))
@@ -170,3 +171,15 @@ class DreamerUpdate:
     @staticmethod
     def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device)
+
+
+@contextlib.contextmanager
+def _frozen(*modules: nn.Module) -> Iterator[None]:
+    """Parameters that need no gradient here."""
+    for module in modules:
+        module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.requires_grad_(True)

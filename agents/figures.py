@@ -1,4 +1,4 @@
-"""Matplotlib figures of PIPPS. Pure functions: arrays in, a Figure out, no global pyplot state."""
+"""Matplotlib figures of the agents: arrays in, a Figure out, no global pyplot state."""
 
 from __future__ import annotations
 
@@ -43,22 +43,51 @@ def weights(k: np.ndarray) -> Figure:
     return figure
 
 
-def learning_curve(costs: np.ndarray, threshold: float | None = None, title: str = "") -> Figure:
-    """Cost of the policy after each trial, mean and spread over evaluation rollouts.
+def learning_curve(
+    x: np.ndarray,
+    values: np.ndarray,
+    *,
+    xlabel: str,
+    ylabel: str,
+    threshold: float | None = None,
+    title: str = "",
+) -> Figure:
+    """Evaluations of the policy over training, mean and spread over rollouts.
 
     Args:
-        costs: [trials, rollouts] cost of an episode (minus its return).
-        threshold: cost that counts as success, or None.
+        x: [K] trials or steps. values: [K, rollouts] costs or returns.
+        threshold: value that counts as success, or None.
     """
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
-    trials, mean = np.arange(1, len(costs) + 1), costs.mean(1)
-    spread = costs.std(1)
-    axis.fill_between(trials, mean - spread, mean + spread, alpha=0.25, lw=0, label="± 1 std")
-    axis.plot(trials, mean, marker="o", ms=4, label=f"mean of {costs.shape[1]} rollouts")
+    mean, spread = values.mean(1), values.std(1)
+    axis.fill_between(x, mean - spread, mean + spread, alpha=0.25, lw=0, label="± 1 std")
+    axis.plot(x, mean, marker="o", ms=4, label=f"mean of {values.shape[1]} rollouts")
     if threshold is not None:
         axis.axhline(threshold, color="0.4", ls="--", lw=1, label="success threshold")
-    axis.set(xlabel="trial (real episodes seen)", ylabel="cost of an episode", title=title)
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.set_ylim(bottom=min(0.0, float(values.min())))
     axis.legend(frameon=False)
+    return figure
+
+
+def traces(truth: np.ndarray, model: np.ndarray, context: int) -> Figure:
+    """Open-loop prediction of vector observations, one panel per entry.
+
+    Args:
+        truth, model: [T, S]. context: steps that the model saw.
+    """
+    n = truth.shape[1]
+    columns = min(n, 4)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(3 * columns, 1.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    for d in range(n):
+        axes[d].plot(truth[:, d], color="0.3", lw=1.5, label="truth")
+        axes[d].plot(model[:, d], color="C3", lw=1.2, label="model")
+        axes[d].axvline(context - 0.5, color="0.6", ls=":", lw=1)
+        axes[d].set_title(f"observation {d}", fontsize="small")
+    for axis in axes[n:]:
+        axis.set_visible(False)
+    axes[0].legend(fontsize="small", frameon=False)
     return figure

@@ -31,12 +31,14 @@ class ImaginationSettings:
             (DreamerV1). It biases RP but not LR: with it the two have different means.
         discount_weights: weight step t's return by γᵗ (danijar/dreamer), or all alike (TPX 2023,
             Eq. 17).
+        entropy_scale: weight of the policy's entropy in the loss; 0 in DreamerV1.
     """
 
     gamma: float = 0.99
     lam: float = 0.95
     stop_grad_actor_input: bool = True
     discount_weights: bool = True
+    entropy_scale: float = 0.0
 
 
 class ImaginationNoise(NamedTuple):
@@ -58,13 +60,13 @@ class ImaginationNoise(NamedTuple):
 
 
 class Imagined(NamedTuple):
-    """One imagination; everything but the losses is for logs and detached."""
+    """One imagination; everything but the loss is detached."""
 
     actor_loss: Tensor  # []
-    critic_loss: Tensor  # [] shares the actor loss's graph
+    features: Tensor  # [H, N, F] of the imagined states
     returns: Tensor  # [H - 1, N] λ-returns
-    values: Tensor  # [H, N]
-    action_std: Tensor  # [] before the tanh
+    weights: Tensor  # [H - 1, N] of the steps in both losses
+    entropy: Tensor  # [] of the actions, nats per step
 
 
 def imagine(
@@ -79,8 +81,8 @@ def imagine(
 ) -> Imagined:
     """Imagine from N states; the actor loss's gradient is the estimator's policy gradient.
 
-    loss = -mean_{t, i} w_t R_t with R_t = r_t + γ ((1 - λ) V_{t+1} + λ R_{t+1}), t = 1 .. H - 1,
-    R_H = V_H. The critic's loss is mean w_t ½ (V_t - R_t)², R_t held fixed.
+    loss = -mean w_t (R_t + entropy_scale·entropy_t), t = 1 .. H - 1, with
+    R_t = r_t + γ ((1 - λ) V_{t+1} + λ R_{t+1}) and R_H = V_H.
 
     Args:
         start: states of [N, ...], no gradient. noise: sets the horizon H.
@@ -91,12 +93,13 @@ def imagine(
     needs_value = estimator.baseline is baselines.critic
     meters = [None] * len(noise.latent) if meter is None else meter.unbind(0)
     credit = start.stoch.new_zeros(len(start.stoch))
-    state, features, credits, action_stds = start, [], [], []
+    state, features, credits, entropies = start, [], [], []
     for action_noise, latent_noise, step_meter in zip(noise.action, noise.latent, meters):
         seen = state.features
         hidden = actor.hidden(seen.detach() if settings.stop_grad_actor_input else seen)
         raw = actor.out(hidden)
-        action, std = actor.act(raw, action_noise)
+        action, entropy = actor.act(raw, action_noise)
+        entropies.append(assign_credit(entropy, credit))  # of the node before
         deter = rssm.recur(state, action)
         prior = rssm.prior(deter)
         probe = value = None
@@ -112,15 +115,16 @@ def imagine(
         state = State(deter, stoch)
         features.append(state.features)
         credits.append(credit)
-        action_stds.append(std.detach().mean())
-    return _losses(policy, torch.stack(features), torch.stack(credits), action_stds, settings)
+    return _losses(
+        policy, torch.stack(features), torch.stack(credits), torch.stack(entropies), settings
+    )
 
 
 def _losses(
     policy: DreamerPolicy,
     features: Tensor,
     credits: Tensor,
-    action_stds: list[Tensor],
+    entropies: Tensor,
     settings: ImaginationSettings,
 ) -> Imagined:
     values = policy.value(features)  # [H, N]
@@ -135,15 +139,20 @@ def _losses(
     if settings.discount_weights:
         steps = torch.as_tensor(gamma).detach() * torch.ones_like(values)
         weights = torch.cat((torch.ones_like(steps[:1]), steps[:-2])).cumprod(0)
-    target = returns.detach()
-    critic_loss = (weights * 0.5 * (values[:-1] - target).square()).mean()
     return Imagined(
-        -(weights * returns).mean(),
-        critic_loss,
-        target,
-        values.detach(),
-        torch.stack(action_stds).mean(),
+        -(weights * returns).mean() - settings.entropy_scale * (weights * entropies[:-1]).mean(),
+        features.detach(),
+        returns.detach(),
+        weights,
+        entropies.detach().mean(),
     )
+
+
+def critic_loss(policy: DreamerPolicy, imagined: Imagined) -> tuple[Tensor, Tensor]:
+    """mean w_t ½ (V_t - R_t)² with R_t held fixed, and the values [H - 1, N] (detached)."""
+    values = policy.value(imagined.features[:-1])
+    loss = (imagined.weights * 0.5 * (values - imagined.returns).square()).mean()
+    return loss, values.detach()
 
 
 def lambda_returns(rewards: Tensor, values: Tensor, gamma: Tensor | float, lam: float) -> Tensor:

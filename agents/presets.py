@@ -33,3 +33,45 @@ PIPPS: dict[str, dict[str, Any]] = {
         "leg": "biw",  # Sec. 3.2: batch importance weighting in LR and TP
     },
 }
+
+DREAMER: dict[str, dict[str, Any]] = {
+    # Hafner et al. 2020, "Dream to control" (DreamerV1); numbers of danijar/dreamer, dreamer.py.
+    # Its frames are decisions x action repeat 2: 1000 frames are 500 decisions.
+    "dreamer2020": {
+        "estimator": "rp",  # Hafner et al. 2020, Sec. 3: analytic gradients
+        "horizon": 15,
+        "gamma": 0.99,
+        "lam": 0.95,
+        "discount_weights": True,
+        "stop_grad_actor_input": True,
+        "learning_rate": 8e-5,
+        "model_learning_rate": 6e-4,
+        "adam_eps": 1e-7,  # TensorFlow's default
+        "max_grad_norm": 100.0,
+        "batch_size": 50,
+        "sequence_length": 50,
+        "imagination_starts": 0,
+        "learning_starts": 2500,  # prefill of 5000 frames
+        "train_freq": 500,  # train_every 1000 frames
+        "gradient_steps": 100,
+        "exploration_noise": 0.3,
+        "kl_scale": 1.0,
+        "free_nats": 3.0,
+        "free_nats_per_step": False,
+    },
+    # Parmas et al. 2023 (TPX), Sec. 6: "a greatly modified version" of yusukeurakami's PyTorch
+    # Dreamer. Its 5-bit images and its replay across episode ends are not reproduced.
+    "tpx2023": {
+        "estimator": "tpx",  # Sec. 4
+        "horizon": 15,  # Sec. 6.2: H in {15, 60}
+        "discount_weights": False,  # App. C.1, Eq. 17: all returns are averaged alike
+        "stop_grad_actor_input": True,  # App. C.1
+        "learning_rate": 8e-5,  # yusukeurakami/dreamer-pytorch, main.py
+        "model_learning_rate": 1e-3,  # same
+        "free_nats_per_step": True,  # same, main.py:384
+        "policy_kwargs": {"width": 200},  # same: hidden-size
+        "learning_starts": 2500,  # same: 5 seed episodes
+        "train_freq": 500,  # same: once per episode
+        "gradient_steps": 100,  # Sec. 6: "repeat the process for 100 iterations"
+    },
+}

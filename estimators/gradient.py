@@ -33,7 +33,6 @@ def gradient(
     per_sample: bool = False,
     tap_size: int | None = None,
     meter: Tensor | None = None,
-    retain_graph: bool = False,
 ) -> PolicyGradient:
     """Gradient of a rollout's loss w.r.t. the parameters.
 
@@ -51,7 +50,6 @@ def gradient(
         tap_size: parameters that the rollout's probes know of, if not all P; then `ivw` chooses its
             k by these alone.
         meter: the zeros that the rollout passes to its nodes to learn k (requires grad), or None.
-        retain_graph: keep the rollout's graph, for a critic that shares it.
     """
     size = tap_size or sum(p.numel() for p in parameters)
 
@@ -59,9 +57,7 @@ def gradient(
         tap = parameters[0].new_zeros(samples, size, requires_grad=True) if tapped else None
         loss = rollout(estimator, tap)
         extra = [x for x in (tap, meter) if x is not None]
-        found = torch.autograd.grad(
-            loss, [*parameters, *extra], retain_graph=retain_graph, materialize_grads=True
-        )
+        found = torch.autograd.grad(loss, [*parameters, *extra], materialize_grads=True)
         n = len(parameters)
         return PolicyGradient(
             loss.detach(),

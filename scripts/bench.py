@@ -2,6 +2,8 @@
 
     python -m scripts.bench pipps                  # seconds per policy gradient
     python -m scripts.bench pipps --json bench.json
+    python -m scripts.bench dreamer                # seconds per update, against sheeprl
+    python -m scripts.bench dreamer --device cuda
 
 Every figure is the median over interleaved repeats, so that a slow moment of the machine hits all
 of them alike.
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ import envs  # noqa: F401  (registers our environments)
 import estimators
 from agents.particles import Noise, ParticleModel, simulate
 from agents.policies import RBFPolicy
+from scripts.bench_dreamer import bench_dreamer
+from scripts.timing import interleaved_medians
 from world_models.gp import GaussianProcess, Posterior
 
 HORIZON, PARTICLES = 30, 300  # Parmas et al. 2023, App. B.1
@@ -35,22 +38,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", default="pipps", choices=["pipps"])
+    parser.add_argument("what", nargs="?", default="pipps", choices=["pipps", "dreamer"])
     parser.add_argument("--points", type=int, nargs="+", default=[30, 150, 450], help="GP data")
-    parser.add_argument("--repeats", type=int, default=11, help="median of this many (default: 11)")
+    parser.add_argument(
+        "--repeats", type=int, default=0, help="medians of this many (pipps: 11, dreamer: 5)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="of dreamer: cpu or cuda")
+    parser.add_argument("--batch", type=int, default=50, help="dreamer's sequences")
+    parser.add_argument("--length", type=int, default=50, help="dreamer's steps of a sequence")
+    parser.add_argument("--horizons", type=int, nargs="+", default=[15, 60], help="of dreamer")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    rows = [bench_pipps(n, options.repeats) for n in options.points]
-    names = [name for name in rows[0] if name not in ("points", "seconds")]
-    print(
-        f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}, {options.threads} threads"
-    )
-    print(f"{'GP data points':>34} " + " ".join(f"{row['points']:>9}" for row in rows))
-    print(f"{'seconds (rp)':>34} " + " ".join(f"{row['seconds']:9.4f}" for row in rows))
-    for name in names:
-        print(f"{name:>34} " + " ".join(f"{row[name]:9.3f}" for row in rows))
+    if options.what == "pipps":
+        rows = [bench_pipps(n, options.repeats or 11) for n in options.points]
+        title = f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}"
+    else:
+        rows = [
+            bench_dreamer(
+                options.repeats or 5,
+                batch=options.batch,
+                length=options.length,
+                horizons=tuple(options.horizons),
+                device=options.device,
+            )
+        ]
+        title = f"one update: {options.batch} sequences of {options.length} images"
+    print(f"{title}, {options.device}, {options.threads} threads")
+    for name in rows[0]:
+        print(f"{name:>34} " + " ".join(f"{row[name]:9.4g}" for row in rows))
     if options.json is not None:
         record = {"threads": options.threads, "torch": torch.__version__, "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -83,25 +100,13 @@ def bench_pipps(points: int, repeats: int) -> dict[str, float]:
     gpytorch_model = _gpytorch_model(model)
     if gpytorch_model is not None:
         tasks["gpytorch"] = policy_gradient("rp", gpytorch_model)
-    seconds = _interleaved_medians(tasks, repeats)
+    seconds = interleaved_medians(tasks, repeats)
     ratios = {f"{name} / rp": seconds[name] / seconds["rp"] for name in ESTIMATORS[1:]}
-    row = {"points": points, "seconds": seconds["rp"], **ratios}
+    row = {"GP data points": points, "seconds (rp)": seconds["rp"], **ratios}
     row["rp / matrix-product floor"] = seconds["rp"] / seconds["floor"]
     if "gpytorch" in seconds:
         row["GPyTorch / rp (speed-up)"] = seconds["gpytorch"] / seconds["rp"]
     return row
-
-
-def _interleaved_medians(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    for task in tasks.values():
-        task()
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(repeats):
-        for name, task in tasks.items():
-            start = time.perf_counter()
-            task()
-            times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in times.items()}
 
 
 def _problem(points: int) -> tuple[ParticleModel, RBFPolicy]:

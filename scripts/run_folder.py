@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 import envs  # noqa: F401  (registers our environments)
-from agents import PIPPS
+from agents import PIPPS, DreamerTPX
 
-AGENTS: dict[str, type[BaseAlgorithm]] = {"pipps": PIPPS}
+MAX_GIF_FRAMES = 125  # a GIF of 500 frames of 240 x 320 would take 10 MB and more
+
+AGENTS: dict[str, type[BaseAlgorithm]] = {"pipps": PIPPS, "dreamer": DreamerTPX}
 
 
 class UserError(Exception):
@@ -44,7 +47,7 @@ class RunFolder:
 
     @property
     def evaluations(self) -> Path:
-        """Returns of the evaluation rollouts after each trial, as JSON."""
+        """Returns of the evaluation rollouts, as JSON."""
         return self.path / "evaluations.json"
 
     @property
@@ -56,6 +59,16 @@ class RunFolder:
     def video(self) -> Path:
         """The final policy, as a GIF."""
         return self.path / "rollout.gif"
+
+    @property
+    def replay(self) -> Path:
+        """The replay of a world model's training sequences."""
+        return self.path / "replay.npz"
+
+    @property
+    def open_loop(self) -> Path:
+        """A world model's open-loop prediction, suffix .gif, or .png for vectors."""
+        return self.path / "open_loop"
 
     @property
     def summary(self) -> Path:
@@ -137,7 +150,11 @@ def make_env(
     n_envs: int = 1,
     render: bool = False,
 ) -> VecEnv:
-    """Vector environment of an id, each monitored and seeded."""
+    """Vector environment of an id, each monitored and seeded.
+
+    `dm_control/walker-walk-v0` (shimmy's name) is our `dmc/walker-walk-v0`.
+    """
+    env_id = env_id.replace("dm_control/", "dmc/", 1)
     if env_id not in gym.registry and ":" not in env_id:
         near = difflib.get_close_matches(env_id, list(gym.registry), 1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else ""
@@ -157,9 +174,18 @@ def record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, *, episodes: int =
         raise UserError(f"cannot record a GIF: {error}") from error
 
 
-def _record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, episodes: int) -> float:
+def save_gif(frames: Sequence[np.ndarray], path: Path, *, fps: float) -> None:
+    """Write frames [H, W, 3] uint8; of long episodes every second, third, ... at the same speed."""
     from PIL import Image
 
+    step = -(-len(frames) // MAX_GIF_FRAMES)
+    pictures = [Image.fromarray(frame) for frame in frames[::step]]
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], duration=round(1000 * step / fps), loop=0
+    )
+
+
+def _record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, episodes: int) -> float:
     fps = env.get_attr("metadata")[0].get("render_fps", 30)
     frames, returns, observations = [], [], env.reset()
     state, starts, total = None, np.ones(1, dtype=bool), 0.0
@@ -173,10 +199,8 @@ def _record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, episodes: int) ->
             total = 0.0
         else:  # after the end the environment has reset already: that frame is the next episode's
             frames.append(env.render())
-    pictures = [Image.fromarray(np.asarray(frame)) for frame in frames if frame is not None]
+    pictures = [np.asarray(frame) for frame in frames if frame is not None]
     if not pictures:
         raise UserError("the environment renders nothing; does it support render_mode='rgb_array'?")
-    pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
-    )
+    save_gif(pictures, path, fps=fps)
     return float(np.mean(returns))

@@ -41,6 +41,8 @@ def make_update(
         batch: B sequences. length: T steps of each. horizon: H imagined steps. actions: A.
         device: "cpu" or "cuda[:index]"; on the latter the call returns before the device is done.
         compile: whether `algo.compile` is on; the first call then compiles, for minutes.
+    Returns:
+        The update; its networks and optimisers change, its batch does not.
     Raises:
         ImportError: sheeprl is missing, or is another version.
     """
@@ -100,10 +102,10 @@ def build(
 def _synthetic_batch(
     batch: int, length: int, actions: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """What sheeprl's `sample_batches` yields: float32, time first, images 0 to 255.
+    """What sheeprl's `sample_batches` yields, all float32.
 
-    One shape for all but the images and actions, [T, B, 1]; every sequence is inside an episode
-    (`train` itself marks their first steps).
+    Images [T, B, 3, 64, 64] from 0 to 255, actions [T, B, A], the rest [T, B, 1]. No episode ends;
+    `train` itself sets `is_first` of the first steps, the same on every call.
     """
     lead = (length, batch)
     data = {name: torch.zeros(*lead, 1) for name in ("terminated", "truncated", "is_first")}

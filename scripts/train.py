@@ -3,6 +3,9 @@
 python -m scripts.train pipps                                  # cart-pole swing-up, tpx, minutes
 python -m scripts.train pipps --estimator lr --seed 3
 python -m scripts.train pipps --preset pipps2018 --env-arg cost=tip --env-arg noise=4
+python -m scripts.train dreamer --preset laptop --env-id dm_control/cartpole-balance-v0
+python -m scripts.train dreamer --preset laptop --env-id dm_control/walker-walk-v0 --horizon 60
+python -m scripts.train dreamer --env-id dm_control/walker-walk-v0 --env-arg observation=pixels
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import inspect
 import json
 import math
 import os
+import resource
 import sys
 import time
 import types
@@ -28,16 +32,30 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents import figures, presets
-from agents.callbacks import TrialEvaluation
-from scripts.run_folder import AGENTS, RunFolder, UserError, make_env, parse_env_args, record_gif
+from agents import PIPPS, DreamerTPX, figures, open_loop, presets
+from agents.callbacks import Evaluation
+from scripts.run_folder import (
+    AGENTS,
+    RunFolder,
+    UserError,
+    make_env,
+    parse_env_args,
+    record_gif,
+    save_gif,
+)
 
 # Constructor arguments that are not flags: set below, or not expressible as text.
 NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "pipps": {"env_id": "totalprop/CartPoleSwingUp-v0", "total_timesteps": 450},
+    "dreamer": {
+        "env_id": "dmc/cartpole-balance-v0",
+        "total_timesteps": 20_000,
+        "eval_episodes": 5,
+        "eval_every": 2_500,
+    },
 }
-PRESETS = {"pipps": presets.PIPPS}
+PRESETS = {"pipps": presets.PIPPS, "dreamer": presets.DREAMER}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +67,17 @@ class RunOptions:
     env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=VALUE passed to the environment's constructor; may be given several times."""
     total_timesteps: int = 0
-    """Real environment steps. The cart-pole's episodes have 30: 450 steps are 15 trials."""
+    """Real environment steps (decisions). Episodes of the cart-pole have 30: 450 are 15 trials."""
     runs: Path = Path("runs")
     """Folder that the run's folder is created in."""
     name: str = ""
     """Name of the run's folder; default: agent, environment, estimator and seed."""
     eval_episodes: int = 30
-    """Evaluation rollouts after each trial; they are not used for learning."""
+    """Rollouts of each evaluation; they are not used for learning."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: after each trial's policy search."""
+    save_replay: bool = False
+    """Also write the world model's replay to replay.npz, for scripts.diagnose."""
     threads: int = 0
     """CPU threads of PyTorch; 0: one per core."""
     tensorboard: bool = True
@@ -188,8 +210,12 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     formats = ["csv", *(["tensorboard"] if options.tensorboard else [])]
     algorithm.set_logger(configure(str(folder.path), formats))
     algorithm.tensorboard_log = str(folder.path) if options.tensorboard else None
-    evaluation = TrialEvaluation(
-        eval_env, n_episodes=options.eval_episodes, path=folder.evaluations, verbose=1
+    evaluation = Evaluation(
+        eval_env,
+        n_episodes=options.eval_episodes,
+        every=options.eval_every,
+        path=folder.evaluations,
+        verbose=1,
     )
     print(f"Training {agent} ({flags.estimator}) on {options.env_id}, writing to {folder.path}")
     started = time.perf_counter()
@@ -207,44 +233,77 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
 def report(
     algorithm: BaseAlgorithm,
     folder: RunFolder,
-    evaluation: TrialEvaluation,
+    evaluation: Evaluation,
     options: RunOptions,
     env_args: dict[str, Any],
     seconds: float,
 ) -> None:
-    """Curve, video and the summary line."""
-    costs = -np.array(evaluation.returns)
+    """Curve, videos and the summary line."""
+    # PIPPS minimises a cost and counts trials, as its papers do; the others have returns and steps.
+    is_cost = isinstance(algorithm, PIPPS)
+    sign, quantity = (-1, "cost") if is_cost else (1, "return")
+    values = sign * np.array(evaluation.returns)
     threshold = reward_threshold(evaluation.eval_env)
-    cost_limit = None if threshold is None else -threshold
-    title = f"{type(algorithm).__name__}, {options.env_id}"
-    figures.learning_curve(costs, cost_limit, title).savefig(folder.learning_curve, dpi=150)
-    mean, std = costs[-1].mean(), costs[-1].std()
-    success = None if cost_limit is None else bool(mean < cost_limit)
+    limit = None if threshold is None else sign * threshold
+    figures.learning_curve(
+        np.arange(1, len(values) + 1) if is_cost else np.array(evaluation.timesteps),
+        values,
+        xlabel="trial (real episodes seen)" if is_cost else "decisions (calls of env.step)",
+        ylabel=f"{quantity} of an episode",
+        threshold=limit,
+        title=f"{type(algorithm).__name__}, {options.env_id}",
+    ).savefig(folder.learning_curve, dpi=150)
+    mean, std = float(values[-1].mean()), float(values[-1].std())
+    success = None if limit is None else bool(sign * mean > sign * limit)
     summary = {
-        "final_cost": mean,
-        "final_cost_std": std,
+        f"final_{quantity}": mean,
+        f"final_{quantity}_std": std,
         "success": success,
-        "success_threshold": cost_limit,
+        "success_threshold": limit,
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
     folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
-    video = ""
-    try:
-        render_env = make_env(options.env_id, env_args, seed=0, render=True)
-        record_gif(algorithm, render_env, folder.video)
-        video = f", {folder.video.name}"
-    except UserError as error:  # the training is done: a missing picture must not hide it
-        print(f"no video: {error}", file=sys.stderr)
+    pictures = [folder.learning_curve.name, *_videos(algorithm, folder, options, env_args)]
     verdict = {True: "SUCCESS", False: "NO SUCCESS", None: "DONE"}[success]
-    limit = "" if cost_limit is None else f" (success below {cost_limit:g})"
+    side = "below" if is_cost else "above"
+    bound = "" if limit is None else f" (success {side} {limit:g})"
     print(
-        f"{verdict}: cost {mean:.2f} ± {std:.2f} over {costs.shape[1]} rollouts{limit} "
-        f"after {algorithm.num_timesteps} real steps, {seconds / 60:.1f} min.\n"
-        f"Look at {folder.path}/: {folder.learning_curve.name}{video}, progress.csv, TensorBoard.\n"
+        f"{verdict}: {quantity} {mean:.2f} ± {std:.2f} over {values.shape[1]} rollouts{bound} "
+        f"after {algorithm.num_timesteps} real steps, {seconds / 60:.1f} min, "
+        f"{summary['peak_memory_gb']} GB of memory at most.\n"
+        f"Look at {folder.path}/: {', '.join(pictures)}, progress.csv, TensorBoard.\n"
         f"Next: python -m scripts.evaluate {folder.path}"
         f"   |   tensorboard --logdir {folder.path.parent}"
     )
+
+
+def _videos(
+    algorithm: BaseAlgorithm, folder: RunFolder, options: RunOptions, env_args: dict[str, Any]
+) -> list[str]:
+    """GIF of the policy, and a world model's open-loop prediction; the files' names."""
+    written = []
+    try:
+        render_env = make_env(options.env_id, env_args, seed=0, render=True)
+        record_gif(algorithm, render_env, folder.video)
+        written.append(folder.video.name)
+    except UserError as error:  # the training is done: a missing picture must not hide it
+        print(f"no video: {error}", file=sys.stderr)
+    if isinstance(algorithm, DreamerTPX) and algorithm.replay_buffer is not None:
+        truth, model = open_loop.predict_sequences(algorithm)
+        if truth.ndim == 3:
+            path = folder.open_loop.with_suffix(".png")
+            figure = figures.traces(truth[:, 0], model[:, 0], open_loop.CONTEXT)
+            figure.savefig(path, dpi=120)
+        else:
+            path = folder.open_loop.with_suffix(".gif")
+            save_gif(list(open_loop.video(truth, model)), path, fps=10)
+        written.append(path.name)
+        if options.save_replay:
+            algorithm.save_replay_buffer(folder.replay)
+            written.append(folder.replay.name)
+    return written
 
 
 def reward_threshold(env: VecEnv) -> float | None:

@@ -1,6 +1,6 @@
 """DreamerV1's world model: encoder, RSSM, and the heads that read its states.
 
-    loss = kl_scale max(mean KL(q || p), free nats) - mean log p(o | s) - mean log p(r | s) [- γ-head]
+    loss = kl_scale max(mean KL(q || p), free nats) - mean log p(o | s) - mean log p(r | s)
 
 Hafner et al. 2020, Eq. 10 and App. A; details as in danijar/dreamer. Knows no agent: what is
 imagined in the model, and how its gradient is taken, is agents/imagination.py.
@@ -98,9 +98,7 @@ class LatentModel(nn.Module):
             (size,) = observation_shape
             self.encoder = VectorEncoder(size, width=width)
             self.decoder = VectorDecoder(features, size, width=width, std=vector_std)
-        self.rssm = RSSM(
-            action_size, self.encoder.outputs, stoch=stoch, deter=deter, hidden=hidden
-        )
+        self.rssm = RSSM(action_size, self.encoder.outputs, stoch=stoch, deter=deter, hidden=hidden)
         self.reward = mlp(features, width, 2, 1)
         self.discount = mlp(features, width, 3, 1) if discount_head else None
         initialise(self)
@@ -152,7 +150,8 @@ class LatentModel(nn.Module):
         """One step of the posterior; with noise None its mean.
 
         Args:
-            state: of N sequences. action: [N, A] since then. observation: [N, ...]. noise: [N, stoch].
+            state: of N sequences. action: [N, A] since then. observation: [N, ...].
+            noise: [N, stoch].
         """
         deter = self.rssm.recur(state, action)
         mean, std = self.rssm.posterior(deter, self.encoder(observation))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import elu, softplus
 
+from world_models.linear import Linear, fast_linear
+
 
 class State(NamedTuple):
     """A latent state, [..., deter] and [..., stoch]."""
@@ -59,12 +61,12 @@ class RSSM(nn.Module):
     ) -> None:
         super().__init__()
         self.stoch_size, self.deter_size, self.min_std = stoch, deter, min_std
-        self.input_layer = nn.Linear(stoch + action_size, hidden)
+        self.input_layer = Linear(stoch + action_size, hidden)
         self.cell = nn.GRUCell(hidden, deter)
-        self.prior_hidden = nn.Linear(deter, hidden)
-        self.prior_out = nn.Linear(hidden, 2 * stoch)
-        self.posterior_hidden = nn.Linear(deter + embed_size, hidden)
-        self.posterior_out = nn.Linear(hidden, 2 * stoch)
+        self.prior_hidden = Linear(deter, hidden)
+        self.prior_out = Linear(hidden, 2 * stoch)
+        self.posterior_hidden = Linear(deter + embed_size, hidden)
+        self.posterior_out = Linear(hidden, 2 * stoch)
 
     @property
     def feature_size(self) -> int:
@@ -79,7 +81,15 @@ class RSSM(nn.Module):
     def recur(self, state: State, action: Tensor) -> Tensor:
         """h_t [N, deter] from the state and action before."""
         x = elu(self.input_layer(torch.cat((state.stoch, action), -1)))
-        return self.cell(x, state.deter)
+        cell, h = self.cell, state.deter
+        if h.device.type != "cpu":
+            return cell(x, h)
+        # As nn.GRUCell, whose products are not oneDNN's.
+        reset_x, update_x, new_x = fast_linear(x, cell.weight_ih, cell.bias_ih).chunk(3, -1)
+        reset_h, update_h, new_h = fast_linear(h, cell.weight_hh, cell.bias_hh).chunk(3, -1)
+        reset, update = (reset_x + reset_h).sigmoid(), (update_x + update_h).sigmoid()
+        candidate = torch.addcmul(new_x, reset, new_h).tanh()
+        return candidate + update * (h - candidate)
 
     def prior(self, deter: Tensor) -> Gaussian:
         """p(z_t | h_t)."""
@@ -104,22 +114,23 @@ class RSSM(nn.Module):
         """
         # The embedding's part of the posterior needs no recurrence: one product for all steps.
         weight = self.posterior_hidden.weight
-        from_embed = embeds @ weight[:, self.deter_size :].T + self.posterior_hidden.bias
+        from_embed = fast_linear(
+            embeds, weight[:, self.deter_size :].contiguous(), self.posterior_hidden.bias
+        )
         from_deter = weight[:, : self.deter_size].T
         keep = (~is_first).to(embeds.dtype).unsqueeze(-1)
         state = self.initial(embeds.shape[1])
-        deters, stochs, means, stds = [], [], [], []
+        columns: tuple[list[Tensor], ...] = ([], [], [], [])
         for t, inputs in enumerate(from_embed.unbind(0)):
             state = State(state.deter * keep[t], state.stoch * keep[t])
             deter = self.recur(state, actions[t] * keep[t])
             hidden = elu(torch.addmm(inputs, deter, from_deter))
             mean, std = self._gaussian(self.posterior_out(hidden))
             state = State(deter, mean + std * noise[t])
-            for column, value in zip((deters, stochs, means, stds), (*state, mean, std)):
+            for column, value in zip(columns, (*state, mean, std), strict=True):
                 column.append(value)
-        deter = torch.stack(deters)
-        posterior = Gaussian(torch.stack(means), torch.stack(stds))
-        return State(deter, torch.stack(stochs)), self.prior(deter), posterior
+        deter, stoch, mean, std = (torch.stack(column) for column in columns)
+        return State(deter, stoch), self.prior(deter), Gaussian(mean, std)
 
     def _gaussian(self, out: Tensor) -> Gaussian:
         mean, raw = out.chunk(2, -1)

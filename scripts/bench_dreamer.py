@@ -1,0 +1,107 @@
+"""One full DreamerV1 update (model, actor, critic) against sheeprl's, and the estimators' cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+import estimators
+from agents.dreamer_policy import DreamerPolicy
+from agents.dreamer_update import DreamerUpdate, UpdateSettings
+from agents.imagination import ImaginationSettings
+from agents.replay import SequenceBatch
+from scripts import sheeprl_peer
+from scripts.timing import interleaved_medians
+from world_models.latent_model import ModelLossSettings
+
+ACTIONS = 6
+# Multiply-accumulates of one frame through encoder and decoder, forward; of one imagined step
+# through RSSM, actor, reward and critic (specified sizes, 6 actions). Backward counts twice.
+FRAME_MACS, STEP_MACS = 38.9e6, 1.56e6
+
+
+def bench_dreamer(
+    repeats: int,
+    *,
+    batch: int = 50,
+    length: int = 50,
+    horizons: tuple[int, ...] = (15, 60),
+    device: str = "cpu",
+    peer: bool = True,
+) -> dict[str, float]:
+    """Seconds per update, and ratios measured in the same run.
+
+    Args:
+        repeats: rounds; the medians are compared.
+        batch, length: B sequences of T steps of 64x64 images. horizons: imagined steps H; the peer
+            is compared at the first.
+        device: "cpu" or "cuda". peer: time sheeprl too (left out where it is not installed).
+    """
+    data = _batch(batch, length, device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def update(name: str, horizon: int) -> Callable[[], object]:
+        step = DreamerUpdate(_policy(device), _settings(name, horizon))
+        return lambda: step(data, generator)
+
+    tasks: dict[str, Callable[[], object]] = {}
+    for horizon in horizons:
+        tasks |= {f"{name} H={horizon}": update(name, horizon) for name in ("rp", "tpx")}
+    first = horizons[0]
+    if peer:
+        try:
+            tasks["sheeprl"] = sheeprl_peer.make_update(
+                batch=batch, length=length, horizon=first, actions=ACTIONS, device=device
+            )
+        except ImportError as error:
+            print(error)
+    seconds = interleaved_medians(tasks, repeats, device=device)
+    row = {f"seconds (rp, H={h})": seconds[f"rp H={h}"] for h in horizons}
+    row |= {f"tpx / rp at H={h}": seconds[f"tpx H={h}"] / seconds[f"rp H={h}"] for h in horizons}
+    if "sheeprl" in seconds:
+        row["seconds (sheeprl)"] = seconds["sheeprl"]
+        row[f"sheeprl / rp at H={first} (speed-up)"] = seconds["sheeprl"] / seconds[f"rp H={first}"]
+    frames = batch * length
+    work = 2 * 3 * frames * (FRAME_MACS + first * STEP_MACS)
+    row["TFLOP/s"] = work / seconds[f"rp H={first}"] / 1e12
+    return row
+
+
+def _policy(device: str) -> DreamerPolicy:
+    torch.manual_seed(0)
+    images = spaces.Box(0, 255, (3, 64, 64), np.uint8)
+    actions = spaces.Box(-1, 1, (ACTIONS,), np.float32)
+    return DreamerPolicy(images, actions).to(device)
+
+
+def _settings(name: str, horizon: int) -> UpdateSettings:
+    estimator = dataclasses.replace(estimators.make(name))
+    return UpdateSettings(
+        estimator=estimator,
+        imagination=ImaginationSettings(),
+        model=ModelLossSettings(),
+        horizon=horizon,
+        imagination_starts=0,
+        learning_rate=8e-5,
+        model_learning_rate=6e-4,
+        adam_eps=1e-7,
+        max_grad_norm=100.0,
+        bf16=False,
+    )
+
+
+def _batch(batch: int, length: int, device: str) -> SequenceBatch:
+    torch.manual_seed(0)
+    lead = (length, batch)
+    data = SequenceBatch(
+        torch.randint(0, 256, (*lead, 3, 64, 64), dtype=torch.uint8),
+        torch.rand(*lead, ACTIONS) * 2 - 1,
+        torch.rand(*lead),
+        torch.zeros(lead, dtype=torch.bool),
+        torch.zeros(lead, dtype=torch.bool),
+    )
+    return SequenceBatch(*(x.to(device) for x in data))

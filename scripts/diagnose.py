@@ -1,0 +1,209 @@
+"""Which estimator does this model need? Gradient accuracy of each, at horizons 2 to 60.
+
+    python -m scripts.diagnose runs/dreamer_cartpole-balance-v0_tpx_seed0
+    python -m scripts.diagnose RUN --estimators rp lr tpx tpg --horizons 15 60 --starts 50
+
+Loads a trained DreamerTPX and its replay (train with --save-replay), encodes sequences, and from
+the same encoded states measures the policy gradient of every estimator many times over: the law of
+total variance (Eq. 18) and the expected signal-to-noise ratio (Eq. 19). Parmas et al. 2023 (TPX),
+App. C.2: 50 states x 50 gradients of 2500 trajectories each; the defaults here are smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+import estimators
+from agents import DreamerTPX
+from agents.dreamer_update import DreamerUpdate
+from estimators.diagnostics import GradientStatistics, statistics_of
+from scripts.run_folder import RunFolder, UserError, make_env, read_json
+from world_models.latent_model import State
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder of scripts.train dreamer")
+    parser.add_argument(
+        "--estimators", nargs="+", default=["rp", "lr", "tps", "tpx", "tpg"], metavar="NAME"
+    )
+    parser.add_argument("--horizons", nargs="+", type=int, default=[2, 5, 15, 30, 60], metavar="H")
+    parser.add_argument("--starts", type=int, default=10, help="encoded states (the paper: 50)")
+    parser.add_argument("--repeats", type=int, default=10, help="gradients of each (the paper: 50)")
+    parser.add_argument(
+        "--trajectories", type=int, default=250, help="of each gradient (the paper: 2500)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=None, help="default: RUN/diagnosis")
+    options = parser.parse_args(arguments)
+    for name, least in (("starts", 1), ("repeats", 2), ("trajectories", 8)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    if min(options.horizons) < 2:
+        parser.error(f"--horizons must be at least 2, got {min(options.horizons)}")
+    try:
+        diagnose(options)
+    except (UserError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def diagnose(options: argparse.Namespace) -> None:
+    """Measure, then write and print the table, the figure and the advice."""
+    torch.set_num_threads(options.threads)
+    for name in options.estimators:
+        estimators.make(name)
+    agent = _load(options.run)
+    starts = encoded_starts(agent, options.starts, options.seed)
+    results: dict[str, dict[int, GradientStatistics]] = {name: {} for name in options.estimators}
+    total = len(options.horizons) * len(options.estimators)
+    with tqdm(total=total, desc="gradients", leave=False) as bar:
+        for horizon in sorted(options.horizons):
+            for name in options.estimators:
+                gradients = measure(agent, name, horizon, starts, options)
+                results[name][horizon] = statistics_of(gradients)
+                bar.update()
+    out = options.out or options.run / "diagnosis"
+    out.mkdir(parents=True, exist_ok=True)
+    text = f"{table(results)}\n{advice(results)}\n"
+    (out / "table.md").write_text(text)
+    (out / "results.json").write_text(json.dumps(_record(results, options), indent=1) + "\n")
+    figure(results).savefig(out / "accuracy.png", dpi=150)
+    print(f"{text}Look at {out}/: accuracy.png, table.md, results.json.")
+
+
+def _load(run: Path) -> DreamerTPX:
+    folder = RunFolder.open(run)
+    config = read_json(folder.config)
+    env = make_env(config["env_id"], config["env_args"], seed=0)
+    agent = folder.load_agent(env)
+    if not isinstance(agent, DreamerTPX):
+        raise UserError(f"{run} is a run of {type(agent).__name__}; scripts.diagnose needs dreamer")
+    if not folder.replay.is_file():
+        raise UserError(f"{run} has no {folder.replay.name}: train with --save-replay")
+    agent.load_replay_buffer(folder.replay)
+    return agent
+
+
+def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:
+    """n posterior states of stored sequences, each [1, ...]."""
+    assert agent.replay_buffer is not None
+    length, rng = agent.sequence_length, np.random.default_rng(seed)
+    batch = agent.replay_buffer.sample(n, length, rng)
+    generator = torch.Generator(agent.device).manual_seed(seed)
+    rssm = agent.policy.model.rssm
+    noise = torch.randn((length, n, rssm.stoch_size), generator=generator, device=generator.device)
+    with torch.no_grad():
+        embeds = agent.policy.model.encoder(batch.observation)
+        states, _, _ = rssm.observe(embeds, batch.action, batch.is_first, noise)
+    steps = rng.integers(length, size=n)
+    return [
+        State(states.deter[t, i : i + 1], states.stoch[t, i : i + 1]) for i, t in enumerate(steps)
+    ]
+
+
+def measure(
+    agent: DreamerTPX, name: str, horizon: int, starts: list[State], options: argparse.Namespace
+) -> Tensor:
+    """[S, M, P] gradients of one estimator; all estimators see the same noise."""
+    settings = dataclasses.replace(
+        agent._update.settings, estimator=estimators.make(name), horizon=horizon
+    )
+    update = DreamerUpdate(agent.policy, settings)
+    rows = []
+    for s, start in enumerate(starts):
+        n = options.trajectories
+        many = State(start.deter.expand(n, -1), start.stoch.expand(n, -1))
+        generator = torch.Generator(agent.device).manual_seed(options.seed + 1 + s)
+        row = []
+        for _ in range(options.repeats):
+            gradient, _ = update.actor_gradient(many, generator)
+            row.append(torch.cat([g.flatten() for g in gradient.gradients]).cpu())
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def table(results: dict[str, dict[int, GradientStatistics]]) -> str:
+    """Markdown: ESNR of each estimator and horizon, best of a row in bold."""
+    horizons = list(next(iter(results.values())))
+    lines = ["ESNR (TPX 2023, Eq. 19), higher is better:", ""]
+    lines.append("| horizon | " + " | ".join(f"`{name}`" for name in results) + " |")
+    lines.append("|---" * (1 + len(results)) + "|")
+    for h in horizons:
+        values = [results[name][h].esnr for name in results]
+        best = max(values)
+        cells = [f"**{v:.3g}**" if v == best else f"{v:.3g}" for v in values]
+        lines.append(f"| {h} | " + " | ".join(cells) + " |")
+    lines += ["", "Variance of the gradient: within a start / between starts (Eq. 18):", ""]
+    lines += lines[2:4]
+    for h in horizons:
+        cells = [f"{results[n][h].within:.2e} / {results[n][h].between:.2e}" for n in results]
+        lines.append(f"| {h} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def advice(results: dict[str, dict[int, GradientStatistics]]) -> str:
+    """One sentence per group of horizons: the estimator to use for this model."""
+    horizons = list(next(iter(results.values())))
+    best = {h: max(results, key=lambda name, h=h: results[name][h].esnr) for h in horizons}  # type: ignore[misc]
+    parts = []
+    for name in dict.fromkeys(best.values()):
+        where = ", ".join(str(h) for h in horizons if best[h] == name)
+        parts.append(f"`{name}` at horizon {where}")
+    shares = {
+        name: min(max(results[name][h].esnr, 0.0) / results[best[h]][h].esnr for h in horizons)
+        for name in results
+    }
+    safest = max(shares, key=lambda name: shares[name])
+    return (
+        f"Most accurate gradient for this model: {'; '.join(parts)}. One for all horizons: "
+        f"`{safest}`, never below {shares[safest]:.0%} of the best."
+    )
+
+
+def figure(results: dict[str, dict[int, GradientStatistics]]) -> Figure:
+    """ESNR and the variance within a start, against the horizon."""
+    picture = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = picture.subplots(1, 2)
+    for i, (name, by_horizon) in enumerate(results.items()):
+        h = list(by_horizon)
+        left.plot(h, [s.esnr for s in by_horizon.values()], marker="o", color=f"C{i}", label=name)
+        right.plot(h, [s.within for s in by_horizon.values()], marker="o", color=f"C{i}")
+    left.set(xlabel="imagination horizon", ylabel="expected signal-to-noise ratio", yscale="log")
+    right.set(xlabel="imagination horizon", ylabel="gradient variance within a start", yscale="log")
+    left.legend(frameon=False)
+    return picture
+
+
+def _record(
+    results: dict[str, dict[int, GradientStatistics]], options: argparse.Namespace
+) -> dict[str, Any]:
+    numbers = {
+        name: {
+            str(h): {"esnr": s.esnr, "within": s.within, "between": s.between}
+            for h, s in by_horizon.items()
+        }
+        for name, by_horizon in results.items()
+    }
+    protocol = {k: getattr(options, k) for k in ("starts", "repeats", "trajectories", "seed")}
+    return {"run": str(options.run), **protocol, "results": numbers}
+
+
+if __name__ == "__main__":
+    main()

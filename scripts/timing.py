@@ -1,0 +1,31 @@
+"""Interleaved timings: a slow moment of the machine hits all tasks alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+
+def interleaved_medians(
+    tasks: dict[str, Callable[[], object]], repeats: int, *, device: str = "cpu"
+) -> dict[str, float]:
+    """Median seconds of each task over `repeats` rounds, after one round to warm up."""
+
+    def wait() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+
+    for task in tasks.values():
+        task()
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(repeats):
+        for name, task in tasks.items():
+            wait()
+            start = time.perf_counter()
+            task()
+            wait()
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in times.items()}

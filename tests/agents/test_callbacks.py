@@ -1,0 +1,133 @@
+"""`Evaluation`: when it evaluates, what it writes, and that it leaves the training alone."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import ConvertCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from agents import PIPPS, DreamerTPX
+from agents.callbacks import Evaluation
+
+LENGTH = 7
+TINY = {
+    "policy_kwargs": {"deter": 8, "hidden": 8, "width": 8, "stoch": 4},
+    "sequence_length": 5,
+    "batch_size": 3,
+    "horizon": 3,
+    "learning_starts": 20,
+    "train_freq": 10,
+    "gradient_steps": 1,
+    "buffer_size": 500,
+    "seed": 0,
+    "device": "cpu",
+}
+
+
+class CountingEnv(gym.Env):
+    """Observation (episode, time); the reward of a step is the first action, but 1 in step 1."""
+
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+    observation_space = spaces.Box(-1e3, 1e3, (2,), np.float32)
+    episode = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.time = self.episode + 1, 0
+        return np.array([self.episode, 0], np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        reward = 1.0 if self.time == 1 else float(action[0])
+        observation = np.array([self.episode, self.time], np.float32)
+        return observation, reward, self.time == LENGTH, False, {}
+
+
+def make(**changes):
+    return DreamerTPX("DreamerPolicy", CountingEnv(), **{**TINY, **changes})
+
+
+def evaluation(**changes):
+    env = DummyVecEnv([lambda: Monitor(CountingEnv())])
+    return Evaluation(env, **{"n_episodes": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("every", "budget", "expected"),
+    [
+        (0, 45, [20, 30, 40, 45]),  # after each round of updates
+        (0, 40, [20, 30, 40]),
+        (15, 45, [20, 40, 45]),  # at the first round that is late enough
+        (20, 45, [20, 40, 45]),
+        (1000, 45, [45]),
+        (0, 10, [10]),  # nothing was learned: the first policy is the final one
+    ],
+)
+def test_policy_is_evaluated_when_due_and_at_the_end(every, budget, expected):
+    callback = evaluation(every=every)
+    make().learn(budget, callback=callback)
+    assert callback.timesteps == expected
+    assert np.shape(callback.returns) == (len(expected), 2)
+
+
+def test_pipps_is_evaluated_after_each_policy_search():
+    callback = evaluation()
+    changes = {"n_particles": 10, "horizon": 3, "gradient_steps": 1, "gp_evaluations": 2}
+    agent = PIPPS("LinearPolicy", CountingEnv(), random_trials=2, seed=0, device="cpu", **changes)
+    agent.learn(4 * LENGTH, callback=callback)
+    assert callback.timesteps == [14, 21, 28]
+
+
+def test_final_policy_of_a_second_learn_is_evaluated_too():
+    """It ends at the same step as the first, with another policy."""
+    callback, agent = evaluation(every=1000), make()
+    for _ in range(2):
+        agent.learn(40, callback=callback)
+    assert callback.timesteps == [40, 40]
+    assert callback.returns[0] != callback.returns[1]
+    agent.learn(5, callback=callback)  # learns nothing
+    assert callback.timesteps == [40, 40]
+
+
+def test_file_is_rewritten_after_every_evaluation(tmp_path):
+    path = tmp_path / "evaluations.json"
+    callback = evaluation(path=path)
+    found = []
+    look = ConvertCallback(lambda *_: found.append(path.exists()) or True)
+    make().learn(45, callback=[callback, look])
+    assert found == [False] * 20 + [True] * 25
+    record = json.loads(path.read_text())
+    assert record == {"timesteps": [20, 30, 40, 45], "returns": callback.returns}
+    assert all(type(x) is float for row in record["returns"] for x in row)
+
+
+def test_returns_are_those_of_the_deterministic_policy():
+    callback, agent = evaluation(every=1000, n_episodes=1), make()
+    agent.learn(45, callback=callback)
+    expected, state = 1.0, None
+    for time in range(LENGTH):
+        action, state = agent.predict(np.array([1, time], np.float32), state, deterministic=True)
+        expected += float(action[0]) * (time > 0)
+    assert callback.returns == [[pytest.approx(expected, abs=1e-5)]]
+
+
+def test_training_is_the_same_with_and_without():
+    found = []
+    for callback in (None, evaluation(), evaluation(every=20, n_episodes=5)):
+        agent = make().learn(60, callback=callback)
+        found.append(torch.nn.utils.parameters_to_vector(agent.policy.parameters()))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_result_is_logged_and_printed(capsys):
+    agent = make(verbose=1)
+    callback = evaluation(verbose=1)
+    agent.learn(30, callback=callback)
+    out = capsys.readouterr().out
+    assert "eval/" in out and "mean_reward" in out
+    assert "    20 real steps: return " in out and "    30 real steps: return " in out

@@ -1,0 +1,274 @@
+"""What DreamerTPX's constructor takes, and the one sentence it gives for what it does not."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
+
+import estimators
+from agents import DreamerTPX, dreamer_arguments, presets
+from agents.dreamer_policy import DreamerPolicy
+from world_models.networks import ImageEncoder, VectorEncoder
+
+TINY = {
+    "policy_kwargs": {"deter": 8, "hidden": 8, "width": 8, "stoch": 4, "conv_depth": 2},
+    "sequence_length": 5,
+    "batch_size": 3,
+    "horizon": 3,
+    "gradient_steps": 1,
+    "buffer_size": 500,
+    "device": "cpu",
+}
+VECTOR = spaces.Box(-1, 1, (4,), np.float32)
+
+
+class SpaceEnv(gym.Env):
+    """Samples of its observation space, for ever."""
+
+    def __init__(self, observation=VECTOR, action=None):
+        self.observation_space = observation
+        self.action_space = action or spaces.Box(-2, 4, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+def make(env=None, policy="DreamerPolicy", **changes):
+    return DreamerTPX(policy, SpaceEnv() if env is None else env, **{**TINY, **changes})
+
+
+def image(height, width, channels, dtype=np.uint8, high=255):
+    return spaces.Box(0, high, (height, width, channels), dtype)
+
+
+# What is taken
+
+
+@pytest.mark.parametrize(
+    ("env", "n_envs"),
+    [("Pendulum-v1", 1), (SpaceEnv(), 1), (DummyVecEnv([SpaceEnv] * 2), 2)],
+    ids=["id", "instance", "VecEnv"],
+)
+def test_environment_may_be_an_id_an_instance_or_a_vec_env(env, n_envs):
+    agent = make(env)
+    assert agent.get_env().num_envs == n_envs
+    observations = np.stack([agent.observation_space.sample() for _ in range(n_envs)])
+    actions, _ = agent.predict(observations)
+    assert actions.shape == (n_envs, *agent.action_space.shape)
+
+
+def test_policy_may_be_a_name_or_a_subclass():
+    class Mine(DreamerPolicy):
+        pass
+
+    assert type(make().policy) is DreamerPolicy and type(make(policy=Mine).policy) is Mine
+
+
+def test_policy_kwargs_reach_the_networks():
+    policy = make(policy_kwargs={"deter": 7, "stoch": 3, "width": 5, "hidden": 6}).policy
+    rssm = policy.model.rssm
+    assert (rssm.deter_size, rssm.stoch_size) == (7, 3)
+    assert policy.actor.out.in_features == 5 and rssm.input_layer.out_features == 6
+
+
+@pytest.mark.parametrize("name", presets.DREAMER)
+def test_presets_construct(name):
+    agent = DreamerTPX("DreamerPolicy", SpaceEnv(), **presets.DREAMER[name], device="cpu")
+    for key, value in presets.DREAMER[name].items():
+        assert getattr(agent, key) == value
+
+
+def test_defaults_are_dreamer_v1s():
+    """The numbers of danijar/dreamer are the constructor's, the estimator and its name apart."""
+    agent, preset = DreamerTPX("DreamerPolicy", SpaceEnv()), presets.DREAMER["dreamer2020"]
+    different = [key for key, value in preset.items() if getattr(agent, key) != value]
+    assert different == ["estimator"]
+
+
+@pytest.mark.parametrize(
+    ("space", "encoder", "shape"),
+    [
+        (VECTOR, VectorEncoder, (4,)),
+        (spaces.Box(-1, 1, (4,), np.float64), VectorEncoder, (4,)),
+        (spaces.Box(0, 255, (9,), np.uint8), VectorEncoder, (9,)),
+        (spaces.Box(-1, 1, (2, 3)), VectorEncoder, (6,)),
+        (spaces.Box(-1, 1, ()), VectorEncoder, (1,)),
+        (image(64, 64, 3), ImageEncoder, (3, 64, 64)),
+        (image(64, 64, 1), ImageEncoder, (1, 64, 64)),
+        (spaces.Box(0, 255, (9, 64, 64), np.uint8), ImageEncoder, (9, 64, 64)),
+    ],
+    ids=["vector", "float64", "bytes", "matrix", "number", "RGB", "grey", "stack"],
+)
+def test_box_observations_that_are_taken(space, encoder, shape):
+    agent = make(SpaceEnv(space), learning_starts=8).learn(9)
+    assert isinstance(agent.policy.model.encoder, encoder)
+    assert agent.replay_buffer._arrays["observation"].shape[2:] == shape
+    assert agent.predict(space.sample())[0].shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["leave-one-out", "critic"])
+def test_baseline_reaches_the_estimator(name):
+    settings = make(baseline=name, estimator="lr")._update.settings
+    assert settings.estimator.baseline is dreamer_arguments.BASELINES[name]
+
+
+def test_an_estimator_object_is_used_as_it_is():
+    mine = estimators.make("tpx", cross_fit=True)
+    assert make(estimator=mine, baseline="critic")._update.settings.estimator == mine
+
+
+def test_arguments_reach_the_update():
+    changes = {
+        "gamma": 0.9, "lam": 0.8, "stop_grad_actor_input": False, "discount_weights": False,
+        "entropy_scale": 0.1, "kl_scale": 0.2, "free_nats": 0.3, "free_nats_per_step": True,
+        "discount_scale": 0.4, "horizon": 4, "imagination_starts": 5, "learning_rate": 0.6,
+        "model_learning_rate": 0.7, "adam_eps": 0.8, "max_grad_norm": 0.9, "bf16": True,
+    }  # fmt: skip
+    settings = make(**changes)._update.settings
+    flat = {**vars(settings), **vars(settings.imagination), **settings.model._asdict()}
+    assert {name: flat[name] for name in changes} == changes
+
+
+# What is refused
+
+
+def test_unknown_policy_name_is_an_error():
+    with pytest.raises(ValueError, match="MlpPolicy"):
+        make(policy="MlpPolicy")
+
+
+def test_constructor_without_an_environment_says_what_is_missing():
+    with pytest.raises(ValueError, match=r"needs an environment.*pass env="):
+        DreamerTPX("DreamerPolicy")
+
+
+WRONG = [
+    ("horizon", 1, "at least 2, a whole number"),
+    ("horizon", 2.5, "at least 2, a whole number"),
+    ("batch_size", 0, "at least 1, a whole number"),
+    ("sequence_length", 1, "at least 2, a whole number"),
+    ("imagination_starts", -1, "at least 0, a whole number"),
+    ("imagination_starts", 1, "0 for all, or at least 2"),
+    ("buffer_size", 1, "at least 2, a whole number"),
+    ("learning_starts", 0, "at least 1, a whole number"),
+    ("train_freq", 0, "at least 1, a whole number"),
+    ("gradient_steps", 0, "at least 1, a whole number"),
+    ("model_learning_rate", 0.0, "above 0"),
+    ("adam_eps", -1.0, "above 0"),
+    ("max_grad_norm", 0.0, "above 0"),
+    ("discount_scale", 0.0, "above 0"),
+    ("exploration_noise", -0.1, "at least 0"),
+    ("entropy_scale", -0.1, "at least 0"),
+    ("kl_scale", -1.0, "at least 0"),
+    ("free_nats", -3.0, "at least 0"),
+    ("gamma", 1.1, r"in \[0, 1\]"),
+    ("lam", -0.1, r"in \[0, 1\]"),
+    ("baseline", "none", "one of leave-one-out, critic"),
+    ("storage", "gpu", "one of ram, disk, device"),
+    ("learning_rate", 0.0, "above 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), WRONG)
+def test_wrong_values_are_one_sentence_with_the_value_and_the_remedy(name, value, expected):
+    with pytest.raises(ValueError, match=f"^{name} must be {expected}, got {value!r}$") as error:
+        make(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_every_checked_argument_has_a_wrong_value_here():
+    checked = {*dreamer_arguments.WHOLE, *dreamer_arguments.ABOVE_ZERO}
+    checked |= {*dreamer_arguments.AT_LEAST_ZERO, "gamma", "lam", "baseline", "storage"}
+    assert {name for name, _, _ in WRONG} == checked | {"learning_rate"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["learning_rate", "gamma", *dreamer_arguments.ABOVE_ZERO, *dreamer_arguments.AT_LEAST_ZERO],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_must_be_finite(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got {value}$"):
+        make(**{name: value})
+
+
+def test_unknown_estimator_lists_every_name_that_works():
+    with pytest.raises(ValueError, match="unknown estimator 'tpxx': did you mean") as error:
+        make(estimator="tpxx")
+    assert str(error.value).split("choose one of ")[1].split(", ") == estimators.names()
+
+
+def test_discount_head_is_not_a_policy_argument():
+    with pytest.raises(ValueError, match=r"discount_head belongs to DreamerTPX: pass it there"):
+        make(policy_kwargs={"discount_head": True})
+
+
+def test_buffer_must_hold_a_sequence_of_every_environment():
+    with pytest.raises(ValueError, match=r"buffer_size must .*at least 5 x 2, got 9$"):
+        make(DummyVecEnv([SpaceEnv] * 2), buffer_size=9)
+    make(DummyVecEnv([SpaceEnv] * 2), buffer_size=10)
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Dict({"a": VECTOR}), spaces.Discrete(4)], ids=["dict", "discrete"]
+)
+def test_observations_other_than_a_box_are_refused(space):
+    with pytest.raises(ValueError, match=r"needs a Box observation space.*FlattenObservation"):
+        make(SpaceEnv(space))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        image(64, 64, 3, np.float32, 1.0),
+        image(64, 64, 3, high=200),
+        spaces.Box(0, 255, (64, 64), np.uint8),
+        spaces.Box(0, 255, (4, 64, 64, 3), np.uint8),
+    ],
+    ids=["float", "200", "no channels", "stack of frames"],
+)
+def test_pictures_in_another_form_are_not_taken_for_vectors(space):
+    with pytest.raises(ValueError, match=r"^images must be uint8 in \[0, 255\].*FlattenObs"):
+        make(SpaceEnv(space))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 48), (84, 84)])
+def test_images_of_another_size_are_refused(size):
+    with pytest.raises(ValueError, match=r"^images must be 64x64, got \(3.*ResizeObservation"):
+        make(SpaceEnv(image(*size, 3)))
+
+
+def test_discrete_actions_are_refused():
+    with pytest.raises(AssertionError, match="Discrete"):
+        make(SpaceEnv(action=spaces.Discrete(3)))
+
+
+def test_unbounded_actions_are_refused():
+    with pytest.raises(AssertionError, match="finite"):
+        make(SpaceEnv(action=spaces.Box(-np.inf, np.inf, (2,))))
+
+
+@pytest.mark.parametrize("wrap", [lambda e: e, VecMonitor], ids=["outermost", "below another"])
+def test_vec_normalize_is_refused_by_the_constructor(wrap):
+    with pytest.raises(ValueError, match=r"VecNormalize.*pass the environment without"):
+        make(wrap(VecNormalize(DummyVecEnv([SpaceEnv]))))
+
+
+def test_vec_normalize_is_refused_by_load(tmp_path):
+    make().save(tmp_path / "agent")
+    with pytest.raises(ValueError, match=r"VecNormalize.*pass the environment without"):
+        DreamerTPX.load(tmp_path / "agent", env=VecNormalize(DummyVecEnv([SpaceEnv])))
+
+
+@pytest.mark.parametrize("wrap", [lambda e: e, VecMonitor], ids=["outermost", "below another"])
+def test_vec_normalize_is_refused_by_set_env(wrap):
+    agent = make()
+    before = agent.get_env()
+    with pytest.raises(ValueError, match=r"VecNormalize.*pass the environment without"):
+        agent.set_env(wrap(VecNormalize(DummyVecEnv([SpaceEnv]))))
+    assert agent.get_env() is before

@@ -1,0 +1,978 @@
+"""DreamerTPX: stable-baselines3's contract item by item, and the data it stores.
+
+All on tiny settings. `CountingEnv` makes every stored number predictable; `PixelEnv` is noise.
+"""
+
+import json
+import types
+import zipfile
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+    LogEveryNTimesteps,
+    ProgressBarCallback,
+    StopTrainingOnMaxEpisodes,
+)
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import KVWriter, Logger, configure
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+import estimators
+from agents import PIPPS, DreamerTPX
+from agents.dreamer_log import Round
+from agents.dreamer_update import UpdateRecord
+
+LENGTH = 7
+LOW, HIGH = np.array([-2.0, 0.0]), np.array([4.0, 1.0])
+STARTS, FREQ = 20, 10
+TINY = {
+    "policy_kwargs": {"deter": 8, "hidden": 8, "width": 8, "stoch": 4, "conv_depth": 2},
+    "sequence_length": 5,
+    "batch_size": 3,
+    "horizon": 3,
+    "learning_starts": STARTS,
+    "train_freq": FREQ,
+    "gradient_steps": 1,
+    "buffer_size": 500,
+    "seed": 0,
+    "device": "cpu",
+}
+
+
+class CountingEnv(gym.Env):
+    """Observation (episode, time, the action that led here); reward -time on arriving.
+
+    Ends (terminates or truncates) after `length` steps. Nothing is random, actions lie in
+    [-2, 4] x [0, 1] and must come in the space's dtype.
+    """
+
+    def __init__(self, length=LENGTH, first=0, truncates=False, dtype=np.float32):
+        self.observation_space = spaces.Box(-1e3, 1e3, (4,), np.float32)
+        self.action_space = spaces.Box(LOW.astype(dtype), HIGH.astype(dtype), dtype=dtype)
+        self.length, self.episode, self.truncates = length, first, truncates
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.time = self.episode + 1, 0
+        return np.array([self.episode, 0, 0, 0], np.float32), {}
+
+    def step(self, action):
+        assert action.dtype == self.action_space.dtype and self.action_space.contains(action)
+        self.time += 1
+        observation = np.array([self.episode, self.time, *action], np.float32)
+        done = self.time >= self.length
+        return observation, -self.time, done and not self.truncates, done and self.truncates, {}
+
+
+class PixelEnv(gym.Env):
+    """Noise of 64x64x3 and noisy rewards, truncated after 10 steps; its RNG is gymnasium's."""
+
+    observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return self._look(), {}
+
+    def step(self, action):
+        self.time += 1
+        return self._look(), float(self.np_random.normal()), False, self.time == 10, {}
+
+    def _look(self):
+        return self.np_random.integers(0, 256, (64, 64, 3), np.uint8)
+
+
+class BrokenEnv(CountingEnv):
+    """Returns a number that is none: at the first reset, in step 3, or in the last step."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        is_bad = self.where == "reset" and self.episode == 1
+        return (observation * np.float32(np.nan) if is_bad else observation), info
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        if self.time == {"observation": 3, "last": LENGTH}.get(self.where):
+            observation = observation * np.float32(np.nan)
+        return observation, (np.inf if self.where == "reward" else reward), *rest
+
+
+ENVS = {"vectors": CountingEnv, "images": PixelEnv}
+
+
+def vector(*lengths):
+    """Counting environments of these lengths; number i starts its episodes at 100 i."""
+    makers = [
+        lambda length=length, i=i: Monitor(CountingEnv(length, first=100 * i))
+        for i, length in enumerate(lengths)
+    ]
+    return DummyVecEnv(makers)
+
+
+def make(env=None, **changes):
+    return DreamerTPX("DreamerPolicy", CountingEnv() if env is None else env, **{**TINY, **changes})
+
+
+def parameters(agent, part=None):
+    module = agent.policy if part is None else getattr(agent.policy, part)
+    return torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
+def stored(agent, env=0):
+    """The replay's entries of one environment, oldest first."""
+    replay = agent.replay_buffer
+    slots = replay._slots(env)
+    arrays = {name: array[env].numpy()[slots] for name, array in replay._arrays.items()}
+    return types.SimpleNamespace(time=replay._position[env][slots], **arrays)
+
+
+def assert_same_training(agent, other):
+    """The same parameters, optimisers and replay, bit for bit."""
+    for name, values in agent.get_parameters().items():
+        assert_same_tensors(values, other.get_parameters()[name])
+    for env in range(agent.n_envs):
+        for name, values in vars(stored(agent, env)).items():
+            np.testing.assert_array_equal(values, vars(stored(other, env))[name])
+
+
+def assert_same_tensors(values, others):
+    assert type(values) is type(others)
+    if isinstance(values, dict):
+        assert values.keys() == others.keys()
+        for key in values:
+            assert_same_tensors(values[key], others[key])
+    elif isinstance(values, torch.Tensor):
+        assert torch.equal(values, others)
+    else:
+        assert values == others
+
+
+class Trace(BaseCallback):
+    """The order of events."""
+
+    def __init__(self, stop_at=None, stop_with=False):
+        super().__init__()
+        self.events, self.stop_at, self.stop_with = [], stop_at, stop_with
+
+    def _on_training_start(self):
+        self.events.append("start")
+
+    def _on_rollout_start(self):
+        self.events.append("rollout+")
+
+    def _on_step(self):
+        self.events.append("step")
+        return self.stop_with if self.num_timesteps == self.stop_at else True
+
+    def _on_rollout_end(self):
+        self.events.append("rollout-")
+
+    def _on_training_end(self):
+        self.events.append("end")
+
+
+class Memory(KVWriter):
+    """Keeps what is logged: one (values, step) per dump."""
+
+    def __init__(self):
+        self.dumps = []
+
+    def write(self, key_values, key_excluded, step=0):
+        self.dumps.append((dict(key_values), step))
+
+    def close(self):
+        pass
+
+
+def logged(agent):
+    memory = Memory()
+    agent.set_logger(Logger(None, [memory]))
+    return memory
+
+
+# The loop
+
+
+def test_learn_returns_self_and_uses_the_budget_exactly():
+    agent = make()
+    assert agent.learn(33) is agent
+    assert agent.num_timesteps == 33
+
+
+@pytest.mark.parametrize("budget", [0, 1, STARTS - 1, STARTS, STARTS + 1])
+def test_any_budget_works(budget):
+    agent = make()
+    before = parameters(agent)
+    agent.learn(budget)
+    assert agent.num_timesteps == budget
+    assert torch.equal(parameters(agent), before) == (budget < STARTS)
+    assert (agent._n_updates == 0) == (budget < STARTS)
+
+
+@pytest.mark.parametrize("budget", [2, 20, 40, 41, 42])
+def test_overshoot_is_less_than_the_number_of_environments(budget):
+    agent = make(vector(7, 8, 9)).learn(budget)
+    assert 0 <= agent.num_timesteps - budget < 3 and agent.num_timesteps % 3 == 0
+
+
+def test_counters():
+    agent = make(gradient_steps=2).learn(42)
+    assert agent._n_updates >= 2 * 3  # rounds at 20, 30 and 40
+    assert len(agent.ep_info_buffer) == 6
+    assert [info["r"] for info in agent.ep_info_buffer] == [-28.0] * 6
+    assert [info["l"] for info in agent.ep_info_buffer] == [7] * 6
+    steps = agent._update.model_optimizer.state_dict()["state"][0]["step"]
+    assert steps == agent._n_updates
+
+
+def test_learning_starts_and_train_freq_count_steps_of_all_environments():
+    agent = make(vector(7, 8), train_freq=8)
+    memory = logged(agent)
+    agent.learn(52)
+    assert [step for _, step in memory.dumps] == [20, 28, 36, 44, 52]
+
+
+def test_events_come_in_stable_baselines3s_order():
+    trace = Trace()
+    make().learn(35, callback=trace)
+    first, second, third = (["rollout+", *["step"] * n, "rollout-"] for n in (STARTS, FREQ, 5))
+    assert trace.events == ["start", *first, *second, *third, "end"]
+
+
+@pytest.mark.parametrize("stop", [False, np.bool_(False), torch.tensor(False)])
+def test_callback_stops_the_training(stop):
+    trace = Trace(stop_at=23, stop_with=stop)
+    agent = make().learn(100, callback=trace)
+    assert agent.num_timesteps == 23 and agent._n_updates == 1
+    assert trace.events.count("step") == 23 and trace.events[-1] == "end"
+    assert agent.learn(7, reset_num_timesteps=False).num_timesteps == 30
+    check_entries(stored(agent), episodes(30))
+
+
+def test_function_and_list_callbacks():
+    seen, trace = [], Trace()
+    agent = make()
+    agent.learn(8, callback=lambda values, _: bool(seen.append(values["dones"][0])) or True)
+    assert seen == [False] * 6 + [True, False]
+    agent.learn(7, callback=[trace])
+    assert trace.events.count("step") == 7
+
+
+def test_callbacks_see_the_locals_that_others_rely_on():
+    class Look(Trace):
+        def _on_step(self):
+            needed = {"dones", "infos", "rewards", "total_timesteps", "tb_log_name", "actions"}
+            assert needed <= set(self.locals) and self.locals["self"] is self.model
+            return True
+
+    make().learn(3, callback=Look())
+
+
+def test_callbacks_see_the_environments_own_terminal_observation():
+    """The replay's is flat."""
+
+    class Matrix(gym.ObservationWrapper):
+        observation_space = spaces.Box(-1e3, 1e3, (2, 2), np.float32)
+
+        def observation(self, observation):
+            return observation.reshape(2, 2)
+
+    shapes = []
+
+    class Look(Trace):
+        def _on_step(self):
+            infos = self.locals["infos"]
+            shapes.extend(np.shape(i["terminal_observation"]) for i in infos if len(i) > 1)
+            return True
+
+    agent = make(Matrix(CountingEnv())).learn(17, callback=Look())
+    assert shapes == [(2, 2)] * 2
+    check_entries(stored(agent), episodes(17))
+
+
+# One training, however it is cut
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_reset_num_timesteps_false_continues_as_if_it_had_not_stopped(name):
+    """In the middle of an episode, with predictions between: the training keeps its memory."""
+    whole = make(ENVS[name]()).learn(50)
+    agent = make(ENVS[name]()).learn(30)
+    state = None
+    for deterministic in (True, False):
+        _, state = agent.predict(agent._last_obs, state, deterministic=deterministic)
+    agent.predict(np.stack([agent.observation_space.sample()] * 3))
+    agent.learn(20, reset_num_timesteps=False)
+    assert agent.num_timesteps == 50
+    assert_same_training(agent, whole)
+
+
+def test_reset_num_timesteps_true_begins_new_episodes():
+    env = CountingEnv()
+    agent = make(env).learn(30)
+    agent.learn(3)
+    assert agent.num_timesteps == 3 and len(agent.replay_buffer) == 30 + 5 + 4
+    check_entries(stored(agent), [*episodes(30), (6, 3)])
+
+
+def test_memory_is_that_of_a_new_episode_after_a_reset(monkeypatch):
+    agent = make(learning_starts=1).learn(30)
+    seen = spy_on_steps(agent, monkeypatch)
+    agent.learn(10)
+    (_, state, action, is_first), _ = seen[0]
+    assert not state.features.any() and not is_first.any()
+    entries = stored(agent)
+    begin = 30 + 5  # decisions and resets of the first run; then comes a random action
+    assert entries.time[begin] == 0 and len(entries.time) == begin + 12
+    np.testing.assert_array_equal(action, entries.action[begin + 1 : begin + 2])
+
+
+def test_set_env_continues_on_the_new_environment():
+    agent = make().learn(30)
+    agent.set_env(CountingEnv(first=50))
+    agent.learn(10, reset_num_timesteps=False)
+    assert agent.num_timesteps == 40
+    check_entries(stored(agent), [*episodes(30), (51, 7), (52, 3)])
+
+
+def test_set_env_checks_the_number_of_environments_and_the_spaces():
+    agent = make()
+    with pytest.raises(AssertionError):
+        agent.set_env(vector(7, 4))
+    with pytest.raises(ValueError, match="spaces do not match"):
+        agent.set_env(PixelEnv())
+
+
+def test_learning_rate_schedule_follows_the_progress():
+    agent = make(learning_rate=lambda progress: 1e-3 * (1 + progress))
+    memory = logged(agent)
+    agent.learn(40)
+    rates = [values["train/learning_rate"] for values, _ in memory.dumps]
+    np.testing.assert_allclose(rates, [1.5e-3, 1.25e-3, 1e-3])
+    update = agent._update
+    for optimizer, rate in (
+        (update.actor_optimizer, 1e-3),
+        (update.critic_optimizer, 1e-3),
+        (update.model_optimizer, 6e-4),
+    ):
+        assert [group["lr"] for group in optimizer.param_groups] == [rate]
+
+
+def test_learning_rate_is_not_negative_where_environments_overshoot():
+    agent = make(vector(7, 8, 9), learning_rate=lambda progress: 1e-3 * progress)
+    memory = logged(agent)
+    agent.learn(40)
+    assert agent.num_timesteps == 42
+    rates = [values["train/learning_rate"] for values, _ in memory.dumps]
+    assert rates[-1] == 0 and min(rates[:-1]) > 0
+
+
+# Stored data
+
+
+def env_action(scaled):
+    return LOW + (HIGH - LOW) * (scaled + 1) / 2
+
+
+def episodes(budget, length=LENGTH, first=1):
+    """(number, decisions) of the episodes that a budget begins."""
+    whole, rest = divmod(budget, length)
+    return [*((first + i, length) for i in range(whole)), (first + whole, rest)]
+
+
+def check_entries(entries, expected, length=LENGTH, truncates=False):
+    """Every stored number, from the episodes alone: [(number, decisions)]."""
+    times = np.concatenate([np.arange(decisions + 1) for _, decisions in expected])
+    observation = entries.observation.reshape(-1, 4)
+    np.testing.assert_array_equal(entries.time, times)
+    np.testing.assert_array_equal(observation[:, 1], times)
+    numbers = np.concatenate([np.full(decisions + 1, number) for number, decisions in expected])
+    np.testing.assert_array_equal(observation[:, 0], numbers)
+    np.testing.assert_array_equal(entries.reward, -times)
+    later = times > 0
+    assert not entries.action[~later].any() and np.abs(entries.action).max() <= 1
+    np.testing.assert_allclose(env_action(entries.action)[later], observation[later, 2:], atol=1e-6)
+    np.testing.assert_array_equal(entries.is_terminal, (times == length) & (not truncates))
+
+
+@pytest.mark.parametrize("truncates", [False, True], ids=["terminates", "truncates"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_stored_data_random_and_learned_actions_alike(truncates, dtype):
+    agent = make(CountingEnv(truncates=truncates, dtype=dtype)).learn(61)
+    assert agent._n_updates >= 5
+    check_entries(stored(agent), episodes(61), truncates=truncates)
+
+
+def test_stored_data_of_two_environments():
+    agent = make(vector(7, 4)).learn(60)
+    check_entries(stored(agent, 0), episodes(30))
+    check_entries(stored(agent, 1), episodes(30, 4, 101), length=4)
+
+
+def test_images_are_stored_as_they_are_channel_first():
+    class Seen(PixelEnv):
+        seen = []
+
+        def _look(self):
+            self.seen.append(super()._look())
+            return self.seen[-1]
+
+    agent = make(Seen()).learn(25)
+    entries = stored(agent)
+    assert entries.observation.dtype == np.uint8 and len(entries.time) == 28 == len(Seen.seen)
+    np.testing.assert_array_equal(entries.observation, np.stack(Seen.seen).transpose(0, 3, 1, 2))
+    assert not entries.is_terminal.any()  # truncated
+
+
+@pytest.mark.parametrize("where", ["reset", "observation", "last", "reward"])
+def test_non_finite_values_of_the_environment_are_one_clear_sentence(where):
+    name = "reward" if where == "reward" else "observation"
+    agent = make(BrokenEnv(where))
+    with pytest.raises(ValueError, match=f"environment returned a non-finite {name}") as error:
+        agent.learn(14)
+    message = str(error.value)
+    assert "\n" not in message and "fix the environment" in message
+    steps = {"reset": 0, "observation": 2, "last": 6, "reward": 0}[where]
+    assert f"at step {steps}: [" in message and agent.num_timesteps == steps
+
+
+def test_episodes_shorter_than_a_sequence_are_one_clear_sentence():
+    with pytest.raises(ValueError, match=r"^no window of 5 entries.*take a smaller") as error:
+        make(CountingEnv(length=3)).learn(30)
+    assert "\n" not in str(error.value)
+    make(CountingEnv(length=4)).learn(30)  # 4 decisions are 5 observations
+
+
+# Acting
+
+
+def spy_on_steps(agent, monkeypatch, step=None):
+    """Records ((observations, state, action, is_first), (action, state)) of each step of acting."""
+    seen, original = [], step or agent.policy.step
+
+    def spy(observations, state, action, is_first, **kwargs):
+        assert kwargs["deterministic"] is False and kwargs["generator"] is agent._generator
+        found = original(observations, state, action, is_first, **kwargs)
+        seen.append(((observations, state, action, is_first), found))
+        return found
+
+    monkeypatch.setattr(agent.policy, "step", spy)
+    return seen
+
+
+def test_random_actions_come_first_and_are_uniform_over_the_space(monkeypatch):
+    """n = 400 of each action, seed 0. Kolmogorov-Smirnov: P(distance > 1.95 / sqrt(n)) = 0.001."""
+    agent = make(CountingEnv(length=400), learning_starts=400)
+    seen = spy_on_steps(agent, monkeypatch)
+    agent.learn(400)
+    assert not seen
+    for column in stored(agent).action[1:401].T:
+        ranks = np.arange(1, 401) / 400
+        assert np.abs(np.sort(column + 1) / 2 - ranks).max() < 1.95 / 400**0.5
+        assert len(np.unique(column)) == 400
+
+
+def test_random_actions_are_not_the_global_generators():
+    """Two agents with one seed act alike, whatever is drawn elsewhere."""
+    first = make().learn(15)
+    second = make()
+    np.random.rand(3)
+    torch.rand(3)
+    second.learn(15)
+    np.testing.assert_array_equal(stored(first).action, stored(second).action)
+
+
+@pytest.mark.parametrize("lengths", [(7,), (7, 4)])
+def test_policy_acts_after_the_random_steps_with_the_right_memory(lengths, monkeypatch):
+    """Without noise: what the policy said is what is done, and what it hears at the next step."""
+    agent, n = make(vector(*lengths), exploration_noise=0.0), len(lengths)
+    seen = spy_on_steps(agent, monkeypatch)
+    agent.learn(STARTS + 20 * n)
+    assert len(seen) == 20
+    done = [stored(agent, env) for env in range(n)]
+    first = STARTS // n
+    for i, ((observations, state, action, is_first), _) in enumerate(seen):
+        for env, length in enumerate(lengths):
+            number, time = divmod(first + i, length)
+            assert observations[env, :2].tolist() == [100 * env + number + 1, time]
+            assert bool(is_first[env]) == (time == 0)
+            if time:
+                np.testing.assert_array_equal(
+                    action[env], done[env].action[(length + 1) * number + time]
+                )
+        if i:
+            for part, expected in zip((*state, action), (*seen[i - 1][1][1], seen[i - 1][1][0])):
+                assert torch.equal(part, expected)
+    assert not seen[0][0][1].features.any()
+
+
+def still(observations, state, action, is_first, **kwargs):
+    return torch.zeros_like(action), state
+
+
+def test_exploration_noise_is_gaussian_of_the_given_size(monkeypatch):
+    """n = 800 numbers around an action of 0, seed 0: mean and std within 4 standard errors."""
+    agent = make(CountingEnv(length=400), learning_starts=1, train_freq=401, exploration_noise=0.2)
+    spy_on_steps(agent, monkeypatch, still)
+    agent.learn(401)
+    noise, n = stored(agent).action[2:401], 2 * 399
+    assert abs(noise.mean()) < 4 * 0.2 / n**0.5
+    assert abs(noise.std() / 0.2 - 1) < 4 / (2 * n) ** 0.5
+
+
+def test_noisy_actions_stay_in_the_space(monkeypatch):
+    agent = make(learning_starts=1, train_freq=60, exploration_noise=5.0)
+    spy_on_steps(agent, monkeypatch, still)
+    agent.learn(60)  # the environment checks them
+    actions = stored(agent).action
+    assert (actions == 1).any() and (actions == -1).any()
+
+
+# Every estimator
+
+
+@pytest.mark.parametrize("env", ENVS)
+@pytest.mark.parametrize("name", estimators.names())
+def test_every_estimator_learns_from_vectors_and_images(name, env):
+    agent = make(ENVS[env](), estimator=name, train_freq=45)
+    before = {part: parameters(agent, part) for part in ("model", "actor", "critic")}
+    memory = logged(agent)
+    agent.learn(200)
+    assert agent._n_updates == 5
+    for part, old in before.items():
+        new = parameters(agent, part)
+        assert torch.isfinite(new).all() and not torch.equal(new, old), part
+    for values, _ in memory.dumps:
+        assert all(np.isfinite(v) for k, v in values.items() if k.startswith(("train/", "k/")))
+
+
+@pytest.mark.parametrize("env", ENVS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"baseline": "critic", "estimator": "lr"},
+        {"stop_grad_actor_input": False},
+        {"discount_head": True},
+        {"discount_weights": False, "free_nats_per_step": True},
+        {"entropy_scale": 0.1},
+        {"imagination_starts": 2},
+        {"bf16": True},
+        {"storage": "disk"},
+        {"storage": "device"},
+        {"gamma": 1.0, "lam": 1.0},
+    ],
+    ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_every_option_learns(changes, env):
+    agent = make(ENVS[env](), **changes)
+    before = parameters(agent)
+    agent.learn(40)
+    assert torch.isfinite(parameters(agent)).all()
+    assert not torch.equal(parameters(agent), before)
+
+
+# Reproducibility
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_same_seed_same_bits(name):
+    first, second, other = (make(ENVS[name](), seed=s).learn(60) for s in (3, 3, 4))
+    assert_same_training(first, second)
+    for part in ("model", "actor", "critic"):
+        assert not torch.equal(parameters(first, part), parameters(other, part))
+    assert not np.array_equal(stored(first).action, stored(other).action)
+
+
+def test_no_seed_differs():
+    first, second = make(seed=None).learn(20), make(seed=None).learn(20)
+    assert not torch.equal(parameters(first), parameters(second))
+    assert not np.array_equal(stored(first).action, stored(second).action)
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_training_does_not_depend_on_the_global_generators(name):
+    """Another agent built, or a plot drawn, between construction and training changes nothing."""
+    expected, agent = make(ENVS[name]()).learn(40), make(ENVS[name]())
+    torch.rand(3)
+    np.random.rand(3)
+    assert_same_training(agent.learn(40), expected)
+
+
+# Callbacks of stable-baselines3
+
+
+@pytest.mark.filterwarnings("ignore:Training and eval env are not of the same type")
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("name", ENVS)
+def test_eval_callback_does_not_change_the_training(name, deterministic, tmp_path):
+    callback = EvalCallback(
+        Monitor(ENVS[name]()),
+        best_model_save_path=str(tmp_path),
+        log_path=str(tmp_path),
+        eval_freq=15,
+        n_eval_episodes=2,
+        deterministic=deterministic,
+        verbose=0,
+    )
+    agent = make(ENVS[name]()).learn(60, callback=callback)
+    assert_same_training(agent, make(ENVS[name]()).learn(60))
+    results = np.load(tmp_path / "evaluations.npz")
+    assert results["timesteps"].tolist() == [15, 30, 45, 60]
+    assert results["results"].shape == (4, 2)
+    assert DreamerTPX.load(tmp_path / "best_model", device="cpu").num_timesteps % 15 == 0
+
+
+def test_checkpoint_callback_with_the_replay(tmp_path):
+    callback = CheckpointCallback(25, str(tmp_path), name_prefix="d", save_replay_buffer=True)
+    agent = make().learn(50, callback=callback)
+    names = [f"d_{n}_steps.zip" for n in (25, 50)]
+    names += [f"d_replay_buffer_{n}_steps.pkl" for n in (25, 50)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+    loaded = DreamerTPX.load(tmp_path / "d_25_steps", env=CountingEnv(first=50), device="cpu")
+    loaded.load_replay_buffer(tmp_path / "d_replay_buffer_25_steps.pkl")
+    assert (loaded.num_timesteps, loaded._n_updates) == (25, 1)
+    loaded.learn(10, reset_num_timesteps=False)
+    check_entries(stored(loaded), [*episodes(25), (51, 7), (52, 3)])
+    np.testing.assert_array_equal(stored(loaded).action[:29], stored(agent).action[:29])
+
+
+def test_stop_training_on_max_episodes():
+    agent = make().learn(1000, callback=StopTrainingOnMaxEpisodes(4))
+    assert agent.num_timesteps == 28
+
+
+def test_log_every_n_timesteps():
+    agent = make()
+    memory = logged(agent)
+    agent.learn(33, callback=LogEveryNTimesteps(8), log_interval=1000)
+    assert [step for _, step in memory.dumps] == [8, 16, 24, 32]
+    assert "train/kl" not in memory.dumps[0][0] and "train/kl" in memory.dumps[2][0]
+
+
+def test_progress_bar(capsys):
+    agent = make().learn(14, callback=ProgressBarCallback())
+    assert agent.learn(7, progress_bar=True).num_timesteps == 7
+    assert "100%" in capsys.readouterr().out
+
+
+def test_callback_lists_with_everything_at_once(tmp_path):
+    callbacks = CallbackList([Trace(), CheckpointCallback(5, str(tmp_path)), LogEveryNTimesteps(4)])
+    assert make(vector(7, 5)).learn(30, callback=callbacks).num_timesteps == 30
+
+
+def test_evaluate_policy_on_any_number_of_environments():
+    agent = make().learn(30)
+    rewards, lengths = evaluate_policy(
+        agent, vector(7, 4, 5), n_eval_episodes=6, return_episode_rewards=True
+    )
+    expected = [(4, -10.0)] * 2 + [(5, -15.0)] * 2 + [(7, -28.0)] * 2
+    assert sorted(zip(lengths, rewards, strict=True)) == expected
+    mean, _ = evaluate_policy(make(PixelEnv()), Monitor(PixelEnv()), n_eval_episodes=2)
+    assert np.isfinite(mean)
+
+
+# Files
+
+
+def walk(agent, steps=4, **kwargs):
+    """Actions of a recurrent walk over fixed observations."""
+    rng, state, actions = np.random.default_rng(0), None, []
+    for _ in range(steps):
+        space = agent.observation_space
+        observations = rng.uniform(0, 9, (3, *space.shape)).astype(space.dtype)
+        action, state = agent.predict(observations, state, deterministic=True)
+        actions.append(action)
+    return np.stack(actions)
+
+
+@pytest.mark.parametrize("trained", [0, 10, 40])
+@pytest.mark.parametrize("name", ENVS)
+def test_save_load_predict_is_identical(name, trained, tmp_path):
+    agent = make(ENVS[name](), estimator="lr", learning_rate=0.02)
+    if trained:
+        agent.learn(trained)
+    agent.save(tmp_path / "agent")
+    loaded = DreamerTPX.load(tmp_path / "agent", device="cpu")
+    np.testing.assert_array_equal(walk(loaded), walk(agent))
+    assert loaded.num_timesteps == trained and loaded._n_updates == agent._n_updates
+    for key in ("estimator", "horizon", "seed", "learning_rate", "policy_kwargs", "buffer_size"):
+        assert getattr(loaded, key) == getattr(agent, key), key
+
+
+def test_optimisers_are_saved_the_next_update_is_the_same(tmp_path):
+    agent = make().learn(40)
+    agent.save(tmp_path / "agent")
+    loaded = DreamerTPX.load(tmp_path / "agent", device="cpu")
+    parts = {f"_update.{name}_optimizer" for name in ("model", "actor", "critic")}
+    assert set(loaded.get_parameters()) == {"policy", *parts}
+    batch = agent.replay_buffer.sample(3, 5, np.random.default_rng(0))
+    for each in (agent, loaded):
+        each._update(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(parameters(agent), parameters(loaded))
+
+
+def test_replay_is_neither_in_the_file_nor_allocated_by_load(tmp_path):
+    """10⁹ images would be 12 TB."""
+    agent = make(PixelEnv()).learn(30)
+    agent.buffer_size = 10**9
+    agent.save(tmp_path / "agent")
+    assert agent.replay_buffer.bytes > 6e6 > 10 * (tmp_path / "agent.zip").stat().st_size
+    with zipfile.ZipFile(tmp_path / "agent.zip") as file:
+        kept = json.loads(file.read("data"))
+    assert not {"replay_buffer", "_update", "_memory", "_generator", "policy"} & set(kept)
+    loaded = DreamerTPX.load(tmp_path / "agent", env=PixelEnv(), device="cpu")
+    assert loaded.replay_buffer is None and loaded.buffer_size == 10**9
+    with pytest.raises(MemoryError, match="smaller buffer_size"):
+        loaded.learn(1)
+
+
+def test_load_without_an_environment_predicts_but_does_not_learn(tmp_path):
+    make().learn(30).save(tmp_path / "agent")
+    loaded = DreamerTPX.load(tmp_path / "agent", device="cpu")
+    walk(loaded)
+    with pytest.raises(AssertionError):
+        loaded.learn(7)
+    loaded.set_env(CountingEnv())
+    assert loaded.learn(30).num_timesteps == 30
+    check_entries(stored(loaded), episodes(30))
+
+
+def test_training_continues_after_load_on_another_number_of_environments(tmp_path):
+    agent = make().learn(40)
+    agent.save(tmp_path / "agent")
+    found = []
+    for _ in range(2):
+        loaded = DreamerTPX.load(tmp_path / "agent", env=vector(7, 4), device="cpu")
+        loaded.learn(20, reset_num_timesteps=False)
+        assert loaded.num_timesteps == 60 and loaded._n_updates == agent._n_updates + 2
+        check_entries(stored(loaded, 1), episodes(10, 4, 101), length=4)
+        found.append(loaded)
+    assert_same_training(*found)  # load seeds from the seed
+
+
+def test_estimator_objects_and_schedules_are_saved(tmp_path):
+    agent = make(estimator=estimators.make("tpx", cross_fit=True), learning_rate=lambda p: 0.1 * p)
+    agent.save(tmp_path / "agent")
+    loaded = DreamerTPX.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
+    assert loaded.estimator == agent.estimator == loaded._update.settings.estimator
+    assert loaded.learning_rate(0.5) == 0.05
+    loaded.learn(30)
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError):
+        DreamerTPX.load("no/such/file")
+
+
+def test_file_of_another_agent_is_one_clear_sentence(tmp_path):
+    PIPPS("RBFPolicy", "Pendulum-v1", device="cpu").save(tmp_path / "pipps")
+    with pytest.raises(ValueError, match=r"^cannot load .*pipps as a DreamerTPX model") as error:
+        DreamerTPX.load(tmp_path / "pipps")
+    assert "expected a file written by DreamerTPX.save" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_file_of_another_environment_says_what_differs(tmp_path):
+    make().save(tmp_path / "agent")
+    with pytest.raises(ValueError, match="spaces do not match"):
+        DreamerTPX.load(tmp_path / "agent", env=PixelEnv())
+
+
+@pytest.mark.parametrize("source", ["agent", "file"])
+def test_parameters_can_be_set_from_an_agent_and_from_a_file(source, tmp_path):
+    agent, other = make().learn(40), make(seed=1).learn(20)
+    agent.save(tmp_path / "agent")
+    assert not np.array_equal(walk(other), walk(agent))
+    other.set_parameters(agent.get_parameters() if source == "agent" else tmp_path / "agent")
+    np.testing.assert_array_equal(walk(other), walk(agent))
+    for name, values in agent.get_parameters().items():
+        assert_same_tensors(values, other.get_parameters()[name])
+    other.learn(10, reset_num_timesteps=False)
+
+
+def test_parameters_of_other_sizes_are_an_error():
+    small = {**TINY["policy_kwargs"], "deter": 7}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make().set_parameters(make(policy_kwargs=small).get_parameters())
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_replay_round_trip_and_learning_on(name, tmp_path):
+    agent = make(ENVS[name]()).learn(30)
+    agent.save_replay_buffer(tmp_path / "replay.npz")
+    other = make(ENVS[name](), seed=1)
+    other.load_replay_buffer(tmp_path / "replay.npz")
+    n = len(stored(agent).time)
+    for key, values in vars(stored(agent)).items():
+        np.testing.assert_array_equal(vars(stored(other))[key], values)
+    batches = [x.replay_buffer.sample(4, 5, np.random.default_rng(0)) for x in (agent, other)]
+    for mine, theirs in zip(*batches, strict=True):
+        assert torch.equal(mine, theirs)
+    other.learn(30)
+    assert other._n_updates >= 2 and stored(other).time[n] == 0
+
+
+def test_replay_loaded_during_training_begins_a_new_episode(tmp_path):
+    """What is in the middle of an episode now is not what the file ended with."""
+    agent = make().learn(30)
+    agent.save_replay_buffer(tmp_path / "replay.npz")
+    agent.learn(3, reset_num_timesteps=False)
+    agent.load_replay_buffer(tmp_path / "replay.npz")
+    agent.learn(4, reset_num_timesteps=False)
+    assert agent.num_timesteps == 37
+    check_entries(stored(agent), [*episodes(30), (6, 4)])
+
+
+def test_replay_files_that_cannot_be(tmp_path):
+    agent = make()
+    with pytest.raises(ValueError, match="no replay yet"):
+        agent.save_replay_buffer(tmp_path / "replay.npz")
+    agent.save(tmp_path / "agent")
+    with pytest.raises(ValueError, match="set an environment first"):
+        DreamerTPX.load(tmp_path / "agent", device="cpu").load_replay_buffer(tmp_path / "r.npz")
+    make(PixelEnv()).learn(1).save_replay_buffer(tmp_path / "images.npz")
+    with pytest.raises(ValueError, match="this one is of"):
+        agent.load_replay_buffer(tmp_path / "images.npz")
+
+
+# Logging
+
+SCALARS = {
+    "rollout/ep_rew_mean", "rollout/ep_len_mean", "time/decisions", "time/frames", "time/fps",
+    "time/total_timesteps", "time/updates_per_second", "train/actor_gradient_norm",
+    "train/actor_loss", "train/critic_gradient_norm", "train/critic_loss", "train/discount_loss",
+    "train/entropy", "train/gradient_snr", "train/k", "train/kl", "train/learning_rate",
+    "train/model_gradient_norm", "train/model_loss", "train/n_updates", "train/observation_loss",
+    "train/return", "train/reward_loss", "train/value", "k/step_01", "k/step_02", "k/step_03",
+    "k/coordinate_00", "k/coordinate_01", "k/coordinate_02", "k/coordinate_03",
+}  # fmt: skip
+
+
+def test_scalars_are_in_progress_csv(tmp_path):
+    agent = make(gradient_steps=2)
+    agent.set_logger(configure(str(tmp_path), ["csv"]))
+    agent.learn(40)
+    names, *rows = ((tmp_path / "progress.csv").read_text().strip()).splitlines()
+    assert set(names.split(",")) >= SCALARS
+    table = [dict(zip(names.split(","), map(float, row.split(",")), strict=True)) for row in rows]
+    assert [row["time/decisions"] for row in table] == [20, 30, 40]
+    assert [row["train/n_updates"] for row in table] == [2, 4, 6]
+    for row in table:
+        assert all(np.isfinite(row[name]) for name in SCALARS)
+        assert 0 <= row["train/k"] <= 1 and row["time/updates_per_second"] > 0
+        assert row["rollout/ep_rew_mean"] == -28 and row["rollout/ep_len_mean"] == 7
+        for kind, n in (("step", 3), ("coordinate", 4)):
+            values = [value for name, value in row.items() if name.startswith(f"k/{kind}_")]
+            assert len(values) == n and np.mean(values) == pytest.approx(row["train/k"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("estimator", "k"), [("rp", 0.0), ("lr", 1.0)])
+def test_logged_k_is_the_estimators(estimator, k):
+    agent = make(estimator=estimator)
+    memory = logged(agent)
+    agent.learn(20)
+    values = memory.dumps[0][0]
+    assert {v for name, v in values.items() if name.startswith("k/")} == {values["train/k"]} == {k}
+
+
+def test_a_round_logs_means_and_the_gradients_signal_to_noise_ratio():
+    """Gradients (1, 2) and (3, 2): variance 2 + 0, squared mean 8 less the mean's variance 1."""
+    agent = make()
+    memory = logged(agent)
+    with Round(agent) as log:
+        for a, b in ((1.0, 0.0), (3.0, 0.5)):
+            gradient = [torch.tensor([a]), torch.tensor([2.0])]
+            k = torch.tensor([[b, 1.0], [b, 0.0]])
+            log.add(UpdateRecord({"kl": torch.tensor(a)}, gradient, k))
+    agent.logger.dump()
+    values = memory.dumps[0][0]
+    assert values["train/gradient_snr"] == pytest.approx(7 / 2)
+    assert values["train/kl"] == 2 and values["train/k"] == pytest.approx(0.375)
+    assert [values[f"k/step_{t}"] for t in ("01", "02")] == pytest.approx([0.625, 0.125])
+    assert [values[f"k/coordinate_{d}"] for d in ("00", "01")] == pytest.approx([0.25, 0.5])
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_frames_are_decisions_times_the_action_repeat(n_envs):
+    class Repeating(CountingEnv):
+        action_repeat = 2
+
+    found = []
+    for env in (Repeating, CountingEnv):
+        agent = make(DummyVecEnv([env] * n_envs))
+        memory = logged(agent)
+        agent.learn(20)
+        values = memory.dumps[-1][0]
+        found.append((values["time/decisions"], values["time/frames"]))
+    assert found == [(20, 40), (20, 20)]
+
+
+def test_environments_in_other_processes_are_asked_before_they_are_read():
+    """A worker of SubprocVecEnv dies when an attribute is read that is not there."""
+
+    class Fragile(DummyVecEnv):
+        def has_attr(self, attr_name):
+            return all(hasattr(env, attr_name) for env in self.envs)
+
+        def get_attr(self, attr_name, indices=None):
+            if not self.has_attr(attr_name):
+                raise EOFError
+            return super().get_attr(attr_name, indices)
+
+    assert make(Fragile([CountingEnv] * 2)).learn(40).num_timesteps == 40
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(1, [20, 30, 40]), (2, [30]), (None, [])])
+def test_log_interval_counts_rounds(interval, expected):
+    agent = make()
+    memory = logged(agent)
+    agent.learn(40, log_interval=interval)
+    assert [step for _, step in memory.dumps] == expected
+
+
+def test_figure_and_scalars_reach_tensorboard(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    agent = make(tensorboard_log=str(tmp_path)).learn(30)
+    agent.logger.close()
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "DreamerTPX_1"
+    events = event_accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()
+    assert tags["images"] == ["figures/k"]
+    assert {"train/kl", "k/step_01", "k/coordinate_03", "time/frames"} <= set(tags["scalars"])
+    assert [e.step for e in events.Images("figures/k")] == [20, 30]
+    assert [e.step for e in events.Scalars("train/kl")] == [20, 30]
+
+
+def test_without_tensorboard_no_figure_is_drawn():
+    agent = make()
+    memory = logged(agent)
+    agent.learn(20)
+    assert not any(name.startswith("figures") for name in memory.dumps[0][0])
+
+
+def test_every_output_format_can_be_written(tmp_path, capsys):
+    agent = make(verbose=1, tensorboard_log=str(tmp_path / "tb"))
+    formats = ["stdout", "log", "csv", "json", "tensorboard"]
+    agent.set_logger(configure(str(tmp_path), formats))
+    agent.learn(30)
+    out = capsys.readouterr().out
+    assert "train/" in out and "replay: 500 entries" in out and "step_01" not in out
+    assert "k/step_01" in (tmp_path / "progress.json").read_text()

@@ -1,0 +1,322 @@
+"""The world model's loss, filter and open loop against plain distributions and explicit loops."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal, kl_divergence
+
+from world_models.latent_model import LatentModel, ModelLossSettings
+from world_models.networks import symexp, symlog
+from world_models.rssm import State
+
+T, B, A, OBSERVATION, STOCH, DETER = 5, 3, 2, 4, 3, 4
+IMAGE = (3, 64, 64)
+SIZES = {"stoch": STOCH, "deter": DETER, "hidden": 5, "width": 5, "conv_depth": 2}
+SETTINGS = ModelLossSettings(kl_scale=0.7, free_nats=0.01, gamma=0.9, discount_scale=4.0)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed):
+    return torch.randn(shape, generator=generator(seed))
+
+
+def make(shape=(OBSERVATION,), **changes):
+    """A tiny model with weights and biases of about 0.5, and convolutions of about 0.1."""
+    model = LatentModel(shape, A, **{**SIZES, **changes})
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_((0.1 if p.ndim == 4 else 0.5) * randn(*p.shape, seed=100 + i))
+    return model
+
+
+def batch(shape=(OBSERVATION,)):
+    """observations, actions, rewards, is_first, is_terminal, noise."""
+    if len(shape) == 3:
+        observations = torch.randint(0, 256, (T, B, *shape), generator=generator(1)).byte()
+    else:
+        observations = 2 * randn(T, B, *shape, seed=1)
+    is_first = torch.zeros(T, B, dtype=torch.bool)
+    is_first[0, 0] = is_first[3, 1] = True
+    is_terminal = torch.zeros(T, B, dtype=torch.bool)
+    is_terminal[2, 1] = is_terminal[4, 2] = True
+    rewards, noise = randn(T, B, seed=3), randn(T, B, STOCH, seed=4)
+    return observations, randn(T, B, A, seed=2), rewards, is_first, is_terminal, noise
+
+
+def observed(model, data):
+    """Posterior states, priors and posteriors of the batch."""
+    observations, actions, _, is_first, _, noise = data
+    return model.rssm.observe(model.encoder(observations), actions, is_first, noise)
+
+
+def gradient_norms(loss, model):
+    """Of each part of the model."""
+    parts = {name: list(part.parameters()) for name, part in model.named_children()}
+    flat = [p for part in parts.values() for p in part]
+    found = iter(torch.autograd.grad(loss, flat, retain_graph=True, materialize_grads=True))
+    return {
+        name: math.sqrt(sum(float(next(found).square().sum()) for _ in part))
+        for name, part in parts.items()
+    }
+
+
+# Sizes
+
+
+def test_parameter_counts_of_the_reference():
+    """danijar/dreamer at 6 actions; actor and critic see agents/test_dreamer_update.py."""
+    model = LatentModel((3, 64, 64), 6)
+    counts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+    }
+    assert counts == {
+        "encoder": 690_144, "decoder": 3_795_555, "rssm": 557_920, "reward": 253_201,
+    }  # fmt: skip
+    assert sum(p.numel() for p in model.parameters()) == 5_296_820
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="ResizeObservation"):
+        LatentModel((3, 84, 84), A)
+
+
+def test_the_whole_model_is_initialised():
+    """No layer keeps PyTorch's default: no bias is left, recurrent weights are orthogonal."""
+    model = LatentModel(IMAGE, A, **SIZES, discount_head=True)
+    assert not any(p.any() for name, p in model.named_parameters() if "bias" in name)
+    recurrent = model.rssm.cell.weight_hh
+    torch.testing.assert_close(recurrent.T @ recurrent, torch.eye(DETER), rtol=0, atol=1e-5)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("discount_head", [False, True])
+@pytest.mark.parametrize("shape", [(OBSERVATION,), IMAGE], ids=["vector", "image"])
+def test_loss_equals_plain_distributions(shape, discount_head):
+    model, data = make(shape, vector_std=0.4, discount_head=discount_head), batch(shape)
+    observations, _, rewards, _, is_terminal, _ = data
+    loss, states = model.loss(*data, SETTINGS)
+    expected_states, prior, posterior = observed(model, data)
+    torch.testing.assert_close(states, expected_states)
+    features = torch.cat((states.stoch, states.deter), -1)
+    if len(shape) == 3:
+        decoded = Independent(Normal(model.decoder(features), 1.0), 3)
+        target = observations.float() / 255 - 0.5
+    else:
+        decoded, target = Independent(Normal(model.decoder.net(features), 0.4), 1), observations
+        target = symlog(target)
+    parts = {
+        "observation": -decoded.log_prob(target).mean(),
+        "reward": -Normal(model.reward(features)[..., 0], 1.0).log_prob(rewards).mean(),
+        "kl": kl_divergence(Normal(*posterior), Normal(*prior)).sum(-1).mean(),
+        "discount": torch.zeros(()),
+    }
+    if discount_head:
+        p = model.discount(features)[..., 0].sigmoid()
+        goes_on = 0.9 * (1 - is_terminal.float())
+        entropy = goes_on * p.log() + (1 - goes_on) * (1 - p).log()
+        parts["discount"] = -4.0 * entropy.mean()
+    for name, value in parts.items():
+        torch.testing.assert_close(getattr(loss, name), value, msg=name)
+        assert getattr(loss, name).shape == ()
+    assert parts["kl"] > SETTINGS.free_nats
+    total = parts["observation"] + parts["reward"] + 0.7 * parts["kl"] + parts["discount"]
+    torch.testing.assert_close(loss.total, total)
+    assert discount_head == bool(loss.discount > 0.1)
+
+
+def test_every_parameter_learns():
+    for shape in ((OBSERVATION,), IMAGE):
+        model = make(shape, discount_head=True)
+        loss, _ = model.loss(*batch(shape), SETTINGS)
+        gradients = torch.autograd.grad(loss.total, list(model.parameters()))
+        assert all(g.abs().max() > 0 for g in gradients)
+
+
+def kl_of_steps(model, data):
+    _, prior, posterior = observed(model, data)
+    return kl_divergence(Normal(*posterior), Normal(*prior)).sum(-1)
+
+
+def test_free_nats_after_the_mean():
+    """Above them the loss is kl_scale·KL, below it is constant, whatever single steps say."""
+    model, data = make(), batch()
+    kl = kl_of_steps(model, data)
+    assert kl.min() < 0.9 * kl.mean() and kl.max() > 1.1 * kl.mean()
+    rssm = list(model.rssm.parameters())
+    for factor in (0.9, 1.1):
+        free_nats = factor * kl.mean().item()
+        settings = SETTINGS._replace(free_nats=free_nats)
+        loss, _ = model.loss(*data, settings)
+        penalty = loss.total - loss.observation - loss.reward
+        torch.testing.assert_close(loss.kl, kl.mean())
+        torch.testing.assert_close(penalty, 0.7 * kl.mean().clamp_min(free_nats))
+        found = torch.autograd.grad(penalty, rssm, materialize_grads=True)
+        expected = torch.autograd.grad(0.7 * kl.mean(), rssm, retain_graph=True)
+        if factor > 1:
+            # The other two terms cancel to float32's round-off.
+            expected = [torch.zeros_like(g) for g in expected]
+        torch.testing.assert_close(found, tuple(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_free_nats_per_step():
+    """Each step's KL counts above them only: loss and gradient are those of the steps above."""
+    model, data = make(), batch()
+    kl = kl_of_steps(model, data)
+    free_nats = kl.flatten().sort().values[6:8].mean().item()  # no step is exactly there
+    settings = SETTINGS._replace(free_nats=free_nats, free_nats_per_step=True)
+    loss, _ = model.loss(*data, settings)
+    above = kl > free_nats
+    assert above.any() and not above.all()
+    expected = 0.7 * (kl[above].sum() + free_nats * (~above).sum()) / (T * B)
+    penalty = loss.total - loss.observation - loss.reward
+    torch.testing.assert_close(penalty, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss.kl, kl.mean())  # before the free nats
+    rssm = list(model.rssm.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(penalty, rssm, materialize_grads=True),
+        torch.autograd.grad(expected, rssm, materialize_grads=True),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_below_the_free_nats_the_prior_has_no_gradient(per_step):
+    """Nothing but the KL reads the prior, so its layers tell exactly."""
+    model, data = make(), batch()
+    most = kl_of_steps(model, data).max().item()
+    layers = [*model.rssm.prior_hidden.parameters(), *model.rssm.prior_out.parameters()]
+    for free_nats, learns in ((1.01 * most, False), (0.0, True)):
+        settings = SETTINGS._replace(free_nats=free_nats, free_nats_per_step=per_step)
+        total = model.loss(*data, settings)[0].total
+        gradients = torch.autograd.grad(total, layers)
+        assert all(bool(g.any()) == learns for g in gradients)
+
+
+def test_discount_head_s_target():
+    """γ where the episode goes on and 0 where it ended: there the cross entropy is least."""
+    model, data = make(discount_head=True), batch()
+    is_terminal = data[4]
+    logits = torch.zeros(T, B)
+
+    class Fixed(torch.nn.Module):
+        def forward(self, features):
+            return logits.unsqueeze(-1)
+
+    model.discount = Fixed()
+    logits = torch.where(is_terminal, -20.0, math.log(0.9 / 0.1)).requires_grad_()
+    loss, _ = model.loss(*data, SETTINGS)
+    (gradient,) = torch.autograd.grad(loss.discount, logits)
+    torch.testing.assert_close(gradient, torch.zeros(T, B), rtol=0, atol=1e-7)
+    # By hand: 13 steps of the entropy of Bernoulli(0.9), 2 terminal ones of about 0.
+    entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    assert loss.discount.item() == pytest.approx(4.0 * 13 / 15 * entropy, rel=1e-5)
+    logits = torch.zeros(T, B, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model.loss(*data, SETTINGS)[0].discount, logits)
+    expected = 4.0 / 15 * torch.where(is_terminal, 0.5, 0.5 - 0.9)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_each_part_of_the_loss_trains_its_own_head():
+    model = make(discount_head=True)
+    loss, _ = model.loss(*batch(), SETTINGS)
+    heads = {"decoder": "observation", "reward": "reward", "discount": "discount"}
+    for part in ("observation", "reward", "kl", "discount"):
+        norms = gradient_norms(getattr(loss, part), model)
+        assert {name for name in heads if norms[name] > 0} == {
+            name for name, own in heads.items() if own == part
+        }
+        assert norms["encoder"] > 0 and norms["rssm"] > 0
+
+
+# Acting: the filter
+
+
+def test_filter_is_one_step_of_observe():
+    model, data = make(), batch()
+    observations, actions, _, _, _, noise = data
+    never = torch.zeros(T, B, dtype=torch.bool)
+    states, _, _ = model.rssm.observe(model.encoder(observations), actions, never, noise)
+    state = model.rssm.initial(B)
+    for t in range(T):
+        state = model.filter(state, actions[t], observations[t], noise[t])
+        torch.testing.assert_close(state, State(states.deter[t], states.stoch[t]))
+        assert not state.deter.requires_grad and not state.stoch.requires_grad
+
+
+def test_filter_without_noise_gives_the_mean_and_draws_nothing():
+    model, data = make(), batch()
+    state = State(randn(B, DETER, seed=8), randn(B, STOCH, seed=9))
+    before = torch.get_rng_state()
+    found = model.filter(state, data[1][0], data[0][0], None)
+    assert torch.equal(before, torch.get_rng_state())
+    posterior = model.rssm.posterior(found.deter, model.encoder(data[0][0]))
+    torch.testing.assert_close(found.stoch, posterior.mean.detach())
+    again = model.filter(state, data[1][0], data[0][0], torch.zeros(B, STOCH))
+    assert torch.equal(found.stoch, again.stoch)
+    other = model.filter(state, data[1][0], data[0][0], torch.ones(B, STOCH))
+    torch.testing.assert_close(other.stoch - found.stoch, posterior.std.detach())
+
+
+# The open loop
+
+
+def explicit_open_loop(model, data, context, seed):
+    """Filter, then imagine, one step at a time with the same noise."""
+    observations, actions, _, is_first, _, _ = data
+    source = generator(seed)
+    noise = torch.cat([torch.randn(n, B, STOCH, generator=source) for n in (context, T - context)])
+    state, decoded = model.rssm.initial(B), []
+    with torch.no_grad():
+        for t in range(T):
+            keep = 1 - is_first[t].float().unsqueeze(-1) if t < context else torch.ones(B, 1)
+            state = State(state.deter * keep, state.stoch * keep)
+            deter = model.rssm.recur(state, actions[t] * keep)
+            found = model.rssm.prior(deter)
+            if t < context:
+                found = model.rssm.posterior(deter, model.encoder(observations[t]))
+            state = State(deter, found.mean + found.std * noise[t])
+            decoded.append(model.decoder(state.features))
+    return torch.stack(decoded)
+
+
+@pytest.mark.parametrize("context", [1, 2, 4, 5])
+@pytest.mark.parametrize("shape", [(OBSERVATION,), IMAGE], ids=["vector", "image"])
+def test_open_loop_filters_then_imagines(shape, context):
+    model, data = make(shape), batch(shape)
+    observations, actions, _, is_first, _, _ = data
+    found = model.open_loop(
+        observations, actions, is_first, context=context, generator=generator(7)
+    )
+    assert found.shape == observations.shape and not found.requires_grad
+    torch.testing.assert_close(found, explicit_open_loop(model, data, context, 7))
+    if len(shape) == 1:  # in the observation's units
+        features = observed(model, data)[0].features
+        torch.testing.assert_close(model.decoder(features), symexp(model.decoder.net(features)))
+
+
+def test_open_loop_does_not_look_ahead():
+    """Later observations change nothing; earlier ones and later actions do."""
+    model, data = make(), batch()
+
+    def predict(observations, actions):
+        return model.open_loop(observations, actions, data[3], context=2, generator=generator(7))
+
+    expected = predict(data[0], data[1])
+    later = data[0].clone()
+    later[2:] = 100.0
+    assert torch.equal(predict(later, data[1]), expected)
+    earlier = data[0].clone()
+    earlier[1] += 1.0
+    changed = (predict(earlier, data[1]) - expected).abs().amax((1, 2))
+    assert changed[0] == 0 and (changed[1:] > 1e-4).all()
+    actions = data[1].clone()
+    actions[3] += 1.0
+    changed = (predict(data[0], actions) - expected).abs().amax((1, 2))
+    assert (changed[:3] == 0).all() and (changed[3:] > 1e-4).all()
