@@ -125,4 +125,5 @@ def update_settings(agent: DreamerTPX) -> UpdateSettings:
         adam_eps=agent.adam_eps,
         max_grad_norm=agent.max_grad_norm,
         bf16=agent.bf16,
+        compile=agent.compile,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from world_models.latent_model import LatentModel, State
-from world_models.networks import initialise, mlp
+from world_models.networks import at_least_float32, initialise, mlp
 
 MEAN_SCALE, INIT_STD, MIN_STD = 5.0, 5.0, 1e-4  # danijar/dreamer, models.ActionDecoder
 GAUSSIAN_ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal, nats
@@ -43,8 +43,11 @@ class Actor(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., 2 A] raw outputs, for `act`."""
-        raw: Tensor = self.out(self.hidden(features))
-        return raw
+        return self.output(self.hidden(features))
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The last layer, [..., width] -> [..., 2 A]."""
+        return at_least_float32(self.out(hidden))
 
     def act(self, raw: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Action [..., A] in [-1, 1], without noise tanh(mean), and its entropy [...] in nats.
@@ -102,7 +105,7 @@ class DreamerPolicy(BasePolicy):
 
     def value(self, features: Tensor) -> Tensor:
         """V(s), [..., F] -> [...]."""
-        return self.critic(features).squeeze(-1)
+        return at_least_float32(self.critic(features)).squeeze(-1)
 
     def initial_state(self, n: int) -> tuple[State, Tensor]:
         """State and previous action of n sequences that have not begun."""
@@ -201,6 +204,8 @@ class DreamerPolicy(BasePolicy):
         space = self.action_space
         assert isinstance(space, spaces.Box)
         actions = self.unscale_action(scaled.reshape(-1, *space.shape))
+        if np.issubdtype(space.dtype, np.integer):  # a cast alone would never give the highest
+            actions = np.rint(actions)
         return np.clip(actions, space.low, space.high).astype(space.dtype)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:

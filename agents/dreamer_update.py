@@ -44,6 +44,7 @@ class UpdateSettings:
     adam_eps: float
     max_grad_norm: float
     bf16: bool
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class DreamerUpdate:
 
     def __init__(self, policy: DreamerPolicy, settings: UpdateSettings) -> None:
         self.policy, self.settings = policy, settings
+        if settings.compile:  # steps, not the unrolled sequence, which would compile for minutes
+            rssm = policy.model.rssm
+            for name in ("recur", "prior"):
+                setattr(rssm, name, torch.compile(getattr(rssm, name)))
+            policy.actor.hidden.compile()
         self.model_optimizer = self._adam(policy.model, settings.model_learning_rate)
         self.actor_optimizer = self._adam(policy.actor, settings.learning_rate)
         self.critic_optimizer = self._adam(policy.critic, settings.learning_rate)

@@ -97,7 +97,7 @@ def imagine(
     for action_noise, latent_noise, step_meter in zip(noise.action, noise.latent, meters):
         seen = state.features
         hidden = actor.hidden(seen.detach() if settings.stop_grad_actor_input else seen)
-        raw = actor.out(hidden)
+        raw = actor.output(hidden)
         action, entropy = actor.act(raw, action_noise)
         entropies.append(assign_credit(entropy, credit))  # of the node before
         deter = rssm.recur(state, action)
@@ -128,17 +128,17 @@ def _losses(
     settings: ImaginationSettings,
 ) -> Imagined:
     values = policy.value(features)  # [H, N]
-    rewards = policy.model.reward(features).squeeze(-1)
-    gamma: Tensor | float = settings.gamma
-    if policy.model.discount is not None:
-        gamma = policy.model.discount(features).squeeze(-1).sigmoid()
+    rewards = policy.model.reward(features)
+    gamma = policy.model.discount(features)
+    if gamma is None:
+        gamma = torch.full_like(values, settings.gamma)
     returns = lambda_returns(
         assign_credit(rewards, credits), assign_credit(values, credits), gamma, settings.lam
     )
     weights = torch.ones_like(returns)
     if settings.discount_weights:
-        steps = torch.as_tensor(gamma).detach() * torch.ones_like(values)
-        weights = torch.cat((torch.ones_like(steps[:1]), steps[:-2])).cumprod(0)
+        # Detached, as in danijar/dreamer: RP does not see what a learned discount does to them.
+        weights = torch.cat((torch.ones_like(values[:1]), gamma[:-2].detach())).cumprod(0)
     return Imagined(
         -(weights * returns).mean() - settings.entropy_scale * (weights * entropies[:-1]).mean(),
         features.detach(),
@@ -167,11 +167,12 @@ def lambda_returns(rewards: Tensor, values: Tensor, gamma: Tensor | float, lam: 
     """
     if len(rewards) < 2:
         raise ValueError(f"a λ-return needs at least 2 imagined states, got {len(rewards)}")
-    gammas = torch.as_tensor(gamma, dtype=values.dtype, device=values.device).expand_as(values)
-    inputs = rewards[:-1] + gammas[:-1] * (1 - lam) * values[1:]
+    if not isinstance(gamma, Tensor):
+        gamma = torch.full_like(values, gamma)
+    inputs = rewards[:-1] + gamma[:-1] * (1 - lam) * values[1:]
     returns, last = [], values[-1]
     for t in reversed(range(len(inputs))):
-        last = inputs[t] + gammas[t] * lam * last
+        last = inputs[t] + gamma[t] * lam * last
         returns.append(last)
     return torch.stack(returns[::-1])
 
@@ -196,7 +197,7 @@ def _last_layer_probe(
         return jvp(zeta, (raw,), (tangent.expand_as(raw),))[1]
 
     columns = vmap(column)(torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device))
-    layer = LayerJacobian(hidden.detach(), raw.shape[-1])
+    layer = LayerJacobian(hidden.detach().to(raw.dtype), raw.shape[-1])
     return ControlProbe([c.movedim(0, -1) for c in columns], lambda: layer)
 
 

@@ -291,7 +291,14 @@ def _videos(
     except UserError as error:  # the training is done: a missing picture must not hide it
         print(f"no video: {error}", file=sys.stderr)
     if isinstance(algorithm, DreamerTPX) and algorithm.replay_buffer is not None:
-        truth, model = open_loop.predict_sequences(algorithm)
+        if options.save_replay:
+            algorithm.save_replay_buffer(folder.replay)
+            written.append(folder.replay.name)
+        try:
+            truth, model = open_loop.predict_sequences(algorithm)
+        except ValueError as error:
+            print(f"no open-loop prediction: {error}", file=sys.stderr)
+            return written
         if truth.ndim == 3:
             path = folder.open_loop.with_suffix(".png")
             figure = figures.traces(truth[:, 0], model[:, 0], open_loop.CONTEXT)
@@ -300,9 +307,6 @@ def _videos(
             path = folder.open_loop.with_suffix(".gif")
             save_gif(list(open_loop.video(truth, model)), path, fps=10)
         written.append(path.name)
-        if options.save_replay:
-            algorithm.save_replay_buffer(folder.replay)
-            written.append(folder.replay.name)
     return written
 
 

@@ -21,6 +21,7 @@ from world_models.networks import (
     ImageEncoder,
     VectorDecoder,
     VectorEncoder,
+    at_least_float32,
     initialise,
     mlp,
 )
@@ -99,9 +100,19 @@ class LatentModel(nn.Module):
             self.encoder = VectorEncoder(size, width=width)
             self.decoder = VectorDecoder(features, size, width=width, std=vector_std)
         self.rssm = RSSM(action_size, self.encoder.outputs, stoch=stoch, deter=deter, hidden=hidden)
-        self.reward = mlp(features, width, 2, 1)
-        self.discount = mlp(features, width, 3, 1) if discount_head else None
+        self.reward_head = mlp(features, width, 2, 1)
+        self.discount_head = mlp(features, width, 3, 1) if discount_head else None
         initialise(self)
+
+    def reward(self, features: Tensor) -> Tensor:
+        """Mean reward of arriving in a state, [..., F] -> [...]."""
+        return at_least_float32(self.reward_head(features)).squeeze(-1)
+
+    def discount(self, features: Tensor) -> Tensor | None:
+        """γ·P(the episode goes on), [..., F] -> [...]; None without a head."""
+        if self.discount_head is None:
+            return None
+        return at_least_float32(self.discount_head(features)).squeeze(-1).sigmoid()
 
     def loss(
         self,
@@ -126,7 +137,7 @@ class LatentModel(nn.Module):
         )
         features = states.features
         observation = -self.decoder.log_prob(features, observations) / steps
-        error = self.reward(features).squeeze(-1) - rewards
+        error = self.reward(features) - rewards
         reward = 0.5 * error.square().mean() + 0.5 * math.log(2 * math.pi)
         kl = kl_divergence(posterior, prior)
         if settings.free_nats_per_step:
@@ -136,9 +147,9 @@ class LatentModel(nn.Module):
             penalty = kl.clamp_min(settings.free_nats)
         total = settings.kl_scale * penalty + observation + reward
         discount = torch.zeros_like(kl)
-        if self.discount is not None:
+        if self.discount_head is not None:
             target = settings.gamma * (~is_terminal).to(features.dtype)
-            logits = self.discount(features).squeeze(-1)
+            logits = at_least_float32(self.discount_head(features)).squeeze(-1)
             discount = settings.discount_scale * binary_cross_entropy_with_logits(logits, target)
             total = total + discount
         return ModelLoss(total, observation, reward, kl, discount), states

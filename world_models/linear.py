@@ -41,7 +41,7 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # torch.func: jvp, vmap
+        and torch._C._functorch.peek_interpreter_stack() is None  # inside torch.func: jvp, vmap
     )
 
 

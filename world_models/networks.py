@@ -106,7 +106,7 @@ class ImageDecoder(nn.Module):
         features, images = features.flatten(0, -2), images.flatten(0, -4)
         total = features.new_zeros(())
         for rows in _chunks(features):
-            error = self._decode(features[rows]) - normalise(images[rows])
+            error = at_least_float32(self._decode(features[rows])) - normalise(images[rows])
             total = total - 0.5 * error.square().sum()
         return total - 0.5 * math.log(2 * math.pi) * images.numel()
 
@@ -143,7 +143,7 @@ class VectorDecoder(nn.Module):
 
     def log_prob(self, features: Tensor, observations: Tensor) -> Tensor:
         """Σ over entries of log N(symlog(observation); mean, std), summed over the batch."""
-        error = (self.net(features) - symlog(observations.float())) / self.std
+        error = (at_least_float32(self.net(features)) - symlog(observations.float())) / self.std
         constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
         return -0.5 * error.square().sum() - constant * error.numel()
 
@@ -151,6 +151,11 @@ class VectorDecoder(nn.Module):
 def normalise(images: Tensor) -> Tensor:
     """uint8 [0, 255] -> float [-0.5, 0.5]."""
     return images.float() / 255 - 0.5
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Distributions and losses stay float32 where autocast runs the layers in bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def symlog(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import elu, softplus
 
 from world_models.linear import Linear, fast_linear
+from world_models.networks import at_least_float32
 
 
 class State(NamedTuple):
@@ -133,7 +134,7 @@ class RSSM(nn.Module):
         return State(deter, stoch), self.prior(deter), Gaussian(mean, std)
 
     def _gaussian(self, out: Tensor) -> Gaussian:
-        mean, raw = out.chunk(2, -1)
+        mean, raw = at_least_float32(out).chunk(2, -1)
         return Gaussian(mean, softplus(raw) + self.min_std)
 
 

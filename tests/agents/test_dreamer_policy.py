@@ -239,6 +239,12 @@ def test_scaled_actions_become_the_environments_and_never_leave_its_bounds():
     assert (many[:, 0] == space.high[0]).any() and (many[:, 1] == space.low[1]).any()
 
 
+def test_whole_number_actions_are_rounded():
+    policy = make(action=spaces.Box(0, 2, (1,), np.int32))
+    scaled = np.array([[-1.0], [-0.6], [-0.4], [0.4], [0.6], [1.0]], np.float32)
+    assert policy.to_env(scaled)[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
 def test_deterministic_draws_nothing_and_repeats_itself():
     policy, observations = make(), draw(VECTOR, 3, 4)
     np.random.seed(0)
@@ -342,4 +348,4 @@ def test_policy_can_be_saved_without_its_agent(space, tmp_path):
     found, other = follow(loaded, observations, deterministic=True)
     np.testing.assert_array_equal(found, expected)
     assert_same(state, other)
-    assert loaded.model.discount is not None
+    assert loaded.model.discount_head is not None

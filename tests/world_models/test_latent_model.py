@@ -74,7 +74,7 @@ def test_parameter_counts_of_the_reference():
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }
     assert counts == {
-        "encoder": 690_144, "decoder": 3_795_555, "rssm": 557_920, "reward": 253_201,
+        "encoder": 690_144, "decoder": 3_795_555, "rssm": 557_920, "reward_head": 253_201,
     }  # fmt: skip
     assert sum(p.numel() for p in model.parameters()) == 5_296_820
 
@@ -112,12 +112,12 @@ def test_loss_equals_plain_distributions(shape, discount_head):
         target = symlog(target)
     parts = {
         "observation": -decoded.log_prob(target).mean(),
-        "reward": -Normal(model.reward(features)[..., 0], 1.0).log_prob(rewards).mean(),
+        "reward": -Normal(model.reward_head(features)[..., 0], 1.0).log_prob(rewards).mean(),
         "kl": kl_divergence(Normal(*posterior), Normal(*prior)).sum(-1).mean(),
         "discount": torch.zeros(()),
     }
     if discount_head:
-        p = model.discount(features)[..., 0].sigmoid()
+        p = model.discount_head(features)[..., 0].sigmoid()
         goes_on = 0.9 * (1 - is_terminal.float())
         entropy = goes_on * p.log() + (1 - goes_on) * (1 - p).log()
         parts["discount"] = -4.0 * entropy.mean()
@@ -209,7 +209,7 @@ def test_discount_head_s_target():
         def forward(self, features):
             return logits.unsqueeze(-1)
 
-    model.discount = Fixed()
+    model.discount_head = Fixed()
     logits = torch.where(is_terminal, -20.0, math.log(0.9 / 0.1)).requires_grad_()
     loss, _ = model.loss(*data, SETTINGS)
     (gradient,) = torch.autograd.grad(loss.discount, logits)
@@ -226,7 +226,7 @@ def test_discount_head_s_target():
 def test_each_part_of_the_loss_trains_its_own_head():
     model = make(discount_head=True)
     loss, _ = model.loss(*batch(), SETTINGS)
-    heads = {"decoder": "observation", "reward": "reward", "discount": "discount"}
+    heads = {"decoder": "observation", "reward_head": "reward", "discount_head": "discount"}
     for part in ("observation", "reward", "kl", "discount"):
         norms = gradient_norms(getattr(loss, part), model)
         assert {name for name in heads if norms[name] > 0} == {
