@@ -19,7 +19,8 @@ THREADS := OMP_NUM_THREADS=1
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-train: $(VENV)/.core  ## train an agent: make train ARGS="pipps --help" (default: pipps)
+# The DeepMind Control Suite is installed where the agent asks for it.
+train: $(VENV)/$(if $(findstring dreamer,$(ARGS)),.dmc,.core)  ## train an agent: make train ARGS="pipps --help" (default: pipps)
 	@$(BIN)/python -m scripts.train $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests: make test PYTEST_ARGS="-m slow -k rssm"
@@ -59,7 +60,12 @@ $(VENV)/.core: $(INPUTS) | $(VENV)/.created
 	@$(PIP) -c constraints.txt -e .
 	@touch $@
 
+$(VENV)/.dmc: $(INPUTS) | $(VENV)/.created
+	@echo "Installing totalprop and the DeepMind Control Suite into $(VENV) (once; a minute or more) ..."
+	@$(PIP) -c constraints.txt -e '.[dmc]'
+	@touch $@ $(VENV)/.core
+
 $(VENV)/.dev: $(INPUTS) | $(VENV)/.created
 	@echo "Installing totalprop and its test tools into $(VENV) (once; it takes a minute or more) ..."
-	@$(PIP) -c constraints.txt -e '.[dev]'
-	@touch $@ $(VENV)/.core
+	@$(PIP) -c constraints.txt -e '.[dev,dmc]'
+	@touch $@ $(VENV)/.core $(VENV)/.dmc

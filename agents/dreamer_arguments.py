@@ -42,8 +42,8 @@ def check_arguments(agent: DreamerTPX) -> None:
         (name, (value := getattr(agent, name)), isinstance(value, int) and value >= least,
          f"at least {least}, a whole number") for name, least in WHOLE.items()
     ]  # fmt: skip
-    starts = agent.imagination_starts  # one trajectory has no baseline
-    checks.append(("imagination_starts", starts, starts != 1, "0 for all, or at least 2"))
+    starts = agent.imagination_starts  # one trajectory has no baseline, two no regression
+    checks.append(("imagination_starts", starts, starts not in (1, 2), "0 for all, or at least 3"))
     for name in ABOVE_ZERO:
         value = getattr(agent, name)
         checks.append((name, value, 0 < value < math.inf, "above 0"))

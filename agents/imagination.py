@@ -21,6 +21,10 @@ from estimators import ControlProbe, Estimator, assign_credit, baselines
 from world_models.latent_model import State
 
 
+# Any other baseline, a user's too, is given the critic's value.
+VALUE_FREE = (baselines.none, baselines.mean, baselines.leave_one_out)
+
+
 @dataclass(frozen=True)
 class ImaginationSettings:
     """What the actor's loss is.
@@ -28,9 +32,10 @@ class ImaginationSettings:
     Attributes:
         gamma, lam: of the λ-return.
         stop_grad_actor_input: block the gradient from an action to the state it was chosen in
-            (DreamerV1). It biases RP but not LR: with it the two have different means.
+            (DreamerV1). It biases both RP and LR (whose path through h it cuts too), and gives
+            them different means.
         discount_weights: weight step t's return by γᵗ (danijar/dreamer), or all alike (TPX 2023,
-            Eq. 17).
+            Eq. 17). With a discount head RP does not see what the weights learn, LR does.
         entropy_scale: weight of the policy's entropy in the loss; 0 in DreamerV1.
     """
 
@@ -81,7 +86,7 @@ def imagine(
 ) -> Imagined:
     """Imagine from N states; the actor loss's gradient is the estimator's policy gradient.
 
-    loss = -mean w_t (R_t + entropy_scale·entropy_t), t = 1 .. H - 1, with
+    loss = -mean w_t (R_t + entropy_scale·H(a_{t-1})), t = 1 .. H - 1, with
     R_t = r_t + γ ((1 - λ) V_{t+1} + λ R_{t+1}) and R_H = V_H.
 
     Args:
@@ -90,7 +95,7 @@ def imagine(
     """
     rssm, actor = policy.model.rssm, policy.actor
     needs_probe = estimator.probe != "none" or tap is not None
-    needs_value = estimator.baseline is baselines.critic
+    needs_value = estimator.baseline not in VALUE_FREE
     meters = [None] * len(noise.latent) if meter is None else meter.unbind(0)
     credit = start.stoch.new_zeros(len(start.stoch))
     state, features, credits, entropies = start, [], [], []

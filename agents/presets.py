@@ -74,4 +74,29 @@ DREAMER: dict[str, dict[str, Any]] = {
         "train_freq": 500,  # same: once per episode
         "gradient_steps": 100,  # Sec. 6: "repeat the process for 100 iterations"
     },
+    # Ours: small networks and batches, more updates per step, for 2 CPU cores (results/dreamer/).
+    "laptop": {
+        "learning_rate": 3e-4,
+        "model_learning_rate": 1e-3,
+        "adam_eps": 1e-5,
+        # A handful of state entries carry little information: 3 free nats a step would leave the
+        # prior, which imagination runs on, all but untrained.
+        "free_nats": 0.0,
+        "entropy_scale": 0.03,  # or the actor saturates before the model has learned anything
+        "batch_size": 16,
+        "sequence_length": 32,
+        "imagination_starts": 256,
+        "buffer_size": 100_000,
+        "learning_starts": 1000,
+        "train_freq": 20,
+        "gradient_steps": 10,
+        "policy_kwargs": {
+            "stoch": 16,
+            "deter": 100,
+            "hidden": 100,
+            "width": 100,
+            "conv_depth": 8,
+            "vector_std": 0.1,
+        },
+    },
 }

@@ -569,7 +569,7 @@ def test_every_estimator_learns_from_vectors_and_images(name, env):
         {"discount_head": True},
         {"discount_weights": False, "free_nats_per_step": True},
         {"entropy_scale": 0.1},
-        {"imagination_starts": 2},
+        {"imagination_starts": 3},
         {"bf16": True},
         {"storage": "disk"},
         {"storage": "device"},

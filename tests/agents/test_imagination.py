@@ -36,7 +36,6 @@ SIZES = {"stoch": STOCH, "deter": DETER, "hidden": 5, "width": 5}
 # γ = 7/8 is exact in float32: see test_discount_weights_have_the_dtype_of_the_values.
 UNBLOCKED = ImaginationSettings(gamma=0.875, lam=0.8, stop_grad_actor_input=False)
 BLOCKED = replace(UNBLOCKED, stop_grad_actor_input=True)
-NODEWISE = [name for name in estimators.names() if not estimators.make(name).whole_graph]
 
 
 def generator(seed):
@@ -415,12 +414,11 @@ def test_stop_grad_flag_changes_the_estimand():
 
 
 def test_every_estimator_has_the_same_loss():
-    policy, start, noise = make(), starts(), draw()
-    for settings in (BLOCKED, UNBLOCKED):
-        expected = explicit_loss(policy, start, noise, settings).detach()
-        for name in estimators.names():
-            found = estimated(policy, start, noise, estimators.make(name), settings)
-            torch.testing.assert_close(found.loss, expected)
+    policy, start, noise = make(), starts(), draw(2)
+    expected = explicit_loss(policy, start, noise, BLOCKED).detach()
+    for name in estimators.names():
+        found = estimated(policy, start, noise, estimators.make(name), BLOCKED)
+        torch.testing.assert_close(found.loss, expected)
 
 
 def test_discount_weights_have_the_dtype_of_the_values():
