@@ -20,7 +20,6 @@ from agents.dreamer_policy import Actor, DreamerPolicy
 from estimators import ControlProbe, Estimator, assign_credit, baselines
 from world_models.latent_model import State
 
-
 # Any other baseline, a user's too, is given the critic's value.
 VALUE_FREE = (baselines.none, baselines.mean, baselines.leave_one_out)
 

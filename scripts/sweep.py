@@ -79,14 +79,19 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> None:
 
 def report(options: argparse.Namespace, extra: list[str]) -> None:
     """results.json (raw numbers per seed), table.md and learning_curves.png."""
+    quantity, sign = ("cost", -1) if options.agent == "pipps" else ("return", 1)
     results: dict[str, dict[str, Any]] = {}
     for estimator in options.estimators:
         for seed in options.seeds:
             folder = RunFolder(options.runs / f"{estimator}_seed{seed}")
             if folder.summary.exists():
                 summary, evaluations = read_json(folder.summary), read_json(folder.evaluations)
-                costs = (-np.array(evaluations["returns"])).mean(1).round(3).tolist()
-                entry = {**summary, "timesteps": evaluations["timesteps"], "costs": costs}
+                means = sign * np.array(evaluations["returns"]).mean(1)
+                curve = {
+                    "timesteps": evaluations["timesteps"],
+                    f"{quantity}s": means.round(3).tolist(),
+                }
+                entry = {**summary, **curve}
                 results.setdefault(estimator, {})[str(seed)] = entry
     if not results:
         raise UserError(f"no finished run in {options.runs}; look at the .log files there")
@@ -98,37 +103,44 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
     command += f" -- {' '.join(extra)}" if extra else ""
     record = {"command": command, "commit": current_commit(), "results": results}
     (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    table = _table(results)
+    table = _table(results, quantity)
     (options.out / "table.md").write_text(table)
-    _curves(results).savefig(options.out / "learning_curves.png", dpi=150)
+    _curves(results, quantity).savefig(options.out / "learning_curves.png", dpi=150)
     print(f"{table}\nwritten to {options.out}: results.json, table.md, learning_curves.png")
 
 
-def _table(results: dict[str, dict[str, Any]]) -> str:
-    limits = " | ".join(f"success < {t:g}" for t in THRESHOLDS)
-    lines = [f"| estimator | seeds | final cost, mean ± SE | per seed | {limits} |"]
-    lines.append("|---" * (4 + len(THRESHOLDS)) + "|")
+def _table(results: dict[str, dict[str, Any]], quantity: str) -> str:
+    thresholds = THRESHOLDS if quantity == "cost" else ()
+    limits = "".join(f" success < {t:g} |" for t in thresholds)
+    lines = [f"| estimator | seeds | final {quantity}, mean ± SE | per seed |{limits}"]
+    lines.append("|---" * (4 + len(thresholds)) + "|")
     for estimator, seeds in results.items():
-        final = np.array([seed["final_cost"] for seed in seeds.values()])
+        final = np.array([seed[f"final_{quantity}"] for seed in seeds.values()])
         error = final.std(ddof=1) / len(final) ** 0.5 if len(final) > 1 else np.nan
-        success = " | ".join(f"{(final < t).sum()}/{len(final)}" for t in THRESHOLDS)
+        success = "".join(f" {(final < t).sum()}/{len(final)} |" for t in thresholds)
         each = ", ".join(f"{c:.1f}" for c in final)
         mean = f"{final.mean():.2f} ± {error:.2f}"
-        lines.append(f"| `{estimator}` | {len(final)} | {mean} | {each} | {success} |")
+        lines.append(f"| `{estimator}` | {len(final)} | {mean} | {each} |{success}")
     return "\n".join(lines) + "\n"
 
 
-def _curves(results: dict[str, dict[str, Any]]) -> Figure:
+def _curves(results: dict[str, dict[str, Any]], quantity: str) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for i, (estimator, seeds) in enumerate(results.items()):
-        length = min(len(seed["costs"]) for seed in seeds.values())
-        costs = np.array([seed["costs"][:length] for seed in seeds.values()])
-        trials = np.arange(1, length + 1)
-        axis.plot(trials, costs.T, color=f"C{i}", lw=0.6, alpha=0.4)
-        axis.plot(trials, costs.mean(0), color=f"C{i}", lw=2, label=f"{estimator} ({len(costs)})")
-    axis.axhline(THRESHOLDS[1], color="0.4", ls="--", lw=1)
-    axis.set(xlabel="trial", ylabel="cost of an episode", title="thin: seeds, thick: their mean")
+        length = min(len(seed["timesteps"]) for seed in seeds.values())
+        values = np.array([seed[f"{quantity}s"][:length] for seed in seeds.values()])
+        x = np.arange(1, length + 1)
+        if quantity == "return":
+            x = np.array(next(iter(seeds.values()))["timesteps"][:length])
+        axis.plot(x, values.T, color=f"C{i}", lw=0.6, alpha=0.4)
+        axis.plot(x, values.mean(0), color=f"C{i}", lw=2, label=f"{estimator} ({len(values)})")
+    if quantity == "cost":
+        axis.axhline(THRESHOLDS[1], color="0.4", ls="--", lw=1)
+    xlabel = "trial" if quantity == "cost" else "decisions (calls of env.step)"
+    axis.set(
+        xlabel=xlabel, ylabel=f"{quantity} of an episode", title="thin: seeds, thick: their mean"
+    )
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, title="estimator (seeds)")
     return figure

@@ -320,7 +320,8 @@ def test_weights_of_rewards_and_values_are_those_of_the_paper(horizon):
 class SpyEstimator:
     """Plain reparameterised samples; a leaf of zeros enters the credit of each node."""
 
-    probe, baseline = "none", None
+    probe = "none"
+    baseline = staticmethod(baselines.none)
 
     def __init__(self):
         self.leaves, self.calls = [], []
