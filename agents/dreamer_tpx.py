@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
 from agents import dreamer_arguments, dreamer_log
+from agents.allocator import keep_freed_memory
 from agents.dreamer_policy import DreamerPolicy, RecurrentState
 from agents.dreamer_update import DreamerUpdate
 from agents.replay import SequenceReplay
@@ -182,6 +183,8 @@ class DreamerTPX(BaseAlgorithm):
             self.replay_buffer = self._new_replay(self.env.num_envs)
             if self.verbose:
                 print(self.replay_buffer.describe())
+            if self.device.type == "cpu":
+                keep_freed_memory()
         self._check_finite(self._last_obs, np.zeros(1), [])
         if self._last_obs is not had_observation or self._memory is None:
             self.replay_buffer.start(self._for_model(self._last_obs))

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         title = f"one update: {options.batch} sequences of {options.length} images"
     print(f"{title}, {options.device}, {options.threads} threads")
     for name in rows[0]:
-        print(f"{name:>34} " + " ".join(f"{row[name]:9.4g}" for row in rows))
+        print(f"{name:>36} " + " ".join(f"{row[name]:9.4g}" for row in rows))
     if options.json is not None:
         record = {"threads": options.threads, "torch": torch.__version__, "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n")

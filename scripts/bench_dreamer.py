@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 
 import estimators
+from agents.allocator import keep_freed_memory
 from agents.dreamer_policy import DreamerPolicy
 from agents.dreamer_update import DreamerUpdate, UpdateSettings
 from agents.imagination import ImaginationSettings
@@ -42,6 +43,8 @@ def bench_dreamer(
         device: "cpu" or "cuda". peer: time sheeprl too (left out where it is not installed).
     """
     data = _batch(batch, length, device)
+    if device == "cpu":
+        keep_freed_memory()  # as DreamerTPX does
     generator = torch.Generator(device).manual_seed(0)
 
     def update(name: str, horizon: int) -> Callable[[], object]:
@@ -54,17 +57,21 @@ def bench_dreamer(
     first = horizons[0]
     if peer:
         try:
-            tasks["sheeprl"] = sheeprl_peer.make_update(
-                batch=batch, length=length, horizon=first, actions=ACTIONS, device=device
-            )
+            peer_sizes = {"batch": batch, "length": length, "horizon": first, "actions": ACTIONS}
+            tasks["sheeprl"] = sheeprl_peer.start_update(**peer_sizes, device=device)
+            if device == "cpu":
+                tasks["sheeprl, our allocator"] = sheeprl_peer.start_update(
+                    **peer_sizes, keep_memory=True
+                )
         except ImportError as error:
             print(error)
     seconds = interleaved_medians(tasks, repeats, device=device)
     row = {f"seconds (rp, H={h})": seconds[f"rp H={h}"] for h in horizons}
     row |= {f"tpx / rp at H={h}": seconds[f"tpx H={h}"] / seconds[f"rp H={h}"] for h in horizons}
-    if "sheeprl" in seconds:
-        row["seconds (sheeprl)"] = seconds["sheeprl"]
-        row[f"sheeprl / rp at H={first} (speed-up)"] = seconds["sheeprl"] / seconds[f"rp H={first}"]
+    for name in ("sheeprl", "sheeprl, our allocator"):
+        if name in seconds:
+            row[f"seconds ({name})"] = seconds[name]
+            row[f"{name} / rp at H={first}"] = seconds[name] / seconds[f"rp H={first}"]
     frames = batch * length
     work = 2 * 3 * frames * (FRAME_MACS + first * STEP_MACS)
     row["TFLOP/s"] = work / seconds[f"rp H={first}"] / 1e12

@@ -7,20 +7,70 @@ and continuous actions only. Environments, replay, metrics and log folders are l
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import multiprocessing
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from agents.allocator import keep_freed_memory
+
 VERSION = "0.8.4"
 MISSING = f"scripts.bench dreamer compares with sheeprl {VERSION}: pip install 'sheeprl=={VERSION}'"
+
+
+def start_update(*, keep_memory: bool = False, **kwargs: Any) -> Callable[[], None]:
+    """`make_update` in a process of its own, whose allocator is as sheeprl's users have it.
+
+    A call returns when the update is done.
+
+    Args:
+        keep_memory: with our allocator's settings, which hold for a whole process.
+        kwargs: of `make_update`.
+    Raises:
+        ImportError: as `make_update`.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (theirs, torch.get_num_threads(), keep_memory, kwargs)
+    context.Process(target=_serve, args=arguments, daemon=True).start()
+    problem = ours.recv()
+    if problem is not None:
+        raise ImportError(problem)
+
+    def update() -> None:
+        ours.send(None)
+        ours.recv()
+
+    return update
+
+
+def _serve(connection: Connection, threads: int, keep_memory: bool, kwargs: dict[str, Any]) -> None:
+    torch.set_num_threads(threads)
+    if keep_memory:
+        keep_freed_memory()
+    try:
+        update = make_update(**kwargs)
+    except ImportError as error:
+        connection.send(str(error))
+        return
+    connection.send(None)
+    with contextlib.suppress(EOFError):  # the other end has finished
+        while True:
+            connection.recv()
+            update()
+            if kwargs.get("device", "cpu") != "cpu":
+                torch.cuda.synchronize(kwargs["device"])
+            connection.send(None)
 
 
 def make_update(
