@@ -11,6 +11,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
+from agents import open_loop
+from agents.trial_log import PICTURE
+
 
 class Evaluation(BaseCallback):
     """Evaluate the policy on environments that learning never sees.
@@ -72,3 +75,24 @@ class Evaluation(BaseCallback):
         if self.path is not None:
             record = {"timesteps": self.timesteps, "returns": self.returns}
             self.path.write_text(json.dumps(record) + "\n")
+
+
+class OpenLoopPictures(BaseCallback):
+    """Log what DreamerTPX's world model predicts without seeing: truth, model and error.
+
+    Args:
+        every: steps between pictures, the first after the first updates.
+    """
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.every, self._last = every, -every
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.model._n_updates > 0 and self.num_timesteps - self._last >= self.every:
+            self._last = self.num_timesteps
+            picture = open_loop.picture(self.model)  # type: ignore[arg-type]
+            self.logger.record("figures/open_loop", picture, PICTURE)

@@ -26,6 +26,8 @@ from agents import dreamer_arguments, dreamer_log
 from agents.allocator import keep_freed_memory
 from agents.dreamer_policy import DreamerPolicy, RecurrentState
 from agents.dreamer_update import DreamerUpdate
+from agents.finite import check_finite
+from agents.pretrained import load_world_model
 from agents.replay import SequenceReplay
 from estimators import Estimator
 from world_models.latent_model import State
@@ -68,6 +70,8 @@ class DreamerTPX(BaseAlgorithm):
         free_nats_per_step: apply the free nats to every step rather than to the mean.
         discount_head: learn where episodes end; for tasks with early termination.
         discount_scale: weight of its loss.
+        pretrained_world_model: run folder or saved DreamerTPX whose world model this one starts
+            from, with a fresh actor and critic (TPX 2023, App. C.3). It goes on learning.
         bf16: run the networks in bfloat16 (losses stay float32).
         compile: compile the step of the imagination and of the filter with torch.compile.
         policy_kwargs: sizes of the networks, for example {"deter": 200, "width": 400}.
@@ -115,6 +119,7 @@ class DreamerTPX(BaseAlgorithm):
         free_nats_per_step: bool = False,
         discount_head: bool = False,
         discount_scale: float = 10.0,
+        pretrained_world_model: str | None = None,
         bf16: bool = False,
         compile: bool = False,
         policy_kwargs: dict[str, Any] | None = None,
@@ -152,11 +157,14 @@ class DreamerTPX(BaseAlgorithm):
         self.kl_scale, self.free_nats = kl_scale, free_nats
         self.free_nats_per_step = free_nats_per_step
         self.discount_head, self.discount_scale = discount_head, discount_scale
+        self.pretrained_world_model = pretrained_world_model
         self.bf16, self.compile = bf16, compile
         self.replay_buffer: SequenceReplay | None = None
         self._memory: tuple[State, Tensor] | None = None  # of the running episodes
         if _init_setup_model:
             self._setup_model()
+            if pretrained_world_model is not None:  # not in _setup_model: `load` has its own
+                load_world_model(self.policy.model, pretrained_world_model)
 
     # ----------------------------------------------------------------------------------------
     # set-up
@@ -185,7 +193,7 @@ class DreamerTPX(BaseAlgorithm):
                 print(self.replay_buffer.describe())
             if self.device.type == "cpu":
                 keep_freed_memory()
-        self._check_finite(self._last_obs, np.zeros(1), [])
+        check_finite(self.num_timesteps, self._last_obs, np.zeros(1))
         if self._last_obs is not had_observation or self._memory is None:
             self.replay_buffer.start(self._for_model(self._last_obs))
             self._memory = self.policy.initial_state(self.env.num_envs)
@@ -268,7 +276,7 @@ class DreamerTPX(BaseAlgorithm):
             actions = self._act(self._last_obs)
             new_observations, rewards, dones, infos = env.step(self.policy.to_env(actions))
             assert isinstance(new_observations, np.ndarray)
-            self._check_finite(new_observations, rewards, infos)
+            check_finite(self.num_timesteps, new_observations, rewards, infos)
             self.num_timesteps += env.num_envs
             flat, flat_infos = self._for_model(new_observations), [self._flat(i) for i in infos]
             replay.step(actions, flat, rewards, dones, flat_infos)
@@ -299,18 +307,6 @@ class DreamerTPX(BaseAlgorithm):
         action = (action + self.exploration_noise * noise).clamp(-1.0, 1.0)
         self._memory = state, action
         return action.cpu().numpy()
-
-    def _check_finite(
-        self, observations: np.ndarray, rewards: np.ndarray, infos: list[dict[str, Any]]
-    ) -> None:
-        ends = [i["terminal_observation"] for i in infos if "terminal_observation" in i]
-        seen = [("observation", x) for x in (observations, *ends)]
-        for name, values in (*seen, ("reward", rewards)):
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                raise ValueError(
-                    f"the environment returned a non-finite {name} at step {self.num_timesteps}: "
-                    f"{values.tolist()}; fix the environment (or end its episode before that)"
-                )
 
     def train(self, gradient_steps: int) -> None:
         """`gradient_steps` updates of world model, actor and critic."""

@@ -87,6 +87,9 @@ def traces(truth: np.ndarray, model: np.ndarray, context: int) -> Figure:
         axes[d].plot(model[:, d], color="C3", lw=1.2, label="model")
         axes[d].axvline(context - 0.5, color="0.6", ls=":", lw=1)
         axes[d].set_title(f"observation {d}", fontsize="small")
+    for axis in axes[max(n - columns, 0) : n]:  # the lowest of each column
+        axis.set_xlabel("decision", fontsize="small")
+        axis.tick_params(labelbottom=True)
     for axis in axes[n:]:
         axis.set_visible(False)
     axes[0].legend(fontsize="small", frameon=False)

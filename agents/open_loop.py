@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from stable_baselines3.common.logger import Figure, Image
 
+from agents import figures
 from world_models.networks import normalise
 
 if TYPE_CHECKING:
@@ -56,3 +58,11 @@ def video(truth: np.ndarray, model: np.ndarray) -> np.ndarray:
 def film_strip(truth: np.ndarray, model: np.ndarray, every: int = 5) -> np.ndarray:
     """The first sequence of `video` as one picture, time to the right: [3 H, frames W, 3]."""
     return np.concatenate(list(video(truth[:, :1], model[:, :1])[::every]), axis=1)
+
+
+def picture(agent: DreamerTPX) -> Figure | Image:
+    """One sequence's prediction for a logger: a film strip of images, curves of vectors."""
+    truth, model = predict_sequences(agent, 1)
+    if truth.ndim == 3:
+        return Figure(figures.traces(truth[:, 0], model[:, 0], CONTEXT), close=True)
+    return Image(film_strip(truth, model), "HWC")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import estimators
 from agents import task, trial_log
 from agents.arguments import LEGS, NO_VEC_NORMALIZE, VARIANTS, check_arguments
+from agents.finite import check_finite
 from agents.particles import Noise, ParticleModel, simulate
 from agents.policies import ControllerPolicy, LinearPolicy, RBFPolicy, trig_features
 from agents.policy_search import OptimizerName, SearchSettings, optimise_policy
@@ -225,7 +226,7 @@ class PIPPS(BaseAlgorithm):
         callback.on_rollout_start()
         is_random = self._n_trials < self.random_trials
         finished = np.zeros(self.env.num_envs, dtype=bool)
-        self._check_finite(np.array(self._last_obs), np.zeros(1))
+        check_finite(self.num_timesteps, np.array(self._last_obs), np.zeros(1))
         path, transitions = [np.array(self._last_obs)], []
         from_start = bool(np.asarray(self._last_episode_starts)[0])
         while not finished.all() and self.num_timesteps < total_timesteps:
@@ -239,7 +240,7 @@ class PIPPS(BaseAlgorithm):
             next_observations = np.array(new_observations)
             for i in np.flatnonzero(dones):  # the vector environment has reset: take the true end
                 next_observations[i] = infos[i]["terminal_observation"]
-            self._check_finite(next_observations, rewards)
+            check_finite(self.num_timesteps, next_observations, rewards)
             starts = np.asarray(self._last_episode_starts, dtype=bool)
             self._start_observations.extend(observations[starts])
             transitions.append((observations, actions, next_observations, rewards))
@@ -260,14 +261,6 @@ class PIPPS(BaseAlgorithm):
             trial_log.record_prediction(self, np.stack(path)[:, 0], names)
         callback.on_rollout_end()
         return True
-
-    def _check_finite(self, observations: np.ndarray, rewards: np.ndarray) -> None:
-        for name, values in (("observation", observations), ("reward", rewards)):
-            if not np.isfinite(values).all():
-                raise ValueError(
-                    f"the environment returned a non-finite {name} at step {self.num_timesteps}: "
-                    f"{values.tolist()}; fix the environment (or end its episode before that)"
-                )
 
     def _store(self, transitions: Sequence[tuple[np.ndarray, ...]]) -> None:
         """Append a trial to the data of the dynamics and the reward model."""

@@ -29,11 +29,12 @@ import torch
 import tyro
 from docstring_parser import parse as parse_docstring
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents import PIPPS, DreamerTPX, figures, open_loop, presets
-from agents.callbacks import Evaluation
+from agents.callbacks import Evaluation, OpenLoopPictures
 from scripts.run_folder import (
     AGENTS,
     RunFolder,
@@ -219,8 +220,11 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     )
     print(f"Training {agent} ({flags.estimator}) on {options.env_id}, writing to {folder.path}")
     started = time.perf_counter()
+    callbacks: list[BaseCallback] = [evaluation]
+    if isinstance(algorithm, DreamerTPX) and options.tensorboard:
+        callbacks.append(OpenLoopPictures(max(options.total_timesteps // 10, 1)))
     try:
-        algorithm.learn(options.total_timesteps, callback=evaluation, progress_bar=options.progress)
+        algorithm.learn(options.total_timesteps, callback=callbacks, progress_bar=options.progress)
     except KeyboardInterrupt:
         algorithm.save(folder.model)
         raise

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.logger import Figure, Image, KVWriter, Logger
 
 from agents import DreamerTPX, open_loop
+from agents.callbacks import OpenLoopPictures
 
 TINY = {
     "policy_kwargs": {"deter": 8, "hidden": 8, "width": 8, "stoch": 4, "conv_depth": 2},
@@ -157,3 +159,30 @@ def test_film_strip_is_the_first_sequence_with_time_to_the_right(every, columns)
     frames = open_loop.video(truth, model)
     for i in range(columns):
         np.testing.assert_array_equal(strip[:, i * 5 : i * 5 + 5], frames[i * every, :, :5])
+
+
+@pytest.mark.parametrize("channels", [0, 3])
+def test_pictures_are_logged_when_due_and_change_nothing(channels, tmp_path):
+    class Recorder(KVWriter):
+        def __init__(self):
+            self.pictures = []
+
+        def write(self, values, excluded, step=0):
+            self.pictures += [v for k, v in values.items() if k == "figures/open_loop"]
+
+        def close(self):
+            pass
+
+    def train(callback):
+        agent, recorder = make(channels), Recorder()
+        agent.set_logger(Logger(str(tmp_path), [recorder]))
+        agent.learn(100, callback=callback, log_interval=1)
+        return torch.nn.utils.parameters_to_vector(agent.policy.parameters()), recorder.pictures
+
+    weights, pictures = train(OpenLoopPictures(40))
+    assert len(pictures) == 2  # after the first updates, and 40 steps later
+    assert isinstance(pictures[0], Image if channels else Figure)
+    if channels:
+        assert pictures[0].image.shape == (3 * 64, 2 * 64, 3)  # truth, model, error; steps 0, 5
+    other, none = train(None)
+    assert not none and torch.equal(weights, other)
