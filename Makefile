@@ -20,7 +20,7 @@ help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 # The DeepMind Control Suite is installed where the agent asks for it.
-train: $(VENV)/$(if $(findstring dreamer,$(ARGS)),.dmc,.core)  ## train an agent: make train ARGS="pipps --help" (default: pipps)
+train: $(VENV)/$(if $(strip $(foreach word,dreamer daappo dm_control dmc/,$(findstring $(word),$(ARGS)))),.dmc,.core)  ## train an agent: make train ARGS="pipps --help" (default: pipps)
 	@$(BIN)/python -m scripts.train $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests: make test PYTEST_ARGS="-m slow -k rssm"

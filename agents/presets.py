@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 PIPPS: dict[str, dict[str, Any]] = {
     # Parmas et al. 2023, "Model-based RL with scalable composite policy gradient estimators" (TPX)
     "tpx2023": {
@@ -98,5 +100,94 @@ DREAMER: dict[str, dict[str, Any]] = {
             "conv_depth": 8,
             "vector_std": 0.1,
         },
+    },
+}
+
+# What the papers on many actions have in common: PPO of CleanRL, but no advantage normalisation.
+_MANY_ACTIONS: dict[str, Any] = {
+    "action_source": "dynamics",
+    "estimator": "lr",
+    "batch_size": 64,
+    "n_epochs": 10,
+    "learning_rate": 3e-4,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "clip_range": 0.2,
+    "clip_range_vf": 0.2,
+    "max_grad_norm": 0.5,
+    "vf_coef": 0.25,  # 0.5 of half the squared error: stable-baselines3 has no half
+    "ent_coef": 0.0,
+    "normalize_advantage": False,
+    "timeout_bootstrap": False,
+    "dynamics_target": "next",
+    "dynamics_normalise": False,
+}
+DAAPPO: dict[str, dict[str, Any]] = {
+    # Nauman & Cygan 2022, "On All-Action Policy Gradients", Table 2 (learning rates constant here)
+    "daa2022": {
+        **_MANY_ACTIONS,
+        "n_steps": 1024,  # the text and all captions; Table 2 says 2048
+        "n_extra_actions": 4,
+        "simulation_horizon": 8,
+        "dynamics_width": 512,
+        "dynamics_learning_rate": 7e-4,
+        "dynamics_eps": 1e-5,
+        "dynamics_batch_size": 256,
+        "dynamics_buffer_size": 50_000,
+        "n_q": 1,  # Sec. 4.2: one Q-network
+        "policy_kwargs": {"net_arch": [512, 512], "activation_fn": nn.ReLU},
+    },
+    # Nauman & Cygan 2023, "On Many-Actions Policy Gradient", App. C.5
+    "mbma2023": {
+        **_MANY_ACTIONS,
+        "n_steps": 2048,
+        "n_extra_actions": 8,
+        "simulation_horizon": 10,
+        "grow_fraction": 0.15,  # "until 150k step" of 1M
+        "dynamics_width": 1024,
+        "dynamics_learning_rate": 3e-4,
+        "dynamics_eps": 1e-5,
+        "dynamics_batch_size": 128,
+        "dynamics_buffer_size": 25_000,
+        "dynamics_steps": 320,  # Alg. 1: epochs x minibatches
+        "n_q": 2,  # the least of two
+        "policy_kwargs": {
+            "net_arch": {"pi": [512, 512], "vf": [1024, 1024]},
+            "activation_fn": nn.ReLU,
+        },
+    },
+    # The authors' code of the 2023 paper: mbma/args.py and mbma/mbma.py
+    "mbma_code": {
+        **_MANY_ACTIONS,
+        "policy": "TanhMeanPolicy",
+        "n_steps": 2048,
+        "n_extra_actions": 8,
+        "simulation_horizon": 8,
+        "grow_fraction": 0.15,
+        "dynamics_width": 1024,
+        "dynamics_activation": "leaky_relu",
+        "dynamics_learning_rate": 3e-4,
+        "dynamics_eps": 1e-8,
+        "dynamics_batch_size": 128,
+        "dynamics_buffer_size": 200_000,
+        "dynamics_steps": 640,
+        "dynamics_warmup": 40_000,
+        "policy_kwargs": {"net_arch": [512, 512], "activation_fn": nn.LeakyReLU},
+    },
+    # Ours, from the specification's suspects; not yet compared over seeds.
+    "recommended": {
+        "action_source": "dynamics",
+        "estimator": "lr",
+        "n_steps": 1024,
+        "n_extra_actions": 4,
+        "simulation_horizon": 8,
+        "real_advantage": "matched_horizon",  # the same baseline for real and extra actions
+        "normalize_advantage": True,
+        "clip_range_vf": None,  # 0.2 of a raw return is too little to learn from
+        "timeout_bootstrap": True,
+        "dynamics_target": "delta",
+        "dynamics_normalise": True,
+        "dynamics_width": 256,
+        "policy_kwargs": {"net_arch": [256, 256], "activation_fn": nn.ReLU},
     },
 }

@@ -313,6 +313,14 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
             ),
         )
 
+    def get_state(self) -> dict[str, Any]:
+        """What the episode depends on, see `envs.rewind.Stateful`."""
+        return {"state": self._state, "force": self._force, "steps": self._steps}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `get_state` gave."""
+        self._state, self._force, self._steps = state["state"], state["force"], state["steps"]
+
     def _started(self) -> np.ndarray:
         if self._state is None:
             raise gym.error.ResetNeeded("No episode has started: call reset() first.")

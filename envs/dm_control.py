@@ -21,6 +21,7 @@ from envs.mujoco_backend import (
     load_dm_control,
     rendering_failed,
 )
+from envs.rewind import set_simulation_state, simulation_state
 
 _TASKS = {
     "acrobot": ("swingup", "swingup_sparse"),
@@ -116,6 +117,7 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         height, width = (_check_count("render_size", side, "pixels") for side in render_size)
         self.render_size = (height, width)
         self.observation_kind, self.render_style = observation, render
+        self._name = f"{domain}-{task}"
         self.render_mode = render_mode
 
         suite, _, wrapper = load_dm_control()
@@ -222,6 +224,21 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         self._cameras.clear()
         if self.dm_env.physics._contexts:
             self.dm_env.physics._free_rendering_contexts()
+
+    def get_state(self) -> dict[str, Any]:
+        """What the episode depends on, see `envs.rewind.Stateful`."""
+        flags = {"seeded": self._seeded, "running": self._running}
+        return {"task": self._name, **flags, **simulation_state(self.dm_env)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `get_state` gave; ValueError if that was another task."""
+        if state["task"] != self._name:
+            raise ValueError(
+                f"The snapshot is of {state['task']}, the environment is {self._name}: "
+                f"restore it into dmc/{state['task']}-v0."
+            )
+        set_simulation_state(self.dm_env, state)
+        self._seeded, self._running = state["seeded"], state["running"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cameras": {}}  # cameras cannot be copied, the simulation can

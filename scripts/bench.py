@@ -4,6 +4,7 @@
     python -m scripts.bench pipps --json bench.json
     python -m scripts.bench dreamer                # seconds per update, against sheeprl
     python -m scripts.bench dreamer --device cuda
+    python -m scripts.bench ppo                    # DAAPPO against stable-baselines3's PPO
 
 Every figure is the median over interleaved repeats, so that a slow moment of the machine hits all
 of them alike.
@@ -26,6 +27,7 @@ import estimators
 from agents.particles import Noise, ParticleModel, simulate
 from agents.policies import RBFPolicy
 from scripts.bench_dreamer import bench_dreamer
+from scripts.bench_ppo import ENV_ID, bench_ppo
 from scripts.timing import interleaved_medians
 from world_models.gp import GaussianProcess, Posterior
 
@@ -38,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", default="pipps", choices=["pipps", "dreamer"])
+    parser.add_argument("what", nargs="?", default="pipps", choices=["pipps", "dreamer", "ppo"])
     parser.add_argument("--points", type=int, nargs="+", default=[30, 150, 450], help="GP data")
     parser.add_argument(
-        "--repeats", type=int, default=0, help="medians of this many (pipps: 11, dreamer: 5)"
+        "--repeats", type=int, default=0, help="medians of this many (pipps: 11, others: 5)"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="of dreamer: cpu or cuda")
@@ -54,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.what == "pipps":
         rows = [bench_pipps(n, options.repeats or 11) for n in options.points]
         title = f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}"
+    elif options.what == "ppo":
+        rows = [bench_ppo(options.repeats or 5)]
+        title = f"rollouts and updates on {ENV_ID}"
     else:
         rows = [
             bench_dreamer(

@@ -43,7 +43,10 @@ def evaluate(options: argparse.Namespace) -> None:
     folder = RunFolder.open(options.run)
     config = read_json(folder.config)
     n_envs = min(5, options.episodes)
-    env = make_env(config["env_id"], config["env_args"], seed=options.seed, n_envs=n_envs)
+    env = make_env(
+        config["env_id"], config["env_args"], seed=options.seed, n_envs=n_envs,
+        rewindable=config["arguments"].get("action_source") == "rewind",
+    )  # fmt: skip
     agent = folder.load_agent(env)
     env.seed(options.seed)
     returns, lengths = evaluate_policy(

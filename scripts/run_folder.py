@@ -18,11 +18,12 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 import envs  # noqa: F401  (registers our environments)
-from agents import PIPPS, DreamerTPX
+from agents import DAAPPO, PIPPS, DreamerTPX
+from envs.rewind import Rewindable
 
 MAX_GIF_FRAMES = 125  # a GIF of 500 frames of 240 x 320 would take 10 MB and more
 
-AGENTS: dict[str, type[BaseAlgorithm]] = {"pipps": PIPPS, "dreamer": DreamerTPX}
+AGENTS: dict[str, type[BaseAlgorithm]] = {"pipps": PIPPS, "dreamer": DreamerTPX, "daappo": DAAPPO}
 
 
 class UserError(Exception):
@@ -149,10 +150,12 @@ def make_env(
     seed: int | None,
     n_envs: int = 1,
     render: bool = False,
+    rewindable: bool = False,
 ) -> VecEnv:
     """Vector environment of an id, each monitored and seeded.
 
-    `dm_control/walker-walk-v0` (shimmy's name) is our `dmc/walker-walk-v0`.
+    `dm_control/walker-walk-v0` (shimmy's name) is our `dmc/walker-walk-v0`. With rewindable, each
+    offers the methods of `envs.rewind.Rewindable`.
     """
     env_id = env_id.replace("dm_control/", "dmc/", 1)
     if env_id not in gym.registry and ":" not in env_id:
@@ -160,8 +163,13 @@ def make_env(
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UserError(f"unknown environment '{env_id}'{hint}")
     kwargs = {**env_args, "render_mode": "rgb_array" if render else None}
+
+    def make(**kwargs: Any) -> gym.Env[Any, Any]:
+        env = gym.make(env_id, **kwargs)
+        return Rewindable(env) if rewindable else env
+
     try:
-        return make_vec_env(env_id, n_envs, seed=seed, env_kwargs=kwargs)
+        return make_vec_env(make, n_envs, seed=seed, env_kwargs=kwargs)
     except (ValueError, TypeError, ImportError, gym.error.Error) as error:
         raise UserError(f"cannot make the environment '{env_id}': {error}") from error
 

@@ -6,6 +6,8 @@ python -m scripts.train pipps --preset pipps2018 --env-arg cost=tip --env-arg no
 python -m scripts.train dreamer --preset laptop --env-id dm_control/cartpole-balance-v0
 python -m scripts.train dreamer --preset laptop --env-id dm_control/walker-walk-v0 --horizon 60
 python -m scripts.train dreamer --env-id dm_control/walker-walk-v0 --env-arg observation=pixels
+python -m scripts.train daappo --env-id dm_control/cartpole-swingup-v0 --env-arg action_repeat=4
+python -m scripts.train daappo --preset recommended --action-source rewind
 """
 
 from __future__ import annotations
@@ -55,8 +57,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_episodes": 5,
         "eval_every": 2_500,
     },
+    "daappo": {
+        "env_id": "dmc/cartpole-swingup-v0",
+        "total_timesteps": 100_000,
+        "eval_episodes": 5,
+        "eval_every": 5_000,
+    },
 }
-PRESETS = {"pipps": presets.PIPPS, "dreamer": presets.DREAMER}
+PRESETS = {"pipps": presets.PIPPS, "dreamer": presets.DREAMER, "daappo": presets.DAAPPO}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +200,12 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     keywords = dataclasses.asdict(flags)
     policy_kwargs = PRESETS[agent].get(preset, {}).get("policy_kwargs")
     # Everything that can be wrong is made before the folder: nothing is left behind by a typo.
-    env = make_env(options.env_id, env_args, seed=None)
+    is_rewound = keywords.get("action_source") == "rewind"
+    env = make_env(options.env_id, env_args, seed=None, rewindable=is_rewound)
     eval_env = make_env(options.env_id, env_args, seed=1000 + flags.seed, n_envs=5)
     algorithm = AGENTS[agent](env=env, policy_kwargs=policy_kwargs, **keywords)  # type: ignore[call-arg]
     name = options.name or "_".join(
-        [agent, options.env_id.rsplit("/", 1)[-1], str(flags.estimator), f"seed{flags.seed}"]
+        [agent, options.env_id.rsplit("/", 1)[-1], _method(keywords), f"seed{flags.seed}"]
     )
     folder = RunFolder.create(options.runs, name)
     config = {
@@ -232,6 +241,12 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     algorithm.save(folder.model)
     report(algorithm, folder, evaluation, options, env_args, seconds)
     return folder
+
+
+def _method(keywords: dict[str, Any]) -> str:
+    """What tells runs apart: the estimator, and where DAAPPO's extra actions come from."""
+    source = keywords.get("action_source")
+    return "_".join([*([source] if source else []), str(keywords["estimator"])])
 
 
 def report(

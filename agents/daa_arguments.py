@@ -1,0 +1,103 @@
+"""Checks of DAAPPO's constructor arguments: one sentence per wrong value, before any work."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+import estimators
+
+if TYPE_CHECKING:
+    from agents.daa_ppo import DAAPPO
+
+SOURCES = ("none", "dynamics", "q", "rewind", "states")
+DIFFERENTIABLE = ("dynamics", "q")  # whose advantage has a gradient in the action
+WHOLE = {  # name: least value
+    "n_extra_actions": 1, "simulation_horizon": 1, "dynamics_width": 1, "dynamics_batch_size": 1,
+    "dynamics_steps": 0, "dynamics_buffer_size": 1, "dynamics_warmup": 0, "n_q": 1,
+}  # fmt: skip
+CHOICES = {
+    "action_source": SOURCES,
+    "real_advantage": ("gae", "matched_horizon"),
+    "dynamics_target": ("next", "delta"),
+    "dynamics_activation": ("relu", "leaky_relu"),
+}
+
+
+def check_arguments(agent: DAAPPO) -> None:
+    """One sentence per wrong value, before any work is done."""
+    for name, choices in CHOICES.items():
+        if getattr(agent, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {_of(agent, name)}")
+    for name, least in WHOLE.items():
+        value = getattr(agent, name)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be at least {least}, a whole number, got {value!r}")
+    for name in ("dynamics_learning_rate", "dynamics_eps"):
+        if not 0 < getattr(agent, name) < math.inf:
+            raise ValueError(f"{name} must be above 0, got {_of(agent, name)}")
+    if not 0 <= agent.grow_fraction <= 1:
+        raise ValueError(f"grow_fraction must be in [0, 1], got {agent.grow_fraction}")
+    _check_estimator(agent)
+    if agent.action_source != "none" or agent.separate_grad_clip:
+        _check_spaces(agent)
+    if agent.action_source == "rewind" and agent.env is not None:
+        _check_rewindable(agent.env)
+
+
+def least_actions(agent: DAAPPO) -> int:
+    """Extra actions that the estimator needs: two, if it weighs legs by their variances."""
+    weights = estimators.weights
+    is_one_leg = estimators.make(agent.estimator).weight in (
+        weights.pathwise, weights.likelihood_ratio
+    )  # fmt: skip
+    return 1 if is_one_leg else 2
+
+
+def _check_estimator(agent: DAAPPO) -> None:
+    estimator = estimators.make(agent.estimator)
+    if estimator.weight is estimators.weights.likelihood_ratio:
+        return
+    if agent.action_source not in DIFFERENTIABLE:
+        raise ValueError(
+            f"estimator {agent.estimator!r} needs the advantage's gradient in the action, which "
+            f"action_source={agent.action_source!r} has not; use estimator='lr', or "
+            f"action_source in {', '.join(DIFFERENTIABLE)}"
+        )
+    if estimator.probe != "none" or estimator.whole_graph:
+        raise ValueError(
+            f"estimator {agent.estimator!r} weighs in parameter space, over the samples of one "
+            "rollout; with many actions per state use 'lr', 'rp', 'tpx' or an ablation of 'tpx'"
+        )
+    if agent.n_extra_actions < least_actions(agent):
+        raise ValueError(
+            f"estimator {agent.estimator!r} compares the actions of a state: n_extra_actions must "
+            f"be at least 2, got {agent.n_extra_actions}"
+        )
+
+
+def _check_spaces(agent: DAAPPO) -> None:
+    for name in ("observation_space", "action_space"):
+        space = getattr(agent, name)
+        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+            raise ValueError(
+                f"extra actions and separate_grad_clip need a vector {name} (Box), got {space}; "
+                "use action_source='none' and separate_grad_clip=False"
+            )
+    if agent.use_sde:
+        raise ValueError("extra actions need a plain Gaussian policy: use_sde must be False")
+
+
+def _check_rewindable(env: VecEnv) -> None:
+    if not all(env.has_attr(name) for name in ("snapshot", "restore", "extra_step")):
+        raise ValueError(
+            "action_source='rewind' needs an environment with snapshot, restore and extra_step; "
+            "wrap it: envs.rewind.Rewindable(env), or use action_source='dynamics'"
+        )
+
+
+def _of(agent: DAAPPO, name: str) -> str:
+    return repr(getattr(agent, name))

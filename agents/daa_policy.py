@@ -1,0 +1,15 @@
+"""The policy of Nauman & Cygan's code: the Gaussian's mean within (-1, 1)."""
+
+from __future__ import annotations
+
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import nn
+
+
+class TanhMeanPolicy(ActorCriticPolicy):
+    """stable-baselines3's MlpPolicy with tanh on the mean of the actions."""
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        self.action_net = nn.Sequential(self.action_net, nn.Tanh())

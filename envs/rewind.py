@@ -1,0 +1,322 @@
+"""Exact snapshots of an environment: `snapshot`, `restore`, `rewound`, `can_rewind`.
+
+From a restored snapshot an environment goes on bit for bit as it did before, so one state can be
+tried with several actions. Here: the walk through the wrappers, and what a dm_control simulation
+depends on. Not here: what other environments of ours consist of; they say so themselves in
+`get_state` and `set_state`, which makes any environment rewindable (see `Stateful`). Vector
+environments are reached through the wrapper `Rewindable`.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.wrappers import PassiveEnvChecker
+from gymnasium.wrappers.utils import RunningMeanStd
+
+# What the suite's tasks write into the model at reset; the tests compare with every array of it.
+MODEL_FIELDS = (
+    *("body_pos", "body_quat", "dof_damping", "geom_pos", "geom_rgba", "geom_size"),
+    *("hfield_data", "light_pos", "site_pos", "site_rgba", "site_size", "wrap_prm"),
+)
+# What every wrapper has, and the one limit that belongs to the environment, not to the episode.
+_NOT_STATE = {
+    *("env", "_action_space", "_observation_space", "_metadata", "_cached_spec"),
+    "_max_episode_steps",
+}
+_PLAIN = (int, float, str, np.generic, type(None), RunningMeanStd)
+
+
+class Stateful(Protocol):
+    """What an environment, or a wrapper, implements to say itself what its state is.
+
+    Everything that later steps depend on belongs to the state, but for `np_random` and the
+    configuration. It may hold numbers, strings, None, numeric arrays, and lists, tuples and
+    string-keyed dicts of them, live ones too: `snapshot` copies. `set_state` may keep what it gets,
+    and raises ValueError, before it changes anything, if the state is not of its kind.
+    """
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """State of an environment and its wrappers at one moment; read-only copies, without code.
+
+    Attributes:
+        layers: (class name, state) of each wrapper, outermost first, then of the environment.
+        np_random: state of the environment's own generator.
+        np_random_seed: what that generator was seeded with.
+    """
+
+    layers: tuple[tuple[str, dict[str, Any]], ...]
+    np_random: dict[str, Any]
+    np_random_seed: int | None
+
+
+def can_rewind(env: Any) -> bool:
+    """Whether `snapshot` and `restore` support the environment inside all wrappers."""
+    return isinstance(env, gym.Env) and _is_rewindable(env.unwrapped)
+
+
+def snapshot(env: gym.Env) -> Snapshot:
+    """Copy everything that the continuation of the episode, and later episodes, depend on.
+
+    That is the environment's `get_state`, its `np_random`, and of each wrapper its `get_state` or,
+    if it has none, its attributes that are plain values: counters, flags, queues, statistics.
+    Included are thereby TimeLimit's count, stacked frames and running means. Not included are the
+    generator of `action_space`, so that actions sampled after each restore differ, and files:
+    what a Monitor writes at the end of an extra episode stays written.
+
+    Args:
+        env: one environment, wrapped or not; `reset` need not have been called.
+
+    Returns:
+        The snapshot; later steps do not change it.
+
+    Raises:
+        ValueError: the environment cannot be rewound.
+    """
+    _check_rewindable(env)
+    layers = []
+    for layer in _layers(env):
+        if _is_rewindable(layer):
+            state = layer.get_state()
+        else:
+            state = {name: value for name, value in vars(layer).items() if name not in _NOT_STATE}
+            state = {name: value for name, value in state.items() if _is_plain(value)}
+        layers.append((type(layer).__name__, _copy(state, writeable=False)))
+    inner = env.unwrapped
+    generator = inner.np_random.bit_generator.state  # made now, if it was not yet
+    return Snapshot(tuple(layers), _copy(generator, writeable=False), inner.np_random_seed)
+
+
+def restore(env: gym.Env, start: Snapshot) -> None:
+    """Put the environment, or another one of the same task and wrappers, back to the snapshot.
+
+    Its configuration (time limit, action repeat, kind of observation) stays as it is. Random
+    numbers repeat too: rollouts from one snapshot share their noise.
+
+    Args:
+        env: what the snapshot was taken of, or an equal one in any state, reset or not.
+        start: the snapshot; it can be restored any number of times.
+
+    Raises:
+        ValueError: the environment cannot be rewound, or is not of the snapshot's kind. It is
+            unchanged then.
+    """
+    _check_rewindable(env)
+    layers = _layers(env)
+    names, expected = [type(layer).__name__ for layer in layers], [name for name, _ in start.layers]
+    if names != expected:
+        raise ValueError(
+            f"The snapshot is of {' > '.join(expected)}, the environment is {' > '.join(names)}: "
+            "restore it into an environment of the same task and wrappers."
+        )
+    # Innermost first: it is the one that may refuse.
+    for layer, (_, state) in reversed(list(zip(layers, start.layers))):
+        copied = _copy(state, writeable=True)
+        if _is_rewindable(layer):
+            layer.set_state(copied)
+        else:
+            _set_attributes(layer, copied)
+    _release_checkers(env)
+    inner = env.unwrapped
+    inner.np_random.bit_generator.state = _copy(start.np_random, writeable=True)
+    inner._np_random_seed = start.np_random_seed
+
+
+@contextlib.contextmanager
+def rewound(env: gym.Env) -> Iterator[Snapshot]:
+    """Extra rollouts inside `with` leave no trace: the environment is restored, errors or not.
+
+    Args:
+        env: as for `snapshot`.
+
+    Yields:
+        The snapshot of the entry, to be restored before each further rollout inside.
+
+    Raises:
+        ValueError: the environment cannot be rewound.
+    """
+    start = snapshot(env)
+    try:
+        yield start
+    finally:
+        restore(env, start)
+
+
+class Rewindable(gym.Wrapper):
+    """Makes `snapshot`, `restore` and `extra_step` methods, for a VecEnv's `env_method`.
+
+    What is outside this wrapper, such as a Monitor, sees nothing of the extra steps; so put it
+    inside the Monitor: `DummyVecEnv([lambda: Monitor(Rewindable(gym.make(name)))])`.
+
+    Args:
+        env: the environment, with all wrappers that change what an agent sees.
+
+    Raises:
+        ValueError: the environment cannot be rewound.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        _check_rewindable(env)
+        super().__init__(env)
+
+    def snapshot(self) -> Snapshot:
+        """`snapshot` of what is inside this wrapper."""
+        return snapshot(self.env)
+
+    def restore(self, start: Snapshot) -> None:
+        """`restore` what is inside this wrapper."""
+        restore(self.env, start)
+
+    def extra_step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Step that the wrappers outside do not see; `restore` a snapshot before the next `step`.
+
+        Returns:
+            Observation, reward, terminated, truncated, info. Nothing is reset at an episode's end.
+        """
+        return self.env.step(action)
+
+
+def simulation_state(dm_env: Any) -> dict[str, Any]:
+    """What a dm_control environment's future depends on, for `set_simulation_state`; live arrays.
+
+    Besides MuJoCo's full integration state (with the solver's warm start, without which results
+    agree to 1e-10 only) these are the step counter, the task's generator and numbers, and the
+    parts of the model that tasks randomise at reset.
+
+    Args:
+        dm_env: a `dm_control.rl.control.Environment`.
+    """
+    import mujoco
+
+    model, data = dm_env.physics.model.ptr, dm_env.physics.data.ptr
+    parts = mujoco.mjtState.mjSTATE_INTEGRATION
+    integration = np.empty(mujoco.mj_stateSize(model, parts))
+    mujoco.mj_getState(model, data, integration, parts)
+    numbers = {
+        name: value
+        for name, value in vars(dm_env.task).items()
+        if isinstance(value, int | float | np.ndarray)
+    }
+    return {
+        "integration": integration,
+        "model": {name: getattr(model, name) for name in MODEL_FIELDS},
+        "task_numbers": numbers,
+        "task_random": dm_env.task.random.get_state(legacy=False),
+        "step_count": dm_env._step_count,
+        "reset_next_step": dm_env._reset_next_step,
+    }
+
+
+def set_simulation_state(dm_env: Any, state: dict[str, Any]) -> None:
+    """Put a dm_control environment back to a `simulation_state`, its own or an equal one's.
+
+    Raises:
+        ValueError: the state is not one of this model and this version of MuJoCo.
+    """
+    import mujoco
+
+    physics, task = dm_env.physics, dm_env.task
+    model, data = physics.model.ptr, physics.data.ptr
+    parts = mujoco.mjtState.mjSTATE_INTEGRATION
+    size, expected = state["integration"].size, mujoco.mj_stateSize(model, parts)
+    if size != expected:
+        raise ValueError(
+            f"The snapshot holds {size} numbers, MuJoCo {mujoco.__version__} expects {expected} "
+            "for this model: take it with the same task and the same version of MuJoCo."
+        )
+    new_terrain = not np.array_equal(model.hfield_data, state["model"]["hfield_data"])
+    for name, value in state["model"].items():
+        getattr(model, name)[...] = value
+    mujoco.mj_setState(model, data, state["integration"], parts)
+    # dm_control's next step begins with mj_step2, which reads what only forward() computes.
+    physics.forward()
+    vars(task).update(state["task_numbers"])
+    task.random.set_state(state["task_random"])
+    dm_env._step_count = state["step_count"]
+    dm_env._reset_next_step = state["reset_next_step"]
+    if new_terrain and physics._contexts:  # OpenGL keeps its own copy
+        with physics._contexts.gl.make_current() as context:
+            for index in range(model.nhfield):
+                target = physics._contexts.mujoco.ptr
+                context.call(mujoco.mjr_uploadHField, model, target, index)
+
+
+def _all_layers(env: gym.Env) -> list[Any]:
+    layers: list[Any] = [env]
+    while isinstance(layers[-1], gym.Wrapper):
+        layers.append(layers[-1].env)
+    return layers
+
+
+def _layers(env: gym.Env) -> list[Any]:
+    # The checker only remembers what it has checked, and would check again after each restore.
+    return [layer for layer in _all_layers(env) if not isinstance(layer, PassiveEnvChecker)]
+
+
+def _release_checkers(env: gym.Env) -> None:
+    # A checker compares the first step with the first reset, and fails if there was none.
+    for layer in _all_layers(env):
+        if isinstance(layer, PassiveEnvChecker) and not layer.checked_reset:
+            vars(layer).update(checked_reset=True, checked_step=True, checked_data_reuse=True)
+
+
+def _is_rewindable(layer: Any) -> bool:
+    # Asked of the class: some wrappers hand unknown attributes on to what they wrap.
+    return all(callable(getattr(type(layer), name, None)) for name in ("get_state", "set_state"))
+
+
+def _check_rewindable(env: Any) -> None:
+    if can_rewind(env):
+        return
+    name = type(env.unwrapped if isinstance(env, gym.Env) else env).__name__
+    raise ValueError(
+        f"{name} cannot be rewound: pass one dmc/ environment, totalprop/CartPoleSwingUp-v0 or an "
+        'environment with get_state() and set_state(), or choose action_source="dynamics".'
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype != object
+    if isinstance(value, deque) or type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    return isinstance(value, _PLAIN)
+
+
+def _copy(value: Any, *, writeable: bool) -> Any:
+    if isinstance(value, np.ndarray):
+        copied = np.array(value)
+        copied.flags.writeable = writeable
+        return copied
+    if isinstance(value, RunningMeanStd):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {name: _copy(entry, writeable=writeable) for name, entry in value.items()}
+    if isinstance(value, list | tuple | deque):
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(_copy(entry, writeable=writeable) for entry in value)
+    return value
+
+
+def _set_attributes(wrapper: gym.Wrapper, state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        current = vars(wrapper).get(name)
+        if isinstance(current, RunningMeanStd):
+            vars(current).update(value)
+        elif isinstance(current, deque):  # keeps its maxlen
+            current.clear()
+            current.extend(value)
+        else:
+            vars(wrapper)[name] = value

@@ -1,0 +1,804 @@
+"""DAAPPO: PPO without extra actions, its gradient with them, and stable-baselines3's contract.
+
+All on `Point`, a tiny noisy environment that can be rewound.
+"""
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+import estimators
+from agents import DAAPPO, daa_update
+from agents.daa_policy import TanhMeanPolicy
+from agents.extra_actions import ExtraActions
+
+SOURCES = ["dynamics", "q", "rewind", "states"]
+PLAIN = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 0, "device": "cpu"}
+TINY = {**PLAIN, "n_extra_actions": 2, "simulation_horizon": 2, "dynamics_width": 8}
+SMALL = {"policy_kwargs": {"net_arch": [8]}}
+
+
+class Point(gym.Env):
+    """A point on a line pushed about, with noise; truncated after 7 steps, ends beyond 2."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = spaces.Box(np.float32([-1.0, -0.5]), np.float32([1.0, 0.5]))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.time = float(self.np_random.normal()), 0
+        return self._look(), {}
+
+    def _look(self):
+        return np.array([self.x, np.cos(self.x), self.time / 7], np.float32)
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.time += 1
+        self.x += 0.5 * float(action[0]) + 0.1 * float(self.np_random.normal())
+        reward = -(self.x**2) + float(action[1])
+        return self._look(), reward, abs(self.x) > 2, self.time == 7, {}
+
+    def snapshot(self):
+        return self.x, self.time, copy.deepcopy(self.np_random.bit_generator.state)
+
+    def restore(self, state):
+        self.x, self.time = state[:2]
+        self.np_random.bit_generator.state = copy.deepcopy(state[2])
+
+    def extra_step(self, action):
+        return self.step(action)
+
+
+def vector(n=1, normalise=False):
+    env = DummyVecEnv([lambda: Monitor(Point()) for _ in range(n)])
+    return VecNormalize(env) if normalise else env
+
+
+def make(env=None, **changes):
+    return DAAPPO("MlpPolicy", env or Point(), **{**TINY, **SMALL, **changes})
+
+
+def parameters(agent):
+    return torch.nn.utils.parameters_to_vector(agent.policy.parameters()).detach().clone()
+
+
+def assert_same(agent, other):
+    """Parameters of all networks and optimisers, bit for bit."""
+    found, expected = agent.get_parameters(), other.get_parameters()
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert_same_tensors(found[name], expected[name])
+
+
+def assert_same_tensors(found, expected):
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_same_tensors(found[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        for x, y in zip(found, expected, strict=True):
+            assert_same_tensors(x, y)
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
+
+
+class Memory(KVWriter):
+    """Keeps what is logged, one dictionary per dump, without times."""
+
+    def __init__(self):
+        self.dumps = []
+
+    def write(self, key_values, key_excluded, step=0):
+        timed = ("time/fps", "time/time_elapsed")
+        self.dumps.append({k: v for k, v in key_values.items() if k not in timed})
+
+    def close(self):
+        pass
+
+
+def logged(agent):
+    memory = Memory()
+    agent.set_logger(Logger(None, [memory]))
+    return memory.dumps
+
+
+# Without extra actions
+
+VARIANTS = {
+    "plain": {},
+    "envs": {"n": 3},
+    "normalised": {"n": 2, "normalise": True},
+    "value-clip": {"clip_range_vf": 1e-4},
+    "target-kl": {"target_kl": 1e-4, "n_epochs": 5},
+    "raw-advantages": {"normalize_advantage": False, "ent_coef": 0.01},
+    "schedules": {"learning_rate": lambda p: 1e-3 * p, "clip_range": lambda p: 0.3 * p},
+}
+
+
+def pair(name, **changes):
+    """PPO and DAAPPO after equal training, with what they logged."""
+    settings = dict(VARIANTS[name])
+    worlds = {k: settings.pop(k) for k in ("n", "normalise") if k in settings}
+    budget, agents, logs = 48 * worlds.get("n", 1), [], []
+    for kind, extra in ((PPO, PLAIN), (DAAPPO, {**TINY, **changes})):  # the generators are global
+        agent = kind("MlpPolicy", vector(**worlds), **{**extra, **SMALL, **settings})
+        logs.append(logged(agent))
+        agents.append(agent.learn(budget))
+    ppo, daa = agents
+    for log in logs:
+        assert len(log) == 3 and "train/loss" in log[1]
+    return ppo, daa, logs
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_none_is_stable_baselines3s_ppo_bit_for_bit(name):
+    ppo, daa, (expected, found) = pair(name, action_source="none")
+    assert_same(daa, ppo)
+    assert found == expected
+    if name == "target-kl":
+        assert daa._n_updates < 15
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_until_the_warm_up_is_over_it_is_ppo(name):
+    """The model is fitted meanwhile; neither that nor our loss's text changes anything."""
+    ppo, daa, (expected, found) = pair(name, dynamics_warmup=10**9)
+    torch.testing.assert_close(parameters(daa), parameters(ppo), rtol=1e-5, atol=1e-7)
+    for values, others in zip(found[1:], expected[1:]):
+        assert values["train/extra_actions"] == 0 and values["dynamics/transition_loss"] > 0
+        for key, value in others.items():
+            assert values[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+
+
+class Odd(gym.Env):
+    """Spaces that only PPO itself can take."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+        observation_space.seed(0)
+
+    def reset(self, *, seed=None, options=None):
+        self.time = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.time += 1
+        return self.observation_space.sample(), float(np.sum(action)), False, self.time == 5, {}
+
+
+BOX, IMAGE = Point.observation_space, spaces.Box(0, 255, (36, 36, 3), np.uint8)
+ODD = {
+    "discrete": ("MlpPolicy", BOX, spaces.Discrete(3)),
+    "dictionary": ("MultiInputPolicy", spaces.Dict({"a": BOX, "b": BOX}), Point.action_space),
+    "images": ("CnnPolicy", IMAGE, spaces.MultiBinary(2)),
+}
+
+
+@pytest.mark.parametrize("timeout_bootstrap", [True, False])
+@pytest.mark.parametrize("name", ODD)
+def test_none_takes_all_of_ppos_spaces(tmp_path, name, timeout_bootstrap):
+    policy, *both = ODD[name]
+    settings = {"n_steps": 8, "batch_size": 4, "n_epochs": 1, "seed": 0, "device": "cpu"}
+    settings["policy_kwargs"] = {"net_arch": [8]}
+    if name == "images":
+        settings["policy_kwargs"]["features_extractor_kwargs"] = {"features_dim": 8}
+    ppo = PPO(policy, Odd(*both), **settings).learn(16)
+    settings.update(action_source="none", timeout_bootstrap=timeout_bootstrap)
+    daa = DAAPPO(policy, Odd(*both), **settings).learn(16)
+    if timeout_bootstrap:
+        assert_same(daa, ppo)
+    else:
+        assert not torch.equal(parameters(daa), parameters(ppo))
+    daa.save(tmp_path / "agent")
+    assert_same(DAAPPO.load(tmp_path / "agent", env=Odd(*both)).learn(0), daa)
+
+
+def test_none_clips_norms_apart_where_asked():
+    settings = {"action_source": "none", "max_grad_norm": 0.01}
+    joint, apart = make(**settings).learn(16), make(**settings, separate_grad_clip=True).learn(16)
+    assert not torch.equal(parameters(joint), parameters(apart))
+    plain = make(action_source="none", max_grad_norm=1e9).learn(16)
+    same = make(action_source="none", max_grad_norm=1e9, separate_grad_clip=True).learn(16)
+    torch.testing.assert_close(parameters(plain), parameters(same), rtol=1e-5, atol=1e-7)
+
+
+def test_warm_up_counts_steps_of_the_environment():
+    agent = make(dynamics_warmup=33)
+    dumps = logged(agent)
+    agent.learn(80)  # a dump tells of the updates before it
+    assert [values["train/extra_actions"] for values in dumps[1:]] == [0, 0, 2, 2]
+
+
+# The gradient with extra actions
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """An agent after one rollout, its policy perturbed: ratios in and out of the clip range."""
+    train = daa_update.train
+
+    def made(**changes):
+        monkeypatch.setattr(daa_update, "train", lambda agent: None)
+        settings = {"n_epochs": 1, "batch_size": 32, "n_steps": 16, "max_grad_norm": 1e9}
+        agent = make(vector(2), **{**settings, "n_extra_actions": 3, **changes}).learn(32)
+        monkeypatch.setattr(daa_update, "train", train)
+        torch.manual_seed(7)
+        with torch.no_grad():
+            for parameter in agent.policy.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return agent
+
+    return made
+
+
+def gradient(agent, monkeypatch):
+    """What the update gives its optimiser."""
+    seen = []
+
+    def step():
+        seen.append([p.grad.clone() for p in agent.policy.parameters()])
+
+    monkeypatch.setattr(agent.policy.optimizer, "step", step)
+    state = np.random.get_state()
+    daa_update.train(agent)
+    np.random.set_state(state)
+    assert len(seen) == 1
+    return seen[0]
+
+
+def whole_batch(agent):
+    """Everything in one minibatch; advantages normalised over the block if the agent does so."""
+    (batch,) = agent.rollout_buffer.get(None)
+    real, extra = batch.advantages, batch.extra
+    slope = extra.action_gradient
+    if agent.normalize_advantage:
+        block = torch.cat((real[:, None], extra.advantages), 1)
+        mean, scale = block.mean(), block.std()
+        real, extra = (
+            (real - mean) / scale,
+            extra._replace(advantages=(extra.advantages - mean) / scale),
+        )
+        slope = None if slope is None else slope / scale
+    return batch, real, extra, slope
+
+
+def policy_at(agent, observations, actions):
+    """Mean, deviation and log-probability, from the networks themselves."""
+    policy = agent.policy
+    mean = policy.action_net(policy.mlp_extractor(observations)[0])
+    std = policy.log_std.exp().expand_as(mean)
+    noise = (actions - mean) / std
+    log_prob = (-0.5 * noise**2 - std.log() - 0.5 * np.log(2 * np.pi)).sum(-1)
+    return mean, std, log_prob
+
+
+def clip_loss(advantage, ratio):
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+
+
+def rest(agent, batch):
+    """Value and entropy terms."""
+    values = agent.policy.predict_values(batch.observations)[:, 0]
+    entropy = (agent.policy.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
+    return 0.5 * (values - batch.returns).square().mean() - agent.ent_coef * entropy
+
+
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+@pytest.mark.parametrize("source", SOURCES)
+def test_lr_is_ppos_clip_gradient_over_real_and_extra_actions(
+    gathered, monkeypatch, source, normalize_advantage
+):
+    agent = gathered(action_source=source, normalize_advantage=normalize_advantage, ent_coef=0.01)
+    batch, real, extra, _ = whole_batch(agent)
+    k = agent.n_extra_actions
+    states = batch.observations[:, None].expand(-1, k, -1)
+    if source == "states":
+        assert not torch.allclose(extra.observations[:, 0], batch.observations)
+        states = extra.observations
+    _, _, log_real = policy_at(agent, batch.observations, batch.actions)
+    _, _, log_extra = policy_at(agent, states, extra.actions)
+    ratios = (log_real - batch.old_log_prob).exp(), (log_extra - extra.old_log_prob).exp()
+    for ratio, advantage in zip(ratios, (real, extra.advantages)):
+        binds = (advantage > 0) & (ratio > 1.2) | (advantage < 0) & (ratio < 0.8)
+        assert binds.any() and not binds.all() and ((ratio - 1).abs() > 0.2).sum() > binds.sum()
+    terms = torch.cat(
+        (clip_loss(real, ratios[0]), clip_loss(extra.advantages, ratios[1]).flatten())
+    )
+    assert len(terms) == 32 * (1 + k)
+    expected = torch.autograd.grad(
+        terms.mean() + rest(agent, batch), list(agent.policy.parameters())
+    )
+    for found, wanted in zip(gradient(agent, monkeypatch), expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+@pytest.mark.parametrize("source", ["dynamics", "q"])
+def test_rp_is_the_value_gradient_through_the_reparameterised_action(
+    gathered, monkeypatch, source, normalize_advantage
+):
+    """-E[ratio dA/da da/dθ], nothing where the ratio is clipped; the real action keeps PPO's."""
+    agent = gathered(action_source=source, normalize_advantage=normalize_advantage, estimator="rp")
+    batch, real, extra, slope = whole_batch(agent)
+    assert slope.abs().max() > 1e-3
+    k = agent.n_extra_actions
+    states = batch.observations[:, None].expand(-1, k, -1)
+    _, _, log_real = policy_at(agent, batch.observations, batch.actions)
+    mean, std, log_extra = policy_at(agent, states, extra.actions)
+    ratio, advantage = (log_extra - extra.old_log_prob).exp().detach(), extra.advantages
+    binds = (advantage > 0) & (ratio > 1.2) | (advantage < 0) & (ratio < 0.8)
+    assert binds.any() and not binds.all()
+    noise = ((extra.actions - mean) / std).detach()
+    moved = ((mean + std * noise) * slope).sum(-1)
+    losses = torch.where(binds, 0.0, -ratio * moved)
+    total = clip_loss(real, (log_real - batch.old_log_prob).exp()).sum() + losses.sum()
+    loss = total / (32 * (1 + k)) + rest(agent, batch)
+    expected = torch.autograd.grad(loss, list(agent.policy.parameters()))
+    for found, wanted in zip(gradient(agent, monkeypatch), expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def synthetic(k=5, b=4):
+    """Leaves [K, B, 2] of the policy, and extra actions with random slopes, in double."""
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g).double()
+
+    mean, std = randn(1, b, 2).repeat(k, 1, 1), (randn(1, b, 2) * 0.3).exp().repeat(k, 1, 1)
+    actions = mean + std * randn(k, b, 2)
+    log_prob = torch.distributions.Normal(mean, std).log_prob(actions).sum(-1)
+    old = log_prob + 0.3 * randn(k, b)
+    extra = ExtraActions(actions.transpose(0, 1), old.T, randn(b, k), 0.7 * randn(b, k, 2))
+    return (mean.requires_grad_(), std.requires_grad_()), extra, (log_prob - old).exp()
+
+
+def mixed(name):
+    """Gradients in mean and deviation, [K, B, 2] each."""
+    zeta, extra, _ = synthetic()
+    estimator = estimators.make(name, baseline=estimators.baselines.none)
+    losses = daa_update._extra_loss(estimator, zeta, extra, 0.2)
+    assert losses.shape == (5, 4)
+    return torch.autograd.grad(losses.sum(), zeta)
+
+
+def test_tpx_mixes_the_legs_of_each_state_by_their_variances_over_its_actions():
+    (mean, std), extra, ratio = synthetic()
+    advantage, actions = extra.advantages.T, extra.actions.transpose(0, 1)
+    binds = (advantage > 0) & (ratio > 1.2) | (advantage < 0) & (ratio < 0.8)
+    assert binds.any() and not binds.all()
+    weight = torch.where(binds, 0.0, -ratio)[..., None]
+    noise = (actions - mean) / std
+    rp = weight * extra.action_gradient.transpose(0, 1)
+    lr = weight * advantage[..., None] * noise / std
+    rp_std, lr_std = rp * noise, weight * advantage[..., None] * (noise**2 - 1) / std
+    c_rp, c_lr = rp - rp.mean(0), lr - lr.mean(0)
+    k = (c_rp * (c_rp - c_lr)).sum(0) / ((c_rp - c_lr) ** 2).sum(0)
+    k = k.clamp(0, 1)
+    assert k.shape == (4, 2) and ((k > 0) & (k < 1)).sum() > 4
+    found = mixed("tpx")
+    torch.testing.assert_close(found[0], (rp + k * (lr - rp)).detach(), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        found[1], (rp_std + k * (lr_std - rp_std)).detach(), rtol=1e-5, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("name", ["tpx", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar"])
+def test_composites_lie_between_their_legs(name):
+    assert name in estimators.names()
+    for found, lr, rp in zip(mixed(name), mixed("lr"), mixed("rp")):
+        low, high = torch.minimum(lr, rp), torch.maximum(lr, rp)
+        assert ((found >= low - 1e-9) & (found <= high + 1e-9)).all()
+        assert not torch.allclose(found, lr) and not torch.allclose(found, rp)
+
+
+def test_value_of_the_loss_is_ppos_for_every_estimator():
+    for name in ("lr", "rp", "tpx"):
+        zeta, extra, ratio = synthetic()
+        estimator = estimators.make(name, baseline=estimators.baselines.none)
+        losses = daa_update._extra_loss(estimator, zeta, extra, 0.2)
+        torch.testing.assert_close(losses, clip_loss(extra.advantages.T, ratio.detach()))
+
+
+@pytest.mark.parametrize(("estimator", "least"), [("lr", 1), ("rp", 1), ("tpx", 2)])
+def test_k_grows_from_what_the_estimator_needs(estimator, least):
+    """One action has no variance, with which `tpx` would weigh its legs."""
+    agent = make(estimator=estimator, grow_fraction=1.0, n_extra_actions=8)
+    agent._current_progress_remaining = 1.0
+    assert agent.k == least
+    agent._current_progress_remaining = 0.5
+    assert agent.k == 5
+
+
+def test_norms_of_policy_and_critic_are_clipped_apart_where_asked(gathered, monkeypatch):
+    for is_apart in (False, True):
+        agent = gathered(separate_grad_clip=is_apart, max_grad_norm=0.01)
+        found = dict(zip(dict(agent.policy.named_parameters()), gradient(agent, monkeypatch)))
+        critic = {name for name in found if "value" in name}
+        assert len(critic) == 4 and len(found) == 9
+
+        def norm(names, found=found):
+            return float(torch.stack([found[name].norm() for name in names]).norm())
+
+        parts = norm(critic), norm(found.keys() - critic)
+        if is_apart:
+            assert parts == pytest.approx((0.01, 0.01), rel=1e-3)
+        else:
+            assert np.hypot(*parts) == pytest.approx(0.01, rel=1e-3)
+
+
+# Rollouts stay as they were
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("source", SOURCES)
+def test_rollouts_are_those_without_extra_actions(monkeypatch, source, n):
+    """Sources draw from their own generators and put the environment back; without updates."""
+    monkeypatch.setattr(daa_update, "train", lambda agent: None)
+    monkeypatch.setattr(PPO, "train", lambda agent: None)
+    rows, states = {}, {}
+
+    class Look(BaseCallback):
+        def _on_rollout_end(self):
+            buffer = self.model.rollout_buffer
+            fields = ("observations", "actions", "rewards", "advantages", "episode_starts")
+            seen.extend(getattr(buffer, field).copy() for field in fields)
+
+        def _on_step(self):
+            return True
+
+    for name in ("none", source):
+        seen = rows[name] = []
+        agent = make(vector(n), action_source=name).learn(3 * 16 * n, callback=Look())
+        states[name] = torch.get_rng_state(), np.random.get_state()[1].copy()
+    assert len(rows["none"]) == 15
+    for x, y in zip(rows["none"], rows[source], strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert torch.equal(states["none"][0], states[source][0])
+    np.testing.assert_array_equal(states["none"][1], states[source][1])
+    assert agent.rollout_buffer.extra.actions.shape == (16 * n, 2, 2)
+
+
+def test_first_updates_differ_by_the_extra_actions_only():
+    """The first rollout is that of PPO; what is learned from it is not."""
+    agent, ppo = make().learn(16), make(action_source="none").learn(16)
+    np.testing.assert_array_equal(
+        agent.rollout_buffer.observations, ppo.rollout_buffer.observations
+    )
+    assert not torch.equal(parameters(agent), parameters(ppo))
+
+
+def test_extra_steps_are_counted_apart():
+    agent = make(action_source="rewind", simulation_horizon=1)
+    dumps = logged(agent)
+    agent.learn(48)
+    assert [values["time/extra_env_steps"] for values in dumps[1:]] == [32, 64]
+    assert [values["time/total_timesteps"] for values in dumps] == [16, 32, 48]
+
+
+# Advantages cut off, growing K and H
+
+
+@pytest.mark.parametrize("horizon", [1, 3, 8, 11, 12, 20])
+def test_truncated_advantages_are_sums_of_deltas_within_the_episode(horizon):
+    box, steps, n, gamma, lam = spaces.Box(-1, 1, (1,)), 12, 3, 0.9, 0.8
+    buffer = RolloutBuffer(steps, box, box, n_envs=n, gamma=gamma, gae_lambda=lam)
+    rng = np.random.default_rng(0)
+    starts = rng.random((steps + 1, n)) < 0.25
+    starts[:, 2] = False
+    rewards, values = rng.normal(size=(2, steps + 1, n))
+    for t in range(steps):
+        x = np.zeros((n, 1))
+        buffer.add(x, x, rewards[t], starts[t], torch.as_tensor(values[t]), torch.zeros(n))
+    buffer.compute_returns_and_advantage(torch.as_tensor(values[steps]), starts[steps])
+    whole = buffer.advantages.copy()
+    expected = np.zeros((steps, n))
+    for i in range(n):
+        for t in range(steps):
+            for s in range(t, min(t + horizon, steps)):
+                goes_on = not starts[s + 1, i]
+                delta = rewards[s, i] + gamma * goes_on * values[s + 1, i] - values[s, i]
+                expected[t, i] += (gamma * lam) ** (s - t) * delta
+                if not goes_on:
+                    break
+    found = daa_update.truncated_advantages(buffer, horizon)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(buffer.advantages, whole)
+    assert np.allclose(found, whole) == (horizon >= steps)
+
+
+def test_matched_horizon_is_used_for_the_real_action_and_not_for_returns(gathered):
+    settings = {"simulation_horizon": 3}
+    gae, matched = gathered(**settings), gathered(**settings, real_advantage="matched_horizon")
+    np.testing.assert_array_equal(gae.rollout_buffer.returns, matched.rollout_buffer.returns)
+    expected = daa_update.truncated_advantages(gae.rollout_buffer, 3)
+    np.testing.assert_array_equal(matched.rollout_buffer.advantages, expected)
+    assert not np.allclose(expected, gae.rollout_buffer.advantages)
+    warming = gathered(**settings, real_advantage="matched_horizon", dynamics_warmup=99)
+    np.testing.assert_array_equal(warming.rollout_buffer.advantages, gae.rollout_buffer.advantages)
+
+
+GROWTH = [  # done of the training, K of 4, H of 8
+    (0.0, 1, 2), (0.124, 1, 3), (0.126, 2, 4), (0.25, 3, 6), (0.37, 3, 7), (0.376, 4, 8),
+    (0.5, 4, 8), (1.0, 4, 8), (1.2, 4, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("done", "k", "horizon"), GROWTH)
+def test_k_and_horizon_grow_over_half_of_the_training(done, k, horizon):
+    agent = make(grow_fraction=0.5, n_extra_actions=4, simulation_horizon=8)
+    agent._current_progress_remaining = 1 - done
+    assert (agent.k, agent.horizon) == (k, horizon)
+
+
+@pytest.mark.parametrize("done", [0.0, 0.5, 1.0])
+def test_k_and_horizon_are_full_at_once_or_never_more(done):
+    agent = make(grow_fraction=0.0, n_extra_actions=4, simulation_horizon=8)
+    agent._current_progress_remaining = 1 - done
+    assert (agent.k, agent.horizon) == (4, 8)
+    agent = make(grow_fraction=1.0, n_extra_actions=1, simulation_horizon=1)
+    agent._current_progress_remaining = 1 - done
+    assert (agent.k, agent.horizon) == (1, 1)
+
+
+def test_growth_is_logged_and_reaches_the_samples():
+    agent = make(grow_fraction=1.0, n_extra_actions=4, simulation_horizon=8)
+    dumps = logged(agent)
+    agent.learn(64)
+    assert [values["train/extra_actions"] for values in dumps[1:]] == [2, 3, 4]
+    assert [values["train/simulation_horizon"] for values in dumps[1:]] == [4, 6, 8]
+    assert agent.rollout_buffer.extra.actions.shape[1] == 4
+
+
+# The contract
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_same_seed_same_bits_and_another_seed_others(source):
+    settings = {"action_source": source}
+    agent, again = make(**settings).learn(48), make(**settings).learn(48)
+    assert_same(agent, again)
+    other = make(**settings, seed=1).learn(48)
+    assert not torch.equal(parameters(agent), parameters(other))
+
+
+@pytest.mark.parametrize("estimator", ["lr", "rp", "tpx"])
+@pytest.mark.parametrize("source", ["dynamics", "q"])
+def test_parameters_move_and_stay_finite(source, estimator):
+    agent = make(vector(2, normalise=True), action_source=source, estimator=estimator)
+    before = parameters(agent)
+    after = parameters(agent.learn(64))
+    assert torch.isfinite(after).all() and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("seen", "acted"), [(np.float64, np.float32), (np.float64, np.float64)])
+def test_spaces_of_double_precision(source, seen, acted):
+    class Double(Point):
+        observation_space = spaces.Box(-np.inf, np.inf, (3,), seen)
+        action_space = spaces.Box(-np.ones(2, acted), np.ones(2, acted), dtype=acted)
+
+        def _look(self):
+            return super()._look().astype(seen)
+
+    assert torch.isfinite(parameters(make(Double(), action_source=source).learn(32))).all()
+
+
+def test_continuing_is_as_if_it_had_not_stopped():
+    whole = make().learn(64)
+    agent = make().learn(32)
+    agent.predict(np.zeros(3, np.float32), deterministic=True)
+    agent.learn(32, reset_num_timesteps=False)
+    assert agent.num_timesteps == 64
+    assert_same(agent, whole)
+
+
+def test_learn_returns_self_and_rounds_up_to_whole_rollouts():
+    agent = make(vector(2))
+    assert agent.learn(33) is agent
+    assert agent.num_timesteps == 64
+
+
+class Trace(BaseCallback):
+    """The order of events; may stop the training."""
+
+    def __init__(self, stop_at=None, stop_with=False):
+        super().__init__()
+        self.events, self.stop_at, self.stop_with = [], stop_at, stop_with
+
+    def _init_callback(self):
+        self.events.append("init")
+
+    def _on_training_start(self):
+        self.events.append("start")
+
+    def _on_rollout_start(self):
+        self.events.append("rollout+")
+
+    def _on_step(self):
+        self.events.append("step")
+        return self.stop_with if self.num_timesteps == self.stop_at else True
+
+    def _on_rollout_end(self):
+        self.events.append("rollout-")
+
+    def _on_training_end(self):
+        self.events.append("end")
+
+
+@pytest.mark.parametrize("source", ["none", *SOURCES])
+def test_events_are_those_of_ppo(source):
+    trace, expected = Trace(), Trace()
+    make(action_source=source).learn(32, callback=trace)
+    PPO("MlpPolicy", Point(), **PLAIN).learn(32, callback=expected)
+    assert trace.events == expected.events
+    assert trace.events.count("init") == 1 and trace.events.count("step") == 32
+
+
+@pytest.mark.parametrize("stop", [False, np.bool_(False), torch.tensor(False)])
+def test_a_callback_stops_the_training_and_it_can_go_on(stop):
+    trace = Trace(stop_at=23, stop_with=stop)
+    agent = make().learn(100, callback=trace)
+    assert agent.num_timesteps == 23 and trace.events[-1] == "end"
+    assert agent.learn(16, reset_num_timesteps=False).num_timesteps == 39
+
+
+def test_function_and_list_callbacks():
+    seen, traces = [], [Trace(), Trace()]
+    make().learn(16, callback=lambda values, _: bool(seen.append(values["dones"])) or True)
+    assert len(seen) == 16
+    make().learn(16, callback=traces)
+    assert [t.events.count("step") for t in traces] == [16, 16]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_evaluating_and_saving_does_not_change_the_training(tmp_path, source):
+    settings = {"action_source": source}
+    alone = make(vector(2, normalise=True), **settings).learn(64)
+    callbacks = [
+        EvalCallback(
+            vector(1, normalise=True), n_eval_episodes=2, eval_freq=5, verbose=0,
+            best_model_save_path=str(tmp_path), log_path=str(tmp_path),
+        ),
+        CheckpointCallback(10, str(tmp_path / "checkpoints")),
+    ]  # fmt: skip
+    watched = make(vector(2, normalise=True), **settings).learn(64, callback=callbacks)
+    assert_same(watched, alone)
+    assert (tmp_path / "best_model.zip").exists() and (tmp_path / "evaluations.npz").exists()
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+def test_predict():
+    agent = make().learn(16)
+    observations = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    state = torch.get_rng_state()
+    action, memory = agent.predict(observations[0], deterministic=True)
+    assert action.shape == (2,) and memory is None
+    batch, _ = agent.predict(observations, deterministic=True)
+    assert batch.shape == (5, 2) and batch.dtype == np.float32
+    np.testing.assert_allclose(batch[0], action, rtol=1e-5)
+    assert torch.equal(torch.get_rng_state(), state)
+    noisy, _ = agent.predict(np.tile(observations[0], (50, 1)))
+    assert (noisy >= agent.action_space.low).all() and (noisy <= agent.action_space.high).all()
+    assert np.ptp(noisy[:, 0]) > 0.5
+    assert np.isfinite(evaluate_policy(agent, Monitor(Point()), 2)[0])
+
+
+def test_tanh_mean_policy_keeps_the_mean_inside_and_learns(tmp_path):
+    agent = DAAPPO("TanhMeanPolicy", Point(), **TINY)
+    assert isinstance(agent.policy, TanhMeanPolicy)
+    before = parameters(agent)
+    agent.learn(32)
+    assert (parameters(agent) != before).float().mean() > 0.99  # the optimiser has them all
+    wild = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    with torch.no_grad():
+        agent.policy.action_net[0].bias.fill_(5.0)
+    mean = agent.policy.get_distribution(torch.as_tensor(wild)).distribution.mean
+    assert (mean.abs() < 1).all() and (mean > 0.9).all()
+    agent.save(tmp_path / "agent")
+    loaded = DAAPPO.load(tmp_path / "agent")
+    np.testing.assert_array_equal(
+        *(a.predict(wild, deterministic=True)[0] for a in (agent, loaded))
+    )
+
+
+# Files
+
+
+def assert_tensors_differ(module, other):
+    pairs = zip(module.parameters(), other.parameters())
+    assert not all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("with_env", [True, False])
+@pytest.mark.parametrize("source", ["none", *SOURCES])
+def test_save_and_load(tmp_path, source, with_env):
+    agent = make(vector(2), action_source=source, estimator="lr", n_extra_actions=3).learn(64)
+    agent.save(tmp_path / "agent")
+    env = vector(2)
+    loaded = DAAPPO.load(tmp_path / "agent", env=env if with_env else None, device="cpu")
+    assert_same(loaded, agent)
+    assert loaded.num_timesteps == 64
+    for name in ("action_source", "n_extra_actions", "estimator", "dynamics_width"):
+        assert getattr(loaded, name) == getattr(agent, name)
+    observations = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    found, expected = (a.predict(observations, deterministic=True)[0] for a in (loaded, agent))
+    np.testing.assert_array_equal(found, expected)
+    if source in ("dynamics", "q", "states"):
+        assert set(agent.get_parameters()) > {"value_model", "value_optimizer"}
+        assert_tensors_differ(agent.value_model, make(action_source=source).value_model)
+        steps = loaded.value_optimizer.state_dict()["state"][0]["step"]
+        assert steps == agent.value_optimizer.state_dict()["state"][0]["step"] > 0
+    else:
+        assert set(agent.get_parameters()) == {"policy", "policy.optimizer"}
+    if not with_env:
+        loaded.set_env(env)
+    before = parameters(loaded)
+    loaded.learn(32, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 96 and not torch.equal(parameters(loaded), before)
+
+
+def test_policy_parameters_can_be_taken_over_without_extra_actions(tmp_path):
+    make().learn(16).save(tmp_path / "agent")
+    names = {"policy", "policy.optimizer"}
+    off = DAAPPO("MlpPolicy", Point(), action_source="none", **PLAIN, **SMALL)
+    given = make().get_parameters()
+    off.set_parameters({name: given[name] for name in names})
+    off.learn(16).save(tmp_path / "off")
+    assert DAAPPO.load(tmp_path / "off", env=Point()).learn(16).action_source == "none"
+
+
+def test_loaded_model_and_optimiser_are_the_ones_in_use(tmp_path):
+    agent = make().learn(16)
+    agent.save(tmp_path / "agent")
+    loaded = DAAPPO.load(tmp_path / "agent", env=Point())
+    assert loaded.source.model is loaded.value_model
+    assert loaded.value_optimizer.param_groups[0]["params"][0] is next(
+        loaded.value_model.parameters()
+    )
+    before = copy.deepcopy(loaded.value_model.state_dict())
+    loaded.learn(16)
+    assert any(not torch.equal(x, before[k]) for k, x in loaded.value_model.state_dict().items())
+
+
+def test_scales_of_the_model_are_saved(tmp_path):
+    agent = make().learn(16)
+    agent.save(tmp_path / "agent")
+    loaded = DAAPPO.load(tmp_path / "agent")
+    assert not torch.equal(agent.value_model.state_mean, torch.zeros(3))
+    assert torch.equal(loaded.value_model.state_mean, agent.value_model.state_mean)
+
+
+def test_an_estimator_of_ones_own_is_saved(tmp_path):
+    own = estimators.make("tpx", baseline=estimators.baselines.leave_one_out)
+    make(estimator=own).learn(16).save(tmp_path / "agent")
+    assert DAAPPO.load(tmp_path / "agent", env=Point()).learn(16).estimator == own
+
+
+def test_another_environment_is_rewound_after_set_env():
+    agent = make(action_source="rewind").learn(16)
+    other = vector(1)
+    agent.set_env(other)
+    agent.learn(16)
+    assert agent.source.env is agent.get_env() and agent.source.env.envs is other.envs
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_setting_parameters_makes_agents_equal(source):
+    agent, other = make(action_source=source).learn(32), make(action_source=source, seed=5)
+    other.set_parameters(agent.get_parameters())
+    assert_same(other, agent)

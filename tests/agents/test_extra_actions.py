@@ -1,0 +1,547 @@
+"""The sources of extra actions, each against an explicit loop or numbers worked out by hand."""
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from agents import extra_actions
+from agents.extra_actions import (
+    Behaviour,
+    DynamicsSource,
+    ExtraActions,
+    QSource,
+    Returns,
+    RewindSource,
+    Rollout,
+    StatesSource,
+    Units,
+)
+from world_models.mlp import MLPDynamics
+from world_models.q_network import QNetworks
+
+CPU = torch.device("cpu")
+R, K, S, A = 6, 3, 3, 2
+LOW, HIGH = np.array([-1.0, -0.5], np.float32), np.array([1.0, 0.5], np.float32)
+
+
+def policy(*, std=1.0, s=S, low=LOW, high=HIGH):
+    """A small random tanh policy with a mean that is not near zero."""
+    torch.manual_seed(1)
+    observation_space = spaces.Box(-np.inf, np.inf, (s,), np.float32)
+    made = ActorCriticPolicy(
+        observation_space,
+        spaces.Box(low, high),
+        lambda _: 0.0,
+        net_arch=[8],
+        log_std_init=np.log(std),
+    )
+    with torch.no_grad():
+        made.action_net.weight.normal_(0, 0.5)
+        made.action_net.bias.normal_(0, 0.5)
+        made.value_net.bias.fill_(0.7)
+    return made
+
+
+def behaviour(made, units=None, seed=3):
+    return Behaviour(made, units or Units(None, CPU), torch.Generator().manual_seed(seed))
+
+
+def model():
+    torch.manual_seed(2)
+    made = MLPDynamics(S, A, width=16)
+    made.reward_std.fill_(2.0)
+    for network in (made.transition, made.reward):
+        for i, part in enumerate(network):
+            if isinstance(part, torch.nn.ReLU):  # smooth, for finite differences
+                network[i] = torch.nn.Tanh()
+    return made
+
+
+def rollout(units=None, rows=R):
+    """Values are not the critic's of now, so that taking them again would be noticed."""
+    states = torch.randn(rows, S, generator=torch.Generator().manual_seed(5))
+    observations = states if units is None else units.observation(states)
+    return Rollout(observations, states, torch.linspace(-1, 1, rows))
+
+
+def normalizer(**settings):
+    """VecNormalize with statistics that are not trivial, and narrow clipping."""
+
+    class Still(gym.Env):
+        observation_space = spaces.Box(-np.inf, np.inf, (S,), np.float32)
+        action_space = spaces.Box(LOW, HIGH)
+
+    made = VecNormalize(DummyVecEnv([Still]), clip_obs=1.0, clip_reward=0.6, **settings)
+    if made.norm_obs:
+        made.obs_rms.mean, made.obs_rms.var = np.array([0.3, -0.2, 0.1]), np.array([4.0, 0.25, 1.0])
+    made.ret_rms.var = np.array(9.0)
+    return made
+
+
+# Returns, units, the policy
+
+
+def lambda_advantage(rewards, values, gamma, lam):
+    """λ-return of n-step returns minus the baseline: another form of the same thing."""
+    horizon = len(rewards)
+    returns = [
+        sum(gamma**i * rewards[i] for i in range(n)) + gamma**n * values[n]
+        for n in range(1, horizon + 1)
+    ]
+    mixed = sum((1 - lam) * lam ** (n - 1) * returns[n - 1] for n in range(1, horizon))
+    return mixed + lam ** (horizon - 1) * returns[-1] - values[0]
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+def test_advantage_is_the_lambda_return_less_the_baseline(lam, horizon):
+    torch.manual_seed(0)
+    rewards = list(torch.randn(horizon, 4).double())
+    values = list(torch.randn(horizon + 1, 4).double())
+    found = Returns(0.9, lam, horizon).advantage(rewards, values)
+    torch.testing.assert_close(found, lambda_advantage(rewards, values, 0.9, lam))
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+@pytest.mark.parametrize("norm_reward", [True, False])
+def test_units_are_those_of_vec_normalize(norm_obs, norm_reward):
+    vec = normalizer(norm_obs=norm_obs, norm_reward=norm_reward)
+    units = Units(vec, CPU)
+    states, rewards = np.random.default_rng(0).normal(size=(2, 50, S)).astype(np.float32)
+    rewards = 4 * rewards[:, 0]
+    found = units.observation(torch.as_tensor(states))
+    np.testing.assert_allclose(found, vec.normalize_obs(states), rtol=1e-5, atol=1e-6)
+    found = units.reward(torch.as_tensor(rewards))
+    np.testing.assert_allclose(found, vec.normalize_reward(rewards), rtol=1e-5, atol=1e-6)
+
+
+def test_units_are_frozen():
+    vec = normalizer()
+    units, states = Units(vec, CPU), torch.ones(1, S)
+    before = units.observation(states), units.reward(torch.ones(1))
+    vec.obs_rms.mean[:] = 50.0
+    vec.ret_rms.var = np.array(1e4)
+    assert torch.equal(units.observation(states), before[0])
+    assert torch.equal(units.reward(torch.ones(1)), before[1])
+
+
+def test_draws_have_the_policys_log_probabilities_and_moments():
+    made = policy(std=0.6)
+    observations = torch.randn(3, S)
+    actions, log_prob = behaviour(made).draw(observations, 4000)
+    assert actions.shape == (3, 4000, A) and log_prob.shape == (3, 4000)
+    for i in range(3):
+        _, expected, _ = made.evaluate_actions(observations[i].expand(4000, S), actions[i])
+        torch.testing.assert_close(log_prob[i], expected)
+    mean = made.get_distribution(observations).distribution.mean
+    # N = 4000, seed 3, 4 standard errors
+    assert ((actions.mean(1) - mean).abs() < 4 * 0.6 / 4000**0.5).all()
+    assert ((actions.std(1) - 0.6).abs() < 4 * 0.6 / 8000**0.5).all()
+
+
+def test_actions_are_clipped_in_single_precision_whatever_the_space_has():
+    made = policy(low=LOW.astype(np.float64), high=HIGH.astype(np.float64))
+    made.action_space = spaces.Box(
+        LOW.astype(np.float64), HIGH.astype(np.float64), dtype=np.float64
+    )
+    clipped = behaviour(made).clip(torch.tensor([[3.0, -3.0]]))
+    assert clipped.dtype == torch.float32 and clipped.tolist() == [[1.0, -0.5]]
+
+
+# The learned model
+
+
+def explicit(made, network, data, returns, units, seed=3, rows=R, k=K):
+    """Each action by itself, in plain loops; also whether any action was out of bounds."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(rows, k, A, generator=generator)
+    later = [torch.randn(rows * k, A, generator=generator) for _ in range(returns.horizon - 1)]
+    std = made.log_std.exp()
+    low, high = torch.as_tensor(LOW), torch.as_tensor(HIGH)
+    advantages, actions, is_clipped = torch.zeros(rows, k), torch.zeros(rows, k, A), False
+
+    def mean(observation):
+        return made.action_net(made.mlp_extractor(observation[None])[0])[0]
+
+    for i in range(rows):
+        for j in range(k):
+            state, observation = data.states[i], data.observations[i]
+            rewards, values = [], [data.values[i]]
+            for step in range(returns.horizon):
+                noise = first[i, j] if step == 0 else later[step - 1][i * k + j]
+                action = mean(observation) + std * noise
+                if step == 0:
+                    actions[i, j] = action
+                bounded = action.clamp(low, high)
+                is_clipped |= not torch.equal(bounded, action)
+                state, reward = network(state, bounded)
+                observation = units.observation(state)
+                rewards.append(units.reward(reward))
+                values.append(made.predict_values(observation[None])[0, 0])
+            advantages[i, j] = lambda_advantage(rewards, values, returns.gamma, returns.lam)
+    assert is_clipped
+    return actions, advantages
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("horizon", [1, 4])
+def test_dynamics_equals_an_explicit_loop(horizon, gradient, normalised):
+    made, network, returns = policy(), model(), Returns(0.9, 0.8, horizon)
+    units = Units(normalizer() if normalised else None, CPU)
+    data = rollout(units)
+    extra = DynamicsSource(network)(data, behaviour(made, units), K, returns, gradient=gradient)
+    with torch.no_grad():
+        actions, advantages = explicit(made, network, data, returns, units)
+    torch.testing.assert_close(extra.actions, actions)
+    torch.testing.assert_close(extra.advantages, advantages, rtol=1e-4, atol=1e-5)
+    wide = data.observations.repeat_interleave(K, 0)
+    _, log_prob, _ = made.evaluate_actions(wide, actions.flatten(0, 1))
+    torch.testing.assert_close(extra.old_log_prob.flatten(), log_prob)
+    assert extra.observations is None and (extra.action_gradient is not None) == gradient
+    assert not any(x.requires_grad for x in extra if x is not None)
+    assert all(p.grad is None for p in (*made.parameters(), *network.parameters()))
+
+
+@pytest.mark.parametrize("horizon", [1, 4])
+def test_action_gradient_equals_finite_differences(horizon):
+    """Through the model and the policy's later actions, whose noise stays."""
+    made, network, returns, data = policy(std=0.5), model(), Returns(0.9, 0.8, horizon), rollout()
+    source = DynamicsSource(network)
+    extra = source(data, behaviour(made), K, returns, gradient=True)
+    states, start = data.states.repeat_interleave(K, 0), data.values.repeat_interleave(K)
+
+    def advantage(actions):
+        again = behaviour(made)
+        again.draw(data.observations, K)  # the same noise for what follows
+        with torch.no_grad():
+            return source._advantage(states, actions.flatten(0, 1), start, again, returns)
+
+    torch.testing.assert_close(advantage(extra.actions).view(R, K), extra.advantages)
+    eps, checked = 1e-2, 0
+    for d in range(A):
+        shift = torch.zeros(A)
+        shift[d] = eps
+        slope = (advantage(extra.actions + shift) - advantage(extra.actions - shift)) / (2 * eps)
+        found, action = extra.action_gradient[..., d], extra.actions[..., d]
+        inside = (action > LOW[d] + eps) & (action < HIGH[d] - eps)
+        outside = (action < LOW[d]) | (action > HIGH[d])
+        assert inside.any() and outside.any()
+        assert (found[outside] == 0).all()
+        error = (slope.view(R, K) - found)[inside].abs()
+        checked += int(inside.sum())
+        # A later action may cross its bound between the two points.
+        assert error.median() < 1e-3 and (error < 5e-2).all()
+        assert found[inside].abs().median() > 0.02
+    assert checked > 10
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("horizon", "std"), [(1, 1.0), (4, 1e-9)])
+def test_chunks_change_nothing_but_the_order_of_later_noise(monkeypatch, gradient, horizon, std):
+    """With one step, or without noise, there is none."""
+    made, network, data = policy(std=std), model(), rollout()
+
+    def extra():
+        returns = Returns(0.9, 0.8, horizon)
+        return DynamicsSource(network)(data, behaviour(made), K, returns, gradient=gradient)
+
+    whole = extra()
+    monkeypatch.setattr(extra_actions, "ROWS", 5)
+    for found, expected in zip(extra(), whole):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected)
+
+
+def sources():
+    torch.manual_seed(4)
+    q = QNetworks(S, A, width=8)
+    return {"dynamics": DynamicsSource(model()), "states": StatesSource(model()), "q": QSource(q)}
+
+
+@pytest.mark.parametrize("name", ["dynamics", "states", "q"])
+def test_global_generators_are_left_alone_and_the_own_one_decides(name):
+    made, data, source = policy(), rollout(), sources()[name]
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+
+    def draw(seed):
+        return source(data, behaviour(made, seed=seed), K, Returns(0.9, 0.8, 3), gradient=False)
+
+    first, again, other = draw(0), draw(0), draw(1)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
+    assert torch.equal(first.advantages, again.advantages)
+    assert torch.equal(first.actions, again.actions)
+    assert not torch.equal(first.actions, other.actions)
+
+
+# The simulated states
+
+
+def test_states_are_the_later_pairs_of_one_rollout_of_k_plus_2_steps():
+    """Model s' = s + a, reward s + 10 a: by hand, from the noise."""
+    made, gamma, lam = policy(s=2), 0.9, 0.8
+    data = Rollout(torch.randn(R, 2), torch.randn(R, 2), torch.full((R,), 99.0))
+    source = StatesSource(lambda s, a: (s + a, s[..., 0] + 10 * a[..., 1]))
+    extra = source(data, behaviour(made), K, Returns(gamma, lam, 99), gradient=False)
+    generator = torch.Generator().manual_seed(3)
+    state, observation = data.states, data.observations
+    trace = []
+    with torch.no_grad():
+        for _ in range(K + 2):
+            mean = made.action_net(made.mlp_extractor(observation)[0])
+            action = mean + made.log_std.exp() * torch.randn(R, A, generator=generator)
+            value = made.predict_values(observation)[:, 0]
+            log_prob = made.evaluate_actions(observation, action)[1]
+            bounded = action.clamp(torch.as_tensor(LOW), torch.as_tensor(HIGH))
+            reward = state[:, 0] + 10 * bounded[:, 1]
+            trace.append((observation, action, log_prob, reward, value))
+            state = observation = state + bounded
+        last = made.predict_values(observation)[:, 0]
+    assert extra.observations.shape == (R, K, 2)
+    for j in range(K):
+        observation, action, log_prob = trace[j + 1][:3]
+        torch.testing.assert_close(extra.observations[:, j], observation)
+        torch.testing.assert_close(extra.actions[:, j], action)
+        torch.testing.assert_close(extra.old_log_prob[:, j], log_prob)
+        rewards = [step[3] for step in trace[j + 1 :]]
+        values = [step[4] for step in trace[j + 1 :]] + [last]
+        expected = lambda_advantage(rewards, values, gamma, lam)
+        torch.testing.assert_close(extra.advantages[:, j], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_states_are_normalised_as_the_policy_sees_them():
+    units, network = Units(normalizer(), CPU), model()
+    data, made = rollout(units), policy()
+    extra = StatesSource(network)(
+        data, behaviour(made, units), 1, Returns(0.9, 0.8, 9), gradient=False
+    )
+    action = behaviour(made).draw(data.observations)[0]
+    state, _ = network(data.states, behaviour(made).clip(action))
+    torch.testing.assert_close(extra.observations[:, 0], units.observation(state))
+
+
+# The Q-network
+
+
+def test_q_by_hand():
+    """Q = min(2 + a_0, 2 - a_0) = 2 - |a_0|, at the clipped action; the baseline is V."""
+    made = policy()
+    q = QNetworks(S, A, width=4)
+    for i, sign in enumerate((1.0, -1.0)):
+        q.networks[i] = torch.nn.Linear(S + A, 1)
+        with torch.no_grad():
+            q.networks[i].weight.zero_()[0, S] = sign
+            q.networks[i].bias.fill_(2.0)
+    data = rollout()
+    extra = QSource(q)(data, behaviour(made), K, Returns(0.9, 0.8, 3), gradient=True)
+    action = extra.actions[..., 0]
+    expected = 2 - action.clamp(-1, 1).abs() - data.values[:, None]
+    torch.testing.assert_close(extra.advantages, expected)
+    inside = action.abs() < 1
+    assert inside.any() and not inside.all()
+    slope = torch.where(inside, -action.sign(), 0.0)
+    assert torch.equal(extra.action_gradient[..., 0], slope)
+    assert torch.equal(extra.action_gradient[..., 1], torch.zeros_like(slope))
+
+
+def test_q_sees_what_the_policy_sees():
+    units, source = Units(normalizer(), CPU), sources()["q"]
+    data, made = rollout(units), policy()
+    extra = source(data, behaviour(made, units), K, Returns(0.9, 0.8, 3), gradient=False)
+    for j in range(K):
+        bounded = behaviour(made).clip(extra.actions[:, j])
+        expected = source.q(data.observations, bounded) - data.values
+        torch.testing.assert_close(extra.advantages[:, j], expected)
+    assert extra.action_gradient is None
+
+
+# The environment, rewound
+
+
+class Walk(gym.Env):
+    """x += a_0 (clipped by the caller), reward 10 t + x + a noise of its own; ends after 4 steps.
+
+    Observation (x, t, 0). Its noise and its episode number belong to its state.
+    """
+
+    observation_space = spaces.Box(-np.inf, np.inf, (S,), np.float32)
+    action_space = spaces.Box(LOW, HIGH)
+
+    def __init__(self, end="terminated"):
+        self.end, self.extra, self.fail_at = end, 0, None
+        self.x, self.t, self.episode = 0.0, 0, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t, self.episode = 0.0, 0, self.episode + 1
+        return self._look(), {}
+
+    def _look(self):
+        return np.array([self.x, self.t, 0], np.float32)
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        assert self.t < 4, "stepped after the end"
+        self.x, self.t = self.x + float(action[0]), self.t + 1
+        reward = 10.0 * self.t + self.x + float(self.np_random.normal())
+        over = self.t == 4
+        return (
+            self._look(),
+            reward,
+            over and self.end != "truncated",
+            over and self.end != "terminated",
+            {},
+        )
+
+    def snapshot(self):
+        return self.x, self.t, self.episode, copy.deepcopy(self.np_random.bit_generator.state)
+
+    def restore(self, state):
+        self.x, self.t, self.episode = state[:3]
+        self.np_random.bit_generator.state = copy.deepcopy(state[3])
+
+    def extra_step(self, action):
+        self.extra += 1
+        if self.extra == self.fail_at:
+            raise RuntimeError("broken")
+        return self.step(action)
+
+
+def recorded(ends=("terminated",), steps=6):
+    """A vector environment after `steps`, its snapshots, and the states in the buffer's order."""
+    vec = DummyVecEnv([lambda end=end: Walk(end) for end in ends])
+    vec.seed(0)
+    observations, seen = vec.reset(), []
+    snapshots = [[s] for s in vec.env_method("snapshot")]
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        seen.append(observations)
+        actions = rng.uniform(LOW, HIGH, (len(ends), A)).astype(np.float32)
+        observations = vec.step(actions)[0]
+        for kept, now in zip(snapshots, vec.env_method("snapshot")):
+            kept.append(now)
+    states = torch.as_tensor(np.concatenate(np.stack(seen, 1)))
+    return vec, snapshots, Rollout(states, states, torch.linspace(-3, 3, len(states)))
+
+
+@pytest.mark.parametrize("horizon", [1, 3, 9])
+@pytest.mark.parametrize("timeout_bootstrap", [True, False])
+@pytest.mark.parametrize(
+    "ends", [("terminated",), ("truncated",), ("both",), ("truncated", "terminated")]
+)
+def test_rewind_gives_true_rewards_and_values(ends, timeout_bootstrap, horizon):
+    made, returns = policy(), Returns(0.9, 0.8, horizon)
+    vec, snapshots, data = recorded(ends)
+    source = RewindSource(vec, timeout_bootstrap=timeout_bootstrap)
+    source.snapshots = snapshots
+    extra = source(data, behaviour(made), K, returns, gradient=False)
+
+    generator = torch.Generator().manual_seed(3)
+    first = torch.randn(len(data.states), K, A, generator=generator)
+    row = steps = 0
+    for end, kept in zip(ends, snapshots):
+        for snapshot in kept[:-1]:
+            for j in range(K):
+                env = Walk(end)
+                env.np_random  # noqa: B018  # makes the generator
+                env.restore(snapshot)
+                rewards, values, noise = [], [data.values[row]], first[row, j]
+                observation = torch.as_tensor(env._look())
+                for _ in range(horizon):
+                    with torch.no_grad():
+                        mean = made.action_net(made.mlp_extractor(observation[None])[0])[0]
+                    action = (mean + made.log_std.exp() * noise).detach()
+                    if not rewards:
+                        torch.testing.assert_close(extra.actions[row, j], action)
+                    bounded = action.numpy().clip(LOW, HIGH)
+                    state, reward, terminated, truncated, _ = env.step(bounded)
+                    observation, steps = torch.as_tensor(state), steps + 1
+                    value = made.predict_values(observation[None])[0, 0].detach()
+                    is_end = terminated or (truncated and not timeout_bootstrap)
+                    rewards.append(reward)
+                    values.append(0.0 if is_end else value)
+                    if terminated or truncated:
+                        break
+                    noise = torch.randn(1, A, generator=generator)[0]
+                expected = lambda_advantage(rewards, values, 0.9, 0.8)
+                assert float(extra.advantages[row, j]) == pytest.approx(
+                    float(expected), rel=1e-4, abs=1e-3
+                )
+            row += 1
+    assert source.extra_steps == steps == sum(env.extra for env in vec.envs)
+    assert steps == row * K if horizon == 1 else row * K < steps < row * K * horizon
+    assert extra.action_gradient is None and extra.observations is None
+
+
+@pytest.mark.parametrize("fail_at", [None, 1, 10, 23])
+def test_rewind_leaves_the_environments_where_they_were(fail_at):
+    vec, snapshots, data = recorded(("truncated", "terminated"))
+    source = RewindSource(vec, timeout_bootstrap=True)
+    source.snapshots = snapshots
+    before = vec.env_method("snapshot")
+    vec.envs[1].fail_at = fail_at
+
+    def ask():
+        return source(data, behaviour(policy()), K, Returns(0.9, 0.8, 2), gradient=False)
+
+    if fail_at is None:
+        ask()
+    else:
+        with pytest.raises(RuntimeError, match="broken"):
+            ask()
+    assert vec.env_method("snapshot") == before
+
+
+def test_rewind_gives_actions_in_the_spaces_own_precision():
+    class Double(Walk):
+        action_space = spaces.Box(LOW.astype(np.float64), HIGH.astype(np.float64), dtype=np.float64)
+
+        def step(self, action):
+            assert action.dtype == np.float64
+            return super().step(action)
+
+    vec = DummyVecEnv([Double])
+    vec.reset()
+    source = RewindSource(vec, timeout_bootstrap=True)
+    source.snapshots = [vec.env_method("snapshot") * 2]
+    data = Rollout(torch.zeros(1, S), torch.zeros(1, S), torch.zeros(1))
+    source(data, behaviour(policy()), K, Returns(0.9, 0.8, 2), gradient=False)
+
+
+def test_rewind_uses_vec_normalizes_units():
+    vec, snapshots, data = recorded()
+    units, made = Units(normalizer(), CPU), policy()
+    data = data._replace(observations=units.observation(data.states))
+    source = RewindSource(vec, timeout_bootstrap=True)
+    source.snapshots = snapshots
+    extra = source(data, behaviour(made, units), 1, Returns(0.9, 0.8, 1), gradient=False)
+    for row, snapshot in enumerate(snapshots[0][:-1]):
+        env = vec.envs[0]
+        env.restore(snapshot)
+        state, reward, over, _, _ = env.step(extra.actions[row, 0].numpy().clip(LOW, HIGH))
+        value = made.predict_values(units.observation(torch.as_tensor(state)[None]))[0, 0]
+        target = min(reward / 3, 0.6) + 0.9 * float(value.detach()) * (not over)
+        assert float(extra.advantages[row, 0]) == pytest.approx(
+            target - float(data.values[row]), abs=1e-4
+        )
+
+
+# The record
+
+
+def test_rows_select_the_same_states_everywhere():
+    x = torch.arange(24.0).view(4, 3, 2)
+    extra = ExtraActions(x, x[..., 0], x[..., 1], x + 1, x + 2)
+    rows = torch.tensor([3, 0])
+    for found, field in zip(extra.rows(rows), extra):
+        assert torch.equal(found, field[rows])
+    bare = ExtraActions(x, x[..., 0], x[..., 1]).rows(rows)
+    assert bare.action_gradient is None and bare.observations is None

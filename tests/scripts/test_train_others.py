@@ -1,0 +1,112 @@
+"""The command lines of DreamerTPX and DAAPPO, end to end on the cart-pole."""
+
+import json
+
+import numpy as np
+import pytest
+
+from scripts import bench_ppo, diagnose, evaluate, train, variance
+
+CART_POLE = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--threads", "1", "--no-progress"]
+DREAMER = ["dreamer", "--preset", "laptop", "--total-timesteps", "120", "--learning-starts", "60"]
+DREAMER += ["--sequence-length", "8", "--batch-size", "4", "--imagination-starts", "8"]
+DREAMER += ["--eval-every", "40", "--eval-episodes", "2", "--gradient-steps", "1", *CART_POLE]
+DAAPPO = ["daappo", "--total-timesteps", "120", "--n-steps", "60", "--batch-size", "30"]
+DAAPPO += ["--dynamics-width", "8", "--n-extra-actions", "2", "--simulation-horizon", "2"]
+DAAPPO += ["--eval-every", "60", "--eval-episodes", "2", "--n-epochs", "2", *CART_POLE]
+
+
+@pytest.fixture(scope="module")
+def dreamer_run(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    train.main([*DREAMER, "--runs", str(runs), "--name", "run", "--save-replay"])
+    return runs / "run"
+
+
+def test_a_dreamer_run_leaves_everything(dreamer_run):
+    names = {path.name for path in dreamer_run.iterdir()}
+    expected = {"config.json", "model.zip", "progress.csv", "evaluations.json", "summary.json"}
+    expected |= {"learning_curve.png", "rollout.gif", "replay.npz", "open_loop.png"}
+    assert expected <= names
+    evaluations = json.loads((dreamer_run / "evaluations.json").read_text())
+    assert evaluations["timesteps"] == [60, 100, 120]
+    assert np.isfinite(json.loads((dreamer_run / "summary.json").read_text())["final_return"])
+
+
+def test_a_world_model_is_taken_from_a_run(dreamer_run, tmp_path, capsys):
+    train.main(
+        [*DREAMER, "--runs", str(tmp_path), "--name", "b", "--pretrained-world-model",
+         str(dreamer_run), "--estimator", "rp"]
+    )  # fmt: skip
+    assert "Next:" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        train.main([*DREAMER, "--runs", str(tmp_path), "--pretrained-world-model", "no/such/run"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "does not exist" in error and error.count("\n") == 1
+
+
+def test_diagnose_measures_names_and_draws(dreamer_run, tmp_path, capsys):
+    command = [str(dreamer_run), "--horizons", "2", "4", "--starts", "2", "--repeats", "3"]
+    diagnose.main([*command, "--trajectories", "8", "--estimators", "rp", "lr", "tpx", "--out",
+                   str(tmp_path / "d"), "--threads", "1"])  # fmt: skip
+    output = capsys.readouterr().out
+    assert "Most accurate gradient for this model" in output and "| `rp` |" in output
+    found = json.loads((tmp_path / "d" / "results.json").read_text())
+    assert {"accuracy.png", "table.md"} <= {path.name for path in (tmp_path / "d").iterdir()}
+    assert "tpx" in json.dumps(found)
+
+
+@pytest.mark.parametrize("source", ["none", "dynamics", "q", "states", "rewind"])
+def test_a_daappo_run_leaves_everything_and_evaluates(source, tmp_path, capsys):
+    train.main([*DAAPPO, "--runs", str(tmp_path), "--action-source", source])
+    (folder,) = tmp_path.iterdir()
+    assert source in folder.name
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "config.json",
+        "model.zip",
+        "progress.csv",
+        "learning_curve.png",
+        "rollout.gif",
+    } <= names
+    capsys.readouterr()
+    evaluate.main([str(folder), "--episodes", "2", "--no-gif"])
+    assert "over 2 episodes" in capsys.readouterr().out
+
+
+def test_variance_prints_the_table_and_the_advice(tmp_path, capsys):
+    command = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--trajectories", "6", "--steps", "5"]
+    command += ["--horizon", "3", "--json", str(tmp_path / "v.json")]
+    variance.main(command)
+    output = capsys.readouterr().out
+    assert "Policy-dependent variance" in output and "policy-dependent share" in output
+    first = json.loads((tmp_path / "v.json").read_text())
+    variance.main(command)
+    assert json.loads((tmp_path / "v.json").read_text()) == first  # the seed holds
+    assert int(output.split("; ")[1].split(" steps in all")[0]) == 6 * 5 * (2 * 2 * 3 + 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--delta", "0"], 2, "--delta must be above 0, got 0"),
+        (["--rollouts", "1"], 2, "--rollouts must be at least 2, got 1"),
+        (["--env-id", "Pendulum-v1"], 1, "rewound"),
+        (["--env-id", "totalprop/CartPoleSwingUp-v0", "--steps", "31"], 1, "before --steps 31"),
+        (["no/such/run"], 1, "no/such/run"),
+    ],
+)
+def test_variance_says_what_is_wrong(arguments, code, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        variance.main(arguments)
+    assert stop.value.code == code
+    assert text in capsys.readouterr().err
+
+
+def test_bench_of_ppo_gives_ratios(monkeypatch):
+    tiny = {"action_source": "dynamics", "n_steps": 16, "batch_size": 16, "n_epochs": 1,
+            "dynamics_width": 8, "policy_kwargs": {"net_arch": [8]}}  # fmt: skip
+    monkeypatch.setitem(bench_ppo.presets.DAAPPO, "recommended", tiny)
+    row = bench_ppo.bench_ppo(1)
+    assert len(row) == 6 and all(value > 0 for value in row.values())

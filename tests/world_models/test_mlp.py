@@ -1,0 +1,209 @@
+"""`MLPDynamics` and `TransitionBuffer`: targets, units, a linear system, first in first out."""
+
+import numpy as np
+import pytest
+import torch
+
+from world_models.mlp import MLPDynamics, TransitionBuffer, fit
+
+A = np.array([[0.9, 0.2], [-0.1, 0.8]], np.float32)
+B = np.array([[0.0], [0.5]], np.float32)
+
+
+def linear_data(n=400, scale=1.0, offset=0.0, reward_scale=1.0, seed=0):
+    """A stable linear system; states times `scale` plus `offset`, rewards times `reward_scale`."""
+    rng = np.random.default_rng(seed)
+    states, actions = rng.normal(size=(n, 2)), rng.uniform(-1, 1, (n, 1))
+    after, rewards = states @ A.T + actions @ B.T, states[:, 0] - actions[:, 0]
+    buffer = TransitionBuffer(n, 2, 1)
+    buffer.add(states * scale + offset, actions, rewards * reward_scale, after * scale + offset)
+    return buffer
+
+
+def trained(buffer, *, steps=400, **settings):
+    torch.manual_seed(0)
+    model = MLPDynamics(2, 1, **{"width": 32, **settings})
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = fit(model, optimizer, buffer, steps=steps, batch_size=64, rng=np.random.default_rng(0))
+    return model, losses
+
+
+def errors(model, buffer):
+    """Root mean squared errors of next states and rewards in the data's own units."""
+    data = [torch.as_tensor(x) for x in buffer.sample(len(buffer), np.random.default_rng(0))]
+    with torch.no_grad():
+        after, reward = model(*data[:2])
+    squares = (after - data[3]).square().mean(), (reward - data[2]).square().mean()
+    return [float(x.sqrt()) for x in squares]
+
+
+@pytest.mark.parametrize("target", ["delta", "next"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_learns_a_linear_system(target, normalise):
+    model, losses = trained(linear_data(), target=target, normalise=normalise)
+    fresh = linear_data(seed=1)
+    transition, reward = errors(model, fresh)
+    assert transition < 0.15 and reward < 0.15  # of a deviation of about 1
+    assert max(losses) < 0.02
+
+
+@pytest.mark.parametrize("target", ["delta", "next"])
+def test_target_is_the_change_or_the_next_state(target):
+    model = MLPDynamics(2, 1, width=4, target=target)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    states = torch.tensor([[1.0, 2.0]])
+    after, reward = model(states, torch.tensor([[0.5]]))
+    assert torch.equal(after, states if target == "delta" else torch.zeros(1, 2))
+    assert reward.shape == (1,) and reward.item() == 0
+    model.target_mean.copy_(torch.tensor([10.0, 20.0]))
+    model.reward_mean.fill_(7.0)
+    after, reward = model(states, torch.tensor([[0.5]]))
+    expected = [[11.0, 22.0]] if target == "delta" else [[10.0, 20.0]]
+    assert after.tolist() == expected and reward.item() == 7
+
+
+@pytest.mark.parametrize("target", ["delta", "next"])
+def test_scales_are_those_of_the_data(target):
+    buffer = linear_data(scale=4.0, offset=100.0, reward_scale=9.0)
+    model = MLPDynamics(2, 1, width=4, target=target)
+    model.set_scale(buffer)
+    targets = buffer.next_states - (buffer.states if target == "delta" else 0)
+    for name, data in (("state", buffer.states), ("target", targets)):
+        mean, std = getattr(model, f"{name}_mean"), getattr(model, f"{name}_std")
+        np.testing.assert_allclose(mean, data.mean(0), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(std, data.std(0), rtol=1e-4)
+    np.testing.assert_allclose(model.reward_std, buffer.rewards.std(), rtol=1e-4)
+
+
+def test_scales_ignore_slots_that_are_not_filled():
+    buffer = TransitionBuffer(1000, 2, 1)
+    buffer.states[:], buffer.next_states[:], buffer.rewards[:] = 1e9, 1e9, 1e9
+    part = linear_data(50)
+    buffer.add(part.states, part.actions, part.rewards, part.next_states)
+    model, reference = MLPDynamics(2, 1, width=4), MLPDynamics(2, 1, width=4)
+    model.set_scale(buffer), reference.set_scale(part)
+    for name, value in reference.named_buffers():
+        assert torch.equal(dict(model.named_buffers())[name], value)
+
+
+@pytest.mark.parametrize("target", ["delta", "next"])
+def test_what_is_learned_does_not_depend_on_the_units(target):
+    """With normalise=True; without it, it does."""
+    plain, scaled = linear_data(), linear_data(scale=64.0, offset=32.0, reward_scale=0.25)
+    model, losses = trained(plain, target=target, steps=40)
+    other, other_losses = trained(scaled, target=target, steps=40)
+    assert other_losses == pytest.approx(losses, rel=1e-2)
+    (transition, reward), (t, r) = errors(model, plain), errors(other, scaled)
+    assert t / 64 == pytest.approx(transition, rel=2e-2)
+    assert r / 0.25 == pytest.approx(reward, rel=2e-2)
+    raw = [trained(x, target=target, steps=40, normalise=False)[1][0] for x in (plain, scaled)]
+    assert raw[1] > 10 * raw[0]
+
+
+def test_normalise_false_leaves_the_units_alone():
+    model, _ = trained(linear_data(scale=5.0), steps=2, normalise=False)
+    for name, value in model.named_buffers():
+        assert torch.equal(value, torch.full_like(value, float(name.endswith("std"))))
+
+
+def test_constant_entries_are_not_divided_by_nothing():
+    buffer = linear_data()
+    buffer.states[:, 1] = buffer.next_states[:, 1] = 1e3
+    buffer.rewards[:] = -2.0
+    model, losses = trained(buffer)
+    assert np.isfinite(losses).all()
+    after, reward = model(torch.tensor([[0.0, 1e3]]), torch.zeros(1, 1))
+    assert after[0, 1].item() == pytest.approx(1e3, abs=0.5)
+    assert reward.item() == pytest.approx(-2.0, abs=0.2)
+
+
+def test_losses_are_mean_squared_errors_in_the_units_of_the_targets():
+    buffer = linear_data(scale=3.0)
+    torch.manual_seed(0)
+    model = MLPDynamics(2, 1, width=4)
+    model.set_scale(buffer)
+    data = [torch.as_tensor(x) for x in buffer.sample(10, np.random.default_rng(0))]
+    after, reward = model(*data[:2])
+    transition, reward_loss = model.losses(*data)
+    expected = ((after - data[3]) / model.target_std).pow(2).mean()
+    torch.testing.assert_close(transition, expected)
+    torch.testing.assert_close(reward_loss, ((reward - data[2]) / model.reward_std).pow(2).mean())
+
+
+def test_gradients_reach_states_and_actions():
+    torch.manual_seed(0)
+    model = MLPDynamics(2, 1, width=8).double()
+    model.state_std.fill_(2.0), model.target_std.fill_(3.0)
+    states, actions = torch.randn(3, 2).double(), torch.randn(3, 1).double()
+    states.requires_grad_(), actions.requires_grad_()
+    assert torch.autograd.gradcheck(model, (states, actions))
+
+
+def test_leading_axes_are_kept():
+    model = MLPDynamics(2, 1, width=4)
+    after, reward = model(torch.randn(5, 3, 2), torch.randn(5, 3, 1))
+    assert after.shape == (5, 3, 2) and reward.shape == (5, 3)
+
+
+def test_fit_takes_the_batches_of_its_generator_only():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    state = np.random.get_state()[1].copy()
+    buffer, model = linear_data(), None
+    with torch.random.fork_rng():
+        model = MLPDynamics(2, 1, width=4)
+    optimizer = torch.optim.Adam(model.parameters())
+    fit(model, optimizer, buffer, steps=3, batch_size=8, rng=np.random.default_rng(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+
+
+# The buffer
+
+
+def add(buffer, *numbers):
+    x = np.array(numbers, np.float32)
+    buffer.add(x[:, None], -x[:, None], 10 * x, x[:, None] + 0.5)
+
+
+def contents(buffer):
+    rows = buffer.sample(len(buffer), np.random.default_rng(0))
+    order = np.argsort(rows[0][:, 0])
+    states, actions, rewards, after = (x[order] for x in rows)
+    np.testing.assert_array_equal(actions, -states)
+    np.testing.assert_array_equal(rewards, 10 * states[:, 0])
+    np.testing.assert_array_equal(after, states + 0.5)
+    return states[:, 0].tolist()
+
+
+def test_first_in_first_out():
+    buffer = TransitionBuffer(4, 1, 1)
+    assert len(buffer) == 0
+    add(buffer, 1, 2, 3)
+    assert len(buffer) == 3 and contents(buffer) == [1, 2, 3]
+    add(buffer, 4, 5, 6)  # wraps around within one call
+    assert len(buffer) == 4 and contents(buffer) == [3, 4, 5, 6]
+    add(buffer, 7)
+    assert contents(buffer) == [4, 5, 6, 7]
+
+
+def test_samples_are_different_uniform_and_all_there_is_if_fewer():
+    buffer = TransitionBuffer(10, 1, 1)
+    add(buffer, *range(6))
+    rng = np.random.default_rng(0)
+    assert sorted(buffer.sample(100, rng)[0][:, 0]) == list(range(6))
+    counts = np.zeros(6)
+    for _ in range(2000):
+        rows = buffer.sample(3, rng)[0][:, 0]
+        assert len(set(rows)) == 3
+        counts[rows.astype(int)] += 1
+    # Each is drawn with probability 1/2: 4 standard errors of 2000 draws.
+    assert np.abs(counts / 2000 - 0.5).max() < 4 * 0.5 / 2000**0.5
+
+
+def test_stored_data_are_copies():
+    buffer, x = TransitionBuffer(3, 1, 1), np.ones((1, 1), np.float32)
+    buffer.add(x, x, x[0], x)
+    x[:] = 5
+    assert buffer.states[0, 0] == 1
