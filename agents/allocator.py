@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
 
     glibc hands large blocks back to the system when they are freed. A step of training frees and
     takes again gigabytes, and the system then has to clear and map them page by page: a third of
-    the time of an update from pixels (scripts.bench dreamer). The price: what was once used is not
-    handed back before the process ends, so allocate what lives long before.
+    the time of DreamerTPX's update from pixels, a fifth of PIPPS's policy gradient. The price: what
+    was once used is not handed back before the process ends, so allocate what lives long before.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -110,6 +110,7 @@ class DreamerUpdate:
             "return": imagined.returns.mean(), "value": values.mean(),
             "entropy": imagined.entropy,
             **{f"{name}_gradient_norm": norm for name, norm in norms.items()},
+            "skipped_steps": (~torch.stack(list(norms.values())).isfinite()).float().sum(),
         }  # fmt: skip
         k = actor_gradient.k
         assert k is not None

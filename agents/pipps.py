@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import estimators
 from agents import task, trial_log
+from agents.allocator import keep_freed_memory
 from agents.arguments import LEGS, NO_VEC_NORMALIZE, VARIANTS, check_arguments
 from agents.finite import check_finite
 from agents.particles import Noise, ParticleModel, simulate
@@ -207,6 +208,8 @@ class PIPPS(BaseAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar=False
         )
+        if self.device.type == "cpu":
+            keep_freed_memory()
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
             # Before the trial: at its end the last search would have no progress left, and no step.

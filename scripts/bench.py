@@ -24,6 +24,7 @@ from torch import Tensor
 
 import envs  # noqa: F401  (registers our environments)
 import estimators
+from agents.allocator import keep_freed_memory
 from agents.particles import Noise, ParticleModel, simulate
 from agents.policies import RBFPolicy
 from scripts.bench_dreamer import bench_dreamer
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def bench_pipps(points: int, repeats: int) -> dict[str, float]:
     """Ratios of one policy gradient to `rp`, to GPyTorch and to the matrix-product floor."""
+    keep_freed_memory()  # as PIPPS does
     model, policy = _problem(points)
     noise = Noise.draw(HORIZON, PARTICLES, 4, torch.Generator().manual_seed(0), resample=False)
     parameters = list(policy.parameters())

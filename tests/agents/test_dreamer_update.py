@@ -35,7 +35,7 @@ SETTINGS = UpdateSettings(
 NAMES = {
     "model_loss", "observation_loss", "reward_loss", "kl", "discount_loss", "actor_loss",
     "critic_loss", "return", "value", "entropy", "model_gradient_norm", "actor_gradient_norm",
-    "critic_gradient_norm",
+    "critic_gradient_norm", "skipped_steps",
 }  # fmt: skip
 
 
@@ -328,6 +328,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     assert not any(
         torch.isfinite(record.scalars[f"{part}_gradient_norm"]) for part in parts(policy)
     )
+    assert record.scalars["skipped_steps"] == 3
     with torch.no_grad():
         policy.model.reward_head[-1].bias.copy_(make().model.reward_head[-1].bias)
     assert is_unchanged(policy, before)
