@@ -55,7 +55,8 @@ def cartpole_derivatives(
     Returns:
         [..., 4] x_dot, theta_dot, x_ddot, theta_ddot.
     """
-    _, theta, x_dot, theta_dot = np.moveaxis(np.asarray(state, dtype=np.float64), -1, 0)
+    state = np.asarray(state, dtype=np.float64)
+    theta, x_dot, theta_dot = state[..., 1], state[..., 2], state[..., 3]
     sin, cos = np.sin(theta), np.cos(theta)
     mass = cart_mass + pole_mass
     pull = force - friction * x_dot

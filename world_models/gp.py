@@ -20,7 +20,7 @@ LENGTHSCALE_CURB, SNR_CURB, CURB_POWER = math.log(100.0), math.log(1000.0), 30
 # A kernel matrix of many points along similar trajectories has few eigenvalues above its noise.
 # Those below RANK_TOLERANCE σ_n² count as 0 in (K + σ_n² I)⁻¹, which changes the posterior variance
 # by less than RANK_TOLERANCE² of itself (with round-off: below 1e-4), where that saves products.
-RANK_TOLERANCE, LOW_RANK_POINTS, LOW_RANK_SHARE = 1e-3, 200, 0.4
+RANK_TOLERANCE, LOW_RANK_POINTS, LOW_RANK_SHARE = 1e-2, 150, 0.4
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # relative to the signal variance, escalated on failure
 
 
