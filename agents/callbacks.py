@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import (
+    VecEnv,
+    sync_envs_normalization,
+    unwrap_vec_normalize,
+)
 from tqdm import tqdm
 
 from agents import open_loop
@@ -21,7 +25,8 @@ class Evaluation(BaseCallback):
     Parmas et al. 2018, Sec. 4.2: "Each trial was evaluated by running the policy 30 times".
 
     Args:
-        eval_env: vector environment used for nothing else.
+        eval_env: vector environment used for nothing else; wrapped in VecNormalize (training=False)
+            where the training's is, whose statistics it then gets.
         n_episodes: rollouts per evaluation.
         every: steps between evaluations; 0: whenever the policy has changed before a rollout
             (PIPPS: after each trial's policy search). The final policy is always evaluated.
@@ -45,6 +50,15 @@ class Evaluation(BaseCallback):
         self.timesteps: list[int] = []
         self.returns: list[list[float]] = []
 
+    def _init_callback(self) -> None:
+        normalised = [
+            unwrap_vec_normalize(env) is not None for env in (self.training_env, self.eval_env)
+        ]
+        if normalised[0] != normalised[1]:
+            raise ValueError(
+                "wrap both the training and the evaluation environment in VecNormalize, or neither"
+            )
+
     def _on_step(self) -> bool:
         return True
 
@@ -62,6 +76,7 @@ class Evaluation(BaseCallback):
         if self._evaluated == self.model._n_updates:
             return
         self._evaluated = self.model._n_updates
+        sync_envs_normalization(self.training_env, self.eval_env)
         returns, _ = evaluate_policy(
             self.model, self.eval_env, self.n_episodes, return_episode_rewards=True, warn=False
         )  # deterministic: a recurrent policy draws no random number then, and training is the same

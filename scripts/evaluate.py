@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 
+from scripts.normalisation import normalise_like
 from scripts.run_folder import RunFolder, UserError, make_env, read_json, record_gif
 
 
@@ -47,6 +48,7 @@ def evaluate(options: argparse.Namespace) -> None:
         config["env_id"], config["env_args"], seed=options.seed, n_envs=n_envs,
         rewindable=config["arguments"].get("action_source") == "rewind",
     )  # fmt: skip
+    env = normalise_like(env, folder.vec_normalize)
     agent = folder.load_agent(env)
     env.seed(options.seed)
     returns, lengths = evaluate_policy(
@@ -61,7 +63,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if not options.no_gif:
         path = options.gif or folder.path / "evaluation.gif"
         render_env = make_env(config["env_id"], config["env_args"], seed=options.seed, render=True)
-        shown = record_gif(agent, render_env, path)
+        shown = record_gif(agent, normalise_like(render_env, folder.vec_normalize), path)
         print(f"GIF of one episode (return {shown:.2f}): {path}")
 
 

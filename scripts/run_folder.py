@@ -47,6 +47,11 @@ class RunFolder:
         return self.path / "model.zip"
 
     @property
+    def vec_normalize(self) -> Path:
+        """Statistics of VecNormalize, where --normalize was given."""
+        return self.path / "vec_normalize.json"
+
+    @property
     def evaluations(self) -> Path:
         """Returns of the evaluation rollouts, as JSON."""
         return self.path / "evaluations.json"

@@ -1,6 +1,8 @@
 """Train several estimators and seeds, and write the numbers, a table and learning curves.
 
     python -m scripts.sweep pipps --estimators tpx lr rp --seeds 0 1 2 3 4 --out results/pipps
+    python -m scripts.sweep daappo --vary action-source --values none dynamics --seeds 0 1 2 \
+        --out results/daa_ppo/cartpole -- --preset recommended
 
 Every run is a `scripts.train` of its own, so a killed sweep goes on where it stopped: finished runs
 are not repeated. Flags of scripts.train follow after `--`.
@@ -32,7 +34,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("agent", choices=list(AGENTS))
-    parser.add_argument("--estimators", nargs="+", required=True)
+    parser.add_argument("--vary", default="estimator", help="flag of scripts.train to vary")
+    parser.add_argument("--values", "--estimators", nargs="+", required=True, help="its values")
     parser.add_argument("--seeds", nargs="+", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--runs", type=Path, default=Path("runs/sweep"), help="folder of the runs")
@@ -54,18 +57,27 @@ def main() -> None:
 
 def train_all(options: argparse.Namespace, extra: list[str]) -> None:
     """Run what is not finished; seeds outside, so that a stopped sweep is balanced."""
-    jobs = [(e, s) for s in options.seeds for e in options.estimators]
+    jobs = [(value, seed) for seed in options.seeds for value in options.values]
 
     def run(job: tuple[str, int]) -> None:
-        estimator, seed = job
-        name = f"{estimator}_seed{seed}"
+        value, seed = job
+        name = f"{value}_seed{seed}"
         if (options.runs / name / "summary.json").exists():
             return
         # Else the new run would get another name, which the report does not look for.
         shutil.rmtree(options.runs / name, ignore_errors=True)
         options.runs.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "scripts.train", options.agent, "--estimator", estimator]
-        command += ["--seed", str(seed), "--runs", str(options.runs), "--name", name]
+        command = [sys.executable, "-m", "scripts.train", options.agent]
+        command += [
+            f"--{options.vary}",
+            value,
+            "--seed",
+            str(seed),
+            "--runs",
+            str(options.runs),
+            "--name",
+            name,
+        ]
         command += ["--threads", "1", "--no-progress", "--no-tensorboard", *extra]
         with open(options.runs / f"{name}.log", "w") as log:
             code = subprocess.run(
@@ -81,9 +93,9 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
     """results.json (raw numbers per seed), table.md and learning_curves.png."""
     quantity, sign = ("cost", -1) if options.agent == "pipps" else ("return", 1)
     results: dict[str, dict[str, Any]] = {}
-    for estimator in options.estimators:
+    for value in options.values:
         for seed in options.seeds:
-            folder = RunFolder(options.runs / f"{estimator}_seed{seed}")
+            folder = RunFolder(options.runs / f"{value}_seed{seed}")
             if folder.summary.exists():
                 summary, evaluations = read_json(folder.summary), read_json(folder.evaluations)
                 means = sign * np.array(evaluations["returns"]).mean(1)
@@ -92,57 +104,68 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
                     f"{quantity}s": means.round(3).tolist(),
                 }
                 entry = {**summary, **curve}
-                results.setdefault(estimator, {})[str(seed)] = entry
+                results.setdefault(value, {})[str(seed)] = entry
     if not results:
         raise UserError(f"no finished run in {options.runs}; look at the .log files there")
     options.out.mkdir(parents=True, exist_ok=True)
-    command = (
-        f"python -m scripts.sweep {options.agent} --estimators {' '.join(options.estimators)} "
-    )
+    varied = "--estimators" if options.vary == "estimator" else f"--vary {options.vary} --values"
+    command = f"python -m scripts.sweep {options.agent} {varied} {' '.join(options.values)} "
     command += f"--seeds {' '.join(map(str, options.seeds))} --out {options.out}"
     command += f" -- {' '.join(extra)}" if extra else ""
     record = {"command": command, "commit": current_commit(), "results": results}
     (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    table = _table(results, quantity)
+    table = _table(results, quantity, options.vary)
     (options.out / "table.md").write_text(table)
-    _curves(results, quantity).savefig(options.out / "learning_curves.png", dpi=150)
+    _curves(results, quantity, options.vary).savefig(options.out / "learning_curves.png", dpi=150)
     print(f"{table}\nwritten to {options.out}: results.json, table.md, learning_curves.png")
 
 
-def _table(results: dict[str, dict[str, Any]], quantity: str) -> str:
+def _table(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> str:
     thresholds = THRESHOLDS if quantity == "cost" else ()
     limits = "".join(f" success < {t:g} |" for t in thresholds)
-    lines = [f"| estimator | seeds | final {quantity}, mean ± SE | per seed |{limits}"]
-    lines.append("|---" * (4 + len(thresholds)) + "|")
-    for estimator, seeds in results.items():
+    lines = [
+        f"| {varied} | seeds | final {quantity}, mean ± SE | average over training, mean ± SE "
+        f"| final per seed |{limits}"
+    ]
+    lines.append("|---" * (5 + len(thresholds)) + "|")
+    for value, seeds in results.items():
         final = np.array([seed[f"final_{quantity}"] for seed in seeds.values()])
-        error = final.std(ddof=1) / len(final) ** 0.5 if len(final) > 1 else np.nan
+        average = np.array([np.mean(seed[f"{quantity}s"]) for seed in seeds.values()])
         success = "".join(f" {(final < t).sum()}/{len(final)} |" for t in thresholds)
         each = ", ".join(f"{c:.1f}" for c in final)
-        mean = f"{final.mean():.2f} ± {error:.2f}"
-        lines.append(f"| `{estimator}` | {len(final)} | {mean} | {each} |{success}")
+        lines.append(
+            f"| `{value}` | {len(final)} | {_mean_and_error(final)} | {_mean_and_error(average)} "
+            f"| {each} |{success}"
+        )
     return "\n".join(lines) + "\n"
 
 
-def _curves(results: dict[str, dict[str, Any]], quantity: str) -> Figure:
+def _mean_and_error(values: np.ndarray) -> str:
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return f"{values.mean():.2f} ± {error:.2f}"
+
+
+def _curves(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for i, (estimator, seeds) in enumerate(results.items()):
+    for i, (value, seeds) in enumerate(results.items()):
         length = min(len(seed["timesteps"]) for seed in seeds.values())
         values = np.array([seed[f"{quantity}s"][:length] for seed in seeds.values()])
         x = np.arange(1, length + 1)
         if quantity == "return":
             x = np.array(next(iter(seeds.values()))["timesteps"][:length])
         axis.plot(x, values.T, color=f"C{i}", lw=0.6, alpha=0.4)
-        axis.plot(x, values.mean(0), color=f"C{i}", lw=2, label=f"{estimator} ({len(values)})")
+        mean, error = values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
+        error = 1.96 * error / len(values) ** 0.5
+        axis.fill_between(x, mean - error, mean + error, color=f"C{i}", alpha=0.12, lw=0)
+        axis.plot(x, mean, color=f"C{i}", lw=2, label=f"{value} ({len(values)})")
     if quantity == "cost":
         axis.axhline(THRESHOLDS[1], color="0.4", ls="--", lw=1)
     xlabel = "trial" if quantity == "cost" else "decisions (calls of env.step)"
-    axis.set(
-        xlabel=xlabel, ylabel=f"{quantity} of an episode", title="thin: seeds, thick: their mean"
-    )
+    title = "thin: seeds, thick: their mean, band: 95 % interval of the mean"
+    axis.set(xlabel=xlabel, ylabel=f"{quantity} of an episode", title=title)
     axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, title="estimator (seeds)")
+    axis.legend(frameon=False, title=f"{varied.replace('-', ' ')} (seeds)")
     return figure
 
 

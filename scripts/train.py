@@ -33,10 +33,11 @@ from docstring_parser import parse as parse_docstring
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from agents import PIPPS, DreamerTPX, figures, open_loop, presets
 from agents.callbacks import Evaluation, OpenLoopPictures
+from scripts.normalisation import Normalised, normalise, normalise_like, save_statistics
 from scripts.run_folder import (
     AGENTS,
     RunFolder,
@@ -75,6 +76,8 @@ class RunOptions:
     """Gymnasium id of the environment; "module:id" imports the module first."""
     env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=VALUE passed to the environment's constructor; may be given several times."""
+    normalize: Normalised = "none"
+    """Scale observations, rewards or both by running statistics (VecNormalize); daappo only."""
     total_timesteps: int = 0
     """Real environment steps (decisions). Episodes of the cart-pole have 30: 450 are 15 trials."""
     runs: Path = Path("runs")
@@ -203,6 +206,8 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     is_rewound = keywords.get("action_source") == "rewind"
     env = make_env(options.env_id, env_args, seed=None, rewindable=is_rewound)
     eval_env = make_env(options.env_id, env_args, seed=1000 + flags.seed, n_envs=5)
+    env = normalise(env, options.normalize, gamma=keywords.get("gamma", 1.0))
+    eval_env = normalise_like(eval_env, unwrap_vec_normalize(env))
     algorithm = AGENTS[agent](env=env, policy_kwargs=policy_kwargs, **keywords)  # type: ignore[call-arg]
     name = options.name or "_".join(
         [agent, options.env_id.rsplit("/", 1)[-1], _method(keywords), f"seed{flags.seed}"]
@@ -213,6 +218,7 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
         "preset": preset,
         "env_id": options.env_id,
         "env_args": env_args,
+        "normalize": options.normalize,
         "total_timesteps": options.total_timesteps,
         "arguments": keywords,
     }
@@ -235,12 +241,19 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     try:
         algorithm.learn(options.total_timesteps, callback=callbacks, progress_bar=options.progress)
     except KeyboardInterrupt:
-        algorithm.save(folder.model)
+        _save(algorithm, folder)
         raise
     seconds = time.perf_counter() - started
-    algorithm.save(folder.model)
+    _save(algorithm, folder)
     report(algorithm, folder, evaluation, options, env_args, seconds)
     return folder
+
+
+def _save(algorithm: BaseAlgorithm, folder: RunFolder) -> None:
+    algorithm.save(folder.model)
+    statistics = algorithm.get_vec_normalize_env()
+    if statistics is not None:
+        save_statistics(statistics, folder.vec_normalize)
 
 
 def _method(keywords: dict[str, Any]) -> str:
@@ -305,6 +318,7 @@ def _videos(
     written = []
     try:
         render_env = make_env(options.env_id, env_args, seed=0, render=True)
+        render_env = normalise_like(render_env, algorithm.get_vec_normalize_env())
         record_gif(algorithm, render_env, folder.video)
         written.append(folder.video.name)
     except UserError as error:  # the training is done: a missing picture must not hide it

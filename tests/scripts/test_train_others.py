@@ -5,7 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from scripts import bench_ppo, diagnose, evaluate, train, variance
+from scripts import (
+    bench_ppo,
+    diagnose,
+    evaluate,
+    normalisation,
+    run_folder,
+    sweep,
+    train,
+    variance,
+)
 
 CART_POLE = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--threads", "1", "--no-progress"]
 DREAMER = ["dreamer", "--preset", "laptop", "--total-timesteps", "120", "--learning-starts", "60"]
@@ -110,3 +119,36 @@ def test_bench_of_ppo_gives_ratios(monkeypatch):
     monkeypatch.setitem(bench_ppo.presets.DAAPPO, "recommended", tiny)
     row = bench_ppo.bench_ppo(1)
     assert len(row) == 6 and all(value > 0 for value in row.values())
+
+
+def test_normalised_runs_are_evaluated_in_the_trainings_units(tmp_path, capsys):
+    train.main([*DAAPPO, "--runs", str(tmp_path), "--name", "n", "--normalize", "both"])
+    statistics = json.loads((tmp_path / "n" / "vec_normalize.json").read_text())
+    assert statistics["observation"]["count"] > 100 and statistics["return"]["var"] > 0
+    env = run_folder.make_env("totalprop/CartPoleSwingUp-v0", {}, seed=0)
+    env = normalisation.normalise_like(env, tmp_path / "n" / "vec_normalize.json")
+    raw = np.array([[1.0, 2.0, 3.0, 4.0]])
+    mean, var = np.array(statistics["observation"]["mean"]), statistics["observation"]["var"]
+    np.testing.assert_allclose(env.normalize_obs(raw), (raw - mean) / np.sqrt(var), rtol=1e-5)
+    assert not env.training and not env.norm_reward
+    evaluate.main([str(tmp_path / "n"), "--episodes", "2", "--no-gif"])
+    assert "return -" in capsys.readouterr().out
+
+
+def test_normalising_for_an_agent_that_scales_itself_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*DREAMER, "--runs", str(tmp_path), "--normalize", "both"])
+    assert "pass the environment without VecNormalize" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_varies_any_flag(tmp_path, monkeypatch):
+    command = ["sweep", "daappo", "--vary", "action-source", "--values", "none", "q"]
+    command += ["--seeds", "0", "1", "--runs", str(tmp_path / "r"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [*command, "--jobs", "1", "--", *DAAPPO[1:-5], *CART_POLE[:2]])
+    sweep.main()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(found["results"]) == ["none", "q"] and "--vary action-source" in found["command"]
+    table = (tmp_path / "out" / "table.md").read_text()
+    average = [np.mean(found["results"]["q"][s]["returns"]) for s in ("0", "1")]
+    assert f"| {np.mean(average):.2f} ±" in table

@@ -1,0 +1,65 @@
+"""VecNormalize on the command line: what is normalised, and its statistics as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+Normalised = Literal["none", "observations", "rewards", "both"]
+
+
+def normalise(env: VecEnv, what: Normalised, *, gamma: float) -> VecEnv:
+    """The environment in running units; its rewards are divided by the deviation of the return."""
+    if what == "none":
+        return env
+    return VecNormalize(
+        env, norm_obs=what != "rewards", norm_reward=what != "observations", gamma=gamma
+    )
+
+
+def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEnv:
+    """An environment to evaluate in: observations in the training's units, rewards as they are.
+
+    Args:
+        statistics: of the training; None or a file that does not exist: nothing is normalised.
+    """
+    if statistics is None or (isinstance(statistics, Path) and not statistics.is_file()):
+        return env
+    if isinstance(statistics, Path):
+        record = json.loads(statistics.read_text())
+        norm_obs, obs_rms = record["norm_obs"], _from_json(record["observation"])
+    else:
+        norm_obs, obs_rms = statistics.norm_obs, statistics.obs_rms
+    made = VecNormalize(env, training=False, norm_obs=norm_obs, norm_reward=False)
+    if norm_obs:
+        made.obs_rms = obs_rms.copy()  # type: ignore[union-attr]
+    return made
+
+
+def save_statistics(env: VecNormalize, path: Path) -> None:
+    """Write what `normalise_like` reads."""
+    record = {"norm_obs": env.norm_obs, "norm_reward": env.norm_reward}
+    statistics = {"observation": env.obs_rms if env.norm_obs else None, "return": env.ret_rms}
+    parts = {name: _to_json(rms) for name, rms in statistics.items()}
+    path.write_text(json.dumps({**record, **parts}) + "\n")
+
+
+def _to_json(rms: RunningMeanStd | None) -> dict[str, object] | None:
+    if rms is None:
+        return None
+    mean, var = np.asarray(rms.mean), np.asarray(rms.var)
+    return {"mean": mean.tolist(), "var": var.tolist(), "count": float(rms.count)}
+
+
+def _from_json(record: dict[str, object] | None) -> RunningMeanStd | None:
+    if record is None:
+        return None
+    rms = RunningMeanStd()
+    rms.mean, rms.var = np.array(record["mean"]), np.array(record["var"])
+    rms.count = float(record["count"])  # type: ignore[arg-type]
+    return rms
