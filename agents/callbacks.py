@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
@@ -15,7 +16,7 @@ from stable_baselines3.common.vec_env import (
 )
 from tqdm import tqdm
 
-from agents import open_loop
+from agents import env_state, open_loop, safe_file
 from agents.trial_log import PICTURE
 
 
@@ -71,6 +72,21 @@ class Evaluation(BaseCallback):
     def _on_training_end(self) -> None:
         self.evaluate()
 
+    def get_state(self) -> dict[str, Any]:
+        """For `agents.checkpoint`: the evaluations so far, and where the environments are."""
+        return {
+            "timesteps": self.timesteps,
+            "returns": self.returns,
+            "evaluated": self._evaluated,
+            "environments": env_state.take(self.eval_env),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Put back what `get_state` returned."""
+        self.timesteps, self.returns = state["timesteps"], state["returns"]
+        self._evaluated = state["evaluated"]
+        env_state.put(self.eval_env, state["environments"])
+
     def evaluate(self) -> None:
         """Run the rollouts, unless this policy was evaluated already; record and write them."""
         if self._evaluated == self.model._n_updates:
@@ -89,7 +105,7 @@ class Evaluation(BaseCallback):
             tqdm.write(f"{self.num_timesteps:6d} real steps: return {mean:8.2f} ± {std:.2f}")
         if self.path is not None:
             record = {"timesteps": self.timesteps, "returns": self.returns}
-            self.path.write_text(json.dumps(record) + "\n")
+            safe_file.write_text(self.path, json.dumps(record) + "\n")
 
 
 class OpenLoopPictures(BaseCallback):
@@ -105,6 +121,14 @@ class OpenLoopPictures(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+    def get_state(self) -> dict[str, Any]:
+        """For `agents.checkpoint`."""
+        return {"last": self._last}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Put back what `get_state` returned."""
+        self._last = state["last"]
 
     def _on_rollout_start(self) -> None:
         if self.model._n_updates > 0 and self.num_timesteps - self._last >= self.every:

@@ -21,6 +21,7 @@ WHOLE = {  # name: least value
 }  # fmt: skip
 CHOICES = {
     "action_source": SOURCES,
+    "extra_baseline": ("critic", "leave-one-out"),
     "real_advantage": ("gae", "matched_horizon"),
     "dynamics_target": ("next", "delta"),
     "dynamics_activation": ("relu", "leaky_relu"),
@@ -42,14 +43,27 @@ def check_arguments(agent: DAAPPO) -> None:
     if not 0 <= agent.grow_fraction <= 1:
         raise ValueError(f"grow_fraction must be in [0, 1], got {agent.grow_fraction}")
     _check_estimator(agent)
+    if compares_actions(agent) and agent.n_extra_actions < 2:
+        raise ValueError(
+            "extra_baseline 'leave-one-out' compares the actions of a state: n_extra_actions must "
+            f"be at least 2, got {agent.n_extra_actions}"
+        )
     if agent.action_source != "none" or agent.separate_grad_clip:
         _check_spaces(agent)
     if agent.action_source == "rewind" and agent.env is not None:
         _check_rewindable(agent.env)
 
 
+def compares_actions(agent: DAAPPO) -> bool:
+    """Whether extra actions are set against the others of their state."""
+    has_several = agent.action_source in ("dynamics", "q", "rewind")
+    return agent.extra_baseline == "leave-one-out" and has_several
+
+
 def least_actions(agent: DAAPPO) -> int:
-    """Extra actions that the estimator needs: two, if it weighs legs by their variances."""
+    """Extra actions that are needed: two, if legs are weighed or actions compared."""
+    if compares_actions(agent):
+        return 2
     weights = estimators.weights
     is_one_leg = estimators.make(agent.estimator).weight in (
         weights.pathwise, weights.likelihood_ratio

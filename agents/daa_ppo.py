@@ -8,6 +8,7 @@ the same states and values them; the clipped loss runs over real and extra actio
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents import daa_update
-from agents.daa_arguments import check_arguments, least_actions
+from agents.daa_arguments import check_arguments, compares_actions, least_actions
 from agents.daa_policy import TanhMeanPolicy
 from agents.extra_actions import (
     Behaviour,
@@ -33,7 +34,9 @@ from agents.extra_actions import (
     StatesSource,
     Units,
 )
+from agents.ring_files import RingFiles
 from agents.rollout_recorder import ManyActionRolloutBuffer, RolloutRecorder
+from agents.saving import SafeSaving
 from estimators import Estimator
 from world_models.mlp import Activation, MLPDynamics, Target, TransitionBuffer, fit
 from world_models.q_network import QNetworks
@@ -42,7 +45,7 @@ SelfDAAPPO = TypeVar("SelfDAAPPO", bound="DAAPPO")
 FIRST_HORIZON = 2  # where a growing horizon starts (the authors' code)
 
 
-class DAAPPO(PPO):
+class DAAPPO(SafeSaving, PPO):
     """PPO with many actions per state, on Box vectors and Box actions.
 
     Arguments not listed here are those of stable-baselines3's PPO.
@@ -61,6 +64,9 @@ class DAAPPO(PPO):
             mix in the value gradient through the model or Q-network, per state over its K actions.
         real_advantage: of the real action: "gae", or "matched_horizon", the same H steps as the
             extra ones.
+        extra_baseline: of the extra actions' advantages: "critic" (the papers), or "leave-one-out",
+            which also takes the mean of the state's other extra actions away, and with it what
+            critic and model get wrong about the state ("states" has one action per state: critic).
         timeout_bootstrap: value what follows a time limit, as stable-baselines3 does; otherwise it
             is an end.
         separate_grad_clip: clip the gradient norms of policy and critic apart.
@@ -106,6 +112,7 @@ class DAAPPO(PPO):
         grow_fraction: float = 0.0,
         estimator: str | Estimator = "lr",
         real_advantage: Literal["gae", "matched_horizon"] = "gae",
+        extra_baseline: Literal["critic", "leave-one-out"] = "critic",
         timeout_bootstrap: bool = True,
         separate_grad_clip: bool = False,
         dynamics_target: Target = "delta",
@@ -138,6 +145,7 @@ class DAAPPO(PPO):
         self.action_source, self.estimator = action_source, estimator
         self.n_extra_actions, self.simulation_horizon = n_extra_actions, simulation_horizon
         self.grow_fraction, self.real_advantage = grow_fraction, real_advantage
+        self.extra_baseline = extra_baseline
         self.timeout_bootstrap, self.separate_grad_clip = timeout_bootstrap, separate_grad_clip
         self.dynamics_target, self.dynamics_normalise = dynamics_target, dynamics_normalise
         self.dynamics_width, self.dynamics_activation = dynamics_width, dynamics_activation
@@ -168,6 +176,7 @@ class DAAPPO(PPO):
         self._rng = np.random.default_rng(seed)
         n_actions = spaces.utils.flatdim(self.action_space)
         self.transitions = TransitionBuffer(self.dynamics_buffer_size, self.state_size, n_actions)
+        self._transition_files = RingFiles("transitions")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.value_model = self._new_value_model(n_actions)
@@ -258,6 +267,8 @@ class DAAPPO(PPO):
             buffer.advantages[:] = daa_update.truncated_advantages(buffer, self.horizon)
         gradient = daa_update.needs_action_gradient(self)
         extra = self.source(rollout, behaviour, self.k, returns, gradient=gradient)
+        if compares_actions(self):
+            extra = extra.against_the_others()
         if isinstance(self.source, RewindSource):
             self.logger.record("time/extra_env_steps", self.source.extra_steps)
         return extra
@@ -332,10 +343,39 @@ class DAAPPO(PPO):
             check_arguments(self)
             self.source = self._new_source()
 
+    def training_state(self, folder: Path) -> dict[str, Any]:
+        """Beside the rest: the generators, and the transitions in segments."""
+        state = super().training_state(folder)
+        if self.action_source != "none":
+            segments = self._transition_files.save(
+                folder, self.transitions.count, self.transitions.capacity, self.transitions.rows
+            )
+            state |= {
+                "generator": self._generator.get_state(),
+                "rng": self._rng.bit_generator.state,
+                "transitions": segments,
+                "files": [name for *_, name in segments],
+            }
+        return state
+
+    def set_training_state(self, state: dict[str, Any], folder: Path) -> None:
+        """Put back what `training_state` returned."""
+        super().set_training_state(state, folder)
+        if self.action_source != "none":
+            self._generator.set_state(state["generator"])
+            self._rng.bit_generator.state = state["rng"]
+            self._transition_files.load(
+                folder, state["transitions"], self.transitions.capacity, self.transitions.put_rows
+            )
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """As in stable-baselines3, but that iterations count on when a training is resumed."""
+        super().dump_logs(self.num_timesteps // (self.n_steps * self.n_envs))
+
     def _excluded_save_params(self) -> list[str]:
         own = [
-            "source", "value_model", "value_optimizer", "transitions", "_generator", "_rng",
-            "_recorder",
+            "source", "value_model", "value_optimizer", "transitions", "_transition_files",
+            "_generator", "_rng", "_recorder",
         ]  # fmt: skip
         return [*super()._excluded_save_params(), *own]
 

@@ -9,12 +9,13 @@ gradient step dreamer_update.py.
 from __future__ import annotations
 
 import tempfile
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
@@ -29,13 +30,15 @@ from agents.dreamer_update import DreamerUpdate
 from agents.finite import check_finite
 from agents.pretrained import load_world_model
 from agents.replay import SequenceReplay
+from agents.ring_files import RingFiles
+from agents.saving import SafeSaving
 from estimators import Estimator
 from world_models.latent_model import State
 
 SelfDreamerTPX = TypeVar("SelfDreamerTPX", bound="DreamerTPX")
 
 
-class DreamerTPX(BaseAlgorithm):
+class DreamerTPX(SafeSaving):
     """Latent world model with imagined policy gradients, on Box observations and actions.
 
     Steps are decisions: `total_timesteps`, `learning_starts` and `train_freq` count calls of
@@ -200,6 +203,7 @@ class DreamerTPX(BaseAlgorithm):
         return total, callback
 
     def _new_replay(self, n_envs: int) -> SequenceReplay:
+        self._replay_files = [RingFiles(f"replay{env}") for env in range(n_envs)]
         dtype = self.observation_space.dtype
         assert dtype is not None
         return SequenceReplay(
@@ -364,26 +368,48 @@ class DreamerTPX(BaseAlgorithm):
         self.replay_buffer = self._new_replay(self.env.num_envs)
         self.replay_buffer.load(path)
 
-    @classmethod
-    def load(cls: type[SelfDreamerTPX], path: Any, *args: Any, **kwargs: Any) -> SelfDreamerTPX:
-        """As in stable-baselines3; the replay is a file of its own.
+    def training_state(self, folder: Path) -> dict[str, Any]:
+        """Beside the rest: the generators, the filter's state, and the replay in segments."""
+        memory = None if self._memory is None else [*self._memory[0], self._memory[1]]
+        state = {
+            **super().training_state(folder),
+            "generator": self._generator.get_state(),
+            "rng": self._rng.bit_generator.state,
+            "memory": memory,
+            "replay": None,
+        }
+        replay = self.replay_buffer
+        if replay is not None:
+            state["replay"] = [
+                files.save(folder, count, replay.ring, partial(replay.rows, env))
+                for env, (files, count) in enumerate(zip(self._replay_files, replay.counts))
+            ]
+            state["files"] = [name for segments in state["replay"] for *_, name in segments]
+        return state
 
-        Raises:
-            ValueError: the file is no DreamerTPX model, or does not fit the environment.
-            FileNotFoundError: there is no such file.
-        """
-        try:
-            return super().load(path, *args, **kwargs)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"cannot load {path} as a {cls.__name__} model: {error}; "
-                f"expected a file written by {cls.__name__}.save (model.zip in a run folder)"
-            ) from error
+    def set_training_state(self, state: dict[str, Any], folder: Path) -> None:
+        """Put back what `training_state` returned."""
+        super().set_training_state(state, folder)
+        self._generator.set_state(state["generator"])
+        self._rng.bit_generator.state = state["rng"]
+        if state["memory"] is not None:
+            deter, stoch, action = (tensor.to(self.device) for tensor in state["memory"])
+            self._memory = State(deter, stoch), action
+        if state["replay"] is not None:
+            assert self.env is not None
+            replay = self.replay_buffer = self._new_replay(self.env.num_envs)
+            if len(state["replay"]) != replay.n_envs:
+                raise ValueError(f"it is of {len(state['replay'])} environments")
+            for env, (files, segments) in enumerate(zip(self._replay_files, state["replay"])):
+                files.load(folder, segments, replay.ring, partial(replay.put_rows, env))
+
+    def cut_episodes(self) -> None:
+        """Begin new episodes at the next `learn`; those that ran count as truncated."""
+        super().cut_episodes()
+        self._memory = None
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["replay_buffer", "_update", "_generator", "_rng", "_memory"]
+        own = ["replay_buffer", "_replay_files", "_update", "_generator", "_rng", "_memory"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

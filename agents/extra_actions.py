@@ -30,6 +30,12 @@ class ExtraActions(NamedTuple):
     action_gradient: Tensor | None = None  # [R, K, A] of the advantage, for pathwise legs
     observations: Tensor | None = None  # [R, K, S] where they are not the rollout's own
 
+    def against_the_others(self) -> ExtraActions:
+        """Advantages minus the mean of the state's other K - 1: unbiased, as a_j, j ≠ i, is."""
+        k = self.advantages.shape[1]
+        centred = self.advantages - self.advantages.mean(1, keepdim=True)
+        return self._replace(advantages=centred * (k / (k - 1)))
+
     def rows(self, rows: Any) -> ExtraActions:
         """The same for some of the states."""
         return ExtraActions(

@@ -8,12 +8,12 @@ Aoki 2023 (TPX), App. B. The simulation is in particles.py, the optimiser in pol
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -29,13 +29,14 @@ from agents.finite import check_finite
 from agents.particles import Noise, ParticleModel, simulate
 from agents.policies import ControllerPolicy, LinearPolicy, RBFPolicy, trig_features
 from agents.policy_search import OptimizerName, SearchSettings, optimise_policy
+from agents.saving import SafeSaving
 from estimators import Estimator
 from world_models.gp import GaussianProcess
 
 SelfPIPPS = TypeVar("SelfPIPPS", bound="PIPPS")
 
 
-class PIPPS(BaseAlgorithm):
+class PIPPS(SafeSaving):
     """Particle model-based policy search on any environment with Box observations and actions.
 
     Args:
@@ -326,23 +327,16 @@ class PIPPS(BaseAlgorithm):
     # saving
     # ----------------------------------------------------------------------------------------
 
-    @classmethod
-    def load(cls: type[SelfPIPPS], path: Any, *args: Any, **kwargs: Any) -> SelfPIPPS:
-        """As in stable-baselines3; a `cost_fn` is not in the file: pass it again as `cost_fn=`.
+    def training_state(self, folder: Path) -> dict[str, Any]:
+        """Beside the rest: the generator, and the prediction of the next trial."""
+        own = {"generator": self._generator.get_state(), "predicted": self._predicted}
+        return {**super().training_state(folder), **own}
 
-        Raises:
-            ValueError: the file is no PIPPS model, or does not fit the environment.
-            FileNotFoundError: there is no such file.
-        """
-        try:
-            return super().load(path, *args, **kwargs)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"cannot load {path} as a {cls.__name__} model: {error}; "
-                f"expected a file written by {cls.__name__}.save (model.zip in a run folder)"
-            ) from error
+    def set_training_state(self, state: dict[str, Any], folder: Path) -> None:
+        """Put back what `training_state` returned."""
+        super().set_training_state(state, folder)
+        self._generator.set_state(state["generator"])
+        self._predicted = state["predicted"]
 
     def _excluded_save_params(self) -> list[str]:
         own = ["dynamics", "reward_model", "cost_fn", "_generator", "_predicted"]

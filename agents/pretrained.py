@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stable_baselines3.common.save_util import load_from_zip_file
 from torch import Tensor
+
+from agents import safe_file
+from agents.saving import check_state
 
 if TYPE_CHECKING:
     from world_models.latent_model import LatentModel
@@ -28,22 +30,15 @@ def load_world_model(model: LatentModel, path: str | Path) -> None:
     if not file.exists():
         raise ValueError(f"{where}: {file} does not exist; give a run folder or a saved DreamerTPX")
     try:
-        # load_data=False: that part of SB3's format is pickled.
-        _, parameters, _ = load_from_zip_file(file, load_data=False)
-        policy: dict[str, Tensor] = parameters["policy"]  # type: ignore[assignment]
-    except Exception as error:
+        parameters = safe_file.read(file, "DreamerTPX model")["parameters"]
+        policy: dict[str, Tensor] = parameters["policy"]
+    except (safe_file.BadFileError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: {file} is not a saved DreamerTPX ({error})") from error
     saved = {k.removeprefix(PREFIX): v for k, v in policy.items() if k.startswith(PREFIX)}
-    ours = model.state_dict()
-    for name in sorted(saved.keys() ^ ours.keys()):
-        side = "the file has" if name in saved else "only this agent has"
+    try:
+        check_state("world model", model, saved)
+    except ValueError as error:
         raise ValueError(
-            f"{where}: {side} '{name}'; use the environment, preset and policy_kwargs of that run"
-        )
-    for name, value in ours.items():
-        if saved[name].shape != value.shape:
-            raise ValueError(
-                f"{where}: '{name}' is {list(saved[name].shape)} there and {list(value.shape)} "
-                "here; use the environment, preset and policy_kwargs of that run"
-            )
+            f"{where}: {error}; use the environment, preset and policy_kwargs of that run"
+        ) from error
     model.load_state_dict(saved)

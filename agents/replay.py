@@ -237,6 +237,47 @@ class SequenceReplay:
                     arrays[name][int(env), int(start) : int(start) + len(block)] = block
             self._count = filled
 
+    @property
+    def counts(self) -> list[int]:
+        """Entries ever added, of each environment."""
+        return list(self._count)
+
+    @property
+    def ring(self) -> int:
+        """Entries of one environment that are kept."""
+        return self._ring
+
+    def rows(self, env: int, first: int, stop: int) -> dict[str, np.ndarray]:
+        """Stored entries of an environment, numbered from the first ever added."""
+        slots = np.arange(first, stop) % self._ring
+        found = {"position": self._position[env, slots]}
+        for name, array in self._arrays.items():
+            chosen = torch.from_numpy(slots).to(array.device)
+            found[name] = array[env].index_select(0, chosen).cpu().numpy()
+        return found
+
+    def put_rows(self, env: int, first: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Store what `rows` returned; calls for one environment go from old to new.
+
+        Raises:
+            ValueError: the rows are not of this replay's kind.
+        """
+        if set(rows) != {"position", *self._kinds}:
+            raise ValueError(f"rows of {sorted(rows)}; expected those of {self._layout()}")
+        n = len(rows["position"])
+        slots = np.arange(first, first + n) % self._ring
+        for name, (shape, dtype) in self._kinds.items():
+            if rows[name].shape != (n, *shape) or rows[name].dtype != dtype:
+                raise ValueError(
+                    f"{name} is {rows[name].shape[1:]} {rows[name].dtype}, "
+                    f"the replay stores {shape} {dtype}"
+                )
+            target = self._arrays[name]
+            chosen = torch.from_numpy(slots).to(target.device)
+            target[env].index_copy_(0, chosen, torch.from_numpy(rows[name]).to(target.device))
+        self._position[env, slots] = rows["position"]
+        self._count[env], self._ends = first + n, None
+
     def _add(
         self,
         env: int,

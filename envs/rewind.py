@@ -10,7 +10,7 @@ environments are reached through the wrapper `Rewindable`.
 import contextlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, SupportsFloat
 
 import gymnasium as gym
@@ -176,6 +176,16 @@ class Rewindable(gym.Wrapper):
     def restore(self, start: Snapshot) -> None:
         """`restore` what is inside this wrapper."""
         restore(self.env, start)
+
+    def get_snapshot_values(self) -> dict[str, Any]:
+        """`snapshot` as a dict of plain values and arrays, to be written to a file."""
+        found = self.snapshot()
+        return {field.name: getattr(found, field.name) for field in fields(found)}
+
+    def set_snapshot_values(self, values: dict[str, Any]) -> None:
+        """`restore` what `get_snapshot_values` returned, in this process or another."""
+        layers = tuple((str(name), state) for name, state in values["layers"])
+        self.restore(Snapshot(layers, values["np_random"], values["np_random_seed"]))
 
     def extra_step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """Step that the wrappers outside do not see; `restore` a snapshot before the next `step`.

@@ -10,6 +10,8 @@ import numpy as np
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from agents.safe_file import write_text
+
 Normalised = Literal["none", "observations", "rewards", "both"]
 
 
@@ -46,7 +48,7 @@ def save_statistics(env: VecNormalize, path: Path) -> None:
     record = {"norm_obs": env.norm_obs, "norm_reward": env.norm_reward}
     statistics = {"observation": env.obs_rms if env.norm_obs else None, "return": env.ret_rms}
     parts = {name: _to_json(rms) for name, rms in statistics.items()}
-    path.write_text(json.dumps({**record, **parts}) + "\n")
+    write_text(path, json.dumps({**record, **parts}) + "\n")
 
 
 def _to_json(rms: RunningMeanStd | None) -> dict[str, object] | None:

@@ -19,11 +19,12 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import envs  # noqa: F401  (registers our environments)
 from agents import DAAPPO, PIPPS, DreamerTPX
-from envs.rewind import Rewindable
+from agents.saving import SafeSaving
+from envs.rewind import Rewindable, can_rewind
 
 MAX_GIF_FRAMES = 125  # a GIF of 500 frames of 240 x 320 would take 10 MB and more
 
-AGENTS: dict[str, type[BaseAlgorithm]] = {"pipps": PIPPS, "dreamer": DreamerTPX, "daappo": DAAPPO}
+AGENTS: dict[str, type[SafeSaving]] = {"pipps": PIPPS, "dreamer": DreamerTPX, "daappo": DAAPPO}
 
 
 class UserError(Exception):
@@ -50,6 +51,11 @@ class RunFolder:
     def vec_normalize(self) -> Path:
         """Statistics of VecNormalize, where --normalize was given."""
         return self.path / "vec_normalize.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of what a training goes on from."""
+        return self.path / "checkpoints"
 
     @property
     def evaluations(self) -> Path:
@@ -159,8 +165,8 @@ def make_env(
 ) -> VecEnv:
     """Vector environment of an id, each monitored and seeded.
 
-    `dm_control/walker-walk-v0` (shimmy's name) is our `dmc/walker-walk-v0`. With rewindable, each
-    offers the methods of `envs.rewind.Rewindable`.
+    `dm_control/walker-walk-v0` (shimmy's name) is our `dmc/walker-walk-v0`. Those that can be
+    rewound have the methods of `envs.rewind.Rewindable`; with `rewindable` all must.
     """
     env_id = env_id.replace("dm_control/", "dmc/", 1)
     if env_id not in gym.registry and ":" not in env_id:
@@ -171,7 +177,7 @@ def make_env(
 
     def make(**kwargs: Any) -> gym.Env[Any, Any]:
         env = gym.make(env_id, **kwargs)
-        return Rewindable(env) if rewindable else env
+        return Rewindable(env) if rewindable or can_rewind(env) else env
 
     try:
         return make_vec_env(make, n_envs, seed=seed, env_kwargs=kwargs)

@@ -8,10 +8,12 @@ python -m scripts.train dreamer --preset laptop --env-id dm_control/walker-walk-
 python -m scripts.train dreamer --env-id dm_control/walker-walk-v0 --env-arg observation=pixels
 python -m scripts.train daappo --env-id dm_control/cartpole-swingup-v0 --env-arg action_repeat=4
 python -m scripts.train daappo --preset recommended --action-source rewind
+python -m scripts.train --resume runs/NAME                     # go on after a kill or Ctrl-C
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import json
@@ -30,13 +32,14 @@ import numpy as np
 import torch
 import tyro
 from docstring_parser import parse as parse_docstring
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from agents import PIPPS, DreamerTPX, figures, open_loop, presets
+from agents import PIPPS, DreamerTPX, figures, open_loop, presets, safe_file
 from agents.callbacks import Evaluation, OpenLoopPictures
+from agents.checkpoint import Checkpoints, Stateful, TrainingStopped
+from agents.saving import SafeSaving
+from scripts.interruption import locked, stopping_between_rollouts
 from scripts.normalisation import Normalised, normalise, normalise_like, save_statistics
 from scripts.run_folder import (
     AGENTS,
@@ -44,9 +47,11 @@ from scripts.run_folder import (
     UserError,
     make_env,
     parse_env_args,
+    read_json,
     record_gif,
     save_gif,
 )
+from scripts.run_log import make_logger
 
 # Constructor arguments that are not flags: set below, or not expressible as text.
 NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
@@ -90,6 +95,8 @@ class RunOptions:
     """Steps between evaluations; 0: after each trial's policy search."""
     save_replay: bool = False
     """Also write the world model's replay to replay.npz, for scripts.diagnose."""
+    checkpoint_seconds: float = 60.0
+    """Least time between checkpoints; a killed run goes on from the last with --resume RUN."""
     threads: int = 0
     """CPU threads of PyTorch; 0: one per core."""
     tensorboard: bool = True
@@ -176,56 +183,161 @@ def _take_preset(agent: str, arguments: list[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: wrong input ends with one sentence, never with a traceback."""
-    agent, options, flags, preset = parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    is_resumed = bool(arguments) and arguments[0].partition("=")[0] == "--resume"
+    command = parse_resume(arguments) if is_resumed else parse(arguments)
     try:
-        train(agent, options, flags, preset)
-    except (UserError, ValueError, AssertionError, FloatingPointError) as error:
+        resume(*command) if is_resumed else train(*command)
+    except (UserError, ValueError, AssertionError, FloatingPointError, OSError) as error:
         if os.environ.get("TOTALPROP_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(
-            "\nstopped; the run folder keeps the model as it was and the evaluations so far",
-            file=sys.stderr,
-        )
+        print("\nstopped; the run goes on from its last checkpoint with --resume", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def parse_resume(arguments: Sequence[str]) -> tuple[Path, int]:
+    """(run folder, steps) of `--resume RUN`."""
+    parser = argparse.ArgumentParser("scripts.train", description="Go on with a run.")
+    parser.add_argument("--resume", type=Path, required=True, metavar="RUN", help="its folder")
+    parser.add_argument(
+        "--total-timesteps", type=int, default=0, help="steps in all, if more than it was to do"
+    )
+    options = parser.parse_args(arguments)
+    return options.resume, options.total_timesteps
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What config.json says: enough to make everything again."""
+
+    agent: str
+    preset: str
+    options: RunOptions
+    env_args: dict[str, Any]
+    arguments: dict[str, Any]  # of the agent's constructor
+
+    def environments(self) -> tuple[VecEnv, VecEnv]:
+        """To train in and to evaluate in."""
+        env_id, is_rewound = self.options.env_id, self.arguments.get("action_source") == "rewind"
+        env = make_env(env_id, self.env_args, seed=None, rewindable=is_rewound)
+        eval_env = make_env(env_id, self.env_args, seed=1000 + self.arguments["seed"], n_envs=5)
+        env = normalise(env, self.options.normalize, gamma=self.arguments.get("gamma", 1.0))
+        return env, normalise_like(eval_env, unwrap_vec_normalize(env))
+
+    def algorithm(self, env: VecEnv) -> SafeSaving:
+        """The untrained agent."""
+        policy_kwargs = PRESETS[self.agent].get(self.preset, {}).get("policy_kwargs")
+        return AGENTS[self.agent](env=env, policy_kwargs=policy_kwargs, **self.arguments)  # type: ignore[call-arg]
+
+    def write(self, folder: RunFolder) -> None:
+        """config.json."""
+        options = dataclasses.asdict(self.options)
+        config = {
+            "agent": self.agent,
+            "preset": self.preset,
+            "env_id": self.options.env_id,
+            "env_args": self.env_args,
+            "arguments": self.arguments,
+            "options": {**options, "runs": str(options["runs"])},
+        }
+        text = json.dumps(config, indent=2) + "\n"
+        safe_file.write_text(folder.config, text)
+
+    @staticmethod
+    def read(folder: RunFolder) -> Job:
+        """What `write` wrote."""
+        config = read_json(folder.config)
+        try:
+            options = {**config["options"], "runs": Path(config["options"]["runs"])}
+            options["env_arg"] = tuple(options["env_arg"])
+            return Job(
+                config["agent"], config["preset"], RunOptions(**options), config["env_args"],
+                {k: tuple(v) if isinstance(v, list) else v for k, v in config["arguments"].items()},
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder.config} is not a run's of this version: {error}") from error
+
+
+class Stopwatch:
+    """Seconds of training over all processes of a run; kept in its checkpoints."""
+
+    def __init__(self) -> None:
+        self._before, self._started = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._before + time.perf_counter() - self._started
+
+    def get_state(self) -> dict[str, Any]:
+        """For `agents.checkpoint`."""
+        return {"seconds": self.seconds}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Put back what `get_state` returned."""
+        self._before, self._started = state["seconds"], time.perf_counter()
 
 
 def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunFolder:
     """Make environment, agent and run folder, learn, and report."""
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    set_threads(options)
     if options.total_timesteps < 1:
         raise UserError(f"--total-timesteps must be at least 1, got {options.total_timesteps}")
     if options.eval_episodes < 2:
         raise UserError(f"--eval-episodes must be at least 2, got {options.eval_episodes}")
-    env_args = parse_env_args(options.env_arg)
-    keywords = dataclasses.asdict(flags)
-    policy_kwargs = PRESETS[agent].get(preset, {}).get("policy_kwargs")
+    job = Job(agent, preset, options, parse_env_args(options.env_arg), dataclasses.asdict(flags))
     # Everything that can be wrong is made before the folder: nothing is left behind by a typo.
-    is_rewound = keywords.get("action_source") == "rewind"
-    env = make_env(options.env_id, env_args, seed=None, rewindable=is_rewound)
-    eval_env = make_env(options.env_id, env_args, seed=1000 + flags.seed, n_envs=5)
-    env = normalise(env, options.normalize, gamma=keywords.get("gamma", 1.0))
-    eval_env = normalise_like(eval_env, unwrap_vec_normalize(env))
-    algorithm = AGENTS[agent](env=env, policy_kwargs=policy_kwargs, **keywords)  # type: ignore[call-arg]
+    env, eval_env = job.environments()
+    algorithm = job.algorithm(env)
     name = options.name or "_".join(
-        [agent, options.env_id.rsplit("/", 1)[-1], _method(keywords), f"seed{flags.seed}"]
+        [agent, options.env_id.rsplit("/", 1)[-1], _method(job.arguments), f"seed{flags.seed}"]
     )
     folder = RunFolder.create(options.runs, name)
-    config = {
-        "agent": agent,
-        "preset": preset,
-        "env_id": options.env_id,
-        "env_args": env_args,
-        "normalize": options.normalize,
-        "total_timesteps": options.total_timesteps,
-        "arguments": keywords,
-    }
-    folder.config.write_text(json.dumps(config, indent=2) + "\n")
-    formats = ["csv", *(["tensorboard"] if options.tensorboard else [])]
-    algorithm.set_logger(configure(str(folder.path), formats))
-    algorithm.tensorboard_log = str(folder.path) if options.tensorboard else None
+    job.write(folder)
+    print(f"Training {agent} ({flags.estimator}) on {options.env_id}, writing to {folder.path}")
+    with locked(folder.path):
+        learn(job, folder, algorithm, eval_env)
+    return folder
+
+
+def resume(path: Path, total_timesteps: int = 0) -> RunFolder:
+    """Go on with a run from its last checkpoint, to its end or to more steps."""
+    folder = RunFolder.open(path)
+    job = Job.read(folder)
+    with locked(folder.path):
+        if folder.summary.exists() and total_timesteps <= job.options.total_timesteps:
+            raise UserError(
+                f"{folder.path} is finished ({job.options.total_timesteps} steps); to go on, add "
+                "--total-timesteps with more"
+            )
+        if total_timesteps > job.options.total_timesteps:
+            options = dataclasses.replace(job.options, total_timesteps=total_timesteps)
+            job = dataclasses.replace(job, options=options)
+            job.write(folder)
+            folder.summary.unlink(missing_ok=True)
+        set_threads(job.options)
+        env, eval_env = job.environments()
+        learn(job, folder, None, eval_env, env)
+    return folder
+
+
+def set_threads(options: RunOptions) -> None:
+    """CPU threads of PyTorch."""
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+
+
+def learn(
+    job: Job,
+    folder: RunFolder,
+    algorithm: SafeSaving | None,
+    eval_env: VecEnv,
+    env: VecEnv | None = None,
+) -> None:
+    """Learn to the end under checkpoints, save, and report; without an agent: the checkpoint's."""
+    options = job.options
     evaluation = Evaluation(
         eval_env,
         n_episodes=options.eval_episodes,
@@ -233,27 +345,50 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
         path=folder.evaluations,
         verbose=1,
     )
-    print(f"Training {agent} ({flags.estimator}) on {options.env_id}, writing to {folder.path}")
-    started = time.perf_counter()
+    stopwatch = Stopwatch()
+    also: dict[str, Stateful] = {"evaluation": evaluation, "stopwatch": stopwatch}
+    checkpoints = Checkpoints(
+        folder.checkpoints, every_seconds=options.checkpoint_seconds, also=also
+    )
+    if algorithm is None:
+        assert env is not None
+        algorithm = checkpoints.load(AGENTS[job.agent], env) or job.algorithm(env)
+        print(f"Going on with {folder.path} after {algorithm.num_timesteps} steps")
+    logger, also["table"] = make_logger(
+        folder.path, tensorboard=options.tensorboard, first_step=algorithm.num_timesteps
+    )
+    checkpoints.also = also
+    algorithm.set_logger(logger)
+    algorithm.tensorboard_log = str(folder.path) if options.tensorboard else None
     callbacks: list[BaseCallback] = [evaluation]
     if isinstance(algorithm, DreamerTPX) and options.tensorboard:
-        callbacks.append(OpenLoopPictures(max(options.total_timesteps // 10, 1)))
-    try:
-        algorithm.learn(options.total_timesteps, callback=callbacks, progress_bar=options.progress)
-    except KeyboardInterrupt:
-        _save(algorithm, folder)
-        raise
-    seconds = time.perf_counter() - started
-    _save(algorithm, folder)
-    report(algorithm, folder, evaluation, options, env_args, seconds)
-    return folder
-
-
-def _save(algorithm: BaseAlgorithm, folder: RunFolder) -> None:
+        pictures = OpenLoopPictures(max(options.total_timesteps // 10, 1))
+        callbacks.append(pictures)
+        also["pictures"] = pictures
+    callbacks.append(checkpoints)
+    checkpoints.restore(algorithm)
+    remaining = options.total_timesteps - algorithm.num_timesteps
+    with stopping_between_rollouts(checkpoints) as signals:
+        try:
+            if remaining > 0:
+                algorithm.learn(
+                    remaining,
+                    callback=callbacks,
+                    progress_bar=options.progress,
+                    reset_num_timesteps=False,
+                )
+        except TrainingStopped:
+            print(
+                f"stopped after {algorithm.num_timesteps} of {options.total_timesteps} steps; go "
+                f"on with: python -m scripts.train --resume {folder.path}",
+                file=sys.stderr,
+            )
+            raise SystemExit(128 + signals[0]) from None
     algorithm.save(folder.model)
     statistics = algorithm.get_vec_normalize_env()
     if statistics is not None:
         save_statistics(statistics, folder.vec_normalize)
+    report(algorithm, folder, evaluation, options, job.env_args, stopwatch.seconds)
 
 
 def _method(keywords: dict[str, Any]) -> str:
@@ -263,7 +398,7 @@ def _method(keywords: dict[str, Any]) -> str:
 
 
 def report(
-    algorithm: BaseAlgorithm,
+    algorithm: SafeSaving,
     folder: RunFolder,
     evaluation: Evaluation,
     options: RunOptions,
@@ -296,7 +431,7 @@ def report(
         "threads": torch.get_num_threads(),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
-    folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
+    safe_file.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     pictures = [folder.learning_curve.name, *_videos(algorithm, folder, options, env_args)]
     verdict = {True: "SUCCESS", False: "NO SUCCESS", None: "DONE"}[success]
     side = "below" if is_cost else "above"
@@ -312,7 +447,7 @@ def report(
 
 
 def _videos(
-    algorithm: BaseAlgorithm, folder: RunFolder, options: RunOptions, env_args: dict[str, Any]
+    algorithm: SafeSaving, folder: RunFolder, options: RunOptions, env_args: dict[str, Any]
 ) -> list[str]:
     """GIF of the policy, and a world model's open-loop prediction; the files' names."""
     written = []

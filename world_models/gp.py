@@ -45,6 +45,7 @@ class GaussianProcess(nn.Module):
         log_lengthscale: [E, D], log_signal: [E], log_noise: [E]: logs of deviations, not variances.
     """
 
+    GROWING_BUFFERS = ("inputs", "targets")
     inputs: Tensor
     targets: Tensor
     log_lengthscale: Tensor

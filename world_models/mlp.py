@@ -7,6 +7,7 @@ MBRL-Lib (Pineda et al. 2021).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Literal
 
@@ -25,6 +26,8 @@ class TransitionBuffer:
     Args:
         capacity: transitions held. state_size: S. action_size: A.
     """
+
+    _ARRAYS = ("states", "actions", "rewards", "next_states")
 
     def __init__(self, capacity: int, state_size: int, action_size: int) -> None:
         self.capacity = capacity
@@ -45,6 +48,19 @@ class TransitionBuffer:
         self.states[slots], self.actions[slots] = states, actions
         self.rewards[slots], self.next_states[slots] = rewards, next_states
         self.count += len(states)
+
+    def rows(self, first: int, stop: int) -> dict[str, np.ndarray]:
+        """Stored transitions, numbered from the first ever added."""
+        slots = np.arange(first, stop) % self.capacity
+        return {name: getattr(self, name)[slots] for name in self._ARRAYS}
+
+    def put_rows(self, first: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Store what `rows` returned; calls go from old to new."""
+        n = len(rows["rewards"])
+        slots = np.arange(first, first + n) % self.capacity
+        for name in self._ARRAYS:
+            getattr(self, name)[slots] = rows[name]
+        self.count = first + n
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """n different transitions (all there are, if fewer), drawn uniformly."""

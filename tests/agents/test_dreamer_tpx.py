@@ -767,7 +767,10 @@ def test_training_continues_after_load_on_another_number_of_environments(tmp_pat
 def test_estimator_objects_and_schedules_are_saved(tmp_path):
     agent = make(estimator=estimators.make("tpx", cross_fit=True), learning_rate=lambda p: 0.1 * p)
     agent.save(tmp_path / "agent")
-    loaded = DreamerTPX.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
+    with pytest.raises(ValueError, match=r"learning_rate was a builtins.function.*pass it again"):
+        DreamerTPX.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
+    schedule = {"learning_rate": lambda p: 0.1 * p}
+    loaded = DreamerTPX.load(tmp_path / "agent", CountingEnv(), "cpu", custom_objects=schedule)
     assert loaded.estimator == agent.estimator == loaded._update.settings.estimator
     assert loaded.learning_rate(0.5) == 0.05
     loaded.learn(30)

@@ -86,9 +86,13 @@ def test_wrong_files_are_one_sentence(trained, tmp_path):
     cases = [
         (tmp_path / "absent", {}, "does not exist; give a run folder"),
         (tmp_path / "text.zip", {}, "is not a saved DreamerTPX"),
-        (tmp_path / "pipps.zip", {}, "only this agent has 'decoder.net"),
-        (folder, bigger, r"\d+\] there and \[\d+.*use the environment, preset and policy_kwargs"),
-        (folder, {"discount_head": True}, "only this agent has 'discount_head"),
+        (tmp_path / "pipps.zip", {}, "it holds a PIPPS model, not a DreamerTPX"),
+        (
+            folder,
+            bigger,
+            r"\d+\] in the file, \[\d+.*use the environment, preset and policy_kwargs",
+        ),
+        (folder, {"discount_head": True}, "the file lacks 'discount_head"),
     ]
     for path, changes, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,210 @@
+"""Checkpoints of a training: killed at any moment it goes on bit for bit (on CPU).
+
+Between two rollouts a checkpoint takes the agent with its optimisers and generators, the replay
+(only what is new), the environments where they can be put back, the global generators, the
+logger's pending values, and the callbacks it is told of. Newest file last, the one before is kept.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import GymEnv
+
+from agents import env_state, safe_file
+from agents.saving import SafeSaving
+
+Agent = TypeVar("Agent", bound=SafeSaving)
+
+KIND = "checkpoint"
+KEPT = 2  # checkpoints in the folder: the newest, and the one before
+MOST_OF_THE_TIME = 0.02  # what checkpoints may cost, by waiting long enough between them
+
+
+class Stateful(Protocol):
+    """What a checkpoint can keep beside the agent: plain values, arrays and tensors."""
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class TrainingStopped(Exception):
+    """Raised between two rollouts, after a checkpoint, once `request_stop` was called."""
+
+
+class Checkpoints(BaseCallback):
+    """Writes checkpoints while an agent learns. The last callback of the list.
+
+        checkpoints = Checkpoints(folder)
+        agent = checkpoints.load(PIPPS, env) or PIPPS("RBFPolicy", env)
+        checkpoints.restore(agent)
+        agent.learn(450 - agent.num_timesteps, callback=checkpoints, reset_num_timesteps=False)
+
+    Args:
+        folder: where the checkpoints go; made if need be.
+        every_seconds: least time between checkpoints. They wait longer where saving takes more than
+            2 % of the time.
+        also: what else a checkpoint keeps, by name: callbacks with a state, a log file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every_seconds: float = 60.0,
+        also: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        super().__init__()
+        self.folder, self.every_seconds, self.also = Path(folder), every_seconds, dict(also or {})
+        self.cost = 0.0  # s of the last save
+        self.spent = 0.0  # s of all
+        self._last = time.monotonic()
+        self._values: dict[str, Any] | None = None
+        self._files: list[str] = []  # that the newest checkpoint needs
+        self._stop = False
+
+    # ----------------------------------------------------------------------------------------
+    # writing
+    # ----------------------------------------------------------------------------------------
+
+    def request_stop(self) -> None:
+        """Checkpoint before the next rollout and raise TrainingStopped; for signal handlers."""
+        self._stop = True
+
+    def _on_training_start(self) -> None:
+        self._last = time.monotonic()
+
+    def _on_rollout_start(self) -> None:
+        waited = time.monotonic() - self._last
+        if self._stop or waited >= max(self.every_seconds, self.cost / MOST_OF_THE_TIME):
+            self.save()
+        if self._stop:
+            raise TrainingStopped
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint now; only between rollouts."""
+        started = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        agent: SafeSaving = self.model  # type: ignore[assignment]
+        state = agent.training_state(self.folder)
+        files = state.pop("files", [])
+        values = {
+            "agent": agent.file_values(),
+            "training": state,
+            "files": files,
+            "environments": env_state.take(agent.env),
+            "generators": _generators(),
+            "pending": _pending(agent),
+            "also": {name: thing.get_state() for name, thing in self.also.items()},
+        }
+        path = self.folder / f"checkpoint_{agent.num_timesteps:012d}.zip"
+        safe_file.write(path, f"{type(agent).__name__} {KIND}", values)
+        self._clean(files)
+        self._last = time.monotonic()
+        self.cost = self._last - started
+        self.spent += self.cost
+
+    def _clean(self, files: list[str]) -> None:
+        """Remove checkpoints but the last two, and segments that neither needs."""
+        for path in self.paths()[:-KEPT]:
+            path.unlink()
+        needed, self._files = {*files, *self._files}, list(files)
+        for path in self.folder.iterdir():
+            if not path.name.startswith("checkpoint_") and path.name not in needed:
+                path.unlink()
+
+    # ----------------------------------------------------------------------------------------
+    # reading
+    # ----------------------------------------------------------------------------------------
+
+    def paths(self) -> list[Path]:
+        """The checkpoints in the folder, oldest first."""
+        return sorted(self.folder.glob("checkpoint_*.zip"))
+
+    def load(
+        self, cls: type[Agent], env: GymEnv, device: torch.device | str = "auto", **replaced: Any
+    ) -> Agent | None:
+        """The agent of the newest readable checkpoint, or None where there is none.
+
+        Args:
+            **replaced: what files do not hold, as for the agent's `load`.
+        Raises:
+            ValueError: checkpoints are there, but none can be read.
+        """
+        problems: dict[Path, str] = {}
+        for path in reversed(self.paths()):
+            try:
+                values = safe_file.read(path, f"{cls.__name__} {KIND}")
+                agent = cls.from_values(values["agent"], env, device, replaced, force_reset=False)
+                agent.set_training_state(values["training"], self.folder)
+            except (ValueError, OSError, KeyError) as error:
+                problems[path] = f"{path.name}: {' '.join(str(error).split())}"
+                continue
+            for broken in problems:  # or it would stay the newest
+                broken.rename(broken.with_name(f"unreadable_{broken.name}"))
+                print(f"skipped {problems[broken]}", file=sys.stderr)
+            self._values, self._files = values, list(values["files"])
+            return agent
+        if problems:
+            reasons = "; ".join(problems.values())
+            raise ValueError(f"no checkpoint in {self.folder} can be read; {reasons}")
+        return None
+
+    def restore(self, agent: SafeSaving) -> None:
+        """Put everything around a loaded agent back; the last call before `learn`."""
+        if self._values is None:
+            return
+        values, self._values = self._values, None
+        for name, state in values["also"].items():
+            if name in self.also:
+                self.also[name].set_state(state)
+        for name, (value, count, excluded) in values["pending"].items():
+            agent.logger.record(name, value, excluded)
+            agent.logger.name_to_count[name] = count
+        if not env_state.put(agent.env, values["environments"]):
+            agent.cut_episodes()
+        _set_generators(values["generators"])
+
+
+def _pending(agent: SafeSaving) -> dict[str, tuple[float, int, tuple[str, ...]]]:
+    """Scalars recorded since the logger's last dump; pictures are not kept."""
+    logger = agent.logger
+    return {
+        name: (value, logger.name_to_count[name], logger.name_to_excluded[name])
+        for name, value in logger.name_to_value.items()
+        if isinstance(value, int | float | np.number)
+    }
+
+
+def _generators() -> dict[str, Any]:
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002  (stable-baselines3 draws from it)
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

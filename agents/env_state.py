@@ -1,0 +1,90 @@
+"""The state of a vector environment as plain values, where its parts can say it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import (
+    VecCheckNan,
+    VecEnv,
+    VecMonitor,
+    VecNormalize,
+    VecTransposeImage,
+)
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+
+# Of stable-baselines3's Monitor, which is outside the environments that know their state.
+MONITOR = ("rewards", "needs_reset", "episode_returns", "episode_lengths", "total_steps")
+LAYERS: dict[type, tuple[str, ...]] = {  # attributes of the vector environments' own wrappers
+    VecTransposeImage: (),
+    VecCheckNan: (),
+    VecMonitor: ("episode_count", "episode_returns", "episode_lengths"),
+    VecNormalize: ("returns", "old_obs", "old_reward", "obs_rms", "ret_rms"),
+}
+
+
+def take(env: VecEnv | None) -> dict[str, Any]:
+    """State of wrappers and environments.
+
+    "environments" is None where they cannot say it: each needs the methods of
+    `envs.rewind.Rewindable`.
+    """
+    layers, inner = _layers(env)
+    found = []
+    for layer in layers:
+        names = LAYERS.get(type(layer), ())
+        found.append({name: _plain(getattr(layer, name)) for name in names if hasattr(layer, name)})
+    environments = None
+    if inner is not None and all(type(layer) in LAYERS for layer in layers):
+        try:
+            environments = inner.env_method("get_snapshot_values")
+        except (AttributeError, ValueError):
+            environments = None
+    monitors = [_attribute(inner, name) for name in MONITOR] if inner is not None else []
+    seeds = [] if inner is None else list(inner._seeds)  # of a reset that is still to come
+    return {"layers": found, "environments": environments, "monitors": monitors, "seeds": seeds}
+
+
+def put(env: VecEnv | None, state: dict[str, Any]) -> bool:
+    """Put a state back; False where the episodes could not be: they have to begin anew."""
+    layers, inner = _layers(env)
+    for layer, values in zip(layers, state["layers"], strict=True):
+        for name, value in values.items():
+            current = getattr(layer, name, None)
+            if isinstance(current, RunningMeanStd):
+                vars(current).update(value)
+            else:
+                setattr(layer, name, value)
+    if state["environments"] is None or inner is None:
+        return False
+    inner._seeds = state["seeds"]
+    for i, values in enumerate(state["environments"]):
+        inner.env_method("set_snapshot_values", values, indices=i)
+    for name, of_each in zip(MONITOR, state["monitors"], strict=True):
+        for i, value in enumerate(of_each or ()):
+            inner.set_attr(name, value, indices=i)
+    return True
+
+
+def _layers(env: VecEnv | None) -> tuple[list[VecEnvWrapper], VecEnv | None]:
+    layers = []
+    while isinstance(env, VecEnvWrapper):
+        layers.append(env)
+        env = env.venv
+    return layers, env
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, RunningMeanStd):
+        mean, var = np.asarray(value.mean), np.asarray(value.var)
+        return {"mean": mean, "var": var, "count": float(value.count)}
+    return value
+
+
+def _attribute(env: VecEnv, name: str) -> list[Any] | None:
+    try:
+        return env.get_attr(name)
+    except AttributeError:
+        return None

@@ -1,0 +1,88 @@
+"""The logs of a run: a CSV that a resumed run goes on with, and TensorBoard beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.logger import (
+    KVWriter,
+    Logger,
+    TensorBoardOutputFormat,
+    filter_excluded_keys,
+)
+
+from agents.safe_file import write_text
+
+
+class ResumableCSV(KVWriter):
+    """progress.csv: a row per dump, a column per key, and nothing that a kill can spoil.
+
+    Differs from stable-baselines3's: an existing file is kept until `set_state` or the first row
+    says what of it counts, new columns are added by replacing the file, and their order is fixed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.keys: list[str] = []
+        self.rows: list[dict[str, str]] = []
+
+    def write(
+        self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
+    ) -> None:
+        """Append a row."""
+        values = filter_excluded_keys(key_values, key_excluded, "csv")
+        row = {key: str(value) for key, value in values.items() if value is not None}
+        self.rows.append(row)
+        new = sorted(row.keys() - set(self.keys))
+        if new or len(self.rows) == 1:
+            self.keys.extend(new)
+            self._rewrite()
+            return
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.keys, lineterminator="\n").writerow(row)
+
+    def _rewrite(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.keys, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def get_state(self) -> dict[str, Any]:
+        """For `agents.checkpoint`: how many rows there are, under which columns."""
+        return {"rows": len(self.rows), "keys": list(self.keys)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on after the checkpoint's last row: what was written later is written again."""
+        self.keys = list(state["keys"])
+        with open(self.path, newline="") as file:
+            for row, _ in zip(csv.DictReader(file), range(state["rows"])):
+                self.rows.append({key: row[key] for key in self.keys if row[key]})
+        self._rewrite()
+
+
+def make_logger(
+    folder: Path, *, tensorboard: bool, first_step: int = 0
+) -> tuple[Logger, ResumableCSV]:
+    """The logger of a run.
+
+    Args:
+        first_step: of a resumed run: TensorBoard hides what an earlier process wrote after it.
+    """
+    table = ResumableCSV(folder / "progress.csv")
+    formats: list[KVWriter] = [table]
+    if tensorboard:
+        events = TensorBoardOutputFormat(str(folder))
+        if first_step:
+            from torch.utils.tensorboard import SummaryWriter
+
+            events.writer.close()
+            events.writer = SummaryWriter(str(folder), purge_step=first_step)
+        formats.append(events)
+    return Logger(str(folder), formats), table

@@ -1,0 +1,224 @@
+"""Checkpoints: an interrupted training ends as an uninterrupted one, and damage is survived."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecNormalize
+
+import envs  # noqa: F401
+from agents import DAAPPO, PIPPS, DreamerTPX, safe_file
+from agents.callbacks import Evaluation
+from agents.checkpoint import Checkpoints, TrainingStopped
+from agents.ring_files import RingFiles
+from envs.rewind import Rewindable
+
+CART_POLE = "totalprop/CartPoleSwingUp-v0"
+SETTINGS = {
+    PIPPS: {
+        "n_particles": 8, "gradient_steps": 2, "gp_evaluations": 5, "random_trials": 2,
+        "policy_kwargs": {"n_centres": 5},
+    },
+    DreamerTPX: {
+        "learning_starts": 20, "sequence_length": 6, "batch_size": 3, "imagination_starts": 4,
+        "horizon": 3, "train_freq": 14, "gradient_steps": 2, "buffer_size": 100,
+        "policy_kwargs": {"stoch": 3, "deter": 5, "hidden": 5, "width": 5},
+    },
+    DAAPPO: {
+        "n_steps": 32, "batch_size": 16, "n_epochs": 2, "dynamics_width": 8,
+        "n_extra_actions": 2, "simulation_horizon": 2, "dynamics_buffer_size": 100,
+    },
+}  # fmt: skip
+POLICIES = {PIPPS: "RBFPolicy", DreamerTPX: "DreamerPolicy", DAAPPO: "MlpPolicy"}
+TOTAL = 180
+
+
+class StopAt(BaseCallback):
+    """Requests a stop once `step` is reached."""
+
+    def __init__(self, checkpoints, step):
+        super().__init__()
+        self.checkpoints, self.step = checkpoints, step
+
+    def _on_step(self):
+        if self.num_timesteps >= self.step:
+            self.checkpoints.request_stop()
+        return True
+
+
+def make_env(cls, *, rewindable=True, n_envs=2, env_id=CART_POLE):
+    def make(**_):
+        env = gym.make(env_id)
+        return Rewindable(env) if rewindable else env
+
+    env = make_vec_env(make, n_envs)
+    return VecNormalize(env) if cls is DAAPPO else env
+
+
+def state_of(agent, folder):
+    """Everything that a further step depends on, as a flat dict of comparable values."""
+    values = {"agent": agent.file_values(), "training": agent.training_state(folder)}
+    for key in ("start_time", "_num_timesteps_at_start", "ep_info_buffer"):
+        values["agent"]["attributes"].pop(key)
+    values["training"].pop("files", None)
+    flat = {}
+
+    def walk(value, where):
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                walk(entry, f"{where}/{key}")
+        elif isinstance(value, list | tuple):
+            for i, entry in enumerate(value):
+                walk(entry, f"{where}/{i}")
+        else:
+            flat[where] = value
+
+    walk({k: v for k, v in values["training"].items() if k not in ("replay", "transitions")}, "t")
+    walk(values["agent"], "a")
+    return flat
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, torch.Tensor | np.ndarray):
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(b[key])), key
+        elif isinstance(value, int | float | str | bool | type(None)):
+            assert value == b[key], key
+
+
+def run(cls, folder, stops=(), **env_args):
+    """Train to TOTAL, stopped and resumed in new objects at each of `stops`."""
+    settings = {**SETTINGS[cls], "seed": 3, "device": "cpu"}
+    for stop in [*stops, None]:
+        evaluation = Evaluation(make_env(cls), n_episodes=2, every=40)
+        if cls is DAAPPO:
+            evaluation.eval_env.training = False
+        evaluation.eval_env.seed(7)
+        checkpoints = Checkpoints(
+            folder / "checkpoints", every_seconds=0, also={"evaluation": evaluation}
+        )
+        env = make_env(cls, **env_args)
+        agent = checkpoints.load(cls, env, "cpu") or cls(POLICIES[cls], env, **settings)
+        agent.set_logger(configure(str(folder), []))
+        checkpoints.restore(agent)
+        callbacks = [evaluation, checkpoints]
+        if stop is not None:
+            callbacks.append(StopAt(checkpoints, stop))
+        try:
+            agent.learn(TOTAL - agent.num_timesteps, callbacks, reset_num_timesteps=False)
+        except TrainingStopped:
+            assert stop is not None
+    return agent, evaluation
+
+
+@pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
+def test_a_stopped_and_resumed_training_ends_bit_for_bit_as_a_quiet_one(cls, tmp_path):
+    quiet, quiet_evaluation = run(cls, tmp_path / "quiet")
+    expected = state_of(quiet, tmp_path)
+    generators = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
+    torch.rand(5), np.random.rand(5)
+    resumed, evaluation = run(cls, tmp_path / "stopped", stops=(30, 100))
+    assert resumed.num_timesteps == quiet.num_timesteps and resumed._n_updates == quiet._n_updates
+    assert_same(state_of(resumed, tmp_path), expected)
+    assert evaluation.timesteps == quiet_evaluation.timesteps
+    assert evaluation.returns == quiet_evaluation.returns
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert (np.random.get_state(legacy=False)["state"]["key"] == generators[1]).all()
+    action = quiet.predict(quiet.observation_space.sample(), deterministic=True)[0]
+    assert np.isfinite(action).all()
+
+
+@pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
+def test_environments_that_cannot_be_put_back_begin_new_episodes_and_are_counted(cls, tmp_path):
+    agent, _ = run(cls, tmp_path, stops=(70,), rewindable=False)
+    assert agent.n_cut_episodes == 2 and agent.num_timesteps >= TOTAL
+    again, _ = run(cls, tmp_path / "again", stops=(70,), rewindable=False)
+    assert_same(state_of(agent, tmp_path), state_of(again, tmp_path))
+
+
+def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_skipped(tmp_path, capsys):
+    run(DreamerTPX, tmp_path, stops=(100,))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    previous, newest = checkpoints.paths()
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    agent = checkpoints.load(DreamerTPX, make_env(DreamerTPX), "cpu")
+    assert f"{agent.num_timesteps:012d}" in previous.name
+    assert newest.name in capsys.readouterr().err
+    assert checkpoints.paths() == [previous]
+    previous.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read; checkpoint_0"):
+        checkpoints.load(DreamerTPX, make_env(DreamerTPX), "cpu")
+
+
+def test_a_checkpoint_of_another_agent_is_refused(tmp_path):
+    run(PIPPS, tmp_path)
+    with pytest.raises(ValueError, match="holds a PIPPS checkpoint"):
+        Checkpoints(tmp_path / "checkpoints").load(DreamerTPX, make_env(DreamerTPX), "cpu")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    run(PIPPS, tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    agent = checkpoints.load(PIPPS, make_env(PIPPS), "cpu")
+    agent.set_logger(configure(str(tmp_path), []))
+    checkpoints.restore(agent)
+    before = {path.name: path.read_bytes() for path in checkpoints.folder.iterdir()}
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        agent.learn(60, Checkpoints(checkpoints.folder, every_seconds=0), reset_num_timesteps=False)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in checkpoints.folder.iterdir()} == before
+    assert checkpoints.load(PIPPS, make_env(PIPPS), "cpu").num_timesteps == TOTAL
+
+
+def test_checkpoints_wait_for_their_share_of_the_time():
+    checkpoints = Checkpoints("nowhere", every_seconds=10.0)
+    saved = []
+    checkpoints.save = lambda: saved.append(1)
+    checkpoints._last -= 11.0
+    checkpoints.cost = 0.5  # 2 % of 25 s
+    checkpoints._on_rollout_start()
+    assert not saved
+    checkpoints._last -= 15.0
+    checkpoints._on_rollout_start()
+    assert saved
+
+
+def test_a_ring_is_saved_in_segments_that_hold_what_changed(tmp_path):
+    size, data = 10, np.arange(100)
+
+    def rows(first, stop):
+        return {"x": data[first:stop]}
+
+    files = RingFiles("ring")
+    for count, expected in (
+        (4, [(0, 4)]), (4, [(0, 4)]), (9, [(0, 4), (4, 9)]), (13, [(0, 4), (4, 9), (9, 13)]),
+        (15, [(4, 9), (9, 13), (13, 15)]), (40, [(30, 40)]),
+    ):  # fmt: skip
+        segments = files.save(tmp_path, count, size, rows)
+        assert [(a, b) for a, b, _ in segments] == expected
+        found = np.full(size, -1)
+
+        def put(first, arrays, found=found):
+            found[np.arange(first, first + len(arrays["x"])) % size] = arrays["x"]
+
+        loaded = RingFiles("ring")
+        loaded.load(tmp_path, segments, size, put)
+        kept = np.arange(max(0, count - size), count)
+        assert (found[kept % size] == kept).all()
+        assert loaded.segments == segments
+
+
+def test_a_segment_that_lies_is_refused(tmp_path):
+    safe_file.write(tmp_path / "a.zip", "replay segment", {"x": np.zeros(3)})
+    for segments in ([(0, 4, "a.zip")], [(0, 3, "../a.zip")]):
+        with pytest.raises(safe_file.BadFileError):
+            RingFiles("a").load(tmp_path, segments, 10, lambda *_: None)

@@ -1,0 +1,165 @@
+"""Files without code: what goes in comes out, and nothing of a hostile file is executed."""
+
+import random
+from collections import deque
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
+
+import envs  # noqa: F401
+import estimators
+from agents import PIPPS, safe_file
+from tests.agents import hostile_files
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "model.zip"
+    hostile_files.good_agent().save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hostile(good, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    return folder / "owned", hostile_files.make_all(good, folder, folder / "owned")
+
+
+def test_hostile_and_broken_files_are_one_sentence_each_and_execute_nothing(hostile):
+    proof, files = hostile
+    assert len(files) >= 40
+    for name, (path, words) in files.items():
+        with pytest.raises(ValueError, match=words) as error:
+            PIPPS.load(path, device="cpu")
+        text = str(error.value)
+        assert text.startswith("cannot load") and "\n" not in text and len(text) < 700, name
+        assert not proof.exists(), name
+        assert not (path.parent.parent / "escape").exists(), name
+
+
+def test_the_payload_would_have_been_executed_by_unpickling(tmp_path):
+    import pickle
+
+    proof = tmp_path / "owned"
+    pickle.loads(pickle.dumps(hostile_files.Payload(proof)))
+    assert proof.read_text() == "owned"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_damage_anywhere_is_noticed_or_harmless(good, tmp_path_factory, data):
+    """Bytes changed, cut or inserted: a ValueError, or an agent with finite weights."""
+    content = bytearray(good.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        kind = data.draw(st.sampled_from(["change", "cut", "insert"]))
+        if kind == "change":
+            content[place] = data.draw(st.integers(0, 255))
+        elif kind == "cut":
+            del content[place : place + data.draw(st.integers(1, 64))]
+        else:
+            content[place:place] = data.draw(st.binary(min_size=1, max_size=16))
+    path = tmp_path_factory.mktemp("fuzz") / "model.zip"
+    path.write_bytes(bytes(content))
+    try:
+        agent = PIPPS.load(path, device="cpu")
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(torch.isfinite(p).all() for p in agent.policy.parameters())
+
+
+VALUES = {
+    "nothing": None, "truth": True, "whole": 2**200, "real": 0.1, "infinite": float("inf"),
+    "text": "ä\n$", "list": [1, [2.5, "x"]], "tuple": (1, (2,), ()), "numbers": {3: "a", (1, 2): "b"},
+    "dollar": {"$tensor": 1}, "deque": deque([{"r": 1.0}], maxlen=7),
+    "array": np.arange(6, dtype=np.uint32).reshape(2, 3), "single": np.float32(0.1),
+    "count": np.int64(5), "flag": np.bool_(True), "scalar": np.array(2.5), "empty": np.zeros((0, 3)),
+    "backwards": np.arange(4)[::-1], "tensor": torch.arange(4.0).view(2, 2).T,
+    "half": torch.ones(3, dtype=torch.bfloat16), "device": torch.device("cpu"),
+    "box": spaces.Box(-1, np.array([1, np.inf], np.float32)), "discrete": spaces.Discrete(3, start=1),
+    "several": spaces.Dict({"a": spaces.MultiBinary(4), "b": spaces.MultiDiscrete([2, 3])}),
+    "python": random.Random(0).getstate(), "class": torch.nn.Tanh,
+    "estimator": estimators.make("tpx"),
+    "changed": estimators.make("tpx", legs=(estimators.legs.biw,), cross_fit=True,
+                               baseline=estimators.baselines.critic),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_come_out_as_they_went_in(name, tmp_path):
+    value = VALUES[name]
+    safe_file.write(tmp_path / "file", "test", {"value": value})
+    found = safe_file.read(tmp_path / "file", "test")["value"]
+    if isinstance(value, np.ndarray | np.generic):
+        assert type(found) is type(value) and found.dtype == value.dtype
+        np.testing.assert_array_equal(found, value)
+    elif isinstance(value, torch.Tensor):
+        assert found.dtype == value.dtype and torch.equal(found, value)
+    elif isinstance(value, deque):
+        assert found == value and found.maxlen == value.maxlen
+    else:
+        assert found == value and type(found) is type(value)
+
+
+def test_schedules(tmp_path):
+    schedules = {
+        "constant": FloatSchedule(ConstantSchedule(0.2)),
+        "linear": FloatSchedule(LinearSchedule(1.0, 0.1, 0.5)),
+        "function": FloatSchedule(lambda p: p),
+    }
+    safe_file.write(tmp_path / "file", "test", schedules)
+    found = safe_file.read(tmp_path / "file", "test")
+    assert found["constant"] == 0.2 and found["linear"](0.8) == schedules["linear"](0.8)
+    assert isinstance(found["function"], safe_file.NotInFile)
+
+
+@pytest.mark.parametrize("value", [lambda x: x, object(), random.Random(0), np.array([None])])
+def test_what_has_no_plain_form_is_named_not_stored(value, tmp_path):
+    safe_file.write(tmp_path / "file", "test", {"value": value})
+    found = safe_file.read(tmp_path / "file", "test")["value"]
+    assert isinstance(found, safe_file.NotInFile) and type(value).__name__ in found.kind
+
+
+def test_stable_baselines3_reads_the_document(good):
+    data, parameters, _ = load_from_zip_file(good)
+    assert data["format"] == safe_file.FORMAT and data["values"]["attributes"]["horizon"] == 30
+    assert parameters == {}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(good, tmp_path, monkeypatch):
+    agent = hostile_files.good_agent()
+    path = tmp_path / "model.zip"
+    agent.save(path)
+    before = path.read_bytes()
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        agent.learn(30, reset_num_timesteps=False).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    PIPPS.load(path, device="cpu")
+
+
+def test_a_user_policy_is_passed_again(tmp_path):
+    from agents.policies import RBFPolicy
+
+    class Mine(RBFPolicy):
+        pass
+
+    env = gym.make("totalprop/CartPoleSwingUp-v0")
+    PIPPS(Mine, env, device="cpu").save(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"policy_class was a .*Mine, which files do not hold"):
+        PIPPS.load(tmp_path / "mine", env)
+    loaded = PIPPS.load(tmp_path / "mine", env, "cpu", custom_objects={"policy_class": Mine})
+    assert isinstance(loaded.policy, Mine)
