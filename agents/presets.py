@@ -174,14 +174,15 @@ DAAPPO: dict[str, dict[str, Any]] = {
         "dynamics_warmup": 40_000,
         "policy_kwargs": {"net_arch": [512, 512], "activation_fn": nn.LeakyReLU},
     },
-    # Ours, from the specification's suspects; not yet compared over seeds.
+    # Ours (results/daa_ppo/), with observations and rewards normalised (VecNormalize).
     "recommended": {
         "action_source": "dynamics",
         "estimator": "lr",
         "n_steps": 1024,
         "n_extra_actions": 4,
         "simulation_horizon": 8,
-        "real_advantage": "matched_horizon",  # the same baseline for real and extra actions
+        # What critic and model get wrong about a state is the same for all its actions.
+        "extra_baseline": "leave-one-out",
         "normalize_advantage": True,
         "clip_range_vf": None,  # 0.2 of a raw return is too little to learn from
         "timeout_bootstrap": True,

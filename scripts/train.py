@@ -65,6 +65,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "daappo": {
         "env_id": "dmc/cartpole-swingup-v0",
+        "normalize": "both",
         "total_timesteps": 100_000,
         "eval_episodes": 5,
         "eval_every": 5_000,

@@ -132,7 +132,9 @@ def make_all(good: Path, folder: Path, proof: Path) -> dict[str, tuple[Path, str
     add("newer_format", "upgrade totalprop", changed(lambda d, t: d.update(format=999)))
     add("format_0", "unknown format", changed(lambda d, t: d.update(format=0)))
     add("format_text", "names no format", changed(lambda d, t: d.update(format="2")))
-    add("other_agent", "holds a DreamerTPX", changed(lambda d, t: d.update(kind="DreamerTPX model")))
+    add(
+        "other_agent", "holds a DreamerTPX", changed(lambda d, t: d.update(kind="DreamerTPX model"))
+    )
     add("no_values", damaged, changed(lambda d, t: d.pop("values")))
     add("values_list", damaged, changed(lambda d, t: d.update(values=[])))
     add("no_parameters", "no attributes or no", changed(lambda d, t: d["values"].pop("parameters")))
@@ -163,7 +165,11 @@ def make_all(good: Path, folder: Path, proof: Path) -> dict[str, tuple[Path, str
     huge = {"n_centres": 10**13}
     add("huge_network", "cannot load", attribute("policy_kwargs", huge))
     add("kwargs_unknown", "cannot load", attribute("policy_kwargs", {"command": "rm"}))
-    add("no_space", "cannot load", changed(lambda d, t: d["values"]["attributes"].pop("action_space")))
+    add(
+        "no_space",
+        "cannot load",
+        changed(lambda d, t: d["values"]["attributes"].pop("action_space")),
+    )
     box = document["values"]["attributes"]["observation_space"]["$box"]
     add("space_type", "cannot load", attribute("observation_space", {"$box": [*box[:2], "|O"]}))
     add("space_text", "cannot load", attribute("observation_space", "Box"))
