@@ -9,7 +9,6 @@ gradient step dreamer_update.py.
 from __future__ import annotations
 
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -23,7 +22,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
-from agents import dreamer_arguments, dreamer_log
+from agents import dreamer_arguments, dreamer_log, dreamer_state
 from agents.allocator import keep_freed_memory
 from agents.dreamer_policy import DreamerPolicy, RecurrentState
 from agents.dreamer_update import DreamerUpdate
@@ -370,38 +369,12 @@ class DreamerTPX(SafeSaving):
 
     def training_state(self, folder: Path) -> dict[str, Any]:
         """Beside the rest: the generators, the filter's state, and the replay in segments."""
-        memory = None if self._memory is None else [*self._memory[0], self._memory[1]]
-        state = {
-            **super().training_state(folder),
-            "generator": self._generator.get_state(),
-            "rng": self._rng.bit_generator.state,
-            "memory": memory,
-            "replay": None,
-        }
-        replay = self.replay_buffer
-        if replay is not None:
-            state["replay"] = [
-                files.save(folder, count, replay.ring, partial(replay.rows, env))
-                for env, (files, count) in enumerate(zip(self._replay_files, replay.counts))
-            ]
-            state["files"] = [name for segments in state["replay"] for *_, name in segments]
-        return state
+        return {**super().training_state(folder), **dreamer_state.take(self, folder)}
 
     def set_training_state(self, state: dict[str, Any], folder: Path) -> None:
         """Put back what `training_state` returned."""
         super().set_training_state(state, folder)
-        self._generator.set_state(state["generator"])
-        self._rng.bit_generator.state = state["rng"]
-        if state["memory"] is not None:
-            deter, stoch, action = (tensor.to(self.device) for tensor in state["memory"])
-            self._memory = State(deter, stoch), action
-        if state["replay"] is not None:
-            assert self.env is not None
-            replay = self.replay_buffer = self._new_replay(self.env.num_envs)
-            if len(state["replay"]) != replay.n_envs:
-                raise ValueError(f"it is of {len(state['replay'])} environments")
-            for env, (files, segments) in enumerate(zip(self._replay_files, state["replay"])):
-                files.load(folder, segments, replay.ring, partial(replay.put_rows, env))
+        dreamer_state.put(self, state, folder)
 
     def cut_episodes(self) -> None:
         """Begin new episodes at the next `learn`; those that ran count as truncated."""

@@ -164,7 +164,8 @@ def _curves(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> F
     xlabel = "trial" if quantity == "cost" else "decisions (calls of env.step)"
     title = "thin: seeds, thick: their mean, band: 95 % interval of the mean"
     axis.set(xlabel=xlabel, ylabel=f"{quantity} of an episode", title=title)
-    axis.set_ylim(bottom=0)
+    if axis.dataLim.ymin >= 0:
+        axis.set_ylim(bottom=0)
     axis.legend(frameon=False, title=f"{varied.replace('-', ' ')} (seeds)")
     return figure
 

@@ -13,180 +13,35 @@ python -m scripts.train --resume runs/NAME                     # go on after a k
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import inspect
-import json
-import math
 import os
-import resource
 import sys
 import time
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import numpy as np
 import torch
-import tyro
-from docstring_parser import parse as parse_docstring
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 
-from agents import PIPPS, DreamerTPX, figures, open_loop, presets, safe_file
+from agents import DreamerTPX
 from agents.callbacks import Evaluation, OpenLoopPictures
 from agents.checkpoint import Checkpoints, Stateful, TrainingStopped
 from agents.saving import SafeSaving
 from scripts.interruption import locked, stopping_between_rollouts
-from scripts.normalisation import Normalised, normalise, normalise_like, save_statistics
-from scripts.run_folder import (
-    AGENTS,
-    RunFolder,
-    UserError,
-    make_env,
-    parse_env_args,
-    read_json,
-    record_gif,
-    save_gif,
-)
+from scripts.normalisation import save_statistics
+from scripts.run_folder import AGENTS, RunFolder, UserError, parse_env_args
 from scripts.run_log import make_logger
-
-# Constructor arguments that are not flags: set below, or not expressible as text.
-NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "pipps": {"env_id": "totalprop/CartPoleSwingUp-v0", "total_timesteps": 450},
-    "dreamer": {
-        "env_id": "dmc/cartpole-balance-v0",
-        "total_timesteps": 20_000,
-        "eval_episodes": 5,
-        "eval_every": 2_500,
-    },
-    "daappo": {
-        "env_id": "dmc/cartpole-swingup-v0",
-        "normalize": "both",
-        "total_timesteps": 100_000,
-        "eval_episodes": 5,
-        "eval_every": 5_000,
-    },
-}
-PRESETS = {"pipps": presets.PIPPS, "dreamer": presets.DREAMER, "daappo": presets.DAAPPO}
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """What is trained where, and what is written."""
-
-    env_id: str = ""
-    """Gymnasium id of the environment; "module:id" imports the module first."""
-    env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=VALUE passed to the environment's constructor; may be given several times."""
-    normalize: Normalised = "none"
-    """Scale observations, rewards or both by running statistics (VecNormalize); daappo only."""
-    total_timesteps: int = 0
-    """Real environment steps (decisions). Episodes of the cart-pole have 30: 450 are 15 trials."""
-    runs: Path = Path("runs")
-    """Folder that the run's folder is created in."""
-    name: str = ""
-    """Name of the run's folder; default: agent, environment, estimator and seed."""
-    eval_episodes: int = 30
-    """Rollouts of each evaluation; they are not used for learning."""
-    eval_every: int = 0
-    """Steps between evaluations; 0: after each trial's policy search."""
-    save_replay: bool = False
-    """Also write the world model's replay to replay.npz, for scripts.diagnose."""
-    checkpoint_seconds: float = 60.0
-    """Least time between checkpoints; a killed run goes on from the last with --resume RUN."""
-    threads: int = 0
-    """CPU threads of PyTorch; 0: one per core."""
-    tensorboard: bool = True
-    """Write TensorBoard events (scalars and figures)."""
-    progress: bool = True
-    """Show progress bars."""
-
-
-def config_class(agent: str) -> type:
-    """Dataclass of the agent's flags, from its constructor's signature and docstring."""
-    cls = AGENTS[agent]
-    # stable-baselines3's GymEnv alias names VecEnv by a string.
-    hints = typing.get_type_hints(cls.__init__, localns={"VecEnv": VecEnv})
-    texts = {p.arg_name: p.description or "" for p in parse_docstring(cls.__doc__ or "").params}
-    fields = []
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
-        if name in NOT_FLAGS or name.startswith("_"):
-            continue
-        kind = _flag_type(hints[name])
-        doc = " ".join(texts.get(name, "").split())
-        annotated = Annotated[kind, tyro.conf.arg(help=doc)]  # type: ignore[valid-type]
-        fields.append((name, annotated, dataclasses.field(default=parameter.default)))
-    return dataclasses.make_dataclass(f"{cls.__name__}Flags", fields, frozen=True)
-
-
-def _flag_type(hint: Any) -> Any:
-    """The part of a union that can be typed on a command line: float | Schedule -> float."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    members = typing.get_args(hint) if is_union else ()
-    plain = [m for m in members if m in (int, float, str, bool, type(None))]
-    if not plain:
-        return hint
-    return typing.Union[tuple(plain)]  # noqa: UP007  (built at run time)
-
-
-def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, Any, str]:
-    """(agent, options, flags, preset) of a command line; exits with 2 on wrong usage."""
-    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in AGENTS:
-        print(__doc__)
-        print("agents:", ", ".join(AGENTS), " (scripts.train AGENT --help lists its flags)")
-        if arguments and arguments[0] not in ("-h", "--help"):
-            print(f"error: unknown agent '{arguments[0]}'; choose one of {', '.join(AGENTS)}")
-        raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
-    agent, rest = arguments[0], list(arguments[1:])
-    preset = _take_preset(agent, rest)
-    flags_type = config_class(agent)
-    known = {f.name for f in dataclasses.fields(flags_type)}
-    values = PRESETS[agent].get(preset, {})
-    flags = flags_type(**{"seed": 0, **{k: v for k, v in values.items() if k in known}})
-
-    command = dataclasses.make_dataclass(
-        "Command",
-        [
-            ("run", tyro.conf.OmitArgPrefixes[RunOptions]),
-            ("agent", tyro.conf.OmitArgPrefixes[flags_type]),  # type: ignore[valid-type]
-        ],
-    )
-    parsed = tyro.cli(
-        command,
-        args=rest,
-        prog=f"scripts.train {agent}",
-        description=f"{AGENTS[agent].__doc__.splitlines()[0]}\n\n"  # type: ignore[union-attr]
-        f"--preset {{{','.join(PRESETS[agent])}}} sets a paper's numbers; flags beside it win.",
-        default=command(RunOptions(**DEFAULTS[agent]), flags),
-    )
-    return agent, parsed.run, parsed.agent, preset
-
-
-def _take_preset(agent: str, arguments: list[str]) -> str:
-    """Remove --preset NAME from the arguments: it sets the defaults of all other flags."""
-    for i, argument in enumerate(arguments):
-        name, separator, value = argument.partition("=")
-        if name != "--preset":
-            continue
-        preset = value if separator else (arguments[i + 1] if i + 1 < len(arguments) else "")
-        del arguments[i : i + (1 if separator else 2)]
-        if preset not in PRESETS[agent]:
-            known = ", ".join(PRESETS[agent])
-            print(f"error: unknown preset '{preset}'; choose one of {known}", file=sys.stderr)
-            raise SystemExit(2)
-        return preset
-    return ""
+from scripts.train_arguments import Job, RunOptions, parse, parse_resume
+from scripts.train_report import report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: wrong input ends with one sentence, never with a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     is_resumed = bool(arguments) and arguments[0].partition("=")[0] == "--resume"
-    command = parse_resume(arguments) if is_resumed else parse(arguments)
+    command = parse_resume(arguments) if is_resumed else parse(arguments, usage=__doc__ or "")
     try:
         resume(*command) if is_resumed else train(*command)
     except (UserError, ValueError, AssertionError, FloatingPointError, OSError) as error:
@@ -197,69 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the run goes on from its last checkpoint with --resume", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def parse_resume(arguments: Sequence[str]) -> tuple[Path, int]:
-    """(run folder, steps) of `--resume RUN`."""
-    parser = argparse.ArgumentParser("scripts.train", description="Go on with a run.")
-    parser.add_argument("--resume", type=Path, required=True, metavar="RUN", help="its folder")
-    parser.add_argument(
-        "--total-timesteps", type=int, default=0, help="steps in all, if more than it was to do"
-    )
-    options = parser.parse_args(arguments)
-    return options.resume, options.total_timesteps
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What config.json says: enough to make everything again."""
-
-    agent: str
-    preset: str
-    options: RunOptions
-    env_args: dict[str, Any]
-    arguments: dict[str, Any]  # of the agent's constructor
-
-    def environments(self) -> tuple[VecEnv, VecEnv]:
-        """To train in and to evaluate in."""
-        env_id, is_rewound = self.options.env_id, self.arguments.get("action_source") == "rewind"
-        env = make_env(env_id, self.env_args, seed=None, rewindable=is_rewound)
-        eval_env = make_env(env_id, self.env_args, seed=1000 + self.arguments["seed"], n_envs=5)
-        env = normalise(env, self.options.normalize, gamma=self.arguments.get("gamma", 1.0))
-        return env, normalise_like(eval_env, unwrap_vec_normalize(env))
-
-    def algorithm(self, env: VecEnv) -> SafeSaving:
-        """The untrained agent."""
-        policy_kwargs = PRESETS[self.agent].get(self.preset, {}).get("policy_kwargs")
-        return AGENTS[self.agent](env=env, policy_kwargs=policy_kwargs, **self.arguments)  # type: ignore[call-arg]
-
-    def write(self, folder: RunFolder) -> None:
-        """config.json."""
-        options = dataclasses.asdict(self.options)
-        config = {
-            "agent": self.agent,
-            "preset": self.preset,
-            "env_id": self.options.env_id,
-            "env_args": self.env_args,
-            "arguments": self.arguments,
-            "options": {**options, "runs": str(options["runs"])},
-        }
-        text = json.dumps(config, indent=2) + "\n"
-        safe_file.write_text(folder.config, text)
-
-    @staticmethod
-    def read(folder: RunFolder) -> Job:
-        """What `write` wrote."""
-        config = read_json(folder.config)
-        try:
-            options = {**config["options"], "runs": Path(config["options"]["runs"])}
-            options["env_arg"] = tuple(options["env_arg"])
-            return Job(
-                config["agent"], config["preset"], RunOptions(**options), config["env_args"],
-                {k: tuple(v) if isinstance(v, list) else v for k, v in config["arguments"].items()},
-            )  # fmt: skip
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder.config} is not a run's of this version: {error}") from error
 
 
 class Stopwatch:
@@ -396,94 +188,6 @@ def _method(keywords: dict[str, Any]) -> str:
     """What tells runs apart: the estimator, and where DAAPPO's extra actions come from."""
     source = keywords.get("action_source")
     return "_".join([*([source] if source else []), str(keywords["estimator"])])
-
-
-def report(
-    algorithm: SafeSaving,
-    folder: RunFolder,
-    evaluation: Evaluation,
-    options: RunOptions,
-    env_args: dict[str, Any],
-    seconds: float,
-) -> None:
-    """Curve, videos and the summary line."""
-    # PIPPS minimises a cost and counts trials, as its papers do; the others have returns and steps.
-    is_cost = isinstance(algorithm, PIPPS)
-    sign, quantity = (-1, "cost") if is_cost else (1, "return")
-    values = sign * np.array(evaluation.returns)
-    threshold = reward_threshold(evaluation.eval_env)
-    limit = None if threshold is None else sign * threshold
-    figures.learning_curve(
-        np.arange(1, len(values) + 1) if is_cost else np.array(evaluation.timesteps),
-        values,
-        xlabel="trial (real episodes seen)" if is_cost else "decisions (calls of env.step)",
-        ylabel=f"{quantity} of an episode",
-        threshold=limit,
-        title=f"{type(algorithm).__name__}, {options.env_id}",
-    ).savefig(folder.learning_curve, dpi=150)
-    mean, std = float(values[-1].mean()), float(values[-1].std())
-    success = None if limit is None else bool(sign * mean > sign * limit)
-    summary = {
-        f"final_{quantity}": mean,
-        f"final_{quantity}_std": std,
-        "success": success,
-        "success_threshold": limit,
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    }
-    safe_file.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
-    pictures = [folder.learning_curve.name, *_videos(algorithm, folder, options, env_args)]
-    verdict = {True: "SUCCESS", False: "NO SUCCESS", None: "DONE"}[success]
-    side = "below" if is_cost else "above"
-    bound = "" if limit is None else f" (success {side} {limit:g})"
-    print(
-        f"{verdict}: {quantity} {mean:.2f} ± {std:.2f} over {values.shape[1]} rollouts{bound} "
-        f"after {algorithm.num_timesteps} real steps, {seconds / 60:.1f} min, "
-        f"{summary['peak_memory_gb']} GB of memory at most.\n"
-        f"Look at {folder.path}/: {', '.join(pictures)}, progress.csv, TensorBoard.\n"
-        f"Next: python -m scripts.evaluate {folder.path}"
-        f"   |   tensorboard --logdir {folder.path.parent}"
-    )
-
-
-def _videos(
-    algorithm: SafeSaving, folder: RunFolder, options: RunOptions, env_args: dict[str, Any]
-) -> list[str]:
-    """GIF of the policy, and a world model's open-loop prediction; the files' names."""
-    written = []
-    try:
-        render_env = make_env(options.env_id, env_args, seed=0, render=True)
-        render_env = normalise_like(render_env, algorithm.get_vec_normalize_env())
-        record_gif(algorithm, render_env, folder.video)
-        written.append(folder.video.name)
-    except UserError as error:  # the training is done: a missing picture must not hide it
-        print(f"no video: {error}", file=sys.stderr)
-    if isinstance(algorithm, DreamerTPX) and algorithm.replay_buffer is not None:
-        if options.save_replay:
-            algorithm.save_replay_buffer(folder.replay)
-            written.append(folder.replay.name)
-        try:
-            truth, model = open_loop.predict_sequences(algorithm)
-        except ValueError as error:
-            print(f"no open-loop prediction: {error}", file=sys.stderr)
-            return written
-        if truth.ndim == 3:
-            path = folder.open_loop.with_suffix(".png")
-            figure = figures.traces(truth[:, 0], model[:, 0], open_loop.CONTEXT)
-            figure.savefig(path, dpi=120)
-        else:
-            path = folder.open_loop.with_suffix(".gif")
-            save_gif(list(open_loop.video(truth, model)), path, fps=10)
-        written.append(path.name)
-    return written
-
-
-def reward_threshold(env: VecEnv) -> float | None:
-    """Return that counts as solved, from the environment's registration, or None."""
-    spec = env.get_attr("spec")[0]
-    threshold = None if spec is None else spec.reward_threshold
-    return None if threshold is None or not math.isfinite(threshold) else float(threshold)
 
 
 if __name__ == "__main__":

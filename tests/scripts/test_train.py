@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts import evaluate, run_folder, sweep, train
+from scripts import evaluate, run_folder, sweep, train, train_report
 
 TINY = ["pipps", "--total-timesteps", "60", "--gradient-steps", "3", "--n-particles", "20"]
 TINY += ["--eval-episodes", "5", "--threads", "1", "--no-progress"]
@@ -145,7 +145,7 @@ def test_a_missing_picture_does_not_lose_the_run(tmp_path, capsys, monkeypatch):
     def no_picture(*args, **kwargs):
         raise run_folder.UserError("no renderer")
 
-    monkeypatch.setattr(train, "record_gif", no_picture)
+    monkeypatch.setattr(train_report, "record_gif", no_picture)
     folder = run(tmp_path)
     captured = capsys.readouterr()
     assert "no video: no renderer" in captured.err

@@ -1,0 +1,50 @@
+"""What DreamerTPX's checkpoints hold beside its networks and optimisers."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from world_models.latent_model import State
+
+if TYPE_CHECKING:
+    from agents.dreamer_tpx import DreamerTPX
+
+
+def take(agent: DreamerTPX, folder: Path) -> dict[str, Any]:
+    """Generators, the filter's memory of the running episodes, and the replay's segments."""
+    memory = None if agent._memory is None else [*agent._memory[0], agent._memory[1]]
+    state: dict[str, Any] = {
+        "generator": agent._generator.get_state(),
+        "rng": agent._rng.bit_generator.state,
+        "memory": memory,
+        "replay": None,
+    }
+    replay = agent.replay_buffer
+    if replay is not None:
+        state["replay"] = [
+            files.save(folder, count, replay.ring, partial(replay.rows, env))
+            for env, (files, count) in enumerate(zip(agent._replay_files, replay.counts))
+        ]
+        state["files"] = [name for segments in state["replay"] for *_, name in segments]
+    return state
+
+
+def put(agent: DreamerTPX, state: dict[str, Any], folder: Path) -> None:
+    """Put back what `take` returned."""
+    agent._generator.set_state(state["generator"])
+    agent._rng.bit_generator.state = state["rng"]
+    if state["memory"] is not None:
+        deter, stoch, action = (tensor.to(agent.device) for tensor in state["memory"])
+        agent._memory = State(deter, stoch), action
+    if state["replay"] is None:
+        return
+    assert agent.env is not None
+    replay = agent.replay_buffer = agent._new_replay(agent.env.num_envs)
+    if len(state["replay"]) != replay.n_envs:
+        raise ValueError(
+            f"the checkpoint is of {len(state['replay'])} environments, here are {replay.n_envs}"
+        )
+    for env, (files, segments) in enumerate(zip(agent._replay_files, state["replay"])):
+        files.load(folder, segments, replay.ring, partial(replay.put_rows, env))
