@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 SOURCES = ("none", "dynamics", "q", "rewind", "states")
 DIFFERENTIABLE = ("dynamics", "q")  # whose advantage has a gradient in the action
 WHOLE = {  # name: least value
-    "n_extra_actions": 1, "simulation_horizon": 1, "dynamics_width": 1, "dynamics_batch_size": 1,
-    "dynamics_steps": 0, "dynamics_buffer_size": 1, "dynamics_warmup": 0, "n_q": 1,
+    "n_epochs": 1, "n_extra_actions": 1, "simulation_horizon": 1, "dynamics_width": 1,
+    "dynamics_batch_size": 1, "dynamics_steps": 0, "dynamics_buffer_size": 1, "dynamics_warmup": 0, "n_q": 1,
 }  # fmt: skip
 CHOICES = {
     "action_source": SOURCES,
@@ -40,8 +40,15 @@ def check_arguments(agent: DAAPPO) -> None:
     for name in ("dynamics_learning_rate", "dynamics_eps"):
         if not 0 < getattr(agent, name) < math.inf:
             raise ValueError(f"{name} must be above 0, got {_of(agent, name)}")
-    if not 0 <= agent.grow_fraction <= 1:
-        raise ValueError(f"grow_fraction must be in [0, 1], got {agent.grow_fraction}")
+    for name in ("grow_fraction", "gamma", "gae_lambda"):
+        if not 0 <= getattr(agent, name) <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {_of(agent, name)}")
+    for name in ("learning_rate", "clip_range", "clip_range_vf", "max_grad_norm"):
+        value = getattr(agent, name)
+        if value is not None and not callable(value) and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0, got {value!r}")
+    if not 0 <= agent.vf_coef < math.inf:
+        raise ValueError(f"vf_coef must be at least 0, got {agent.vf_coef!r}")
     _check_estimator(agent)
     if compares_actions(agent) and agent.n_extra_actions < 2:
         raise ValueError(

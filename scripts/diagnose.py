@@ -29,7 +29,7 @@ import estimators
 from agents import DreamerTPX
 from agents.dreamer_update import DreamerUpdate
 from estimators.diagnostics import GradientStatistics, statistics_of
-from scripts.run_folder import RunFolder, UserError, make_env, read_json
+from scripts.run_folder import RunFolder, UserError, make_env
 from world_models.latent_model import State
 
 
@@ -90,7 +90,7 @@ def diagnose(options: argparse.Namespace) -> None:
 
 def _load(run: Path) -> DreamerTPX:
     folder = RunFolder.open(run)
-    config = read_json(folder.config)
+    config = folder.read_config()
     env = make_env(config["env_id"], config["env_args"], seed=0)
     agent = folder.load_agent(env)
     if not isinstance(agent, DreamerTPX):

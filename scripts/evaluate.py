@@ -14,7 +14,7 @@ import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from scripts.normalisation import normalise_like
-from scripts.run_folder import RunFolder, UserError, make_env, read_json, record_gif
+from scripts.run_folder import RunFolder, UserError, make_env, record_gif
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Load, roll out, print, draw."""
     folder = RunFolder.open(options.run)
-    config = read_json(folder.config)
+    config = folder.read_config()
     n_envs = min(5, options.episodes)
     env = make_env(
         config["env_id"], config["env_args"], seed=options.seed, n_envs=n_envs,

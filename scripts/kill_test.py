@@ -69,8 +69,9 @@ def main() -> None:
     for agent in options.agents:
         with tempfile.TemporaryDirectory() as folder:
             record = kill_test(
-                agent, Path(folder), options.kills, options.kills_in_checkpoints, options.seed
-            )
+                agent, Path(folder), options.kills, options.kills_in_checkpoints, options.seed,
+                length=4,
+            )  # fmt: skip
         records.append(record)
         print(json.dumps(record), flush=True)
     if options.out is not None:
@@ -82,51 +83,76 @@ def main() -> None:
 
 
 def kill_test(
-    agent: str, folder: Path, kills: int, kills_in_checkpoints: int, seed: int
+    agent: str,
+    folder: Path,
+    kills: int,
+    kills_in_checkpoints: int,
+    seed: int,
+    *,
+    length: int = 1,
 ) -> dict[str, Any]:
-    """One quiet and one killed run of an agent; what differs at the end, and what happened."""
+    """One quiet and one killed run of an agent; what differs at the end, and what happened.
+
+    Args:
+        folder: for both runs. length: factor on the number of steps.
+    """
     moments = random.Random(seed)
     arguments = [*COMMANDS[agent], *COMMON, "--runs", str(folder)]
+    place = arguments.index("--total-timesteps") + 1
+    arguments[place] = str(length * int(arguments[place]))
     quiet, killed = folder / "quiet", folder / "killed"
-    started = time.perf_counter()
     process = _start([*arguments, "--name", "quiet"])
-    while process.is_alive() and not any(quiet.glob("checkpoints/checkpoint_*")):
-        time.sleep(0.01)
-    before = time.perf_counter() - started  # until it trains: a kill before then says little
+    _wait_for_checkpoint(process, quiet, -1)
+    started = time.perf_counter()
     _wait(process)
-    life = time.perf_counter() - started - before
-    command = [*arguments, "--name", "killed"]
-    deaths, reached = 0, []
+    life = time.perf_counter() - started
     plan = ["moment"] * kills + ["checkpoint"] * kills_in_checkpoints
     moments.shuffle(plan)
+    deaths: list[tuple[str, int]] = []
     for kind in plan:
         if (killed / "summary.json").exists():
             break
-        # A leg lives a few plans' shares long on average, so that the last kills come late.
-        share = 1.5 * life / len(plan)
-        in_checkpoint = moments.randrange(1, 12) if kind == "checkpoint" else 0
-        process = _start(command, in_checkpoint)
-        is_moment = kind == "moment"
-        process.join(before + 2 * moments.random() * share if is_moment else None)
+        resumable = (killed / "config.json").exists()
+        command = ["--resume", str(killed)] if resumable else [*arguments, "--name", "killed"]
+        process = _start(command, moments.randrange(2, 12) if kind == "checkpoint" else 0)
+        if kind == "moment":
+            if moments.random() < WHILE_TRAINING:  # else perhaps while it starts or resumes
+                _wait_for_checkpoint(process, killed, _newest(killed))
+            process.join(2 * moments.random() * life / len(plan))
+        else:
+            process.join()
         if process.is_alive():
             process.kill()
             process.join()
-        deaths += process.exitcode == -signal.SIGKILL
-        if (killed / "config.json").exists():
-            command = ["--resume", str(killed)]
-        else:
-            command = [*arguments, "--name", "killed"]
-        newest = sorted((killed / "checkpoints").glob("checkpoint_*"))
-        reached.append(int(newest[-1].stem.split("_")[1]) if newest else 0)
+        if process.exitcode == -signal.SIGKILL:
+            deaths.append((kind, _newest(killed)))
+        elif process.exitcode:
+            raise RuntimeError(f"a training ended with {process.exitcode}")
     if not (killed / "summary.json").exists():
-        _wait(_start(command))
+        _wait(_start(["--resume", str(killed)]))
     return {
         "agent": agent,
-        "kills": deaths,
-        "steps_of_the_newest_checkpoint_after_each": reached,
+        "steps": int(arguments[place]),
+        "kills": len(deaths),
+        "kinds_and_newest_checkpoints": deaths,
         "seconds_of_the_quiet_run": round(life, 1),
         "differences": differences(agent, quiet, killed),
     }
+
+
+WHILE_TRAINING = 0.8  # share of the kills that come after the first checkpoint of a process
+
+
+def _newest(run: Path) -> int:
+    """Steps of a run's newest checkpoint; -1 before there is one."""
+    return max(
+        (int(p.stem.split("_")[1]) for p in run.glob("checkpoints/checkpoint_*")), default=-1
+    )
+
+
+def _wait_for_checkpoint(process: BaseProcess, run: Path, after: int) -> None:
+    while process.is_alive() and _newest(run) <= after:
+        time.sleep(0.01)
 
 
 def _start(arguments: list[str], die_at_sync: int = 0) -> BaseProcess:

@@ -36,7 +36,8 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
         record = json.loads(statistics.read_text())
         norm_obs, obs_rms = record["norm_obs"], _from_json(record["observation"])
     else:
-        norm_obs, obs_rms = statistics.norm_obs, statistics.obs_rms
+        norm_obs = statistics.norm_obs
+        obs_rms = statistics.obs_rms if norm_obs else None  # type: ignore[assignment]
     made = VecNormalize(env, training=False, norm_obs=norm_obs, norm_reward=False)
     if norm_obs:
         made.obs_rms = obs_rms.copy()  # type: ignore[union-attr]

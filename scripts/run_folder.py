@@ -25,6 +25,7 @@ from envs.rewind import Rewindable, can_rewind
 MAX_GIF_FRAMES = 125  # a GIF of 500 frames of 240 x 320 would take 10 MB and more
 
 AGENTS: dict[str, type[SafeSaving]] = {"pipps": PIPPS, "dreamer": DreamerTPX, "daappo": DAAPPO}
+CONFIG = ("agent", "env_id", "env_args", "arguments")
 
 
 class UserError(Exception):
@@ -110,11 +111,19 @@ class RunFolder:
             )
         return folder
 
+    def read_config(self) -> dict[str, Any]:
+        """config.json, with the entries that every run has."""
+        config = read_json(self.config)
+        missing = [name for name in CONFIG if name not in config]
+        if missing:
+            raise UserError(f"{self.config} lacks {', '.join(missing)}: it is no run's")
+        if config["agent"] not in AGENTS:
+            raise UserError(f"{self.config} names the unknown agent {config['agent']!r}")
+        return config
+
     def load_agent(self, env: VecEnv) -> BaseAlgorithm:
         """The trained agent of this run."""
-        config = read_json(self.config)
-        if config.get("agent") not in AGENTS:
-            raise UserError(f"{self.config} names the unknown agent {config.get('agent')!r}")
+        config = self.read_config()
         try:
             return AGENTS[config["agent"]].load(self.model, env=env)
         except FileNotFoundError as error:
@@ -128,9 +137,12 @@ class RunFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"cannot read {path}: it holds no JSON object")
+    return found
 
 
 def current_commit() -> str:

@@ -76,11 +76,8 @@ class Stopwatch:
 
 def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunFolder:
     """Make environment, agent and run folder, learn, and report."""
+    check_options(options, flags.device)
     set_threads(options)
-    if options.total_timesteps < 1:
-        raise UserError(f"--total-timesteps must be at least 1, got {options.total_timesteps}")
-    if options.eval_episodes < 2:
-        raise UserError(f"--eval-episodes must be at least 2, got {options.eval_episodes}")
     job = Job(agent, preset, options, parse_env_args(options.env_arg), dataclasses.asdict(flags))
     # Everything that can be wrong is made before the folder: nothing is left behind by a typo.
     env, eval_env = job.environments()
@@ -94,6 +91,25 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     with locked(folder.path):
         learn(job, folder, algorithm, eval_env)
     return folder
+
+
+def check_options(options: RunOptions, device: str) -> None:
+    """One sentence per wrong value, before any work is done."""
+    for name, least in (
+        ("total_timesteps", 1), ("eval_episodes", 2), ("eval_every", 0), ("threads", 0),
+        ("checkpoint_seconds", 0),
+    ):  # fmt: skip
+        value = getattr(options, name)
+        if not value >= least:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least {least}, got {value}")
+    try:
+        torch.empty(0, device=None if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(
+            f"--device must be auto, cpu or a device that PyTorch sees, got '{device}' ({reason})"
+        ) from None
 
 
 def resume(path: Path, total_timesteps: int = 0) -> RunFolder:

@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from agents import presets, safe_file
 from agents.saving import SafeSaving
 from scripts.normalisation import Normalised, normalise, normalise_like
-from scripts.run_folder import AGENTS, RunFolder, UserError, make_env, read_json
+from scripts.run_folder import AGENTS, RunFolder, UserError, make_env
 
 # Constructor arguments that are not flags: set below, or not expressible as text.
 NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
@@ -202,7 +202,7 @@ class Job:
     @staticmethod
     def read(folder: RunFolder) -> Job:
         """What `write` wrote."""
-        config = read_json(folder.config)
+        config = folder.read_config()
         try:
             options = {**config["options"], "runs": Path(config["options"]["runs"])}
             options["env_arg"] = tuple(options["env_arg"])

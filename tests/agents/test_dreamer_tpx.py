@@ -783,7 +783,9 @@ def test_missing_file():
 
 def test_file_of_another_agent_is_one_clear_sentence(tmp_path):
     PIPPS("RBFPolicy", "Pendulum-v1", device="cpu").save(tmp_path / "pipps")
-    with pytest.raises(ValueError, match=r"^cannot load .*pipps.zip as a DreamerTPX model") as error:
+    with pytest.raises(
+        ValueError, match=r"^cannot load .*pipps.zip as a DreamerTPX model"
+    ) as error:
         DreamerTPX.load(tmp_path / "pipps")
     assert "expected a file written by DreamerTPX.save" in str(error.value)
     assert "\n" not in str(error.value)

@@ -9,6 +9,7 @@ import sys
 import pytest
 from stable_baselines3.common.logger import Logger
 
+from agents import PIPPS
 from scripts import kill_test, train
 from scripts.interruption import locked
 from scripts.run_log import ResumableCSV, make_logger
@@ -75,13 +76,13 @@ def test_a_signal_checkpoints_and_says_how_to_go_on(number, tmp_path, capsys, mo
     train.main([*quiet, "--name", "quiet"])
     sent = []
 
-    def send(agent, show_progress, improve=train.PIPPS._improve_policy):
+    def send(agent, show_progress, improve=PIPPS._improve_policy):
         improve(agent, show_progress)
         if agent.num_timesteps == 60 and not sent:
             sent.append(number)
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(train.PIPPS, "_improve_policy", send)
+    monkeypatch.setattr(PIPPS, "_improve_policy", send)
     with pytest.raises(SystemExit) as stop:
         train.main([*quiet, "--name", "stopped"])
     assert stop.value.code == 128 + number

@@ -1,0 +1,115 @@
+"""Wrong command lines: exit code 2 (usage) or 1 (failure), a sentence, never a traceback."""
+
+import json
+
+import pytest
+
+from scripts import diagnose, evaluate, train, variance
+
+CART = ["--env-id", "totalprop/CartPoleSwingUp-v0"]
+P, D, A = ["pipps"], ["dreamer", *CART], ["daappo", *CART]
+RANGES = {  # flag: a value out of range
+    "pipps": {
+        "--n-particles": "1", "--horizon": "0", "--gradient-steps": "0", "--random-trials": "0",
+        "--gp-evaluations": "0", "--noise-multiplier": "0", "--adam-eps": "-1", "--momentum": "1",
+        "--learning-rate": "0", "--estimator": "tpxx", "--leg": "arm", "--optimizer": "sgd",
+        "--angle-dims": "9", "--policy": "NoPolicy", "--device": "abacus",
+    },
+    "dreamer": {
+        "--horizon": "1", "--batch-size": "0", "--sequence-length": "1", "--buffer-size": "1",
+        "--imagination-starts": "2", "--learning-starts": "0", "--train-freq": "0",
+        "--gradient-steps": "-1", "--gamma": "1.5", "--lam": "-0.1", "--learning-rate": "inf",
+        "--model-learning-rate": "0", "--free-nats": "-1", "--kl-scale": "nan",
+        "--exploration-noise": "-1", "--storage": "cloud", "--baseline": "none", "--estimator": "r",
+        "--pretrained-world-model": "no/such/run", "--max-grad-norm": "0", "--entropy-scale": "-1",
+    },
+    "daappo": {
+        "--action-source": "oracle", "--n-extra-actions": "0", "--simulation-horizon": "0",
+        "--grow-fraction": "2", "--estimator": "tp", "--real-advantage": "exact", "--n-q": "0",
+        "--extra-baseline": "none", "--dynamics-target": "past", "--dynamics-width": "0",
+        "--dynamics-learning-rate": "0", "--dynamics-activation": "gelu", "--batch-size": "1",
+        "--dynamics-buffer-size": "0", "--n-steps": "0", "--n-epochs": "0", "--clip-range": "-1",
+        "--gamma": "2", "--gae-lambda": "-1", "--learning-rate": "-3", "--vf-coef": "-1",
+    },
+}  # fmt: skip
+OTHERS = [
+    [], ["ppo"], ["--resume"], ["--resume", "no/such/run"], ["pipps", "--preset"],
+    ["pipps", "--preset", "2019"], ["dreamer", "--preset=large"], ["pipps", "--no-such-flag", "1"],
+    ["pipps", "--horizon", "ten"], ["pipps", "--horizon"], ["pipps", "--seed", "1.5"],
+    ["pipps", "stray"], [*P, "--total-timesteps", "0"], [*P, "--eval-episodes", "1"],
+    [*P, "--threads", "-1"], [*P, "--checkpoint-seconds", "-1"], [*P, "--eval-every", "-5"],
+    [*P, "--env-id", "CartPoleSwingUp"], [*P, "--env-id", "totalprop/CartPoleSwingUp-v7"],
+    [*P, "--env-id", "CartPole-v1"], [*P, "--env-id", "no_module:Env-v0"], [*P, "--env-id", ""],
+    [*D[:1], "--env-id", "CartPole-v1"], [*A[:1], "--env-id", "CartPole-v1"],
+    [*P, "--env-arg", "noise"], [*P, "--env-arg", "no_such=1"], [*P, "--env-arg", "noise=-1"],
+    [*P, "--env-arg", "cost=gold"], [*P, "--normalize", "all"], [*P, "--normalize", "both"],
+    [*D, "--normalize", "rewards"], [*P, "--estimator", "rp", "--optimizer", "quasi-newton"],
+    [*A, "--action-source", "states", "--estimator", "tpx"],
+    [*A, "--extra-baseline", "leave-one-out", "--n-extra-actions", "1"],
+    [*P, "--seed", "-1"], [*P, "--runs", "/dev/null/runs"], [*P, "--name", "a/../../b\0"],
+    ["daappo", "--env-id", "Pendulum-v1", "--action-source", "rewind"],
+]  # fmt: skip
+COMMANDS = [[agent, flag, value] for agent, bad in RANGES.items() for flag, value in bad.items()]
+COMMANDS = [[c[0], *CART, *c[1:]] for c in COMMANDS] + OTHERS
+
+
+class Begun(BaseException):
+    """The training began: nothing was found wrong."""
+
+
+def test_there_are_enough():
+    assert len(COMMANDS) >= 60
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_wrong_training_commands(command, tmp_path, capsys, monkeypatch):
+    def learn(*_):
+        raise Begun
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "learn", learn)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*command, *([] if command[:1] in ([], ["--resume"]) else ["--no-progress"])])
+    output = capsys.readouterr()
+    assert stop.value.code in (1, 2)
+    text = output.err + output.out
+    assert "Traceback" not in text
+    if stop.value.code == 1:  # one sentence, after whatever libraries print
+        error = [line for line in output.err.splitlines() if line.startswith("error:")]
+        assert len(error) == 1 and output.err.rstrip().endswith(error[0]) and len(error[0]) > 20
+    else:
+        assert len(text) > 20
+    assert not (tmp_path / "runs").exists()  # nothing is begun
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (evaluate.main, ["no/such/run"]), (evaluate.main, ["{run}", "--episodes", "0"]),
+        (evaluate.main, ["{run}"]), (evaluate.main, []), (diagnose.main, ["no/such/run"]),
+        (diagnose.main, ["{run}"]), (diagnose.main, ["{run}", "--starts", "x"]),
+        (variance.main, ["--env-id", "no-env"]), (variance.main, ["--trajectories", "many"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_commands_of_other_scripts(main, arguments, tmp_path, capsys):
+    """The run is one that was killed before it had a model."""
+    run = tmp_path / "run"
+    run.mkdir()
+    config = {"agent": "pipps", "env_id": "totalprop/CartPoleSwingUp-v0", "env_args": {}}
+    (run / "config.json").write_text(json.dumps({**config, "arguments": {"seed": 0}}))
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(run=run) for argument in arguments])
+    output = capsys.readouterr()
+    assert stop.value.code in (1, 2) and "Traceback" not in output.err
+    assert "error" in output.err.lower()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"agent": "pipps"}', '{"agent": "human"}'])
+def test_a_damaged_config(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    for main, arguments in ((train.main, ["--resume"]), (evaluate.main, [])):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, str(tmp_path)])
+        assert stop.value.code == 1
+        assert capsys.readouterr().err.count("\n") == 1
