@@ -17,7 +17,8 @@ SOURCES = ("none", "dynamics", "q", "rewind", "states")
 DIFFERENTIABLE = ("dynamics", "q")  # whose advantage has a gradient in the action
 WHOLE = {  # name: least value
     "n_epochs": 1, "n_extra_actions": 1, "simulation_horizon": 1, "dynamics_width": 1,
-    "dynamics_batch_size": 1, "dynamics_steps": 0, "dynamics_buffer_size": 1, "dynamics_warmup": 0, "n_q": 1,
+    "dynamics_batch_size": 1, "dynamics_steps": 0, "dynamics_buffer_size": 1, "dynamics_warmup": 0,
+    "n_q": 1,
 }  # fmt: skip
 CHOICES = {
     "action_source": SOURCES,

@@ -231,7 +231,20 @@ class DAAPPO(SafeSaving, PPO):
     # ----------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Fit the model, draw the extra actions, then PPO's epochs over all of them."""
+        """Fit the model, draw the extra actions, then PPO's epochs over all of them.
+
+        Raises:
+            FloatingPointError: a parameter of policy or critic has become NaN or infinite.
+        """
+        self._train()
+        for name, parameter in self.policy.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise FloatingPointError(
+                    f"'{name}' is not finite after the update at step {self.num_timesteps}; go on "
+                    "from a checkpoint with a smaller learning_rate or max_grad_norm"
+                )
+
+    def _train(self) -> None:
         if self.action_source == "none":
             if self.separate_grad_clip:
                 daa_update.train(self)

@@ -53,7 +53,11 @@ def check_arguments(agent: DreamerTPX) -> None:
     for name in ("gamma", "lam"):
         value = getattr(agent, name)
         checks.append((name, value, 0 <= value <= 1, "in [0, 1]"))
-    for name, choices in (("baseline", list(BASELINES)), ("storage", ["ram", "disk", "device"])):
+    for name, choices in (
+        ("baseline", list(BASELINES)),
+        ("storage", ["ram", "disk", "device"]),
+        ("nonfinite", ["stop", "skip"]),
+    ):
         value = getattr(agent, name)
         checks.append((name, value, value in choices, f"one of {', '.join(choices)}"))
     if not callable(agent.learning_rate):

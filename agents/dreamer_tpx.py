@@ -26,7 +26,7 @@ from agents import dreamer_arguments, dreamer_log, dreamer_state
 from agents.allocator import keep_freed_memory
 from agents.dreamer_policy import DreamerPolicy, RecurrentState
 from agents.dreamer_update import DreamerUpdate
-from agents.finite import check_finite
+from agents.finite import check_finite, check_gradients
 from agents.pretrained import load_world_model
 from agents.replay import SequenceReplay
 from agents.ring_files import RingFiles
@@ -34,6 +34,7 @@ from agents.saving import SafeSaving
 from estimators import Estimator
 from world_models.latent_model import State
 
+OPTIMIZED = ("model", "actor", "critic")
 SelfDreamerTPX = TypeVar("SelfDreamerTPX", bound="DreamerTPX")
 
 
@@ -74,6 +75,8 @@ class DreamerTPX(SafeSaving):
         discount_scale: weight of its loss.
         pretrained_world_model: run folder or saved DreamerTPX whose world model this one starts
             from, with a fresh actor and critic (TPX 2023, App. C.3). It goes on learning.
+        nonfinite: of a gradient that is not finite: "stop" the training, or "skip" the step and
+            count it (train/skipped_steps).
         bf16: run the networks in bfloat16 (losses stay float32).
         compile: compile the step of the imagination and of the filter with torch.compile.
         policy_kwargs: sizes of the networks, for example {"deter": 200, "width": 400}.
@@ -122,6 +125,7 @@ class DreamerTPX(SafeSaving):
         discount_head: bool = False,
         discount_scale: float = 10.0,
         pretrained_world_model: str | None = None,
+        nonfinite: Literal["stop", "skip"] = "stop",
         bf16: bool = False,
         compile: bool = False,
         policy_kwargs: dict[str, Any] | None = None,
@@ -160,6 +164,7 @@ class DreamerTPX(SafeSaving):
         self.free_nats_per_step = free_nats_per_step
         self.discount_head, self.discount_scale = discount_head, discount_scale
         self.pretrained_world_model = pretrained_world_model
+        self.nonfinite = nonfinite
         self.bf16, self.compile = bf16, compile
         self.replay_buffer: SequenceReplay | None = None
         self._memory: tuple[State, Tensor] | None = None  # of the running episodes
@@ -322,8 +327,12 @@ class DreamerTPX(SafeSaving):
         with dreamer_log.Round(self) as log:
             for _ in range(gradient_steps):
                 batch = self.replay_buffer.sample(self.batch_size, self.sequence_length, self._rng)
-                log.add(self._update(batch, self._generator))
+                record = self._update(batch, self._generator)
                 self._n_updates += 1
+                if self.nonfinite == "stop":
+                    norms = {n: record.scalars[f"{n}_gradient_norm"] for n in OPTIMIZED}
+                    check_gradients(self.num_timesteps, self._n_updates, norms)
+                log.add(record)
         self.policy.set_training_mode(False)
 
     def predict(
@@ -386,5 +395,4 @@ class DreamerTPX(SafeSaving):
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        names = ("model", "actor", "critic")
-        return ["policy", *(f"_update.{name}_optimizer" for name in names)], []
+        return ["policy", *(f"_update.{name}_optimizer" for name in OPTIMIZED)], []

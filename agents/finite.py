@@ -1,11 +1,13 @@
-"""What an environment returns is checked before it reaches a model."""
+"""What an environment returns is checked before it reaches a model, and gradients after."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def check_finite(
@@ -19,4 +21,15 @@ def check_finite(
             raise ValueError(
                 f"the environment returned a non-finite {name} at step {step}: "
                 f"{values.tolist()}; fix the environment (or end its episode before that)"
+            )
+
+
+def check_gradients(step: int, update: int, norms: Mapping[str, Tensor]) -> None:
+    """Raise FloatingPointError if the norm of a part's gradient is not finite."""
+    for name, norm in norms.items():
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"the {name}'s gradient was not finite at step {step}, update {update}; the step "
+                "was not taken. Go on from a checkpoint with nonfinite='skip', a shorter horizon "
+                "or estimator 'tpx'"
             )

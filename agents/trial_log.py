@@ -44,6 +44,7 @@ def record_search(agent: PIPPS, log: SearchLog, likelihoods: Tensor) -> None:
     record("train/n_updates", agent._n_updates, exclude=QUIET)
     gp = agent.dynamics
     record("gp/data", len(gp.inputs))
+    record("gp/jitter", gp.jitter, exclude=QUIET)
     record("gp/negative_log_likelihood", float(likelihoods.mean()))
     for e in range(gp.targets.shape[1]):
         record(f"gp/noise_{e}", float(gp.noise[e]), exclude=QUIET)

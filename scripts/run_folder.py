@@ -21,6 +21,7 @@ import envs  # noqa: F401  (registers our environments)
 from agents import DAAPPO, PIPPS, DreamerTPX
 from agents.saving import SafeSaving
 from envs.rewind import Rewindable, can_rewind
+from scripts.watchdog import Watchdog, Watched
 
 MAX_GIF_FRAMES = 125  # a GIF of 500 frames of 240 x 320 would take 10 MB and more
 
@@ -174,11 +175,13 @@ def make_env(
     n_envs: int = 1,
     render: bool = False,
     rewindable: bool = False,
+    step_timeout: float = 0.0,
 ) -> VecEnv:
     """Vector environment of an id, each monitored and seeded.
 
     `dm_control/walker-walk-v0` (shimmy's name) is our `dmc/walker-walk-v0`. Those that can be
-    rewound have the methods of `envs.rewind.Rewindable`; with `rewindable` all must.
+    rewound have the methods of `envs.rewind.Rewindable`; with `rewindable` all must. A call that
+    takes longer than `step_timeout` seconds ends the process (0: never).
     """
     env_id = env_id.replace("dm_control/", "dmc/", 1)
     if env_id not in gym.registry and ":" not in env_id:
@@ -187,9 +190,13 @@ def make_env(
         raise UserError(f"unknown environment '{env_id}'{hint}")
     kwargs = {**env_args, "render_mode": "rgb_array" if render else None}
 
+    watchdog = Watchdog(step_timeout)
+
     def make(**kwargs: Any) -> gym.Env[Any, Any]:
         env = gym.make(env_id, **kwargs)
-        return Rewindable(env) if rewindable or can_rewind(env) else env
+        if rewindable or can_rewind(env):
+            env = Rewindable(env)
+        return Watched(env, watchdog) if step_timeout else env
 
     try:
         return make_vec_env(make, n_envs, seed=seed, env_kwargs=kwargs)

@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = parse_resume(arguments) if is_resumed else parse(arguments, usage=__doc__ or "")
     try:
         resume(*command) if is_resumed else train(*command)
-    except (UserError, ValueError, AssertionError, FloatingPointError, OSError) as error:
+    except Exception as error:
         if os.environ.get("TOTALPROP_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\nstopped; the run goes on from its last checkpoint with --resume", file=sys.stderr)
@@ -74,6 +74,23 @@ class Stopwatch:
         self._before, self._started = state["seconds"], time.perf_counter()
 
 
+def sentence(error: Exception) -> str:
+    """What went wrong, and the remedy, in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError | ValueError | AssertionError | FloatingPointError | OSError):
+        return text
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"out of GPU memory ({text[:150]}); take a smaller --batch-size, --sequence-length or "
+            "--imagination-starts, or --storage ram, and go on with --resume"
+        )
+    # Most likely the environment's; the traceback is for whoever wrote it.
+    return (
+        f"{type(error).__name__}: {text}; TOTALPROP_TRACEBACK=1 shows where, and the run goes on "
+        "from its last checkpoint with --resume"
+    )
+
+
 def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunFolder:
     """Make environment, agent and run folder, learn, and report."""
     check_options(options, flags.device)
@@ -97,7 +114,7 @@ def check_options(options: RunOptions, device: str) -> None:
     """One sentence per wrong value, before any work is done."""
     for name, least in (
         ("total_timesteps", 1), ("eval_episodes", 2), ("eval_every", 0), ("threads", 0),
-        ("checkpoint_seconds", 0),
+        ("checkpoint_seconds", 0), ("step_timeout", 0),
     ):  # fmt: skip
         value = getattr(options, name)
         if not value >= least:

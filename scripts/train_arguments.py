@@ -67,6 +67,8 @@ class RunOptions:
     """Also write the world model's replay to replay.npz, for scripts.diagnose."""
     checkpoint_seconds: float = 60.0
     """Least time between checkpoints; a killed run goes on from the last with --resume RUN."""
+    step_timeout: float = 600.0
+    """Seconds that one call of the environment may take before the process ends; 0: any."""
     threads: int = 0
     """CPU threads of PyTorch; 0: one per core."""
     tensorboard: bool = True
@@ -175,8 +177,11 @@ class Job:
     def environments(self) -> tuple[VecEnv, VecEnv]:
         """To train in and to evaluate in."""
         env_id, is_rewound = self.options.env_id, self.arguments.get("action_source") == "rewind"
-        env = make_env(env_id, self.env_args, seed=None, rewindable=is_rewound)
-        eval_env = make_env(env_id, self.env_args, seed=1000 + self.arguments["seed"], n_envs=5)
+        limit = self.options.step_timeout
+        env = make_env(env_id, self.env_args, seed=None, rewindable=is_rewound, step_timeout=limit)
+        eval_env = make_env(
+            env_id, self.env_args, seed=1000 + self.arguments["seed"], n_envs=5, step_timeout=limit
+        )
         env = normalise(env, self.options.normalize, gamma=self.arguments.get("gamma", 1.0))
         return env, normalise_like(eval_env, unwrap_vec_normalize(env))
 

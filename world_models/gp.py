@@ -43,6 +43,8 @@ class GaussianProcess(nn.Module):
     Attributes (buffers, float64; the data grow, and a state dict of any size loads):
         inputs: [n, D], targets: [n, E]
         log_lengthscale: [E, D], log_signal: [E], log_noise: [E]: logs of deviations, not variances.
+        jitter: added to the diagonal of the last factorisation to make it exist, in units of the
+            signal variance; 0 where the data and noise are well-behaved.
     """
 
     GROWING_BUFFERS = ("inputs", "targets")
@@ -63,6 +65,7 @@ class GaussianProcess(nn.Module):
         self.register_buffer("log_noise", torch.full((e,), math.log(0.1), dtype=dtype))
         self.register_buffer("has_fit", torch.tensor(False))
         self._factors: tuple[Any, ...] | None = None
+        self.jitter = 0.0
 
     @property
     def noise(self) -> Tensor:
@@ -238,14 +241,14 @@ def _log_kernel(scaled: Tensor, log_signal: Tensor) -> Tensor:
     return 2 * log_signal - 0.5 * square_distance
 
 
-def _cholesky(k: Tensor, noise_variance: Tensor, signal_variance: Tensor) -> Tensor:
-    """Lower factor of K + σ_n² I; adds the least jitter that makes it exist."""
+def _cholesky(k: Tensor, noise_variance: Tensor, signal_variance: Tensor) -> tuple[Tensor, float]:
+    """Lower factor of K + σ_n² I, and the least (relative) jitter that makes it exist."""
     for jitter in JITTERS:
         a = k.clone()
         a.diagonal().add_(noise_variance + jitter * signal_variance)
         factor, info = torch.linalg.cholesky_ex(a)
         if info == 0:
-            return factor
+            return factor, jitter
     raise RuntimeError(
         f"kernel matrix of {len(k)} points is not positive definite even with a relative jitter of "
         f"{JITTERS[-1]:g}; the data hold (near) duplicates with no noise: add observation noise"
@@ -261,10 +264,12 @@ def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
     scaled = (gp.inputs - centre) * inverse_lengthscale  # [E, n, D]
     precision: list[Tensor | LowRank] = []
     beta = []
+    gp.jitter = 0.0
     for e in range(gp.targets.shape[1]):
         k = _log_kernel(scaled[e], gp.log_signal[e]).exp()
         noise_variance = (2 * gp.log_noise[e]).exp()
-        factor = _cholesky(k, noise_variance, (2 * gp.log_signal[e]).exp())
+        factor, jitter = _cholesky(k, noise_variance, (2 * gp.log_signal[e]).exp())
+        gp.jitter = max(gp.jitter, jitter)
         precision.append(_low_rank(k, noise_variance) or torch.cholesky_inverse(factor))
         beta.append(torch.cholesky_solve(gp.targets[:, e, None], factor))
     dense = [p for p in precision if isinstance(p, Tensor)]
@@ -300,7 +305,7 @@ def negative_log_likelihood(
     scaled = (inputs - inputs.mean(0)) * (-theta[:d]).exp()
     noise_variance = (2 * theta[d + 1]).exp()
     k = _log_kernel(scaled, theta[d]).exp()
-    factor = _cholesky(k, noise_variance, (2 * theta[d]).exp())
+    factor, _ = _cholesky(k, noise_variance, (2 * theta[d]).exp())
     beta = torch.cholesky_solve(target[:, None], factor)
     value = 0.5 * (target @ beta).squeeze() + factor.diagonal().log().sum()
     value += 0.5 * len(target) * math.log(2 * math.pi)

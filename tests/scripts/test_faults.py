@@ -1,0 +1,162 @@
+"""What breaks during a training: a sentence, an exit code, and a checkpoint to go on from."""
+
+import subprocess
+import sys
+import textwrap
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from agents import DAAPPO, DreamerTPX
+from scripts import kill_test, train
+from scripts.watchdog import HUNG
+
+BROKEN = textwrap.dedent("""
+    import time
+    import gymnasium as gym
+    import numpy as np
+
+    class Broken(gym.Env):
+        observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+        action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+        fault, at, steps = "", 45, 0
+
+        def __init__(self, fault="", render_mode=None):
+            self.fault, self.render_mode, self.t = fault, render_mode, 0
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.t = 0
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            Broken.steps += 1
+            self.t += 1
+            observation, reward = np.full(2, self.t / 10, np.float32), 0.5
+            if Broken.steps >= self.at:
+                if self.fault == "raises":
+                    raise KeyError("the motor is on fire")
+                if self.fault == "shape":
+                    observation = np.zeros(3, np.float32)
+                if self.fault == "nan":
+                    observation[0] = np.nan
+                if self.fault == "reward":
+                    reward = float("inf")
+                if self.fault == "hangs":
+                    time.sleep(60)
+            return observation, reward, False, self.t >= 10, {}
+
+    gym.register("Broken-v0", Broken, disable_env_checker=True)
+""")
+TINY = ["pipps", "--gradient-steps", "1", "--n-particles", "6", "--gp-evaluations", "2"]
+TINY += ["--threads", "1", "--no-progress", "--no-tensorboard", "--eval-episodes", "2"]
+TINY += ["--env-id", "broken_env:Broken-v0", "--checkpoint-seconds", "0", "--horizon", "3"]
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    (tmp_path / "broken_env.py").write_text(BROKEN)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:.")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("fault", "words", "code"),
+    [
+        ("raises", "KeyError: 'the motor is on fire'", 1),
+        ("shape", "(3,)", 1),
+        ("nan", "non-finite observation at step", 1),
+        ("reward", "non-finite reward at step", 1),
+        ("hangs", "env.step has not returned for 1 s", HUNG),
+    ],
+)
+def test_a_broken_environment(fault, words, code, broken):
+    command = [sys.executable, "-m", "scripts.train", *TINY, "--total-timesteps", "100"]
+    command += ["--env-arg", f"fault={fault}", "--runs", str(broken), "--name", "run"]
+    done = subprocess.run(
+        [*command, "--step-timeout", "1"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code
+    error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and words in error[0] and "Traceback" not in done.stderr
+    assert list((broken / "run" / "checkpoints").glob("checkpoint_*"))
+
+
+class OutOfMemory(torch.OutOfMemoryError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "--batch-size"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (EOFError(), "EOFError"),
+        (RuntimeError("kernel matrix of 3 points"), "kernel matrix"),
+    ],
+)
+def test_a_fault_while_learning_is_one_sentence_and_the_run_goes_on(
+    error, words, tmp_path, capsys, monkeypatch
+):
+    command = [*kill_test.COMMANDS["dreamer"], *kill_test.COMMON, "--runs", str(tmp_path)]
+    train.main([*command, "--name", "quiet"])
+    calls = []
+
+    def fail(agent, steps, learn=DreamerTPX.train):
+        calls.append(1)
+        if len(calls) == 5:
+            raise error
+        learn(agent, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DreamerTPX, "train", fail)
+        with pytest.raises(SystemExit) as stop:
+            train.main([*command, "--name", "failed"])
+    output = capsys.readouterr().err
+    assert stop.value.code == 1 and words in output and "Traceback" not in output
+    train.main(["--resume", str(tmp_path / "failed")])
+    assert kill_test.differences("dreamer", tmp_path / "quiet", tmp_path / "failed") == []
+
+
+def test_tensorboard_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "events.out")
+
+    monkeypatch.setattr("stable_baselines3.common.logger.SummaryWriter", refuse)
+    command = [*kill_test.COMMANDS["pipps"], "--tensorboard", "--runs", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        train.main(command)
+    assert stop.value.code == 1 and "Permission denied" in capsys.readouterr().err
+
+
+TINY_DREAMER = {
+    "learning_starts": 20, "sequence_length": 6, "batch_size": 3, "imagination_starts": 4,
+    "horizon": 3, "train_freq": 10, "gradient_steps": 2, "buffer_size": 100, "device": "cpu",
+    "policy_kwargs": {"stoch": 3, "deter": 5, "hidden": 5, "width": 5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_a_gradient_that_is_not_finite(nonfinite):
+    agent = DreamerTPX("DreamerPolicy", "Pendulum-v1", nonfinite=nonfinite, **TINY_DREAMER)
+    agent.learn(20)
+    with torch.no_grad():
+        next(agent.policy.critic.parameters())[0, 0] = np.inf
+    if nonfinite == "stop":
+        with pytest.raises(FloatingPointError, match=r"gradient was not finite at step 30, update"):
+            agent.learn(20, reset_num_timesteps=False)
+    else:
+        agent.learn(20, reset_num_timesteps=False)
+        assert agent.num_timesteps == 40
+
+
+def test_a_ppo_that_diverges_stops():
+    env = gym.make("Pendulum-v1")
+    agent = DAAPPO("MlpPolicy", env, action_source="none", n_steps=32, batch_size=16, device="cpu")
+    agent.learn(32)
+    with torch.no_grad():
+        agent.policy.value_net.bias.fill_(torch.nan)
+    with pytest.raises((FloatingPointError, ValueError), match="not finite|nan|invalid"):
+        agent.learn(32, reset_num_timesteps=False)
