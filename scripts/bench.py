@@ -5,6 +5,7 @@
     python -m scripts.bench dreamer                # seconds per update, against sheeprl
     python -m scripts.bench dreamer --device cuda
     python -m scripts.bench ppo                    # DAAPPO against stable-baselines3's PPO
+    python -m scripts.bench checkpoint             # what a checkpoint costs
 
 Every figure is the median over interleaved repeats, so that a slow moment of the machine hits all
 of them alike.
@@ -27,11 +28,13 @@ import estimators
 from agents.allocator import keep_freed_memory
 from agents.particles import Noise, ParticleModel, simulate
 from agents.policies import RBFPolicy
+from scripts.bench_checkpoint import bench_checkpoint
 from scripts.bench_dreamer import bench_dreamer
 from scripts.bench_ppo import ENV_ID, bench_ppo
 from scripts.timing import interleaved_medians
 from world_models.gp import GaussianProcess, Posterior
 
+WHAT = ("pipps", "dreamer", "ppo", "checkpoint")
 HORIZON, PARTICLES = 30, 300  # Parmas et al. 2023, App. B.1
 ESTIMATORS = ("rp", "lr", "tpx", "tp", "tpg")
 
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", default="pipps", choices=["pipps", "dreamer", "ppo"])
+    parser.add_argument("what", nargs="?", default="pipps", choices=list(WHAT))
     parser.add_argument("--points", type=int, nargs="+", default=[30, 150, 450], help="GP data")
     parser.add_argument(
         "--repeats", type=int, default=0, help="medians of this many (pipps: 11, others: 5)"
@@ -57,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.what == "pipps":
         rows = [bench_pipps(n, options.repeats or 11) for n in options.points]
         title = f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}"
+    elif options.what == "checkpoint":
+        rows = bench_checkpoint(options.repeats or 5)
+        title = "checkpoints of PIPPS, DreamerTPX on vectors, on pixels, and DAAPPO"
     elif options.what == "ppo":
         rows = [bench_ppo(options.repeats or 5)]
         title = f"rollouts and updates on {ENV_ID}"

@@ -1,5 +1,6 @@
 """Files without code: what goes in comes out, and nothing of a hostile file is executed."""
 
+import os
 import random
 from collections import deque
 
@@ -52,9 +53,10 @@ def test_the_payload_would_have_been_executed_by_unpickling(tmp_path):
     assert proof.read_text() == "owned"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_damage_anywhere_is_noticed_or_harmless(good, tmp_path_factory, data):
+FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+def check_damaged(good, path, data):
     """Bytes changed, cut or inserted: a ValueError, or an agent with finite weights."""
     content = bytearray(good.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -66,14 +68,67 @@ def test_damage_anywhere_is_noticed_or_harmless(good, tmp_path_factory, data):
             del content[place : place + data.draw(st.integers(1, 64))]
         else:
             content[place:place] = data.draw(st.binary(min_size=1, max_size=16))
-    path = tmp_path_factory.mktemp("fuzz") / "model.zip"
     path.write_bytes(bytes(content))
     try:
         agent = PIPPS.load(path, device="cpu")
     except ValueError:
-        pass
-    else:
-        assert all(torch.isfinite(p).all() for p in agent.policy.parameters())
+        return
+    assert all(torch.isfinite(p).all() for p in agent.policy.parameters())
+
+
+def check_repaired(good, path, data):
+    """The same inside: an entry of the JSON document replaced, under a valid checksum."""
+    document, tensors = hostile_files.take_apart(good)
+    for _ in range(data.draw(st.integers(1, 3))):
+        node, parent, key = document["values"], None, None
+        while isinstance(node, dict | list) and len(node):
+            parent = node
+            key = data.draw(
+                st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node)))
+            )
+            node = parent[key]
+            if data.draw(st.integers(0, 5)) == 0:
+                break
+        if parent is not None:
+            parent[key] = data.draw(JSON)
+    hostile_files.put_together(path, document, tensors)
+    try:
+        PIPPS.load(path, device="cpu")
+    except ValueError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(-2, 2) | st.text(max_size=5),
+    lambda x: st.lists(x, max_size=3)
+    | st.dictionaries(st.sampled_from(["$tensor", "$array", "$box", "$class", "$items", "a"]), x,
+                      max_size=2),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=60, **FUZZ)
+@given(data=st.data())
+def test_damage_anywhere_is_noticed_or_harmless(good, data):
+    check_damaged(good, good.with_name("damaged.zip"), data)
+
+
+@settings(max_examples=60, **FUZZ)
+@given(data=st.data())
+def test_a_document_with_other_entries_is_refused_or_harmless(good, data):
+    check_repaired(good, good.with_name("repaired.zip"), data)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("check", [check_damaged, check_repaired])
+def test_fuzzing_for_minutes(check, good):
+    @settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "10000")), database=None, **FUZZ)
+    @given(data=st.data())
+    def fuzz(data):
+        check(good, good.with_name("fuzzed.zip"), data)
+
+    fuzz()
 
 
 VALUES = {

@@ -158,5 +158,5 @@ def test_a_ppo_that_diverges_stops():
     agent.learn(32)
     with torch.no_grad():
         agent.policy.value_net.bias.fill_(torch.nan)
-    with pytest.raises((FloatingPointError, ValueError), match="not finite|nan|invalid"):
+    with pytest.raises((FloatingPointError, ValueError), match=r"not finite|nan|invalid"):
         agent.learn(32, reset_num_timesteps=False)
