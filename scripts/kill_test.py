@@ -47,6 +47,7 @@ COMMANDS = {  # small, but with everything that a run has
         "--normalize", "both", *CART_POLE,
     ],
 }  # fmt: skip
+LENGTHS = {"pipps": 4, "dreamer": 16, "daappo": 8}  # times those steps: room for 20 and more kills
 # Keys of what the clock decides, or of where a process began.
 TIMES = {
     "start_time", "stopwatch", "t", "_num_timesteps_at_start", "time/fps", "time/time_elapsed",
@@ -70,7 +71,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             record = kill_test(
                 agent, Path(folder), options.kills, options.kills_in_checkpoints, options.seed,
-                length=4,
+                length=LENGTHS[agent],
             )  # fmt: skip
         records.append(record)
         print(json.dumps(record), flush=True)
