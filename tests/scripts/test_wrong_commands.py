@@ -49,6 +49,7 @@ OTHERS = [
     [*P, "--seed", "-1"], [*P, "--runs", "/dev/null/runs"], [*P, "--name", "a/../../b\0"],
     ["daappo", "--env-id", "Pendulum-v1", "--action-source", "rewind"],
 ]  # fmt: skip
+SCRIPTS = {"evaluate": evaluate.main, "diagnose": diagnose.main, "variance": variance.main}
 COMMANDS = [[agent, flag, value] for agent, bad in RANGES.items() for flag, value in bad.items()]
 COMMANDS = [[c[0], *CART, *c[1:]] for c in COMMANDS] + OTHERS
 
@@ -83,23 +84,22 @@ def test_wrong_training_commands(command, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("main", "arguments"),
+    ("script", "arguments"),
     [
-        (evaluate.main, ["no/such/run"]), (evaluate.main, ["{run}", "--episodes", "0"]),
-        (evaluate.main, ["{run}"]), (evaluate.main, []), (diagnose.main, ["no/such/run"]),
-        (diagnose.main, ["{run}"]), (diagnose.main, ["{run}", "--starts", "x"]),
-        (variance.main, ["--env-id", "no-env"]), (variance.main, ["--trajectories", "many"]),
+        ("evaluate", ["no/such/run"]), ("evaluate", ["{run}", "--episodes", "0"]),
+        ("evaluate", ["{run}"]), ("evaluate", []), ("diagnose", ["no/such/run"]),
+        ("diagnose", ["{run}"]), ("diagnose", ["{run}", "--starts", "x"]),
+        ("variance", ["--env-id", "no-env"]), ("variance", ["--trajectories", "many"]),
     ],
-    ids=str,
 )  # fmt: skip
-def test_wrong_commands_of_other_scripts(main, arguments, tmp_path, capsys):
+def test_wrong_commands_of_other_scripts(script, arguments, tmp_path, capsys):
     """The run is one that was killed before it had a model."""
     run = tmp_path / "run"
     run.mkdir()
     config = {"agent": "pipps", "env_id": "totalprop/CartPoleSwingUp-v0", "env_args": {}}
     (run / "config.json").write_text(json.dumps({**config, "arguments": {"seed": 0}}))
     with pytest.raises(SystemExit) as stop:
-        main([argument.format(run=run) for argument in arguments])
+        SCRIPTS[script]([argument.format(run=run) for argument in arguments])
     output = capsys.readouterr()
     assert stop.value.code in (1, 2) and "Traceback" not in output.err
     assert "error" in output.err.lower()
