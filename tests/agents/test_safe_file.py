@@ -3,6 +3,7 @@
 import os
 import random
 from collections import deque
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -221,3 +222,19 @@ def test_a_user_policy_is_passed_again(tmp_path):
         PIPPS.load(tmp_path / "mine", env)
     loaded = PIPPS.load(tmp_path / "mine", env, "cpu", custom_objects={"policy_class": Mine})
     assert isinstance(loaded.policy, Mine)
+
+
+GOLDEN = Path(__file__).parent / "golden"  # one file per format, written by the version that had it
+
+
+def test_a_file_of_format_2_loads():
+    """By tests/agents/hostile_files.py's good_agent, at the commit that introduced the format."""
+    agent = PIPPS.load(GOLDEN / "format_2.zip", device="cpu")
+    assert agent.num_timesteps == 60 and len(agent.dynamics.inputs) == 60
+    action, _ = agent.predict(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
+    np.testing.assert_allclose(action, [0.00670946], rtol=1e-5)
+
+
+def test_a_file_of_format_1_says_what_reads_it():
+    with pytest.raises(ValueError, match=r"before format 2 \(up to commit edf8eef\)"):
+        PIPPS.load(GOLDEN / "format_1.zip", device="cpu")
