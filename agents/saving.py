@@ -27,9 +27,6 @@ SelfSafeSaving = TypeVar("SelfSafeSaving", bound="SafeSaving")
 class SafeSaving(BaseAlgorithm):
     """Base of the agents: `save`, `load`, `set_parameters` through `agents.safe_file`."""
 
-    # What `load` may find missing in a file because files hold no functions: rebuilt, or optional.
-    _rebuilt: ClassVar[tuple[str, ...]] = ("rollout_buffer_class", "lr_schedule")
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for policy_class in cls.policy_aliases.values():  # files may name them
@@ -113,15 +110,18 @@ class SafeSaving(BaseAlgorithm):
     ) -> SelfSafeSaving:
         """The agent that `file_values` describes, with some attributes replaced."""
         attributes, parameters = values["attributes"], values["parameters"]
-        for name in ("policy_kwargs",):
-            if name in replaced and replaced[name] != attributes[name]:
-                raise ValueError(
-                    f"the file's {name} are {attributes[name]}, you passed {replaced[name]}"
-                )
+        if (
+            replaced.get("policy_kwargs", attributes["policy_kwargs"])
+            != attributes["policy_kwargs"]
+        ):
+            raise ValueError(
+                f"the file's policy_kwargs are {attributes['policy_kwargs']}, you passed "
+                f"{replaced['policy_kwargs']}"
+            )
         attributes = {**attributes, **replaced}
         for name, value in list(attributes.items()):
             if isinstance(value, NotInFile):
-                if name not in cls._rebuilt and name in _ESSENTIAL:
+                if name in _ESSENTIAL:
                     raise ValueError(
                         f"{name} was a {value.kind}, which files do not hold; pass it again: "
                         f"load(path, custom_objects={{'{name}': ...}})"
@@ -233,16 +233,14 @@ class SafeSaving(BaseAlgorithm):
         )
 
 
-# Without these an agent cannot even predict or be set up.
+# Without these an agent cannot be set up; what else files do not hold is rebuilt or optional.
 _ESSENTIAL = {
     "learning_rate", "clip_range", "clip_range_vf", "policy_class", "policy_kwargs", "estimator",
     "observation_space", "action_space",
 }  # fmt: skip
 
 
-def check_state(
-    name: str, module: nn.Module, state: Any, *, exact_match: bool = True, free: bool = False
-) -> None:
+def check_state(name: str, module: nn.Module, state: Any, *, exact_match: bool = True) -> None:
     """Names, shapes, types and finiteness of a state dict against the module's own.
 
     Raises:

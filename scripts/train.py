@@ -193,6 +193,11 @@ def learn(
         also["pictures"] = pictures
     callbacks.append(checkpoints)
     checkpoints.restore(algorithm)
+    if algorithm.n_cut_episodes:
+        print(
+            f"{algorithm.n_cut_episodes} running episode(s) could not be put back, and were cut: "
+            f"{options.env_id} does not tell its state (see envs.rewind)"
+        )
     remaining = options.total_timesteps - algorithm.num_timesteps
     with stopping_between_rollouts(checkpoints) as signals:
         try:
