@@ -66,7 +66,6 @@ class Checkpoints(BaseCallback):
         super().__init__()
         self.folder, self.every_seconds, self.also = Path(folder), every_seconds, dict(also or {})
         self.cost = 0.0  # s of the last save
-        self.spent = 0.0  # s of all
         self._last = time.monotonic()
         self._values: dict[str, Any] | None = None
         self._files: list[str] = []  # that the newest checkpoint needs
@@ -117,7 +116,6 @@ class Checkpoints(BaseCallback):
         self._clean(files)
         self._last = time.monotonic()
         self.cost = self._last - started
-        self.spent += self.cost
 
     def _clean(self, files: list[str]) -> None:
         """Remove checkpoints but the last two, and segments that neither needs."""
@@ -125,7 +123,8 @@ class Checkpoints(BaseCallback):
             path.unlink()
         needed, self._files = {*files, *self._files}, list(files)
         for path in self.folder.iterdir():
-            if not path.name.startswith("checkpoint_") and path.name not in needed:
+            is_kept = path.name.startswith(("checkpoint_", "unreadable_"))
+            if not is_kept and path.name not in needed:
                 path.unlink()
 
     # ----------------------------------------------------------------------------------------

@@ -178,7 +178,8 @@ def learn(
     )
     if algorithm is None:
         assert env is not None
-        algorithm = checkpoints.load(AGENTS[job.agent], env) or job.algorithm(env)
+        device = job.arguments["device"]
+        algorithm = checkpoints.load(AGENTS[job.agent], env, device) or job.algorithm(env)
         print(f"Going on with {folder.path} after {algorithm.num_timesteps} steps")
     logger, also["table"] = make_logger(
         folder.path, tensorboard=options.tensorboard, first_step=algorithm.num_timesteps
