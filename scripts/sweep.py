@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import t as student_t
 
 from scripts.run_folder import AGENTS, RunFolder, UserError, current_commit, read_json
 
@@ -155,9 +156,10 @@ def _curves(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> F
         if quantity == "return":
             x = np.array(next(iter(seeds.values()))["timesteps"][:length])
         axis.plot(x, values.T, color=f"C{i}", lw=0.6, alpha=0.4)
-        mean, error = values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
-        error = 1.96 * error / len(values) ** 0.5
-        axis.fill_between(x, mean - error, mean + error, color=f"C{i}", alpha=0.12, lw=0)
+        mean, n = values.mean(0), len(values)
+        if n > 1:  # Student's t: a few seeds do not know their deviation
+            error = student_t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
+            axis.fill_between(x, mean - error, mean + error, color=f"C{i}", alpha=0.1, lw=0)
         axis.plot(x, mean, color=f"C{i}", lw=2, label=f"{value} ({len(values)})")
     if quantity == "cost":
         axis.axhline(THRESHOLDS[1], color="0.4", ls="--", lw=1)
