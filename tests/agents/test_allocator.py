@@ -18,8 +18,7 @@ def faults():
 faults()
 given_back = faults()
 kept = keep_freed_memory()
-faults()
-print(kept, given_back, faults())
+print(kept, given_back, min(faults() for _ in range(8)))  # now and then the heap moves on
 """
 
 
