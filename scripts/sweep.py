@@ -149,9 +149,11 @@ def _mean_and_error(values: np.ndarray) -> str:
 def _curves(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
+    drawn = []
     for i, (value, seeds) in enumerate(results.items()):
         length = min(len(seed["timesteps"]) for seed in seeds.values())
         values = np.array([seed[f"{quantity}s"][:length] for seed in seeds.values()])
+        drawn.append(values)
         x = np.arange(1, length + 1)
         if quantity == "return":
             x = np.array(next(iter(seeds.values()))["timesteps"][:length])
@@ -166,8 +168,9 @@ def _curves(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> F
     xlabel = "trial" if quantity == "cost" else "decisions (calls of env.step)"
     title = "thin: seeds, thick: their mean, band: 95 % interval of the mean"
     axis.set(xlabel=xlabel, ylabel=f"{quantity} of an episode", title=title)
-    if axis.dataLim.ymin >= 0:
-        axis.set_ylim(bottom=0)
+    low, high = min(map(np.min, drawn)), max(map(np.max, drawn))
+    margin = 0.05 * (high - low)
+    axis.set_ylim(0 if low >= 0 else low - margin, high + margin)  # by the runs, not the bands
     axis.legend(frameon=False, title=f"{varied.replace('-', ' ')} (seeds)")
     return figure
 
