@@ -143,15 +143,12 @@ def read(source: Path | IO[bytes], kind: str) -> dict[str, Any]:
             if document.get("kind") != kind:
                 raise BadFileError(f"it holds a {document.get('kind')}, not a {kind}")
             values = _decode(document["values"], tensors, 0)
-    except (
-        zipfile.BadZipFile, zipfile.LargeZipFile, SafetensorError, json.JSONDecodeError, EOFError,
-        UnicodeDecodeError, RecursionError, KeyError, TypeError, IndexError, NotImplementedError,
-        AttributeError, AssertionError, OverflowError, RuntimeError,
-    ) as error:  # fmt: skip
-        raise BadFileError(f"it is truncated or corrupted ({_one_line(error)})") from error
     except BadFileError:
         raise
-    except ValueError as error:
+    except (
+        zipfile.BadZipFile, zipfile.LargeZipFile, SafetensorError, EOFError, ValueError,
+        LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError,
+    ) as error:  # fmt: skip
         raise BadFileError(f"it is truncated or corrupted ({_one_line(error)})") from error
     if not isinstance(values, dict):
         raise BadFileError("it is truncated or corrupted (no values)")

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from agents import safe_file
+from agents.checkpoint import Checkpoints
 from scripts.run_folder import AGENTS, RunFolder, current_commit
 
 COMMON = ["--threads", "1", "--no-progress", "--no-tensorboard", "--checkpoint-seconds", "0"]
@@ -48,6 +49,8 @@ COMMANDS = {  # small, but with everything that a run has
     ],
 }  # fmt: skip
 LENGTHS = {"pipps": 4, "dreamer": 16, "daappo": 8}  # times those steps: room for 20 and more kills
+RING = 200  # rows of a ring that are compared: the smallest ring of COMMANDS
+WHILE_TRAINING = 0.8  # share of the kills that come after the first checkpoint of a process
 # Keys of what the clock decides, or of where a process began.
 TIMES = {
     "start_time", "stopwatch", "t", "_num_timesteps_at_start", "time/fps", "time/time_elapsed",
@@ -119,7 +122,7 @@ def kill_test(
         if kind == "moment":
             if moments.random() < WHILE_TRAINING:  # else perhaps while it starts or resumes
                 _wait_for_checkpoint(process, killed, _newest(killed))
-            process.join(2 * moments.random() * life / len(plan))
+            process.join(moments.random() * life / len(plan))
         else:
             process.join()
         if process.is_alive():
@@ -141,14 +144,10 @@ def kill_test(
     }
 
 
-WHILE_TRAINING = 0.8  # share of the kills that come after the first checkpoint of a process
-
-
 def _newest(run: Path) -> int:
     """Steps of a run's newest checkpoint; -1 before there is one."""
-    return max(
-        (int(p.stem.split("_")[1]) for p in run.glob("checkpoints/checkpoint_*")), default=-1
-    )
+    paths = Checkpoints(RunFolder(run).checkpoints).paths()
+    return int(paths[-1].stem.split("_")[1]) if paths else -1
 
 
 def _wait_for_checkpoint(process: BaseProcess, run: Path, after: int) -> None:
@@ -205,7 +204,7 @@ def differences(agent: str, first: Path, second: Path) -> list[str]:
     ends = []
     for path in (first, second):
         folder = RunFolder(path)
-        newest = sorted(folder.checkpoints.glob("checkpoint_*.zip"))[-1]
+        newest = Checkpoints(folder.checkpoints).paths()[-1]
         name = AGENTS[agent].__name__
         state = safe_file.read(newest, f"{name} checkpoint")
         state["training"] |= _joined(state["training"], folder.checkpoints)
@@ -228,7 +227,7 @@ def _joined(training: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def ring(segments: list[Any]) -> dict[str, Any]:
         parts = [safe_file.read(folder / name, "replay segment") for *_, name in segments]
-        oldest = max(0, segments[-1][1] - RING[0])
+        oldest = max(0, segments[-1][1] - RING)
         whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         first = segments[0][0]
         return {key: value[max(0, oldest - first) :] for key, value in whole.items()}
@@ -241,19 +240,9 @@ def _joined(training: dict[str, Any], folder: Path) -> dict[str, Any]:
     return joined
 
 
-RING = (200,)  # rows of a ring that are compared: the smallest ring of COMMANDS
-
-
 def _progress(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
-        return [
-            {
-                key: value
-                for key, value in row.items()
-                if key not in ("time/fps", "time/time_elapsed")
-            }
-            for row in csv.DictReader(file)
-        ]
+        return list(csv.DictReader(file))
 
 
 def _compare(a: Any, b: Any, where: str, found: list[str]) -> None:

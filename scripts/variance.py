@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from estimators.many_actions import advise, optimal_actions, table
 from estimators.many_actions_data import ComponentEstimate, estimate_components
-from scripts.run_folder import RunFolder, UserError, make_env, parse_env_args, read_json
+from scripts.run_folder import RunFolder, UserError, make_env, parse_env_args
 
 PAPER_SHARE = "96.9 to 99.9 % on four of its six tasks, 61 and 82 % on two; about 90 % on average"
 
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace) -> None:
         env_arg = ["action_repeat=4"] if env_id.startswith(("dmc/", "dm_control/")) else []
     env_args = parse_env_args(tuple(env_arg))
     if options.run is not None:
-        config = read_json(RunFolder.open(options.run).config)
+        config = RunFolder.open(options.run).read_config()
         env_id, env_args = config["env_id"], config["env_args"]
     env = make_env(env_id, env_args, seed=options.seed, rewindable=True)
     policy = _policy(options, env)
