@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
@@ -117,6 +118,8 @@ def kill_test(
         if (killed / "summary.json").exists():
             break
         resumable = (killed / "config.json").exists()
+        if not resumable:  # killed before it had begun: an empty folder would rename the next run
+            shutil.rmtree(killed, ignore_errors=True)
         command = ["--resume", str(killed)] if resumable else [*arguments, "--name", "killed"]
         process = _start(command, moments.randrange(2, 12) if kind == "checkpoint" else 0)
         if kind == "moment":
