@@ -114,14 +114,18 @@ def kill_test(
     plan = ["moment"] * kills + ["checkpoint"] * kills_in_checkpoints
     moments.shuffle(plan)
     deaths: list[tuple[str, int]] = []
+
+    def command() -> list[str]:
+        if (killed / "config.json").exists():
+            return ["--resume", str(killed)]
+        # Killed before it had begun: an empty folder would rename the next run.
+        shutil.rmtree(killed, ignore_errors=True)
+        return [*arguments, "--name", "killed"]
+
     for kind in plan:
         if (killed / "summary.json").exists():
             break
-        resumable = (killed / "config.json").exists()
-        if not resumable:  # killed before it had begun: an empty folder would rename the next run
-            shutil.rmtree(killed, ignore_errors=True)
-        command = ["--resume", str(killed)] if resumable else [*arguments, "--name", "killed"]
-        process = _start(command, moments.randrange(2, 12) if kind == "checkpoint" else 0)
+        process = _start(command(), moments.randrange(2, 12) if kind == "checkpoint" else 0)
         if kind == "moment":
             if moments.random() < WHILE_TRAINING:  # else perhaps while it starts or resumes
                 _wait_for_checkpoint(process, killed, _newest(killed))
@@ -136,7 +140,7 @@ def kill_test(
         elif process.exitcode:
             raise RuntimeError(f"a training ended with {process.exitcode}")
     if not (killed / "summary.json").exists():
-        _wait(_start(["--resume", str(killed)]))
+        _wait(_start(command()))
     return {
         "agent": agent,
         "steps": int(arguments[place]),
