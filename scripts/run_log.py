@@ -61,6 +61,8 @@ class ResumableCSV(KVWriter):
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on after the checkpoint's last row: what was written later is written again."""
         self.keys = list(state["keys"])
+        if not state["rows"]:  # of a checkpoint before the first row: there may be no file yet
+            return
         with open(self.path, newline="") as file:
             for row, _ in zip(csv.DictReader(file), range(state["rows"])):
                 self.rows.append({key: row[key] for key in self.keys if row[key]})
