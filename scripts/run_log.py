@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class ResumableCSV(KVWriter):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.keys: list[str] = []
-        self.rows: list[dict[str, str]] = []
+        self.n_rows = 0
 
     def write(
         self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
@@ -35,20 +36,29 @@ class ResumableCSV(KVWriter):
         """Append a row."""
         values = filter_excluded_keys(key_values, key_excluded, "csv")
         row = {key: str(value) for key, value in values.items() if value is not None}
-        self.rows.append(row)
         new = sorted(row.keys() - set(self.keys))
-        if new or len(self.rows) == 1:
+        if new or not self.n_rows:
+            rows = self._read()
             self.keys.extend(new)
-            self._rewrite()
-            return
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.keys, lineterminator="\n").writerow(row)
+            self._replace([*rows, row])
+        else:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.keys, lineterminator="\n").writerow(row)
+        self.n_rows += 1
 
-    def _rewrite(self) -> None:
+    def _read(self) -> list[dict[str, str]]:
+        """The rows that count."""
+        if not self.n_rows:  # there may be no file yet
+            return []
+        with open(self.path, newline="") as file:
+            rows = itertools.islice(csv.DictReader(file), self.n_rows)
+            return [{key: row[key] for key in self.keys} for row in rows]
+
+    def _replace(self, rows: list[dict[str, str]]) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, self.keys, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writerows(rows)
         write_text(self.path, text.getvalue())
 
     def close(self) -> None:
@@ -56,17 +66,13 @@ class ResumableCSV(KVWriter):
 
     def get_state(self) -> dict[str, Any]:
         """For `agents.checkpoint`: how many rows there are, under which columns."""
-        return {"rows": len(self.rows), "keys": list(self.keys)}
+        return {"rows": self.n_rows, "keys": list(self.keys)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on after the checkpoint's last row: what was written later is written again."""
-        self.keys = list(state["keys"])
-        if not state["rows"]:  # of a checkpoint before the first row: there may be no file yet
-            return
-        with open(self.path, newline="") as file:
-            for row, _ in zip(csv.DictReader(file), range(state["rows"])):
-                self.rows.append({key: row[key] for key in self.keys if row[key]})
-        self._rewrite()
+        self.keys, self.n_rows = list(state["keys"]), state["rows"]
+        if self.n_rows:
+            self._replace(self._read())
 
 
 def make_logger(

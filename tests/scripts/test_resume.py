@@ -114,6 +114,17 @@ def test_the_table_of_a_resumed_run_has_neither_gaps_nor_doubles(tmp_path):
     assert path.read_text() == 'a,b,d\n1,"x, y",\n2,,\n3,,1\n'
 
 
+def test_a_checkpoint_before_the_first_row_needs_no_table(tmp_path):
+    path = tmp_path / "progress.csv"
+    state = ResumableCSV(path).get_state()
+    table = ResumableCSV(path)
+    table.set_state(state)  # killed before there was a file
+    path.write_text("a,b\n1,")  # or in its first row
+    table.set_state(state)
+    table.write({"a": 5}, {"a": ()})
+    assert path.read_text() == "a\n5\n"
+
+
 def test_tensorboard_hides_what_is_written_again(tmp_path):
     event_file_loader = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
