@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from agents.checkpoint import Checkpoints
 from scripts.run_folder import RunFolder, current_commit
 
-COMMANDS = {  # what grows by design is bounded: replays are full within minutes, a GP keeps all data
+COMMANDS = {  # what grows by design is bounded: replays fill within minutes; a GP keeps all data
     "pipps": ["pipps", "--total-timesteps", "30000", "--gradient-steps", "1000"],
     "dreamer": [
         "dreamer", "--preset", "laptop", "--env-id", "dm_control/cheetah-run-v0",
@@ -166,9 +166,9 @@ def _start(agent: str, folder: Path) -> subprocess.Popen[bytes]:
 
 def _usage(pid: int) -> tuple[float, int]:
     """(resident MB, open files) of a process."""
-    status = Path(f"/proc/{pid}/statm").read_text().split()
-    pages = int(status[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / MEGABYTE, len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    process = Path(f"/proc/{pid}")
+    pages = int((process / "statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / MEGABYTE, len(list((process / "fd").iterdir()))
 
 
 if __name__ == "__main__":
