@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import (
-    VecEnv,
-    sync_envs_normalization,
-    unwrap_vec_normalize,
-)
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from tqdm import tqdm
 
 from agents import env_state, open_loop, safe_file
@@ -92,7 +89,7 @@ class Evaluation(BaseCallback):
         if self._evaluated == self.model._n_updates:
             return
         self._evaluated = self.model._n_updates
-        sync_envs_normalization(self.training_env, self.eval_env)
+        self._copy_statistics()
         returns, _ = evaluate_policy(
             self.model, self.eval_env, self.n_episodes, return_episode_rewards=True, warn=False
         )  # deterministic: a recurrent policy draws no random number then, and training is the same
@@ -106,6 +103,14 @@ class Evaluation(BaseCallback):
         if self.path is not None:
             record = {"timesteps": self.timesteps, "returns": self.returns}
             safe_file.write_text(self.path, json.dumps(record) + "\n")
+
+    def _copy_statistics(self) -> None:
+        """Of VecNormalize; stable-baselines3's own asks for the same wrappers around it, too."""
+        ours, theirs = map(unwrap_vec_normalize, (self.eval_env, self.training_env))
+        if ours is not None and theirs is not None:
+            if theirs.norm_obs:
+                ours.obs_rms = copy.deepcopy(theirs.obs_rms)
+            ours.ret_rms = copy.deepcopy(theirs.ret_rms)
 
 
 class OpenLoopPictures(BaseCallback):

@@ -42,6 +42,20 @@ def test_a_dreamer_run_leaves_everything(dreamer_run):
     assert np.isfinite(json.loads((dreamer_run / "summary.json").read_text())["final_return"])
 
 
+def test_a_run_from_pixels_is_evaluated_resumed_and_filmed(tmp_path, capsys):
+    pytest.importorskip("dm_control")
+    pixels = ["--env-id", "dm_control/pendulum-swingup-v0"]
+    for argument in ("observation=pixels", "render=fast", "action_repeat=20"):
+        pixels += ["--env-arg", argument]
+    train.main([*DREAMER, *pixels, "--runs", str(tmp_path), "--name", "run"])
+    train.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "160"])
+    evaluations = json.loads((tmp_path / "run" / "evaluations.json").read_text())
+    assert evaluations["timesteps"] == [60, 100, 120, 160]
+    assert {"rollout.gif", "open_loop.gif"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    evaluate.main([str(tmp_path / "run"), "--episodes", "2"])
+    assert "return" in capsys.readouterr().out
+
+
 def test_a_world_model_is_taken_from_a_run(dreamer_run, tmp_path, capsys):
     train.main(
         [*DREAMER, "--runs", str(tmp_path), "--name", "b", "--pretrained-world-model",
