@@ -37,6 +37,7 @@ from agents.extra_actions import (
 from agents.ring_files import RingFiles
 from agents.rollout_recorder import ManyActionRolloutBuffer, RolloutRecorder
 from agents.saving import SafeSaving
+from agents.workers import names_dead_workers
 from estimators import Estimator
 from world_models.mlp import Activation, MLPDynamics, Target, TransitionBuffer, fit
 from world_models.q_network import QNetworks
@@ -74,8 +75,7 @@ class DAAPPO(SafeSaving, PPO):
         dynamics_width, dynamics_activation: of transition, reward and Q-networks.
         dynamics_learning_rate, dynamics_eps: of their Adam. dynamics_batch_size: its batches.
         dynamics_steps: gradient steps after each rollout; 0: epochs x minibatches, as the policy.
-        dynamics_buffer_size: transitions kept.
-        dynamics_warmup: environment steps before the model is used.
+        dynamics_buffer_size: transitions kept. dynamics_warmup: steps before the model is used.
         n_q: Q-networks, of which the least counts.
 
     Raises:
@@ -335,6 +335,7 @@ class DAAPPO(SafeSaving, PPO):
     # environments and files
     # ----------------------------------------------------------------------------------------
 
+    @names_dead_workers
     def learn(
         self: SelfDAAPPO,
         total_timesteps: int,

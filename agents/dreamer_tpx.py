@@ -31,6 +31,7 @@ from agents.pretrained import load_world_model
 from agents.replay import SequenceReplay
 from agents.ring_files import RingFiles
 from agents.saving import SafeSaving
+from agents.workers import names_dead_workers
 from estimators import Estimator
 from world_models.latent_model import State
 
@@ -160,10 +161,9 @@ class DreamerTPX(SafeSaving):
         self.buffer_size, self.storage = buffer_size, storage
         self.learning_starts, self.train_freq = learning_starts, train_freq
         self.gradient_steps, self.exploration_noise = gradient_steps, exploration_noise
-        self.kl_scale, self.free_nats = kl_scale, free_nats
-        self.free_nats_per_step = free_nats_per_step
-        self.discount_head, self.discount_scale = discount_head, discount_scale
-        self.pretrained_world_model = pretrained_world_model
+        self.kl_scale, self.discount_scale = kl_scale, discount_scale
+        self.free_nats, self.free_nats_per_step = free_nats, free_nats_per_step
+        self.discount_head, self.pretrained_world_model = discount_head, pretrained_world_model
         self.nonfinite = nonfinite
         self.bf16, self.compile = bf16, compile
         self.replay_buffer: SequenceReplay | None = None
@@ -237,6 +237,7 @@ class DreamerTPX(SafeSaving):
     # the loop
     # ----------------------------------------------------------------------------------------
 
+    @names_dead_workers
     def learn(
         self: SelfDreamerTPX,
         total_timesteps: int,
@@ -254,7 +255,8 @@ class DreamerTPX(SafeSaving):
             log_interval: rounds of updates between log dumps.
             callback, tb_log_name, reset_num_timesteps, progress_bar: as in stable-baselines3.
         Raises:
-            ValueError: an observation or reward is not finite; episodes shorter than a sequence.
+            ValueError: not a finite observation or reward; episodes shorter than a sequence.
+            RuntimeError: an environment's process died.
         """
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar

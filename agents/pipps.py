@@ -30,6 +30,7 @@ from agents.particles import Noise, ParticleModel, simulate
 from agents.policies import ControllerPolicy, LinearPolicy, RBFPolicy, trig_features
 from agents.policy_search import OptimizerName, SearchSettings, optimise_policy
 from agents.saving import SafeSaving
+from agents.workers import names_dead_workers
 from estimators import Estimator
 from world_models.gp import GaussianProcess
 
@@ -184,6 +185,7 @@ class PIPPS(SafeSaving):
     # the loop
     # ----------------------------------------------------------------------------------------
 
+    @names_dead_workers
     def learn(
         self: SelfPIPPS,
         total_timesteps: int,
@@ -205,6 +207,7 @@ class PIPPS(SafeSaving):
             progress_bar: a bar for each policy search, which is where the time goes.
         Raises:
             ValueError: an observation or reward is not finite.
+            RuntimeError: an environment's process died.
         """
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar=False
