@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
+import io
+import itertools
 import json
+import re
 import sys
 import types
 import typing
@@ -110,7 +114,8 @@ def parse(arguments: Sequence[str], usage: str) -> tuple[str, RunOptions, Any, s
         print(usage)
         print("agents:", ", ".join(AGENTS), " (scripts.train AGENT --help lists its flags)")
         if arguments and arguments[0] not in ("-h", "--help"):
-            print(f"error: unknown agent '{arguments[0]}'; choose one of {', '.join(AGENTS)}")
+            known = ", ".join(AGENTS)
+            print(f"error: unknown agent '{arguments[0]}'; choose one of {known}", file=sys.stderr)
         raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
     agent, rest = arguments[0], list(arguments[1:])
     preset = _take_preset(agent, rest)
@@ -126,15 +131,35 @@ def parse(arguments: Sequence[str], usage: str) -> tuple[str, RunOptions, Any, s
             ("agent", tyro.conf.OmitArgPrefixes[flags_type]),  # type: ignore[valid-type]
         ],
     )
-    parsed = tyro.cli(
-        command,
-        args=rest,
-        prog=f"scripts.train {agent}",
-        description=f"{AGENTS[agent].__doc__.splitlines()[0]}\n\n"  # type: ignore[union-attr]
-        f"--preset {{{','.join(PRESETS[agent])}}} sets a paper's numbers; flags beside it win.",
-        default=command(RunOptions(**DEFAULTS[agent]), flags),
-    )
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            parsed = tyro.cli(
+                command,
+                args=rest,
+                prog=f"scripts.train {agent}",
+                description=f"{AGENTS[agent].__doc__.splitlines()[0]}\n\n"  # type: ignore[union-attr]
+                f"--preset {{{','.join(PRESETS[agent])}}} sets a paper's numbers; flags beside it "
+                "win.",
+                default=command(RunOptions(**DEFAULTS[agent]), flags),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            help_command = f"python -m scripts.train {agent} --help lists the flags"
+            print(f"error: {_unboxed(box.getvalue())}; {help_command}", file=sys.stderr)
+        raise
     return agent, parsed.run, parsed.agent, preset
+
+
+def _unboxed(box: str) -> str:
+    """The message of tyro's box of several lines, and the flag that it takes for meant."""
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    # Rulers part title, message and help; where lines can be drawn, the title is in the first one.
+    groups = itertools.groupby(lines, lambda line: line[:1] in "╭╰" or not line.strip("─-"))
+    blocks = [" ".join(group) for is_ruler, group in groups if not is_ruler]
+    message = blocks[0 if box.startswith("╭") else 1].partition("  Got errors")[0].rstrip(".")
+    near = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(blocks))
+    return f"{message}; did you mean {near[1]}?" if near else message
 
 
 def _take_preset(agent: str, arguments: list[str]) -> str:

@@ -75,12 +75,28 @@ def test_wrong_training_commands(command, tmp_path, capsys, monkeypatch):
     assert stop.value.code in (1, 2)
     text = output.err + output.out
     assert "Traceback" not in text
-    if stop.value.code == 1:  # one sentence, after whatever libraries print
-        error = [line for line in output.err.splitlines() if line.startswith("error:")]
+    if command:  # one sentence, after whatever libraries print; without arguments it is the usage
+        error = [line for line in output.err.splitlines() if "error: " in line]
         assert len(error) == 1 and output.err.rstrip().endswith(error[0]) and len(error[0]) > 20
-    else:
-        assert len(text) > 20
     assert not (tmp_path / "runs").exists()  # nothing is begun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--horizn", "5"], "Unrecognized options: --horizn, 5; did you mean --horizon?"),
+        (["--horizon"], "Missing value for argument '--horizon'"),
+        (["--storage", "cloud"], "invalid choice 'cloud' for argument '--storage'"),
+        (["--seed", "1.5"], "Error parsing --seed: no type matching {None}|INT"),
+        (["--gamma", "x"], "Error parsing --gamma: could not convert string to float: 'x'"),
+    ],
+)
+def test_what_a_usage_error_says(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["dreamer", *arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert error.rstrip().endswith("python -m scripts.train dreamer --help lists the flags")
 
 
 @pytest.mark.parametrize(
