@@ -165,7 +165,9 @@ class DreamerUpdate:
         scale = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if torch.isfinite(norm):
             for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = gradient * scale
+                # Convolutions may return theirs channels-last, and the fused optimiser takes the
+                # memory of both as it lies: entries would be exchanged.
+                parameter.grad = (gradient * scale).contiguous()
             optimizer.step()
             optimizer.zero_grad()
         return norm

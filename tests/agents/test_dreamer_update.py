@@ -139,30 +139,45 @@ def plain_adam(policy, settings):
     }
 
 
-@pytest.mark.parametrize("max_grad_norm", [1e4, 0.01])
-@pytest.mark.parametrize("discount_head", [False, True])
-@pytest.mark.parametrize("name", ["rp", "lr", "tpx"])
-def test_update_equals_three_plain_steps(name, discount_head, max_grad_norm):
-    """Three updates in a row, so that the optimisers' state counts too."""
-    settings = replace(SETTINGS, estimator=estimators.make(name), max_grad_norm=max_grad_norm)
-    policy = make(discount_head=discount_head)
+def assert_plain_steps(policy, settings, batches):
+    """Several updates in a row, so that the optimisers' state counts too."""
     plain = copy.deepcopy(policy)
     update, optimizers = DreamerUpdate(policy, settings), plain_adam(plain, settings)
     sources, before = (generator(5), generator(5)), values_of(policy)
-    for i in range(3):
-        record = update(batch(10 * i), sources[0])
-        losses, gradients = plain_step(plain, optimizers, batch(10 * i), settings, sources[1])
+    for data in batches:
+        record = update(data, sources[0])
+        losses, gradients = plain_step(plain, optimizers, data, settings, sources[1])
         for part, loss in losses.items():
             torch.testing.assert_close(record.scalars[f"{part}_loss"], loss)
             norm = math.sqrt(sum(float(g.square().sum()) for g in gradients[part]))
             found = record.scalars[f"{part}_gradient_norm"].item()
             assert found == pytest.approx(norm, rel=1e-4)
-            assert (norm > max_grad_norm) == (max_grad_norm < 1)  # both sides of the clip
+            # both sides of the clip
+            assert (norm > settings.max_grad_norm) == (settings.max_grad_norm < 1)
         torch.testing.assert_close(record.actor_gradient, gradients["actor"], rtol=1e-4, atol=1e-6)
         for p, expected in zip(policy.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-5)
     moved = [(p - v).abs().max() for p, v in zip(policy.parameters(), before, strict=True)]
     assert min(moved) > 1e-4
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e4, 0.01])
+@pytest.mark.parametrize("discount_head", [False, True])
+@pytest.mark.parametrize("name", ["rp", "lr", "tpx"])
+def test_update_equals_three_plain_steps(name, discount_head, max_grad_norm):
+    settings = replace(SETTINGS, estimator=estimators.make(name), max_grad_norm=max_grad_norm)
+    batches = [batch(10 * i) for i in range(3)]
+    assert_plain_steps(make(discount_head=discount_head), settings, batches)
+
+
+def test_update_from_pixels_equals_plain_steps():
+    """The gradients of convolutions lie otherwise in memory than their weights."""
+    images = spaces.Box(0, 255, (3, 64, 64), np.uint8)
+    torch.manual_seed(0)
+    policy = DreamerPolicy(images, spaces.Box(-1, 1, (A,)), **SIZES, conv_depth=2)
+    pixels = torch.randint(0, 256, (T, B, 3, 64, 64), generator=generator(1), dtype=torch.uint8)
+    batches = [batch(10 * i)._replace(observation=pixels) for i in range(2)]
+    assert_plain_steps(policy, replace(SETTINGS, max_grad_norm=1e6), batches)
 
 
 @pytest.mark.parametrize("name", estimators.names())
