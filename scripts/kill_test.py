@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import tempfile
 import time
@@ -118,8 +117,6 @@ def kill_test(
     def command() -> list[str]:
         if (killed / "config.json").exists():
             return ["--resume", str(killed)]
-        # Killed before it had begun: an empty folder would rename the next run.
-        shutil.rmtree(killed, ignore_errors=True)
         return [*arguments, "--name", "killed"]
 
     for kind in plan:

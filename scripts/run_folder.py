@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import envs  # noqa: F401  (registers our environments)
 from agents import DAAPPO, PIPPS, DreamerTPX
+from agents.safe_file import write_text
 from agents.saving import SafeSaving
 from envs.rewind import Rewindable, can_rewind
 from scripts.watchdog import Watchdog, Watched
@@ -90,13 +92,19 @@ class RunFolder:
         return self.path / "summary.json"
 
     @staticmethod
-    def create(root: Path, name: str) -> RunFolder:
-        """A new folder root/name, or root/name_2, ... if that is taken."""
+    def create(root: Path, name: str, config: str) -> RunFolder:
+        """A new folder root/name, or root/name_2, ... if that is taken, with its config.json.
+
+        It appears with its config or not at all: a run killed before is begun again as it was.
+        """
         path, number = root / name, 2
         while path.exists():
             path, number = root / f"{name}_{number}", number + 1
         try:
-            path.mkdir(parents=True)
+            new = RunFolder(path.with_name(f".{path.name}.{os.getpid()}"))
+            new.path.mkdir(parents=True, exist_ok=True)
+            write_text(new.config, config)
+            new.path.rename(path)
         except OSError as error:
             raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
         return RunFolder(path)

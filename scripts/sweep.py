@@ -5,7 +5,7 @@
         --out results/daa_ppo/cartpole -- --preset recommended
 
 Every run is a `scripts.train` of its own, so a killed sweep goes on where it stopped: finished runs
-are not repeated. Flags of scripts.train follow after `--`.
+are not repeated, others are resumed. Flags of scripts.train follow after `--`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -63,24 +62,18 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> None:
     def run(job: tuple[str, int]) -> None:
         value, seed = job
         name = f"{value}_seed{seed}"
-        if (options.runs / name / "summary.json").exists():
+        folder = RunFolder(options.runs / name)
+        if folder.summary.exists():
             return
-        # Else the new run would get another name, which the report does not look for.
-        shutil.rmtree(options.runs / name, ignore_errors=True)
+        command = [sys.executable, "-m", "scripts.train"]
+        if folder.config.exists():
+            command += ["--resume", str(folder.path)]
+        else:
+            command += [options.agent, f"--{options.vary}", value, "--seed", str(seed)]
+            command += ["--runs", str(options.runs), "--name", name]
+            command += ["--threads", "1", "--no-progress", "--no-tensorboard", *extra]
         options.runs.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "scripts.train", options.agent]
-        command += [
-            f"--{options.vary}",
-            value,
-            "--seed",
-            str(seed),
-            "--runs",
-            str(options.runs),
-            "--name",
-            name,
-        ]
-        command += ["--threads", "1", "--no-progress", "--no-tensorboard", *extra]
-        with open(options.runs / f"{name}.log", "w") as log:
+        with open(options.runs / f"{name}.log", "a") as log:
             code = subprocess.run(
                 command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
             ).returncode

@@ -28,6 +28,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from agents import DreamerTPX
 from agents.callbacks import Evaluation, OpenLoopPictures
 from agents.checkpoint import Checkpoints, Stateful, TrainingStopped
+from agents.safe_file import write_text
 from agents.saving import SafeSaving
 from scripts.interruption import locked, stopping_between_rollouts
 from scripts.normalisation import save_statistics
@@ -102,8 +103,7 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     name = options.name or "_".join(
         [agent, options.env_id.rsplit("/", 1)[-1], _method(job.arguments), f"seed{flags.seed}"]
     )
-    folder = RunFolder.create(options.runs, name)
-    job.write(folder)
+    folder = RunFolder.create(options.runs, name, job.config())
     print(f"Training {agent} ({flags.estimator}) on {options.env_id}, writing to {folder.path}")
     with locked(folder.path):
         learn(job, folder, algorithm, eval_env)
@@ -142,7 +142,7 @@ def resume(path: Path, total_timesteps: int = 0) -> RunFolder:
         if total_timesteps > job.options.total_timesteps:
             options = dataclasses.replace(job.options, total_timesteps=total_timesteps)
             job = dataclasses.replace(job, options=options)
-            job.write(folder)
+            write_text(folder.config, job.config())
             folder.summary.unlink(missing_ok=True)
         set_threads(job.options)
         env, eval_env = job.environments()

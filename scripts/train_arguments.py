@@ -21,7 +21,7 @@ import tyro
 from docstring_parser import parse as parse_docstring
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from agents import presets, safe_file
+from agents import presets
 from agents.saving import SafeSaving
 from scripts.normalisation import Normalised, normalise, normalise_like
 from scripts.run_folder import AGENTS, RunFolder, UserError, make_env
@@ -215,8 +215,8 @@ class Job:
         policy_kwargs = PRESETS[self.agent].get(self.preset, {}).get("policy_kwargs")
         return AGENTS[self.agent](env=env, policy_kwargs=policy_kwargs, **self.arguments)  # type: ignore[call-arg]
 
-    def write(self, folder: RunFolder) -> None:
-        """config.json."""
+    def config(self) -> str:
+        """The text of config.json."""
         options = dataclasses.asdict(self.options)
         config = {
             "agent": self.agent,
@@ -226,12 +226,11 @@ class Job:
             "arguments": self.arguments,
             "options": {**options, "runs": str(options["runs"])},
         }
-        text = json.dumps(config, indent=2) + "\n"
-        safe_file.write_text(folder.config, text)
+        return json.dumps(config, indent=2) + "\n"
 
     @staticmethod
     def read(folder: RunFolder) -> Job:
-        """What `write` wrote."""
+        """What config.json says."""
         config = folder.read_config()
         try:
             options = {**config["options"], "runs": Path(config["options"]["runs"])}

@@ -162,5 +162,8 @@ def test_sweep_runs_reports_and_goes_on(tmp_path, capsys, monkeypatch):
     assert len(results["tpx"]["0"]["costs"]) == 2
     assert (tmp_path / "out" / "table.md").read_text().count("0/2") == 3
     stamp = (tmp_path / "runs" / "tpx_seed0" / "model.zip").stat().st_mtime_ns
+    (tmp_path / "runs" / "tpx_seed1" / "summary.json").unlink()  # as if it had been killed
     sweep.main()
     assert (tmp_path / "runs" / "tpx_seed0" / "model.zip").stat().st_mtime_ns == stamp
+    assert "Going on with" in (tmp_path / "runs" / "tpx_seed1.log").read_text()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"].keys() == {"tpx"}
