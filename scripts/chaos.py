@@ -38,7 +38,8 @@ from scripts.chaos_report import (
     table,
 )
 from scripts.chaotic_rnn import STD, draw_noise, gradients
-from scripts.run_folder import UserError, current_commit
+from scripts.errors import UserError, ending_with_a_sentence
+from scripts.run_folder import current_commit
 
 GRIDS = {
     "single": (
@@ -61,12 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(1)
     try:
-        if not options.report_only:
-            measure(options)
-        report(options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        with ending_with_a_sentence():
+            if not options.report_only:
+                measure(options)
+            report(options.out)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None

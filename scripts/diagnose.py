@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ import estimators
 from agents import DreamerTPX
 from agents.dreamer_update import DreamerUpdate
 from estimators.diagnostics import GradientStatistics, statistics_of
-from scripts.run_folder import RunFolder, UserError, make_env
+from scripts.errors import UserError, ending_with_a_sentence
+from scripts.run_folder import RunFolder, make_env
 from world_models.latent_model import State
 
 
@@ -57,11 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if min(options.horizons) < 2:
         parser.error(f"--horizons must be at least 2, got {min(options.horizons)}")
-    try:
+    with ending_with_a_sentence(ValueError):
         diagnose(options)
-    except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 def diagnose(options: argparse.Namespace) -> None:

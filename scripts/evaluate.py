@@ -6,15 +6,15 @@ python -m scripts.evaluate runs/pipps_CartPoleSwingUp-v0_tpx_seed0 --episodes 10
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 
+from scripts.errors import ending_with_a_sentence
 from scripts.normalisation import normalise_like
-from scripts.run_folder import RunFolder, UserError, make_env, record_gif
+from scripts.run_folder import RunFolder, make_env, record_gif
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,11 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.episodes < 1:
         parser.error(f"--episodes must be at least 1, got {options.episodes}")
-    try:
+    with ending_with_a_sentence():
         evaluate(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 def evaluate(options: argparse.Namespace) -> None:

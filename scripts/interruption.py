@@ -12,7 +12,7 @@ from types import FrameType
 from filelock import FileLock, Timeout
 
 from agents.checkpoint import Checkpoints
-from scripts.run_folder import UserError
+from scripts.errors import UserError
 
 
 @contextlib.contextmanager

@@ -23,16 +23,13 @@ from agents import DAAPPO, PIPPS, DreamerTPX
 from agents.safe_file import write_text
 from agents.saving import SafeSaving
 from envs.rewind import Rewindable, can_rewind
+from scripts.errors import UserError
 from scripts.watchdog import Watchdog, Watched
 
 MAX_GIF_FRAMES = 125  # a GIF of 500 frames of 240 x 320 would take 10 MB and more
 
 AGENTS: dict[str, type[SafeSaving]] = {"pipps": PIPPS, "dreamer": DreamerTPX, "daappo": DAAPPO}
 CONFIG = ("agent", "env_id", "env_args", "arguments")
-
-
-class UserError(Exception):
-    """Something the user can put right; scripts print it as one sentence and exit."""
 
 
 @dataclasses.dataclass(frozen=True)

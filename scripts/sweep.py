@@ -23,7 +23,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
-from scripts.run_folder import AGENTS, RunFolder, UserError, current_commit, read_json
+from scripts.errors import UserError, ending_with_a_sentence
+from scripts.run_folder import AGENTS, RunFolder, current_commit, read_json
 
 THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
 
@@ -46,13 +47,10 @@ def main() -> None:
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    try:
+    with ending_with_a_sentence():
         if not options.report_only:
             train_all(options, extra)
         report(options, extra)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 def train_all(options: argparse.Namespace, extra: list[str]) -> None:

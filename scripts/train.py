@@ -30,9 +30,10 @@ from agents.callbacks import Evaluation, OpenLoopPictures
 from agents.checkpoint import Checkpoints, Stateful, TrainingStopped
 from agents.safe_file import write_text
 from agents.saving import SafeSaving
+from scripts.errors import UserError
 from scripts.interruption import locked, stopping_between_rollouts
 from scripts.normalisation import save_statistics
-from scripts.run_folder import AGENTS, RunFolder, UserError, parse_env_args
+from scripts.run_folder import AGENTS, RunFolder, parse_env_args
 from scripts.run_log import make_logger
 from scripts.train_arguments import Job, RunOptions, parse, parse_resume
 from scripts.train_report import report

@@ -23,8 +23,9 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from agents import presets
 from agents.saving import SafeSaving
+from scripts.errors import UserError
 from scripts.normalisation import Normalised, normalise, normalise_like
-from scripts.run_folder import AGENTS, RunFolder, UserError, make_env
+from scripts.run_folder import AGENTS, RunFolder, make_env
 
 # Constructor arguments that are not flags: set below, or not expressible as text.
 NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}

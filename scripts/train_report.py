@@ -15,8 +15,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from agents import PIPPS, DreamerTPX, figures, open_loop, safe_file
 from agents.callbacks import Evaluation
 from agents.saving import SafeSaving
+from scripts.errors import UserError
 from scripts.normalisation import normalise_like
-from scripts.run_folder import RunFolder, UserError, make_env, record_gif, save_gif
+from scripts.run_folder import RunFolder, make_env, record_gif, save_gif
 from scripts.train_arguments import RunOptions
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from tqdm import tqdm
 
 from estimators.many_actions import advise, optimal_actions, table
 from estimators.many_actions_data import ComponentEstimate, estimate_components
-from scripts.run_folder import RunFolder, UserError, make_env, parse_env_args
+from scripts.errors import UserError, ending_with_a_sentence
+from scripts.run_folder import RunFolder, make_env, parse_env_args
 
 PAPER_SHARE = "96.9 to 99.9 % on four of its six tasks, 61 and 82 % on two; about 90 % on average"
 
@@ -65,11 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if options.delta <= 0:
         parser.error(f"--delta must be above 0, got {options.delta}")
-    try:
+    with ending_with_a_sentence(ValueError):
         measure(options)
-    except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 def measure(options: argparse.Namespace) -> None:

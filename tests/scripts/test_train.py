@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts import evaluate, run_folder, sweep, train, train_report
+from scripts import errors, evaluate, sweep, train, train_report
 
 TINY = ["pipps", "--total-timesteps", "60", "--gradient-steps", "3", "--n-particles", "20"]
 TINY += ["--eval-episodes", "5", "--threads", "1", "--no-progress"]
@@ -120,7 +120,7 @@ def test_unknown_agent(capsys):
     with pytest.raises(SystemExit) as caught:
         train.main(["dreamerr"])
     assert caught.value.code == 2
-    assert "unknown agent 'dreamerr'" in capsys.readouterr().out
+    assert "unknown agent 'dreamerr'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 truncated"])
@@ -143,7 +143,7 @@ def test_evaluate_says_what_is_missing(tmp_path, capsys):
 
 def test_a_missing_picture_does_not_lose_the_run(tmp_path, capsys, monkeypatch):
     def no_picture(*args, **kwargs):
-        raise run_folder.UserError("no renderer")
+        raise errors.UserError("no renderer")
 
     monkeypatch.setattr(train_report, "record_gif", no_picture)
     folder = run(tmp_path)
