@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-from estimators.many_actions import advise, optimal_actions, table
+from estimators.many_actions import Advice, advise, optimal_actions, table
 from estimators.many_actions_data import ComponentEstimate, estimate_components
 from scripts.errors import UserError, ending_with_a_sentence
 from scripts.run_folder import RunFolder, make_env, parse_env_args
@@ -229,13 +229,25 @@ def report(
     advice, best = advise(c, options.delta), optimal_actions(c, options.delta)
     lines.append(
         f"one more action per state changes the variance by {advice.delta_actions:.3g}, as much "
-        f"cost in states by {advice.delta_states:.3g}: {advice.choice}."
+        f"cost in states by {advice.delta_states:.3g}:"
     )
-    lines.append(
-        f"best at the cost of {options.steps} states and delta = {options.delta:g}: "
-        f"{best.n_actions} actions in each of {best.n_steps:.0f} states."
-    )
+    low, high = found.interval(lambda c: _preference(advise(c, options.delta)))
+    if low < 0 < high:
+        lines.append(
+            f"that difference is within its noise, [{low:.3g}, {high:.3g}]: measure more "
+            "--trajectories before you choose."
+        )
+    else:
+        lines.append(
+            f"{advice.choice}. Best at the cost of {options.steps} states and delta = "
+            f"{options.delta:g}: {best.n_actions} actions in each of {best.n_steps:.0f} states."
+        )
     return "\n".join(lines)
+
+
+def _preference(advice: Advice) -> float:
+    """Below 0: actions lower the variance by more than states do."""
+    return advice.delta_actions - advice.delta_states
 
 
 if __name__ == "__main__":
