@@ -23,6 +23,7 @@ from stable_baselines3 import PPO
 import envs  # noqa: F401
 from agents import PIPPS
 
+DAMAGED = "truncated or corrupted"
 Parts = tuple[dict[str, Any], dict[str, torch.Tensor]]
 
 
@@ -62,151 +63,212 @@ def put_together(path: Path, document: Any, tensors: dict[str, torch.Tensor] | b
 
 def make_all(good: Path, folder: Path, proof: Path) -> dict[str, tuple[Path, str]]:
     """Write every file; the words are a regular expression that the error has to match."""
-    made: dict[str, tuple[Path, str]] = {}
+    maker = _Maker(good, folder, proof)
+    maker.bytes_()
+    maker.members()
+    maker.documents()
+    maker.attributes()
+    maker.weights()
+    return maker.made
 
-    def add(name: str, words: str, write: Callable[[Path], object]) -> None:
-        path = folder / f"{name}.zip"
+
+class _Maker:
+    """What is changed in the good file, from the outside in.
+
+    Args:
+        proof: where the payload of the pickles would write.
+    """
+
+    def __init__(self, good: Path, folder: Path, proof: Path) -> None:
+        self.folder, self.proof = folder, proof
+        self.content = good.read_bytes()
+        self.document, self.tensors = take_apart(good)
+        self.key = next(iter(self.document["values"]["parameters"]["policy"]))
+        self.made: dict[str, tuple[Path, str]] = {}
+
+    def add(self, name: str, words: str, write: Callable[[Path], object]) -> None:
+        """One file."""
+        path = self.folder / f"{name}.zip"
         write(path)
-        made[name] = path, words
+        self.made[name] = path, words
 
-    content = good.read_bytes()
-    damaged = "truncated or corrupted"
-    add("empty", damaged, lambda p: p.write_bytes(b""))
-    add("text", damaged, lambda p: p.write_text("no model"))
-    for share in (1, 10, 25, 50, 75, 90, 99):
-        end = len(content) * share // 100
-        add(f"truncated_{share}", damaged, lambda p, end=end: p.write_bytes(content[:end]))
-    for share in (5, 30, 60, 90):
-        add(f"flipped_{share}", ".", lambda p, s=share: p.write_bytes(_flipped(content, s)))
-    add("appended_pickle", ".", lambda p: p.write_bytes(pickle.dumps(Payload(proof)) + content[9:]))
-    add("pickle", damaged, lambda p: p.write_bytes(pickle.dumps(Payload(proof))))
-    add("torch", "pickles|members", lambda p: torch.save({"a": Payload(proof)}, p))
-    PPO("MlpPolicy", "Pendulum-v1", n_steps=8, device="cpu").save(folder / "sb3")
-    made["stable_baselines3"] = folder / "sb3.zip", "holds pickles.*stable-baselines3"
+    def changed(self, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]) -> Any:
+        """Writes the good file after a change of its document or tensors."""
 
-    def members(**contents: bytes) -> Callable[[Path], None]:
         def write(path: Path) -> None:
-            with zipfile.ZipFile(path, "w") as file:
-                for name, data in contents.items():
-                    file.writestr(name, data)
+            document = json.loads(json.dumps(self.document))
+            tensors = {name: value.clone() for name, value in self.tensors.items()}
+            change(document, tensors)
+            put_together(path, document, tensors)
 
         return write
 
-    bomb = {"data": b" " * 2**27, "tensors.safetensors": b""}
-    add("no_members", "its members are", members())
-    add("other_members", "its members are", members(readme=b"hello"))
-    add("one_more_member", "its members are", members(**bomb | {"data": b"{}"}, more=b""))
-    traversal = {"../../escape": b"x", "data": b"{}", "tensors.safetensors": b""}
-    add("path_traversal", "its members are", members(**traversal))
-    add("absolute_path", "its members are", members(**{"/tmp/escape": b"x"}))
-    add("pickled_member", "holds pickles", members(**{"policy.pth": pickle.dumps(Payload(proof))}))
-    add("big_document", "more than any model needs", members(**bomb))
-    add("zip_bomb", "compressed", _zip_bomb)
-    add("duplicate_members", "its members are", _duplicate)
+    def attribute(self, name: str, value: Any) -> Any:
+        """Writes it with another attribute of the agent."""
+        return self.changed(lambda d, t: d["values"]["attributes"].__setitem__(name, value))
 
-    document, tensors = take_apart(good)
+    def tensor(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        """Writes it with another first parameter of the policy."""
 
-    def changed(change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]) -> Any:
-        def write(path: Path) -> None:
-            d, t = json.loads(json.dumps(document)), {k: v.clone() for k, v in tensors.items()}
-            change(d, t)
-            put_together(path, d, t)
-
-        return write
-
-    def attribute(name: str, value: Any) -> Any:
-        return changed(lambda d, t: d["values"]["attributes"].__setitem__(name, value))
-
-    def parameter(d: dict[str, Any], key: str) -> str:
-        return d["values"]["parameters"]["policy"][key]["$tensor"]
-
-    key = next(iter(document["values"]["parameters"]["policy"]))
-    for name, text in {
-        "json_list": "[]", "json_number": "3", "json_null": "null", "json_cut": '{"format": 2',
-        "json_deep": "[" * 100_000, "json_objects_deep": '{"a":' * 50_000,
-        "json_digits": '{"format": ' + "9" * 5000 + "}", "json_not_utf8": "\udcff",
-    }.items():  # fmt: skip
-        data = text.encode(errors="surrogateescape")
-        add(name, ".", members(**{"data": data, "tensors.safetensors": content[:8]}))
-    add("no_format", "names no format", changed(lambda d, t: d.pop("format")))
-    add("newer_format", "upgrade totalprop", changed(lambda d, t: d.update(format=999)))
-    add("format_0", "unknown format", changed(lambda d, t: d.update(format=0)))
-    add("format_text", "names no format", changed(lambda d, t: d.update(format="2")))
-    add(
-        "other_agent", "holds a DreamerTPX", changed(lambda d, t: d.update(kind="DreamerTPX model"))
-    )
-    add("no_values", damaged, changed(lambda d, t: d.pop("values")))
-    add("values_list", damaged, changed(lambda d, t: d.update(values=[])))
-    add("no_parameters", "no attributes or no", changed(lambda d, t: d["values"].pop("parameters")))
-    for name, value, words in (
-        ("unknown_tag", {"$exec": "os.system"}, "unknown '.exec'"),
-        ("class_os", {"$class": "os.system"}, "not known here"),
-        ("class_builtin", {"$class": "builtins.eval"}, "not known here"),
-        ("class_no_policy", {"$class": "torch.nn.ReLU"}, "not a policy"),
-        ("tag_twice", {"$tensor": "0", "$class": "x"}, damaged),
-        ("tensor_unknown", {"$tensor": "9999"}, damaged),
-        ("tensor_list", {"$tensor": ["0"]}, damaged),
-        ("number_object", {"$number": ["O", 1]}, "."),
-        ("estimator_unknown", {"$estimator": ["no", ["score"], "none", False]}, "."),
-        ("estimator_short", {"$estimator": ["tpx"]}, damaged),
-        ("deque_text", {"$deque": [], "maxlen": "x"}, damaged),
-        ("items_bad", {"$items": [[1]]}, damaged),
-        ("items_unhashable", {"$items": [[[], 1]]}, damaged),
-        ("device_bad", {"$device": "quantum"}, damaged),
-        ("missing", {"$missing": "a.UserPolicy"}, "pass it again"),
-        ("null", None, "not a policy"),
-    ):
-        add(f"policy_class_{name}", words, attribute("policy_class", value))
-    add("attribute_unknown", "unknown attributes: __class__", attribute("__class__", "x"))
-    add("attribute_method", "unknown attributes: predict", attribute("predict", "x"))
-    add("attribute_type", "n_particles", attribute("n_particles", "many"))
-    add("attribute_range", "horizon", attribute("horizon", -3))
-    add("attribute_estimator", "estimator", attribute("estimator", "os.system"))
-    huge = {"n_centres": 10**13}
-    add("huge_network", "cannot load", attribute("policy_kwargs", huge))
-    add("kwargs_unknown", "cannot load", attribute("policy_kwargs", {"command": "rm"}))
-    add(
-        "no_space",
-        "cannot load",
-        changed(lambda d, t: d["values"]["attributes"].pop("action_space")),
-    )
-    box = document["values"]["attributes"]["observation_space"]["$box"]
-    add("space_type", "cannot load", attribute("observation_space", {"$box": [*box[:2], "|O"]}))
-    add("space_text", "cannot load", attribute("observation_space", "Box"))
-
-    def tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         def apply(d: dict[str, Any], t: dict[str, torch.Tensor]) -> None:
-            t[parameter(d, key)] = change(t[parameter(d, key)])
+            name = d["values"]["parameters"]["policy"][self.key]["$tensor"]
+            t[name] = change(t[name])
 
-        return changed(apply)
+        return self.changed(apply)
 
-    add("nan_weights", "NaN or infinity", tensor(lambda x: x * torch.nan))
-    add("infinite_weights", "NaN or infinity", tensor(lambda x: x + torch.inf))
-    add("single_precision", "float32 in the file", tensor(lambda x: x.float()))
-    add("integers", "int64 in the file", tensor(lambda x: x.long()))
-    add("other_shape", "in the file", tensor(lambda x: torch.zeros(3, 3, 3).double()))
-    add("parameter_lacking", "the file lacks", changed(
-        lambda d, t: d["values"]["parameters"]["policy"].pop(key)
-    ))  # fmt: skip
-    add("parameter_more", "the file has", changed(
-        lambda d, t: d["values"]["parameters"]["policy"].update(more={"$tensor": "0"})
-    ))  # fmt: skip
-    add("module_more", "expected", changed(
-        lambda d, t: d["values"]["parameters"].update(env={"a": {"$tensor": "0"}})
-    ))  # fmt: skip
-    add("state_text", "no state dict", changed(
-        lambda d, t: d["values"]["parameters"].update(policy="x")
-    ))  # fmt: skip
-    plain = safetensors.torch.save(tensors)
-    size = struct.unpack("<Q", plain[:8])[0]
-    for name, data in {
-        "tensors_empty": b"", "tensors_cut": plain[: len(plain) // 2],
-        "tensors_header_huge": struct.pack("<Q", 2**62) + plain[8:],
-        "tensors_header_short": struct.pack("<Q", size - 7) + plain[8:],
-        "tensors_overlap": _overlapping(), "tensors_pickle": pickle.dumps(Payload(proof)),
-    }.items():  # fmt: skip
-        add(name, damaged, lambda p, data=data: put_together(p, document, data))
-    return made
+    def bytes_(self) -> None:
+        """Damaged, foreign, and pickles."""
+        content = self.content
+        self.add("empty", DAMAGED, lambda p: p.write_bytes(b""))
+        self.add("text", DAMAGED, lambda p: p.write_text("no model"))
+        for share in (1, 10, 25, 50, 75, 90, 99):
+            end = len(content) * share // 100
+            self.add(f"truncated_{share}", DAMAGED, lambda p, end=end: p.write_bytes(content[:end]))
+        for share in (5, 30, 60, 90):
+            self.add(
+                f"flipped_{share}", ".", lambda p, s=share: p.write_bytes(_flipped(content, s))
+            )
+        self.add(
+            "appended_pickle",
+            ".",
+            lambda p: p.write_bytes(pickle.dumps(Payload(self.proof)) + content[9:]),
+        )
+        self.add("pickle", DAMAGED, lambda p: p.write_bytes(pickle.dumps(Payload(self.proof))))
+        self.add("torch", "pickles|members", lambda p: torch.save({"a": Payload(self.proof)}, p))
+        PPO("MlpPolicy", "Pendulum-v1", n_steps=8, device="cpu").save(self.folder / "sb3")
+        self.made["stable_baselines3"] = self.folder / "sb3.zip", "holds pickles.*stable-baselines3"
+
+    def members(self) -> None:
+        """Of the zip."""
+        bomb = {"data": b" " * 2**27, "tensors.safetensors": b""}
+        self.add("no_members", "its members are", _members())
+        self.add("other_members", "its members are", _members(readme=b"hello"))
+        self.add("one_more_member", "its members are", _members(**bomb | {"data": b"{}"}, more=b""))
+        traversal = {"../../escape": b"x", "data": b"{}", "tensors.safetensors": b""}
+        self.add("path_traversal", "its members are", _members(**traversal))
+        self.add("absolute_path", "its members are", _members(**{"/tmp/escape": b"x"}))
+        self.add(
+            "pickled_member",
+            "holds pickles",
+            _members(**{"policy.pth": pickle.dumps(Payload(self.proof))}),
+        )
+        self.add("big_document", "more than any model needs", _members(**bomb))
+        self.add("zip_bomb", "compressed", _zip_bomb)
+        self.add("duplicate_members", "its members are", _duplicate)
+
+    def documents(self) -> None:
+        """The JSON in it."""
+        for name, text in {
+            "json_list": "[]", "json_number": "3", "json_null": "null", "json_cut": '{"format": 2',
+            "json_deep": "[" * 100_000, "json_objects_deep": '{"a":' * 50_000,
+            "json_digits": '{"format": ' + "9" * 5000 + "}", "json_not_utf8": "\udcff",
+        }.items():  # fmt: skip
+            data = text.encode(errors="surrogateescape")
+            self.add(name, ".", _members(**{"data": data, "tensors.safetensors": self.content[:8]}))
+        self.add("no_format", "names no format", self.changed(lambda d, t: d.pop("format")))
+        self.add(
+            "newer_format", "upgrade totalprop", self.changed(lambda d, t: d.update(format=999))
+        )
+        self.add("format_0", "unknown format", self.changed(lambda d, t: d.update(format=0)))
+        self.add("format_text", "names no format", self.changed(lambda d, t: d.update(format="2")))
+        self.add(
+            "other_agent",
+            "holds a DreamerTPX",
+            self.changed(lambda d, t: d.update(kind="DreamerTPX model")),
+        )
+        self.add("no_values", DAMAGED, self.changed(lambda d, t: d.pop("values")))
+        self.add("values_list", DAMAGED, self.changed(lambda d, t: d.update(values=[])))
+        self.add(
+            "no_parameters",
+            "no attributes or no",
+            self.changed(lambda d, t: d["values"].pop("parameters")),
+        )
+
+    def attributes(self) -> None:
+        """The agent's."""
+        for name, value, words in (
+            ("unknown_tag", {"$exec": "os.system"}, "unknown '.exec'"),
+            ("class_os", {"$class": "os.system"}, "not known here"),
+            ("class_builtin", {"$class": "builtins.eval"}, "not known here"),
+            ("class_no_policy", {"$class": "torch.nn.ReLU"}, "not a policy"),
+            ("tag_twice", {"$tensor": "0", "$class": "x"}, DAMAGED),
+            ("tensor_unknown", {"$tensor": "9999"}, DAMAGED),
+            ("tensor_list", {"$tensor": ["0"]}, DAMAGED),
+            ("number_object", {"$number": ["O", 1]}, "."),
+            ("estimator_unknown", {"$estimator": ["no", ["score"], "none", False]}, "."),
+            ("estimator_short", {"$estimator": ["tpx"]}, DAMAGED),
+            ("deque_text", {"$deque": [], "maxlen": "x"}, DAMAGED),
+            ("items_bad", {"$items": [[1]]}, DAMAGED),
+            ("items_unhashable", {"$items": [[[], 1]]}, DAMAGED),
+            ("device_bad", {"$device": "quantum"}, DAMAGED),
+            ("missing", {"$missing": "a.UserPolicy"}, "pass it again"),
+            ("null", None, "not a policy"),
+        ):
+            self.add(f"policy_class_{name}", words, self.attribute("policy_class", value))
+        self.add(
+            "attribute_unknown", "unknown attributes: __class__", self.attribute("__class__", "x")
+        )
+        self.add("attribute_method", "unknown attributes: predict", self.attribute("predict", "x"))
+        self.add("attribute_type", "n_particles", self.attribute("n_particles", "many"))
+        self.add("attribute_range", "horizon", self.attribute("horizon", -3))
+        self.add("attribute_estimator", "estimator", self.attribute("estimator", "os.system"))
+        huge = {"n_centres": 10**13}
+        self.add("huge_network", "cannot load", self.attribute("policy_kwargs", huge))
+        self.add(
+            "kwargs_unknown", "cannot load", self.attribute("policy_kwargs", {"command": "rm"})
+        )
+        self.add(
+            "no_space",
+            "cannot load",
+            self.changed(lambda d, t: d["values"]["attributes"].pop("action_space")),
+        )
+        box = self.document["values"]["attributes"]["observation_space"]["$box"]
+        self.add(
+            "space_type",
+            "cannot load",
+            self.attribute("observation_space", {"$box": [*box[:2], "|O"]}),
+        )
+        self.add("space_text", "cannot load", self.attribute("observation_space", "Box"))
+
+    def weights(self) -> None:
+        """Parameters, and the file of tensors they are in."""
+        self.add("nan_weights", "NaN or infinity", self.tensor(lambda x: x * torch.nan))
+        self.add("infinite_weights", "NaN or infinity", self.tensor(lambda x: x + torch.inf))
+        self.add("single_precision", "float32 in the file", self.tensor(lambda x: x.float()))
+        self.add("integers", "int64 in the file", self.tensor(lambda x: x.long()))
+        self.add("other_shape", "in the file", self.tensor(lambda x: torch.zeros(3, 3, 3).double()))
+        self.add("parameter_lacking", "the file lacks", self.changed(
+            lambda d, t: d["values"]["parameters"]["policy"].pop(self.key)
+        ))  # fmt: skip
+        self.add("parameter_more", "the file has", self.changed(
+            lambda d, t: d["values"]["parameters"]["policy"].update(more={"$tensor": "0"})
+        ))  # fmt: skip
+        self.add("module_more", "expected", self.changed(
+            lambda d, t: d["values"]["parameters"].update(env={"a": {"$tensor": "0"}})
+        ))  # fmt: skip
+        self.add("state_text", "no state dict", self.changed(
+            lambda d, t: d["values"]["parameters"].update(policy="x")
+        ))  # fmt: skip
+        plain = safetensors.torch.save(self.tensors)
+        size = struct.unpack("<Q", plain[:8])[0]
+        for name, data in {
+            "tensors_empty": b"", "tensors_cut": plain[: len(plain) // 2],
+            "tensors_header_huge": struct.pack("<Q", 2**62) + plain[8:],
+            "tensors_header_short": struct.pack("<Q", size - 7) + plain[8:],
+            "tensors_overlap": _overlapping(), "tensors_pickle": pickle.dumps(Payload(self.proof)),
+        }.items():  # fmt: skip
+            self.add(name, DAMAGED, lambda p, data=data: put_together(p, self.document, data))
+
+
+def _members(**contents: bytes) -> Callable[[Path], None]:
+    """Writes a zip of these members."""
+
+    def write(path: Path) -> None:
+        with zipfile.ZipFile(path, "w") as file:
+            for name, data in contents.items():
+                file.writestr(name, data)
+
+    return write
 
 
 def _flipped(content: bytes, share: int) -> bytes:
