@@ -37,6 +37,7 @@ def check_arguments(agent: PIPPS) -> None:
         _whole(agent, "gradient_steps", 1),
         _whole(agent, "random_trials", 1),
         _whole(agent, "gp_evaluations", 1),
+        _whole(agent, "max_points", 0),
         ("cost_fn", agent.cost_fn, agent.cost_fn is None or callable(agent.cost_fn), "a function"),
         ("noise_multiplier", agent.noise_multiplier, agent.noise_multiplier > 0, "above 0"),
         ("adam_eps", agent.adam_eps, agent.adam_eps > 0, "above 0"),

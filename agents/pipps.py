@@ -64,6 +64,8 @@ class PIPPS(SafeSaving):
         model_uncertainty: particles spread by the GP's own uncertainty; off: "TP - σ_f" of 2018.
         noise_multiplier: factor on the learned noise variance in simulation; 100: "TP + σ_n".
         gp_evaluations: likelihood evaluations per output and fit.
+        max_points: newest real steps that the model is made of; 0 for all, as in the papers. It
+            bounds the memory and time of many trials: a fit takes time in the number's cube.
         policy_kwargs: of the policy class, for example {"n_centres": 50}.
         stats_window_size: episodes that rollout/ep_rew_mean averages over.
         tensorboard_log: folder for TensorBoard events, or None.
@@ -103,6 +105,7 @@ class PIPPS(SafeSaving):
         model_uncertainty: bool = True,
         noise_multiplier: float = 1.0,
         gp_evaluations: int = 200,
+        max_points: int = 0,
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -133,7 +136,7 @@ class PIPPS(SafeSaving):
         self.cost_fn = cost_fn
         self.angle_dims = tuple(angle_dims)
         self.model_uncertainty, self.noise_multiplier = model_uncertainty, noise_multiplier
-        self.gp_evaluations = gp_evaluations
+        self.gp_evaluations, self.max_points = gp_evaluations, max_points
         self._n_trials = 0
         self._needs_cost_fn = cost_fn is not None
         self._start_observations: list[np.ndarray] = []
@@ -281,8 +284,8 @@ class PIPPS(SafeSaving):
         after = torch.cat((trig_features(x_next, self.angle_dims), u), -1)
         if self.dynamics.is_fitted:
             trial_log.record_model_fit(self, before, x_next - x)
-        self.dynamics.add_data(before, x_next - x)
-        self.reward_model.add_data(after, reward.unsqueeze(-1))
+        self.dynamics.add_data(before, x_next - x, keep=self.max_points)
+        self.reward_model.add_data(after, reward.unsqueeze(-1), keep=self.max_points)
 
     def _improve_policy(self, show_progress: bool) -> None:
         """Fit the model and search the policy; the two phases of a trial that take time."""

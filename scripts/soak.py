@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 from agents.checkpoint import Checkpoints
 from scripts.run_folder import RunFolder, current_commit
 
-COMMANDS = {  # what grows by design is bounded: replays fill within minutes; a GP keeps all data
-    "pipps": ["pipps", "--total-timesteps", "30000", "--gradient-steps", "1000"],
+COMMANDS = {  # what grows by design is bounded: replays and the GP's data are full within minutes
+    "pipps": ["pipps", "--total-timesteps", "300000", "--max-points", "90"],
     "dreamer": [
         "dreamer", "--preset", "laptop", "--env-id", "dm_control/cheetah-run-v0",
         "--env-arg", "observation=pixels", "--env-arg", "render=fast",

@@ -77,9 +77,14 @@ class GaussianProcess(nn.Module):
         """Whether hyper-parameters have been chosen."""
         return bool(self.has_fit)
 
-    def add_data(self, inputs: Tensor, targets: Tensor) -> None:
-        """Append data; the posterior uses them at once, the hyper-parameters at the next `fit`."""
-        self.set_data(torch.cat((self.inputs, inputs)), torch.cat((self.targets, targets)))
+    def add_data(self, inputs: Tensor, targets: Tensor, *, keep: int = 0) -> None:
+        """Append data; the posterior uses them at once, the hyper-parameters at the next `fit`.
+
+        Args:
+            keep: points, of which the newest stay; 0 for all.
+        """
+        inputs, targets = torch.cat((self.inputs, inputs)), torch.cat((self.targets, targets))
+        self.set_data(inputs[-keep:], targets[-keep:])
 
     def set_data(self, inputs: Tensor, targets: Tensor) -> None:
         """Replace the data. inputs: [n, D], targets: [n, E]; raises ValueError on non-finite."""

@@ -223,6 +223,7 @@ WRONG = {
     "adam_eps": (-1.0, "above 0"),
     "momentum": (1.0, r"in \[0, 1\)"),
     "gp_evaluations": (0, "at least 1"),
+    "max_points": (-1, "at least 0"),
     "learning_rate": (0.0, "above 0"),
     "optimizer": ("sgd", "one of .*adam.*rmsprop2018.*quasi-newton"),
 }
@@ -586,6 +587,15 @@ def test_without_a_cost_a_gp_learns_the_rewards(monkeypatch):
     torch.testing.assert_close(found, inputs[:, 1], atol=0.3, rtol=0)
     found = seen[-1][0].cost(inputs[:, :2].reshape(3, 7, 2), inputs[:, 2:].reshape(3, 7, 1))
     assert found.shape == (3, 7)
+
+
+def test_max_points_bounds_the_data_of_both_models():
+    everything, few = make().learn(21), make(max_points=10).learn(21)
+    assert len(everything.dynamics.inputs) == 21
+    for gp in (few.dynamics, few.reward_model):
+        assert len(gp.inputs) == len(gp.targets) == 10
+    # The first two of the three trials are random or of a policy of all points: the same.
+    assert torch.equal(few.dynamics.inputs[:3], everything.dynamics.inputs[11:14])
 
 
 def test_reward_model_sees_the_action(monkeypatch):

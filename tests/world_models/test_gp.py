@@ -174,6 +174,17 @@ def test_add_data_appends_and_the_posterior_uses_it_at_once():
     assert not torch.allclose(few, gp.posterior(x).mean)
 
 
+@pytest.mark.parametrize("keep", [0, 1, 7, N_DATA, N_DATA + 5])
+def test_add_data_keeps_the_newest(keep):
+    gp = make_gp()
+    inputs, targets = randn(5, N_INPUTS, seed=3), randn(5, gp.targets.shape[1], seed=4)
+    whole = torch.cat((gp.inputs, inputs)), torch.cat((gp.targets, targets))
+    gp.add_data(inputs, targets, keep=keep)
+    assert len(gp.inputs) == (keep or N_DATA + 5)
+    for found, expected in zip((gp.inputs, gp.targets), whole):
+        assert torch.equal(found, expected[len(expected) - len(gp.inputs) :])
+
+
 def test_data_are_stored_in_float64_and_detached():
     gp = GaussianProcess(1, 1)
     gp.set_data(torch.ones(2, 1, requires_grad=True), torch.ones(2, 1))
