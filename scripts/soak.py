@@ -57,21 +57,25 @@ def main() -> None:
     parser.add_argument("--agents", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--every", type=float, default=10, help="seconds between samples")
-    parser.add_argument("--out", type=Path, default=None, help="folder for soak.json and soak.png")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of soak.json and soak.png, which are updated"
+    )
     options = parser.parse_args()
     seconds = 60 * options.minutes
-    if options.every <= 0 or seconds * (1 - WARM_UP) < 3 * options.every:
-        parser.error("--minutes must leave at least 3 samples after the warm-up (its first third)")
+    if options.every <= 0 or seconds * (1 - WARM_UP) < 8 * options.every:
+        parser.error("--minutes must leave at least 8 samples after the warm-up (its first third)")
     with tempfile.TemporaryDirectory() as folder:
         records = soak(options.agents, Path(folder), seconds, options.every)
     for record in records:
         print(sentence(record))
     if options.out is not None:
+        path = options.out / "soak.json"
+        before = json.loads(path.read_text()) if path.exists() else []  # of agents not asked for
+        everything = {record["agent"]: record for record in [*before, *records]}
         options.out.mkdir(parents=True, exist_ok=True)
-        report = {"commit": current_commit(), "agents": records}
-        (options.out / "soak.json").write_text(json.dumps(report) + "\n")
-        draw(records).savefig(options.out / "soak.png", dpi=120)
-        print(f"wrote {options.out / 'soak.json'} and soak.png")
+        path.write_text(json.dumps(list(everything.values())) + "\n")
+        draw(list(everything.values())).savefig(options.out / "soak.png", dpi=120)
+        print(f"wrote {path} and soak.png")
     if not all(record["is_flat"] and record["is_constant"] for record in records):
         raise SystemExit(1)
 
@@ -99,9 +103,8 @@ def soak(agents: Sequence[str], folder: Path, seconds: float, every: float) -> l
         newest = Checkpoints(RunFolder(folder / agent).checkpoints).paths()[-1]
         steps = int(newest.stem.split("_")[1])
         command = " ".join(["python -m scripts.train", *COMMANDS[agent]])
-        records.append(
-            {"agent": agent, "command": command, "steps": steps, **judge(samples[agent])}
-        )
+        about = {"agent": agent, "command": command, "commit": current_commit(), "steps": steps}
+        records.append(about | judge(samples[agent]))
     return records
 
 
@@ -115,17 +118,16 @@ def judge(samples: Sequence[tuple[float, float, int]]) -> dict[str, Any]:
     later = times >= WARM_UP * times[-1]
     slope = float(np.polyfit(times[later], memory[later], 1)[0])  # MB/s
     level = float(memory[later].mean())
-    usual = int(statistics.mode(files[later].tolist()))
-    halves = np.array_split(files[later], 2)
+    quarters = [statistics.mode(part.tolist()) for part in np.array_split(files[later], 4)]
     return {
         "seconds": round(float(times[-1])),
         "megabytes": round(level, 1),
         "megabytes_per_hour": round(3600 * slope, 2),
         "growth": round(slope * float(times[-1] - times[later][0]) / level, 5),
-        "open_files": usual,
+        "open_files": int(quarters[-1]),
         "most_open_files": int(files[later].max()),
         "is_flat": slope * float(times[-1] - times[later][0]) <= MOST_GROWTH * level,
-        "is_constant": all(statistics.mode(half.tolist()) == usual for half in halves),
+        "is_constant": len(set(quarters)) == 1,
         "samples": [[round(t), round(m, 1), f] for t, m, f in samples],
     }
 
