@@ -9,16 +9,18 @@ import inspect
 import io
 import itertools
 import json
+import math
 import re
 import sys
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from docstring_parser import parse as parse_docstring
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from agents import presets
@@ -60,6 +62,8 @@ class RunOptions:
     """Scale observations, rewards or both by running statistics (VecNormalize); daappo only."""
     total_timesteps: int = 0
     """Real environment steps (decisions). Episodes of the cart-pole have 30: 450 are 15 trials."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """"linear": --learning-rate falls to 0 over the training, so that the policy settles."""
     runs: Path = Path("runs")
     """Folder that the run's folder is created in."""
     name: str = ""
@@ -214,7 +218,13 @@ class Job:
     def algorithm(self, env: VecEnv) -> SafeSaving:
         """The untrained agent."""
         policy_kwargs = PRESETS[self.agent].get(self.preset, {}).get("policy_kwargs")
-        return AGENTS[self.agent](env=env, policy_kwargs=policy_kwargs, **self.arguments)  # type: ignore[call-arg]
+        arguments = dict(self.arguments)
+        if self.options.learning_rate_schedule == "linear":
+            rate = arguments["learning_rate"]
+            if not 0 < rate < math.inf:
+                raise UserError(f"--learning-rate must be above 0, got {rate}")
+            arguments["learning_rate"] = LinearSchedule(rate, end=0.0, end_fraction=1.0)
+        return AGENTS[self.agent](env=env, policy_kwargs=policy_kwargs, **arguments)  # type: ignore[call-arg]
 
     def config(self) -> str:
         """The text of config.json."""
