@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
 from agents import safe_file
 from agents.checkpoint import Checkpoints
@@ -275,6 +276,8 @@ def _compare(a: Any, b: Any, where: str, found: list[str]) -> None:
             found.append(where)
     elif isinstance(a, safe_file.NotInFile):
         pass
+    elif isinstance(a, FloatSchedule | LinearSchedule) and type(a) is type(b):
+        _compare(vars(a), vars(b), where, found)
     elif a != b and not (a != a and b != b):
         found.append(f"{where}: {a!r} and {b!r}")
 

@@ -1,5 +1,6 @@
 """What breaks during a training: a sentence, an exit code, and a checkpoint to go on from."""
 
+import csv
 import subprocess
 import sys
 import textwrap
@@ -103,7 +104,11 @@ def test_a_fault_while_learning_is_one_sentence_and_the_run_goes_on(
     error, words, tmp_path, capsys, monkeypatch
 ):
     command = [*kill_test.COMMANDS["dreamer"], *kill_test.COMMON, "--runs", str(tmp_path)]
+    command += ["--learning-rate-schedule", "linear"]
     train.main([*command, "--name", "quiet"])
+    with open(tmp_path / "quiet" / "progress.csv", newline="") as file:
+        rates = [float(row["train/learning_rate"]) for row in csv.DictReader(file)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == 0 < rates[0] <= 3e-4
     calls = []
 
     def fail(agent, steps, learn=DreamerTPX.train):
