@@ -142,13 +142,15 @@ def _curves(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> F
     axis = figure.subplots()
     drawn = []
     for i, (value, seeds) in enumerate(results.items()):
-        length = min(len(seed["timesteps"]) for seed in seeds.values())
-        values = np.array([seed[f"{quantity}s"][:length] for seed in seeds.values()])
-        drawn.append(values)
-        x = np.arange(1, length + 1)
+        curves = [np.array(seed[f"{quantity}s"]) for seed in seeds.values()]
+        times = [np.arange(1, len(curve) + 1) for curve in curves]
         if quantity == "return":
-            x = np.array(next(iter(seeds.values()))["timesteps"][:length])
-        axis.plot(x, values.T, color=f"C{i}", lw=0.6, alpha=0.4)
+            times = [np.array(seed["timesteps"]) for seed in seeds.values()]
+        for time, curve in zip(times, curves):
+            axis.plot(time, curve, color=f"C{i}", lw=0.6, alpha=0.4)
+        drawn.extend(curves)
+        x = min(times, key=len)  # as far as all of them went
+        values = np.array([curve[: len(x)] for curve in curves])
         mean, n = values.mean(0), len(values)
         if n > 1:  # Student's t: a few seeds do not know their deviation
             error = student_t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
