@@ -135,6 +135,11 @@ class Checkpoints(BaseCallback):
         """The checkpoints in the folder, oldest first."""
         return sorted(self.folder.glob("checkpoint_*.zip"))
 
+    def newest_step(self) -> int:
+        """Steps of the newest checkpoint; -1 where there is none."""
+        paths = self.paths()
+        return int(paths[-1].stem.split("_")[1]) if paths else -1
+
     def load(
         self, cls: type[Agent], env: GymEnv, device: torch.device | str = "auto", **replaced: Any
     ) -> Agent | None:

@@ -110,14 +110,10 @@ class SafeSaving(BaseAlgorithm):
     ) -> SelfSafeSaving:
         """The agent that `file_values` describes, with some attributes replaced."""
         attributes, parameters = values["attributes"], values["parameters"]
-        if (
-            replaced.get("policy_kwargs", attributes["policy_kwargs"])
-            != attributes["policy_kwargs"]
-        ):
-            raise ValueError(
-                f"the file's policy_kwargs are {attributes['policy_kwargs']}, you passed "
-                f"{replaced['policy_kwargs']}"
-            )
+        kwargs = attributes["policy_kwargs"]
+        passed = replaced.get("policy_kwargs", kwargs)
+        if passed != kwargs:
+            raise ValueError(f"the file's policy_kwargs are {kwargs}, you passed {passed}")
         attributes = {**attributes, **replaced}
         for name, value in list(attributes.items()):
             if isinstance(value, NotInFile):

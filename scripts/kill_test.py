@@ -151,8 +151,7 @@ def kill_test(
 
 def _newest(run: Path) -> int:
     """Steps of a run's newest checkpoint; -1 before there is one."""
-    paths = Checkpoints(RunFolder(run).checkpoints).paths()
-    return int(paths[-1].stem.split("_")[1]) if paths else -1
+    return Checkpoints(RunFolder(run).checkpoints).newest_step()
 
 
 def _wait_for_checkpoint(process: BaseProcess, run: Path, after: int) -> None:

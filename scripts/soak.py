@@ -100,8 +100,7 @@ def soak(agents: Sequence[str], folder: Path, seconds: float, every: float) -> l
     for agent in agents:
         if ends[agent] != 128 + signal.SIGTERM:
             raise SystemExit(f"error: {agent} ended with exit code {ends[agent]} on SIGTERM")
-        newest = Checkpoints(RunFolder(folder / agent).checkpoints).paths()[-1]
-        steps = int(newest.stem.split("_")[1])
+        steps = Checkpoints(RunFolder(folder / agent).checkpoints).newest_step()
         command = " ".join(["python -m scripts.train", *COMMANDS[agent]])
         about = {"agent": agent, "command": command, "commit": current_commit(), "steps": steps}
         records.append(about | judge(samples[agent]))
@@ -118,15 +117,16 @@ def judge(samples: Sequence[tuple[float, float, int]]) -> dict[str, Any]:
     later = times >= WARM_UP * times[-1]
     slope = float(np.polyfit(times[later], memory[later], 1)[0])  # MB/s
     level = float(memory[later].mean())
+    growth = slope * float(times[-1] - times[later][0]) / level
     quarters = [statistics.mode(part.tolist()) for part in np.array_split(files[later], 4)]
     return {
         "seconds": round(float(times[-1])),
         "megabytes": round(level, 1),
         "megabytes_per_hour": round(3600 * slope, 2),
-        "growth": round(slope * float(times[-1] - times[later][0]) / level, 5),
+        "growth": round(growth, 5),
         "open_files": int(quarters[-1]),
         "most_open_files": int(files[later].max()),
-        "is_flat": slope * float(times[-1] - times[later][0]) <= MOST_GROWTH * level,
+        "is_flat": growth <= MOST_GROWTH,
         "is_constant": len(set(quarters)) == 1,
         "samples": [[round(t), round(m, 1), f] for t, m, f in samples],
     }

@@ -81,6 +81,7 @@ class _Maker:
 
     def __init__(self, good: Path, folder: Path, proof: Path) -> None:
         self.folder, self.proof = folder, proof
+        self.pickled = pickle.dumps(Payload(proof))
         self.content = good.read_bytes()
         self.document, self.tensors = take_apart(good)
         self.key = next(iter(self.document["values"]["parameters"]["policy"]))
@@ -131,9 +132,9 @@ class _Maker:
         self.add(
             "appended_pickle",
             ".",
-            lambda p: p.write_bytes(pickle.dumps(Payload(self.proof)) + content[9:]),
+            lambda p: p.write_bytes(self.pickled + content[9:]),
         )
-        self.add("pickle", DAMAGED, lambda p: p.write_bytes(pickle.dumps(Payload(self.proof))))
+        self.add("pickle", DAMAGED, lambda p: p.write_bytes(self.pickled))
         self.add("torch", "pickles|members", lambda p: torch.save({"a": Payload(self.proof)}, p))
         PPO("MlpPolicy", "Pendulum-v1", n_steps=8, device="cpu").save(self.folder / "sb3")
         self.made["stable_baselines3"] = self.folder / "sb3.zip", "holds pickles.*stable-baselines3"
@@ -150,7 +151,7 @@ class _Maker:
         self.add(
             "pickled_member",
             "holds pickles",
-            _members(**{"policy.pth": pickle.dumps(Payload(self.proof))}),
+            _members(**{"policy.pth": self.pickled}),
         )
         self.add("big_document", "more than any model needs", _members(**bomb))
         self.add("zip_bomb", "compressed", _zip_bomb)
@@ -255,7 +256,7 @@ class _Maker:
             "tensors_empty": b"", "tensors_cut": plain[: len(plain) // 2],
             "tensors_header_huge": struct.pack("<Q", 2**62) + plain[8:],
             "tensors_header_short": struct.pack("<Q", size - 7) + plain[8:],
-            "tensors_overlap": _overlapping(), "tensors_pickle": pickle.dumps(Payload(self.proof)),
+            "tensors_overlap": _overlapping(), "tensors_pickle": self.pickled,
         }.items():  # fmt: skip
             self.add(name, DAMAGED, lambda p, data=data: put_together(p, self.document, data))
 

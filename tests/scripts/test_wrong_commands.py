@@ -77,8 +77,10 @@ def test_wrong_training_commands(command, tmp_path, capsys, monkeypatch):
     assert stop.value.code in (1, 2)
     text = output.err + output.out
     assert "Traceback" not in text
+    assert len(text) > 20
     if command:  # one sentence, after whatever libraries print; without arguments it is the usage
         error = [line for line in output.err.splitlines() if "error: " in line]
+        assert stop.value.code == 2 or error[0].startswith("error: ")
         assert len(error) == 1 and output.err.rstrip().endswith(error[0]) and len(error[0]) > 20
     assert not (tmp_path / "runs").exists()  # nothing is begun
 
