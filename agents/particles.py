@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agents.controllers import Controller
 from agents.policies import ControllerPolicy, trig_features
 from estimators import ControlProbe, Estimator, assign_credit
 from world_models.gp import GaussianProcess, Posterior
@@ -98,7 +99,7 @@ def simulate(
             std = (moments.variance + noise_variance).sqrt()
         else:
             std = noise_variance.sqrt().expand_as(moments.mean)
-        probe = _control_probe(policy, x.detach(), std, moments, estimator) if needs_probe else None
+        probe = _control_probe(act, t, std, moments, estimator) if needs_probe else None
         if probe is not None and not model.model_uncertainty:
             probe.zeta_jacobian[1].zero_()
         x, credit = estimator(
@@ -136,15 +137,15 @@ def gaussian_resample(x: Tensor, noise: Tensor) -> Tensor:
 
 
 def _control_probe(
-    policy: ControllerPolicy, x: Tensor, std: Tensor, moments: Posterior, estimator: Estimator
+    act: Controller, t: int, std: Tensor, moments: Posterior, estimator: Estimator
 ) -> ControlProbe:
-    controls = slice(-policy.n_controls, None)
+    controls = slice(-act.policy.n_controls, None)
     std_jacobian = moments.variance_jacobian[..., controls] / (2 * std.detach().unsqueeze(-1))
     counted = None
     if estimator.probe == "subset":
-        counted = lambda: policy.control_jacobian(x, last_layer=True)  # noqa: E731
+        counted = lambda: act.jacobian(t, last_layer=True)  # noqa: E731
     return ControlProbe(
         [moments.mean_jacobian[..., controls], std_jacobian],
-        lambda: policy.control_jacobian(x),
+        lambda: act.jacobian(t),
         counted,
     )

@@ -6,8 +6,7 @@ space and keeps its dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from gymnasium import spaces
@@ -15,21 +14,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
-from estimators import DenseJacobian
-
-
-def saturate(v: Tensor) -> Tensor:
-    """(9 sin v + sin 3v) / 8, a smooth map onto [-1, 1]. Parmas et al. 2018, Sec. 4.2.
-
-    Written as s (3 - s²) / 2 with s = sin v: one sine instead of two.
-    """
-    s = v.sin()
-    return s * (1.5 - 0.5 * s * s)
-
-
-def saturate_slope(v: Tensor) -> Tensor:
-    """Derivative of `saturate`: 3/2 cos³ v."""
-    return 1.5 * v.cos().pow(3)
+from agents.controllers import Controller, RBFController, saturate, saturate_slope
 
 
 def trig_features(x: Tensor, angle_dims: tuple[int, ...]) -> Tensor:
@@ -67,11 +52,15 @@ class ControllerPolicy(BasePolicy):
 
     def act(self, x: Tensor) -> Tensor:
         """Scaled action in [-1, 1] [N, A] at observations [N, S] (float64); gradients flow."""
-        return saturate(self.preactivation(trig_features(x, self.angle_dims)))
+        return saturate(self.preactivation(self.features(x)))
 
-    def controller(self) -> Callable[[Tensor], Tensor]:
-        """`act` for the steps of one rollout: what does not depend on x is computed once."""
-        return self.act
+    def features(self, x: Tensor) -> Tensor:
+        """What the controller sees of x [N, S]: [N, n_features]."""
+        return trig_features(x, self.angle_dims)
+
+    def controller(self) -> Controller:
+        """`act` for the steps of one rollout."""
+        return Controller(self)
 
     def preactivation(self, features: Tensor) -> Tensor:
         """[N, A] before the saturation, from features [N, n_features]."""
@@ -84,17 +73,6 @@ class ControllerPolicy(BasePolicy):
     def parameter_jacobian(self, x: Tensor) -> Tensor:
         """d action / d parameters, [N, A, P], in the order of `parameters()`; x: [N, S]."""
         raise NotImplementedError
-
-    def control_jacobian(
-        self, x: Tensor, *, last_layer: bool = False
-    ) -> DenseJacobian | RBFJacobian:
-        """`parameter_jacobian` in the form that `estimators.ControlProbe` takes.
-
-        Args:
-            x: [N, S]. last_layer: only the parameters of the last layer (TPX 2023, Sec. 4: `tps`).
-        """
-        jacobian = self.parameter_jacobian(x)
-        return DenseJacobian(jacobian[..., self.last_layer] if last_layer else jacobian)
 
     @property
     def last_layer(self) -> slice:
@@ -153,35 +131,30 @@ class RBFPolicy(ControllerPolicy):
             self.centres.mul_(std).add_(mean)
             self.log_inverse_scale.copy_(-std.log())
 
-    def controller(self) -> Callable[[Tensor], Tensor]:
-        constants = self._constants()
-
-        def act(x: Tensor) -> Tensor:
-            basis = self._basis(trig_features(x, self.angle_dims), constants)
-            return saturate(basis @ self.weights.T)
-
-        return act
+    def controller(self) -> Controller:
+        return RBFController(self)
 
     def preactivation(self, features: Tensor) -> Tensor:
-        return self._basis(features, self._constants()) @ self.weights.T
+        return self.basis(features, self.constants())[1] @ self.weights.T
 
-    def _constants(self) -> tuple[Tensor, Tensor, Tensor]:
+    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
         """e^λ [S], and of the scaled centres 2 cᵀ [S, n_centres] and -|c|² [n_centres]."""
         scale = self.log_inverse_scale.exp()
         c = self.centres * scale
         return scale, 2 * c.T, -c.square().sum(-1)
 
     @staticmethod
-    def _basis(features: Tensor, constants: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def basis(features: Tensor, constants: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Scaled features [N, S] and basis functions [N, n_centres], given `constants()`."""
         scale, twice_centres, bias = constants
-        x = features * scale
-        exponent = torch.addmm(bias, x, twice_centres)  # [N, n_centres]
-        return (exponent - x.square().sum(-1, keepdim=True)).exp()
+        z = features * scale
+        exponent = torch.addmm(bias, z, twice_centres)  # [N, n_centres]
+        return z, (exponent - z.square().sum(-1, keepdim=True)).exp()
 
     @torch.no_grad()
     def parameter_jacobian(self, x: Tensor) -> Tensor:
-        features = trig_features(x, self.angle_dims)
-        basis = self._basis(features, self._constants())  # [N, K]
+        features = self.features(x)
+        basis = self.basis(features, self.constants())[1]  # [N, K]
         n, a, k = len(x), self.n_controls, self.n_centres
         by_weight = basis.unsqueeze(1) * saturate_slope(basis @ self.weights.T).unsqueeze(-1)
         slope = (2 * by_weight * self.weights).unsqueeze(-1)  # [N, A, K, 1]
@@ -196,86 +169,12 @@ class RBFPolicy(ControllerPolicy):
             by_weight = blocks.flatten(2)
         return torch.cat((by_centre, by_scale, by_weight), -1)
 
-    @torch.no_grad()
-    def control_jacobian(
-        self, x: Tensor, *, last_layer: bool = False
-    ) -> DenseJacobian | RBFJacobian:
-        if self.n_controls > 1:
-            return super().control_jacobian(x, last_layer=last_layer)
-        features = trig_features(x, self.angle_dims)
-        basis = self._basis(features, self._constants())
-        by_weight = basis * saturate_slope(basis @ self.weights.T)  # [N, K]
-        if last_layer:
-            return DenseJacobian(by_weight.unsqueeze(1))
-        scale = self.log_inverse_scale.exp()
-        return RBFJacobian.build(
-            by_weight, self.weights, features * scale, self.centres * scale, scale
-        )
-
     @property
     def last_layer(self) -> slice:
         return slice(-self.weights.numel(), None)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "n_centres": self.n_centres}
-
-
-class RBFJacobian(NamedTuple):
-    """d action / d parameters of an RBF network with one control, never as an [N, P] array.
-
-    With z = x e^λ, c = centre e^λ (scaled) and slope_nk = 2 sat'(v) w_k φ_nk, the three blocks are
-    slope (z - c) e^λ for the centres, -Σ_k slope (z - c)² for λ, and sat'(v) φ for the weights;
-    sums of squares of differences become matrix products.
-    """
-
-    by_weight: Tensor  # [N, K]
-    slope: Tensor  # [N, K]
-    x: Tensor  # [N, S] scaled
-    centres: Tensor  # [K, S] scaled
-    scale: Tensor  # [S]
-
-    by_scale: Tensor  # [N, S] the block of λ
-
-    @staticmethod
-    def build(
-        by_weight: Tensor, weights: Tensor, x: Tensor, c: Tensor, scale: Tensor
-    ) -> RBFJacobian:
-        """From sat'(v) φ [N, K], w [1, K], scaled features [N, S], centres [K, S], e^λ [S]."""
-        slope = 2 * by_weight * weights
-        cross = 2 * (slope @ c) - x * slope.sum(1, keepdim=True)
-        return RBFJacobian(by_weight, slope, x, c, scale, cross * x - slope @ c.square())
-
-    def rows(self, rows: slice) -> RBFJacobian:
-        """The same for some of the samples."""
-        return self._replace(
-            by_weight=self.by_weight[rows],
-            slope=self.slope[rows],
-            x=self.x[rows],
-            by_scale=self.by_scale[rows],
-        )
-
-    def inner(self) -> Tensor:
-        """[N, 1, 1] squared norm of each sample's gradient."""
-        x, c = self.x * self.scale, self.centres * self.scale
-        distance = torch.addmm(c.square().sum(1), x, c.T, alpha=-2.0)  # [N, K], less |x|²
-        distance += x.square().sum(1, keepdim=True)
-        norm = (self.slope.square() * distance + self.by_weight.square()).sum(1)
-        return (norm + self.by_scale.square().sum(1))[:, None, None]
-
-    def project(self, alpha: Tensor) -> Tensor:
-        """[M, P] sums Σ_i α_mi J_i, from α [M, N, 1]."""
-        (m, n, _), (k, s) = alpha.shape, self.centres.shape
-        a = alpha[..., 0]  # [M, N]
-        moments = ((alpha * self.x).mT.reshape(m * s, n) @ self.slope).view(m, s, k)
-        by_centre = moments.mT - (a @ self.slope).unsqueeze(-1) * self.centres  # [M, K, S]
-        by_centre = (by_centre * self.scale).flatten(1)
-        return torch.cat((by_centre, a @ self.by_scale, a @ self.by_weight), 1)
-
-    def per_sample(self, alpha: Tensor) -> Tensor:
-        """[N, P] products α_i J_i, from α [N, 1]."""
-        offset = (self.x.unsqueeze(1) - self.centres) * self.scale  # [N, K, S]
-        by_centre = (self.slope.unsqueeze(-1) * offset).flatten(1)
-        return alpha * torch.cat((by_centre, self.by_scale, self.by_weight), 1)
 
 
 class LinearPolicy(ControllerPolicy):
@@ -299,7 +198,7 @@ class LinearPolicy(ControllerPolicy):
 
     @torch.no_grad()
     def parameter_jacobian(self, x: Tensor) -> Tensor:
-        features = trig_features(x, self.angle_dims)
+        features = self.features(x)
         slope = saturate_slope(self.preactivation(features))  # [N, A]
         eye = torch.eye(self.n_controls, dtype=x.dtype, device=x.device)
         by_weight = torch.einsum("na,ns,ab->nabs", slope, features, eye).flatten(2)

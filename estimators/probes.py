@@ -150,7 +150,13 @@ class ControlProbe:
         )
 
     def _alpha(self, cotangent: Zeta) -> Tensor:
-        terms = [
-            torch.einsum("...nd,ndf->...nf", c, j) for c, j in zip(cotangent, self.zeta_jacobian)
-        ]
+        if self.zeta_jacobian[0].shape[-1] == 1:  # one control: a fraction of einsum's time
+            terms = [
+                (c * j[..., 0]).sum(-1, keepdim=True) for c, j in zip(cotangent, self.zeta_jacobian)
+            ]
+        else:
+            terms = [
+                torch.einsum("...nd,ndf->...nf", c, j)
+                for c, j in zip(cotangent, self.zeta_jacobian)
+            ]
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]

@@ -8,13 +8,8 @@ import torch
 from gymnasium import spaces
 from torch.func import functional_call, jacrev, vmap
 
-from agents.policies import (
-    LinearPolicy,
-    RBFPolicy,
-    saturate,
-    saturate_slope,
-    trig_features,
-)
+from agents.controllers import saturate, saturate_slope
+from agents.policies import LinearPolicy, RBFPolicy, trig_features
 
 F64 = torch.float64
 CARTPOLE = spaces.Box(-np.inf, np.inf, (4,), np.float32)
@@ -206,7 +201,7 @@ def test_policy_saves_and_loads_alone(policy_class, tmp_path):
 @pytest.mark.parametrize("last_layer", [False, True])
 @pytest.mark.parametrize("controls", [1, 2])
 @pytest.mark.parametrize("policy_class", [RBFPolicy, LinearPolicy])
-def test_control_jacobian_acts_as_the_dense_one(policy_class, controls, last_layer, offset):
+def test_a_controllers_jacobian_acts_as_the_dense_one(policy_class, controls, last_layer, offset):
     """Everything shifted by 30 units: sums of squares as products must not lose the digits."""
     kwargs = {"n_centres": 6} if policy_class is RBFPolicy else {}
     policy, x = make(policy_class, controls, (1,) if offset == 0 else (), **kwargs), states()
@@ -217,7 +212,10 @@ def test_control_jacobian_acts_as_the_dense_one(policy_class, controls, last_lay
     dense = policy.parameter_jacobian(x)  # [N, A, P]
     if last_layer:
         dense = dense[..., policy.last_layer]
-    found = policy.control_jacobian(x, last_layer=last_layer)
+    controller = policy.controller()
+    for visited in (x.flip(0), x):
+        torch.testing.assert_close(controller(visited), policy.act(visited))
+    found = controller.jacobian(1, last_layer=last_layer)
     alpha = torch.randn(3, len(x), controls, dtype=F64, generator=torch.Generator().manual_seed(2))
     for rows in (slice(None), slice(2, 5)):
         j, d, a = found.rows(rows), dense[rows], alpha[:, rows]
