@@ -3,10 +3,11 @@
     python -m scripts.diagnose runs/dreamer_cartpole-balance-v0_tpx_seed0
     python -m scripts.diagnose RUN --estimators rp lr tpx tpg --horizons 15 60 --starts 50
 
-Loads a trained DreamerTPX and its replay (train with --save-replay), encodes sequences, and from
-the same encoded states measures the policy gradient of every estimator many times over: the law of
-total variance (Eq. 18) and the expected signal-to-noise ratio (Eq. 19). Parmas et al. 2023 (TPX),
-App. C.2: 50 states x 50 gradients of 2500 trajectories each; the defaults here are smaller.
+Loads a trained DreamerTPX and its replay (of its newest checkpoint, or of --save-replay, which
+lasts if the checkpoints are deleted), encodes sequences, and from the same encoded states measures
+the policy gradient of every estimator many times over: the law of total variance (Eq. 18) and the
+expected signal-to-noise ratio (Eq. 19). Parmas et al. 2023 (TPX), App. C.2: 50 states x 50
+gradients of 2500 trajectories each; the defaults here are smaller.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from tqdm import tqdm
 
 import estimators
 from agents import DreamerTPX
+from agents.checkpoint import Checkpoints
 from agents.dreamer_update import DreamerUpdate
 from estimators.diagnostics import GradientStatistics, statistics_of
 from scripts.errors import UserError, ending_with_a_sentence
-from scripts.run_folder import RunFolder, make_env
+from scripts.run_folder import AGENTS, RunFolder, make_env
 from world_models.latent_model import State
 
 
@@ -48,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--trajectories", type=int, default=250, help="of each gradient (the paper: 2500)"
     )
+    parser.add_argument(
+        "--stop-grad-actor-input", action=argparse.BooleanOptionalAction, default=None,
+        help="block the gradient into the state an action was chosen in (default: as trained)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=None, help="default: RUN/diagnosis")
@@ -86,16 +92,23 @@ def diagnose(options: argparse.Namespace) -> None:
 
 
 def _load(run: Path) -> DreamerTPX:
+    """The trained agent with its saved replay, or else its newest checkpoint, which has one."""
     folder = RunFolder.open(run)
     config = folder.read_config()
     env = make_env(config["env_id"], config["env_args"], seed=0)
-    agent = folder.load_agent(env)
-    if not isinstance(agent, DreamerTPX):
-        raise UserError(f"{run} is a run of {type(agent).__name__}; scripts.diagnose needs dreamer")
-    if not folder.replay.is_file():
-        raise UserError(f"{run} has no {folder.replay.name}: train with --save-replay")
-    agent.load_replay_buffer(folder.replay)
-    return agent
+    if AGENTS[config["agent"]] is not DreamerTPX:
+        raise UserError(f"{run} is a run of {config['agent']}; scripts.diagnose needs dreamer")
+    if folder.replay.is_file():
+        agent = folder.load_agent(env)
+        assert isinstance(agent, DreamerTPX)
+        agent.load_replay_buffer(folder.replay)
+        return agent
+    newest = Checkpoints(folder.checkpoints).load(DreamerTPX, env)
+    if newest is None:
+        raise UserError(
+            f"{run} has neither {folder.replay.name} nor a checkpoint; train with --save-replay"
+        )
+    return newest
 
 
 def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:
@@ -119,8 +132,16 @@ def measure(
     agent: DreamerTPX, name: str, horizon: int, starts: list[State], options: argparse.Namespace
 ) -> Tensor:
     """[S, M, P] gradients of one estimator; all estimators see the same noise."""
+    imagination = agent._update.settings.imagination
+    if options.stop_grad_actor_input is not None:
+        imagination = dataclasses.replace(
+            imagination, stop_grad_actor_input=options.stop_grad_actor_input
+        )
     settings = dataclasses.replace(
-        agent._update.settings, estimator=estimators.make(name), horizon=horizon
+        agent._update.settings,
+        estimator=estimators.make(name),
+        horizon=horizon,
+        imagination=imagination,
     )
     update = DreamerUpdate(agent.policy, settings)
     rows = []
@@ -137,20 +158,23 @@ def measure(
 
 
 def table(results: dict[str, dict[int, GradientStatistics]]) -> str:
-    """Markdown: ESNR of each estimator and horizon, best of a row in bold."""
+    """Markdown: ESNR of each estimator and horizon, best of a row in bold; variance; size."""
     horizons = list(next(iter(results.values())))
-    lines = ["ESNR (TPX 2023, Eq. 19), higher is better:", ""]
-    lines.append("| horizon | " + " | ".join(f"`{name}`" for name in results) + " |")
-    lines.append("|---" * (1 + len(results)) + "|")
+    head = ["| horizon | " + " | ".join(f"`{name}`" for name in results) + " |"]
+    head.append("|---" * (1 + len(results)) + "|")
+    lines = ["ESNR (TPX 2023, Eq. 19), higher is better:", "", *head]
     for h in horizons:
         values = [results[name][h].esnr for name in results]
         best = max(values)
         cells = [f"**{v:.3g}**" if v == best else f"{v:.3g}" for v in values]
         lines.append(f"| {h} | " + " | ".join(cells) + " |")
-    lines += ["", "Variance of the gradient: within a start / between starts (Eq. 18):", ""]
-    lines += lines[2:4]
+    lines += ["", "Variance of the gradient: within a start / between starts (Eq. 18):", "", *head]
     for h in horizons:
         cells = [f"{results[n][h].within:.2e} / {results[n][h].between:.2e}" for n in results]
+        lines.append(f"| {h} | " + " | ".join(cells) + " |")
+    lines += ["", "Norm of the mean gradient:", "", *head]
+    for h in horizons:
+        cells = [f"{float(results[n][h].mean.norm()):.2e}" for n in results]
         lines.append(f"| {h} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -195,12 +219,18 @@ def _record(
 ) -> dict[str, Any]:
     numbers = {
         name: {
-            str(h): {"esnr": s.esnr, "within": s.within, "between": s.between}
+            str(h): {
+                "esnr": s.esnr,
+                "within": s.within,
+                "between": s.between,
+                "norm_of_mean": float(s.mean.norm()),
+            }
             for h, s in by_horizon.items()
         }
         for name, by_horizon in results.items()
     }
-    protocol = {k: getattr(options, k) for k in ("starts", "repeats", "trajectories", "seed")}
+    names = ("starts", "repeats", "trajectories", "stop_grad_actor_input", "seed")
+    protocol = {k: getattr(options, k) for k in names}
     return {"run": str(options.run), **protocol, "results": numbers}
 
 

@@ -1,6 +1,7 @@
 """The command lines of DreamerTPX and DAAPPO, end to end on the cart-pole."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -69,15 +70,33 @@ def test_a_world_model_is_taken_from_a_run(dreamer_run, tmp_path, capsys):
     assert "does not exist" in error and error.count("\n") == 1
 
 
+DIAGNOSE = ["--horizons", "2", "4", "--starts", "2", "--repeats", "3", "--trajectories", "8"]
+DIAGNOSE += ["--threads", "1", "--estimators"]
+
+
 def test_diagnose_measures_names_and_draws(dreamer_run, tmp_path, capsys):
-    command = [str(dreamer_run), "--horizons", "2", "4", "--starts", "2", "--repeats", "3"]
-    diagnose.main([*command, "--trajectories", "8", "--estimators", "rp", "lr", "tpx", "--out",
-                   str(tmp_path / "d"), "--threads", "1"])  # fmt: skip
+    diagnose.main([str(dreamer_run), *DIAGNOSE, "rp", "lr", "tpx", "--out", str(tmp_path / "d")])
     output = capsys.readouterr().out
     assert "Most accurate gradient for this model" in output and "| `rp` |" in output
     found = json.loads((tmp_path / "d" / "results.json").read_text())
     assert {"accuracy.png", "table.md"} <= {path.name for path in (tmp_path / "d").iterdir()}
     assert "tpx" in json.dumps(found)
+
+
+def test_diagnose_needs_no_saved_replay_and_may_let_the_actors_input_have_a_gradient(
+    dreamer_run, tmp_path
+):
+    """The newest checkpoint has the same model and replay; the flag changes the gradient."""
+    found = []
+    for name in ("stop-grad", "no-stop-grad"):
+        copy = shutil.copytree(dreamer_run, tmp_path / name)
+        if name == "no-stop-grad":
+            (copy / "replay.npz").unlink()
+        diagnose.main([str(copy), *DIAGNOSE, "rp", f"--{name}-actor-input"])
+        found.append(json.loads((copy / "diagnosis" / "results.json").read_text())["results"]["rp"])
+    diagnose.main([str(tmp_path / "no-stop-grad"), *DIAGNOSE, "rp"])  # as trained: blocked
+    trained = json.loads((tmp_path / "no-stop-grad" / "diagnosis" / "results.json").read_text())
+    assert trained["results"]["rp"] == found[0] != found[1]
 
 
 @pytest.mark.parametrize("source", ["none", "dynamics", "q", "states", "rewind"])
