@@ -3,6 +3,8 @@
     python -m scripts.sweep pipps --estimators tpx lr rp --seeds 0 1 2 3 4 --out results/pipps
     python -m scripts.sweep daappo --vary action-source --values none dynamics --seeds 0 1 2 \
         --out results/daa_ppo/cartpole -- --preset recommended
+    python -m scripts.sweep dreamer --estimators rp tpx --seeds 0 1 2 --out results/dreamer/h60 \
+        --watch train/actor_gradient_norm -- --preset laptop --horizon 60
 
 Every run is a `scripts.train` of its own, so a killed sweep goes on where it stopped: finished runs
 are not repeated, others are resumed. Flags of scripts.train follow after `--`.
@@ -11,6 +13,8 @@ are not repeated, others are resumed. Flags of scripts.train follow after `--`.
 from __future__ import annotations
 
 import argparse
+import csv
+import difflib
 import json
 import os
 import subprocess
@@ -42,6 +46,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/sweep"), help="folder of the runs")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="runs at a time, 1 thread each"
+    )
+    parser.add_argument(
+        "--watch", default="", metavar="COLUMN", help="a column of progress.csv to draw, too"
     )
     parser.add_argument("--report-only", action="store_true", help="no training, only the report")
     arguments = sys.argv[1:]
@@ -96,6 +103,8 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
                     f"{quantity}s": means.round(3).tolist(),
                 }
                 entry = {**summary, **curve}
+                if options.watch:
+                    entry[options.watch] = _watched(folder, options.watch)
                 results.setdefault(value, {})[str(seed)] = entry
     if not results:
         raise UserError(f"no finished run in {options.runs}; look at the .log files there")
@@ -103,13 +112,31 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
     varied = "--estimators" if options.vary == "estimator" else f"--vary {options.vary} --values"
     command = f"python -m scripts.sweep {options.agent} {varied} {' '.join(options.values)} "
     command += f"--seeds {' '.join(map(str, options.seeds))} --out {options.out}"
+    command += f" --watch {options.watch}" if options.watch else ""
     command += f" -- {' '.join(extra)}" if extra else ""
     record = {"command": command, "commit": current_commit(), "results": results}
     (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     table = _table(results, quantity, options.vary)
     (options.out / "table.md").write_text(table)
-    _curves(results, quantity, options.vary).savefig(options.out / "learning_curves.png", dpi=150)
+    picture = _curves(results, quantity, options.vary, options.watch)
+    picture.savefig(options.out / "learning_curves.png", dpi=150)
     print(f"{table}\nwritten to {options.out}: results.json, table.md, learning_curves.png")
+
+
+def _watched(folder: RunFolder, column: str) -> dict[str, list[float]]:
+    """What a run logged of one quantity."""
+    with open(folder.path / "progress.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if column not in rows[0]:
+        near = difflib.get_close_matches(column, rows[0], cutoff=0.3)
+        raise UserError(
+            f"{folder.path}/progress.csv has no column {column!r}; close to it: {', '.join(near)}"
+        )
+    rows = [row for row in rows if row[column]]
+    return {
+        "timesteps": [float(row["time/total_timesteps"]) for row in rows],
+        "values": [float(f"{float(row[column]):.4g}") for row in rows],
+    }
 
 
 def _table(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> str:
@@ -137,9 +164,20 @@ def _mean_and_error(values: np.ndarray) -> str:
     return f"{values.mean():.2f} ± {error:.2f}"
 
 
-def _curves(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> Figure:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
+def _curves(
+    results: dict[str, dict[str, Any]], quantity: str, varied: str, watched: str = ""
+) -> Figure:
+    figure = Figure(figsize=(12 if watched else 7, 4), layout="constrained")
+    axis, *others = figure.subplots(1, 2 if watched else 1, squeeze=False)[0]
+    for beside in others:
+        values = [
+            v for seeds in results.values() for s in seeds.values() for v in s[watched]["values"]
+        ]
+        for i, seeds in enumerate(results.values()):
+            for seed in seeds.values():
+                series = seed[watched]
+                beside.plot(series["timesteps"], series["values"], color=f"C{i}", lw=0.8, alpha=0.7)
+        beside.set(xlabel="steps", ylabel=watched, yscale="log" if min(values) > 0 else "linear")
     drawn = []
     for i, (value, seeds) in enumerate(results.items()):
         curves = [np.array(seed[f"{quantity}s"]) for seed in seeds.values()]

@@ -177,13 +177,20 @@ def test_normalising_for_an_agent_that_scales_itself_is_one_sentence(tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_varies_any_flag(tmp_path, monkeypatch):
+def test_a_sweep_varies_any_flag_and_draws_any_column(tmp_path, monkeypatch, capsys):
     command = ["sweep", "daappo", "--vary", "action-source", "--values", "none", "q"]
     command += ["--seeds", "0", "1", "--runs", str(tmp_path / "r"), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr("sys.argv", [*command, "--jobs", "1", "--", *DAAPPO[1:-5], *CART_POLE[:2]])
+    flags = ["--", *DAAPPO[1:-5], *CART_POLE[:2]]
+    monkeypatch.setattr("sys.argv", [*command, "--jobs", "1", "--watch", "train/loss", *flags])
     sweep.main()
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(found["results"]) == ["none", "q"] and "--vary action-source" in found["command"]
     table = (tmp_path / "out" / "table.md").read_text()
     average = [np.mean(found["results"]["q"][s]["returns"]) for s in ("0", "1")]
     assert f"| {np.mean(average):.2f} ±" in table
+    watched = found["results"]["q"]["1"]["train/loss"]
+    assert watched["timesteps"][-1] == 120 and np.isfinite(watched["values"]).all()
+    monkeypatch.setattr("sys.argv", [*command, "--watch", "train/los", *flags])
+    with pytest.raises(SystemExit, match="1"):
+        sweep.main()
+    assert "no column 'train/los'; close to it: train/loss" in capsys.readouterr().err
