@@ -55,7 +55,7 @@ class DreamerTPX(SafeSaving):
             baseline at the prior's mean (the future work of TPX 2023, Sec. 7).
         horizon: imagined states H of each trajectory.
         stop_grad_actor_input: block the gradient into the state an action was chosen in
-            (DreamerV1). Biased, and RP's mean explodes with the horizon: above 15, say False.
+            (DreamerV1). Biased, and RP's bias can explode with the horizon: above 15, try False.
         gamma: discount. lam: λ of the returns.
         discount_weights: weight imagined step t by γᵗ in actor and critic loss.
         entropy_scale: weight of the policy's entropy in the actor's loss; 0 in DreamerV1. It keeps

@@ -33,8 +33,8 @@ class ImaginationSettings:
         stop_grad_actor_input: block the gradient from an action to the state it was chosen in
             (DreamerV1). It biases both RP and LR (whose path through h it cuts too), and gives
             them different means. RP's is that of actions which never react: what an unstable
-            system makes of them grows with every step, in the mean and not only in the noise,
-            so that no estimator helps (results/dreamer/README.md, "The long horizon").
+            system makes of them grows with every step, in the mean and not only in the noise
+            (results/dreamer/README.md, "The long horizon").
         discount_weights: weight step t's return by γᵗ (danijar/dreamer), or all alike (TPX 2023,
             Eq. 17). With a discount head RP does not see what the weights learn, LR does.
         entropy_scale: weight of the policy's entropy in the loss; 0 in DreamerV1.
