@@ -7,7 +7,7 @@ per environment, and `episode_start` resets rows.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from world_models.networks import at_least_float32, initialise, mlp
 MEAN_SCALE, INIT_STD, MIN_STD = 5.0, 5.0, 1e-4  # danijar/dreamer, models.ActionDecoder
 GAUSSIAN_ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal, nats
 RecurrentState = tuple[np.ndarray, ...]
+Observations = TypeVar("Observations", np.ndarray, Tensor)
 
 
 class Actor(nn.Module):
@@ -96,6 +97,7 @@ class DreamerPolicy(BasePolicy):
         shape = observation_space.shape
         if not is_image_space(observation_space):
             shape = (int(np.prod(shape)),)
+        self.model_input_shape = shape
         self.n_actions = int(np.prod(action_space.shape))
         self.model = LatentModel(shape, self.n_actions, **self.sizes)
         features = self.model.rssm.feature_size
@@ -143,11 +145,9 @@ class DreamerPolicy(BasePolicy):
         action, _ = self.actor.act(self.actor(state.features), noise(action))
         return action, state
 
-    def to_model(self, observations: Tensor) -> Tensor:
+    def to_model(self, observations: Observations) -> Observations:
         """Observations [n, ...] as the world model takes them: images as they are, others flat."""
-        if is_image_space(self.observation_space):
-            return observations
-        return observations.reshape(len(observations), -1)
+        return observations.reshape(-1, *self.model_input_shape)
 
     def predict(
         self,

@@ -17,7 +17,6 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
@@ -80,6 +79,7 @@ class DreamerTPX(SafeSaving):
             count it (train/skipped_steps).
         bf16: run the networks in bfloat16 (losses stay float32).
         compile: compile the step of the imagination and of the filter with torch.compile.
+        cuda_graph: launch an update as one CUDA graph; same batches of one shape, on a GPU only.
         policy_kwargs: sizes of the networks, for example {"deter": 200, "width": 400}.
         stats_window_size: episodes that rollout/ep_rew_mean averages over.
         tensorboard_log: folder for TensorBoard events, or None.
@@ -129,6 +129,7 @@ class DreamerTPX(SafeSaving):
         nonfinite: Literal["stop", "skip"] = "stop",
         bf16: bool = False,
         compile: bool = False,
+        cuda_graph: bool = False,
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -165,7 +166,7 @@ class DreamerTPX(SafeSaving):
         self.free_nats, self.free_nats_per_step = free_nats, free_nats_per_step
         self.discount_head, self.pretrained_world_model = discount_head, pretrained_world_model
         self.nonfinite = nonfinite
-        self.bf16, self.compile = bf16, compile
+        self.bf16, self.compile, self.cuda_graph = bf16, compile, cuda_graph
         self.replay_buffer: SequenceReplay | None = None
         self._memory: tuple[State, Tensor] | None = None  # of the running episodes
         if _init_setup_model:
@@ -202,7 +203,7 @@ class DreamerTPX(SafeSaving):
                 keep_freed_memory()
         check_finite(self.num_timesteps, self._last_obs, np.zeros(1))
         if self._last_obs is not had_observation or self._memory is None:
-            self.replay_buffer.start(self._for_model(self._last_obs))
+            self.replay_buffer.start(self.policy.to_model(self._last_obs))
             self._memory = self.policy.initial_state(self.env.num_envs)
         return total, callback
 
@@ -212,7 +213,7 @@ class DreamerTPX(SafeSaving):
         assert dtype is not None
         return SequenceReplay(
             self.buffer_size,
-            self._model_shape(),
+            self.policy.model_input_shape,
             dtype,
             self.policy.n_actions,
             n_envs,
@@ -221,17 +222,12 @@ class DreamerTPX(SafeSaving):
             folder=tempfile.gettempdir(),
         )
 
-    def _model_shape(self) -> tuple[int, ...]:
-        shape = self.observation_space.shape or ()
-        return shape if is_image_space(self.observation_space) else (int(np.prod(shape)),)
-
-    def _for_model(self, observations: np.ndarray) -> np.ndarray:
-        return observations.reshape(-1, *self._model_shape())
-
     def _flat(self, info: dict[str, Any]) -> dict[str, Any]:
         """The info with its terminal observation as the model takes it; callbacks keep theirs."""
         end = info.get("terminal_observation")
-        return info if end is None else {**info, "terminal_observation": self._for_model(end)[0]}
+        if end is None:
+            return info
+        return {**info, "terminal_observation": self.policy.to_model(end[None])[0]}
 
     # ----------------------------------------------------------------------------------------
     # the loop
@@ -288,8 +284,8 @@ class DreamerTPX(SafeSaving):
             assert isinstance(new_observations, np.ndarray)
             check_finite(self.num_timesteps, new_observations, rewards, infos)
             self.num_timesteps += env.num_envs
-            flat, flat_infos = self._for_model(new_observations), [self._flat(i) for i in infos]
-            replay.step(actions, flat, rewards, dones, flat_infos)
+            flat = self.policy.to_model(new_observations)
+            replay.step(actions, flat, rewards, dones, [self._flat(info) for info in infos])
             self._last_obs, self._last_episode_starts = new_observations, dones
             callback.update_locals(locals())
             if not callback.on_step():

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import estimators
+from agents.cuda_graph import GraphedFunction
 from agents.dreamer_policy import DreamerPolicy
 from agents.imagination import (
     ImaginationNoise,
@@ -45,10 +46,18 @@ class UpdateSettings:
     max_grad_norm: float
     bf16: bool
     compile: bool = False
+    cuda_graph: bool = False
 
 
-@dataclass(frozen=True)
-class UpdateRecord:
+class UpdateNoise(NamedTuple):
+    """Every random number of one step."""
+
+    posterior: Tensor  # [T, B, stoch]
+    starts: Tensor | None  # [N] which of the T B states to imagine from; None for all
+    imagination: ImaginationNoise
+
+
+class UpdateRecord(NamedTuple):
     """What a step leaves for the logs; nothing is moved off the device."""
 
     scalars: dict[str, Tensor]
@@ -66,32 +75,67 @@ class DreamerUpdate:
             for name in ("recur", "prior"):
                 setattr(rssm, name, torch.compile(getattr(rssm, name)))
             policy.actor.hidden.compile()
+        self._step = GraphedFunction(self._take_step) if settings.cuda_graph else self._take_step
         self.model_optimizer = self._adam(policy.model, settings.model_learning_rate)
         self.actor_optimizer = self._adam(policy.actor, settings.learning_rate)
         self.critic_optimizer = self._adam(policy.critic, settings.learning_rate)
 
     def _adam(self, module: nn.Module, rate: float) -> torch.optim.Adam:
-        return torch.optim.Adam(module.parameters(), rate, eps=self.settings.adam_eps, fused=True)
+        parameters, eps = module.parameters(), self.settings.adam_eps
+        optimizer = torch.optim.Adam(parameters, rate, eps=eps, fused=True)
+        self._fit_to_graph(optimizer)
+        optimizer.register_load_state_dict_post_hook(self._fit_to_graph)
+        return optimizer
+
+    def _fit_to_graph(self, optimizer: torch.optim.Optimizer) -> None:
+        """A CUDA graph keeps a number as it was when recorded: there the rate is a tensor."""
+        graph, device = self.settings.cuda_graph, self.policy.device
+        for group in optimizer.param_groups:
+            rate = float(group["lr"])
+            group["lr"] = torch.tensor(rate, device=device) if graph else rate
+            group["capturable"] = graph
 
     def set_learning_rate(self, rate: float) -> None:
         """Step size of actor and critic from here on."""
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def __call__(self, batch: SequenceBatch, generator: torch.Generator) -> UpdateRecord:
         """Take one step on a batch."""
+        return self._step(batch, self._draw(batch, generator))
+
+    def _draw(self, batch: SequenceBatch, generator: torch.Generator) -> UpdateNoise:
+        settings, policy = self.settings, self.policy
+        (length, sequences), latents = batch.reward.shape, policy.model.rssm.stoch_size
+        shape, device = (length, sequences, latents), generator.device
+        posterior = torch.randn(shape, generator=generator, device=device)
+        n, starts = length * sequences, None
+        if 0 < settings.imagination_starts < n:
+            rows = torch.randperm(n, generator=generator, device=device)
+            starts, n = rows[: settings.imagination_starts], settings.imagination_starts
+        imagination = ImaginationNoise.draw(
+            settings.horizon, n, policy.n_actions, latents, generator
+        )
+        return UpdateNoise(posterior, starts, imagination)
+
+    def _take_step(self, batch: SequenceBatch, noise: UpdateNoise) -> UpdateRecord:
+        """Draws no random number and waits for no result, so that a CUDA graph can hold it."""
         settings, policy = self.settings, self.policy
         model_parameters = list(policy.model.parameters())
         with self._precision():
             loss, states = policy.model.loss(
                 batch.observation, batch.action, batch.reward, batch.is_first, batch.is_terminal,
-                self._normal((*batch.reward.shape, policy.model.rssm.stoch_size), generator),
-                settings.model,
+                noise.posterior, settings.model,
             )  # fmt: skip
         model_gradient = torch.autograd.grad(loss.total, model_parameters)
-        start = self._starts(states.detach(), generator)
-        actor_gradient, imagined = self.actor_gradient(start, generator)
+        start = State(*(x.detach().flatten(0, 1) for x in states))
+        if noise.starts is not None:
+            start = State(*(x[noise.starts] for x in start))
+        actor_gradient, imagined = self.actor_gradient(start, noise.imagination)
         with self._precision():
             value_loss, values = critic_loss(policy, imagined)
         critic_parameters = list(policy.critic.parameters())
@@ -119,13 +163,12 @@ class DreamerUpdate:
         )
 
     def actor_gradient(
-        self, start: State, generator: torch.Generator
+        self, start: State, noise: ImaginationNoise
     ) -> tuple[PolicyGradient, Imagined]:
         """The estimator's policy gradient, imagined from N states."""
         settings, policy = self.settings, self.policy
-        n, latents = start.stoch.shape
-        noise = ImaginationNoise.draw(settings.horizon, n, policy.n_actions, latents, generator)
-        meter = noise.latent.new_zeros(settings.horizon, latents, requires_grad=True)
+        horizon, n, latents = noise.latent.shape
+        meter = noise.latent.new_zeros(horizon, latents, requires_grad=True)
         imagined: list[Imagined] = []
 
         def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
@@ -148,14 +191,6 @@ class DreamerUpdate:
             )
         return gradient, imagined[-1]
 
-    def _starts(self, states: State, generator: torch.Generator) -> State:
-        flat = State(states.deter.flatten(0, 1), states.stoch.flatten(0, 1))
-        n, wanted = len(flat.stoch), self.settings.imagination_starts
-        if not 0 < wanted < n:
-            return flat
-        rows = torch.randperm(n, generator=generator, device=generator.device)[:wanted]
-        return State(flat.deter[rows], flat.stoch[rows])
-
     def _apply(
         self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter],
         gradients: Sequence[Tensor],
@@ -163,23 +198,20 @@ class DreamerUpdate:
         """Clip and step; a gradient that is not finite leaves everything as it is."""
         norm = torch.nn.utils.get_total_norm(gradients)
         scale = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        if torch.isfinite(norm):
-            for parameter, gradient in zip(parameters, gradients):
-                # Convolutions may return theirs channels-last, and the fused optimiser takes the
-                # memory of both as it lies: entries would be exchanged.
-                parameter.grad = (gradient * scale).contiguous()
-            optimizer.step()
-            optimizer.zero_grad()
+        for parameter, gradient in zip(parameters, gradients):
+            # Convolutions may return theirs channels-last, and the fused optimiser takes the
+            # memory of both as it lies: entries would be exchanged.
+            parameter.grad = (gradient * scale).contiguous()
+        # How torch.amp tells a fused optimiser to do nothing: the device decides, no one waits.
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad()
         return norm
 
     def _precision(self) -> Any:
         if not self.settings.bf16:
             return contextlib.nullcontext()
         return torch.autocast(self.policy.device.type, torch.bfloat16)
-
-    @staticmethod
-    def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device)
 
 
 @contextlib.contextmanager

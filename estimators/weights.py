@@ -123,10 +123,9 @@ def _solve(system: Tensor, size: Tensor, target: Tensor, usable: Tensor) -> Tens
     both = usable & usable.unsqueeze(1)
     eye = torch.eye(len(size), dtype=size.dtype, device=size.device)
     scaled = torch.where(both, system / size / size.unsqueeze(1), 0.0) * (1 - eye)
-    unknown = torch.linalg.solve(
-        scaled + (1 + RIDGE) * eye, torch.where(usable, target / size, 0.0)
-    )
-    return unknown / size
+    target = torch.where(usable, target / size, 0.0)
+    # The ridge makes it solvable, and `solve` would wait for a GPU to say so.
+    return torch.linalg.solve_ex(scaled + (1 + RIDGE) * eye, target)[0] / size
 
 
 def whole_graph_ivw(rp: Tensor, lr: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     python -m scripts.bench pipps                  # seconds per policy gradient
     python -m scripts.bench pipps --json bench.json
     python -m scripts.bench dreamer                # seconds per update, against sheeprl
-    python -m scripts.bench dreamer --device cuda
+    python -m scripts.bench dreamer --device cuda --modes compile cuda_graph
     python -m scripts.bench ppo                    # DAAPPO against stable-baselines3's PPO
     python -m scripts.bench checkpoint             # what a checkpoint costs
 
@@ -29,7 +29,7 @@ from agents.allocator import keep_freed_memory
 from agents.particles import Noise, ParticleModel, simulate
 from agents.policies import RBFPolicy
 from scripts.bench_checkpoint import bench_checkpoint
-from scripts.bench_dreamer import bench_dreamer
+from scripts.bench_dreamer import MODES, bench_dreamer
 from scripts.bench_ppo import ENV_ID, bench_ppo
 from scripts.timing import interleaved_medians
 from world_models.gp import GaussianProcess, Posterior
@@ -54,9 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=50, help="dreamer's sequences")
     parser.add_argument("--length", type=int, default=50, help="dreamer's steps of a sequence")
     parser.add_argument("--horizons", type=int, nargs="+", default=[15, 60], help="of dreamer")
+    parser.add_argument(
+        "--modes", nargs="+", default=[], choices=MODES, help="of dreamer: time these too"
+    )
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as scripts.train
     if options.what == "pipps":
         rows = [bench_pipps(n, options.repeats or 11) for n in options.points]
         title = f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}"
@@ -74,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 length=options.length,
                 horizons=tuple(options.horizons),
                 device=options.device,
+                modes=options.modes,
             )
         ]
         title = f"one update: {options.batch} sequences of {options.length} images"

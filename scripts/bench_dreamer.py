@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from scripts.timing import interleaved_medians
 from world_models.latent_model import ModelLossSettings
 
 ACTIONS = 6
+MODES = ("compile", "cuda_graph")  # fields of `UpdateSettings`
 # Multiply-accumulates of one frame through encoder and decoder, forward; of one imagined step
 # through RSSM, actor, reward and critic (specified sizes, 6 actions). Backward counts twice.
 FRAME_MACS, STEP_MACS = 38.9e6, 1.56e6
@@ -32,6 +33,7 @@ def bench_dreamer(
     length: int = 50,
     horizons: tuple[int, ...] = (15, 60),
     device: str = "cpu",
+    modes: Sequence[str] = (),
     peer: bool = True,
 ) -> dict[str, float]:
     """Seconds per update, and ratios measured in the same run.
@@ -40,21 +42,27 @@ def bench_dreamer(
         repeats: rounds; the medians are compared.
         batch, length: B sequences of T steps of 64x64 images. horizons: imagined steps H; the peer
             is compared at the first.
-        device: "cpu" or "cuda". peer: time sheeprl too (left out where it is not installed).
+        device: "cpu" or "cuda".
+        modes: of `MODES`; `rp` and, where it has it, sheeprl at the first horizon with each.
+        peer: time sheeprl too (left out where it is not installed).
     """
     data = _batch(batch, length, device)
     if device == "cpu":
         keep_freed_memory()  # as DreamerTPX does
     generator = torch.Generator(device).manual_seed(0)
 
-    def update(name: str, horizon: int) -> Callable[[], object]:
-        step = DreamerUpdate(_policy(device), _settings(name, horizon))
+    def update(name: str, horizon: int, mode: str = "") -> Callable[[], object]:
+        settings = _settings(name, horizon)
+        if mode:
+            settings = dataclasses.replace(settings, **{mode: True})
+        step = DreamerUpdate(_policy(device), settings)
         return lambda: step(data, generator)
 
     tasks: dict[str, Callable[[], object]] = {}
     for horizon in horizons:
         tasks |= {f"{name} H={horizon}": update(name, horizon) for name in ("rp", "tpx")}
     first = horizons[0]
+    tasks |= {f"rp H={first}, {mode}": update("rp", first, mode) for mode in modes}
     if peer:
         try:
             peer_sizes = {"batch": batch, "length": length, "horizon": first, "actions": ACTIONS}
@@ -63,15 +71,20 @@ def bench_dreamer(
                 tasks["sheeprl, our allocator"] = sheeprl_peer.start_update(
                     **peer_sizes, keep_memory=True
                 )
+            if "compile" in modes:
+                tasks["sheeprl, compile"] = sheeprl_peer.start_update(
+                    **peer_sizes, device=device, compile=True
+                )
         except ImportError as error:
             print(error)
     seconds = interleaved_medians(tasks, repeats, device=device)
     row = {f"seconds (rp, H={h})": seconds[f"rp H={h}"] for h in horizons}
     row |= {f"tpx / rp at H={h}": seconds[f"tpx H={h}"] / seconds[f"rp H={h}"] for h in horizons}
-    for name in ("sheeprl", "sheeprl, our allocator"):
+    ours = [f"rp H={first}, {mode}" for mode in modes]
+    for name in (*ours, "sheeprl", "sheeprl, our allocator", "sheeprl, compile"):
         if name in seconds:
             row[f"seconds ({name})"] = seconds[name]
-            row[f"{name} / rp at H={first}"] = seconds[name] / seconds[f"rp H={first}"]
+            row[f"{name} / rp H={first}"] = seconds[name] / seconds[f"rp H={first}"]
     frames = batch * length
     work = 2 * 3 * frames * (FRAME_MACS + first * STEP_MACS)
     row["TFLOP/s"] = work / seconds[f"rp H={first}"] / 1e12
@@ -86,9 +99,8 @@ def _policy(device: str) -> DreamerPolicy:
 
 
 def _settings(name: str, horizon: int) -> UpdateSettings:
-    estimator = dataclasses.replace(estimators.make(name))
     return UpdateSettings(
-        estimator=estimator,
+        estimator=estimators.make(name),
         imagination=ImaginationSettings(),
         model=ModelLossSettings(),
         horizon=horizon,

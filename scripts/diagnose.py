@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import estimators
 from agents import DreamerTPX
 from agents.checkpoint import Checkpoints
 from agents.dreamer_update import DreamerUpdate
+from agents.imagination import ImaginationNoise
 from estimators.diagnostics import GradientStatistics, statistics_of
 from scripts.errors import UserError, ending_with_a_sentence
 from scripts.run_folder import AGENTS, RunFolder, make_env
@@ -144,14 +145,15 @@ def measure(
         imagination=imagination,
     )
     update = DreamerUpdate(agent.policy, settings)
-    rows = []
+    n, rows = options.trajectories, []
+    sizes = (horizon, n, agent.policy.n_actions, agent.policy.model.rssm.stoch_size)
     for s, start in enumerate(starts):
-        n = options.trajectories
         many = State(start.deter.expand(n, -1), start.stoch.expand(n, -1))
         generator = torch.Generator(agent.device).manual_seed(options.seed + 1 + s)
         row = []
         for _ in range(options.repeats):
-            gradient, _ = update.actor_gradient(many, generator)
+            noise = ImaginationNoise.draw(*sizes, generator)
+            gradient, _ = update.actor_gradient(many, noise)
             row.append(torch.cat([g.flatten() for g in gradient.gradients]).cpu())
         rows.append(torch.stack(row))
     return torch.stack(rows)
@@ -162,21 +164,28 @@ def table(results: dict[str, dict[int, GradientStatistics]]) -> str:
     horizons = list(next(iter(results.values())))
     head = ["| horizon | " + " | ".join(f"`{name}`" for name in results) + " |"]
     head.append("|---" * (1 + len(results)) + "|")
-    lines = ["ESNR (TPX 2023, Eq. 19), higher is better:", "", *head]
-    for h in horizons:
-        values = [results[name][h].esnr for name in results]
-        best = max(values)
-        cells = [f"**{v:.3g}**" if v == best else f"{v:.3g}" for v in values]
-        lines.append(f"| {h} | " + " | ".join(cells) + " |")
-    lines += ["", "Variance of the gradient: within a start / between starts (Eq. 18):", "", *head]
-    for h in horizons:
-        cells = [f"{results[n][h].within:.2e} / {results[n][h].between:.2e}" for n in results]
-        lines.append(f"| {h} | " + " | ".join(cells) + " |")
-    lines += ["", "Norm of the mean gradient:", "", *head]
-    for h in horizons:
-        cells = [f"{float(results[n][h].mean.norm()):.2e}" for n in results]
-        lines.append(f"| {h} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+
+    def block(title: str, cells: Callable[[list[GradientStatistics]], list[str]]) -> str:
+        rows = [[str(h), *cells([results[name][h] for name in results])] for h in horizons]
+        return "\n".join([title, "", *head, *(f"| {' | '.join(row)} |" for row in rows), ""])
+
+    def esnr(row: list[GradientStatistics]) -> list[str]:
+        best = max(s.esnr for s in row)
+        return [f"**{s.esnr:.3g}**" if s.esnr == best else f"{s.esnr:.3g}" for s in row]
+
+    return "\n".join(
+        [
+            block("ESNR (TPX 2023, Eq. 19), higher is better:", esnr),
+            block(
+                "Variance of the gradient: within a start / between starts (Eq. 18):",
+                lambda row: [f"{s.within:.2e} / {s.between:.2e}" for s in row],
+            ),
+            block(
+                "Norm of the mean gradient:",
+                lambda row: [f"{float(s.mean.norm()):.2e}" for s in row],
+            ),
+        ]
+    )
 
 
 def advice(results: dict[str, dict[int, GradientStatistics]]) -> str:

@@ -41,7 +41,8 @@ def start_update(*, keep_memory: bool = False, **kwargs: Any) -> Callable[[], No
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    arguments = (theirs, torch.get_num_threads(), keep_memory, kwargs)
+    settings = (torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32, keep_memory)
+    arguments = (theirs, *settings, kwargs)
     context.Process(target=_serve, args=arguments, daemon=True).start()
     problem = ours.recv()
     if problem is not None:
@@ -54,8 +55,11 @@ def start_update(*, keep_memory: bool = False, **kwargs: Any) -> Callable[[], No
     return update
 
 
-def _serve(connection: Connection, threads: int, keep_memory: bool, kwargs: dict[str, Any]) -> None:
+def _serve(
+    connection: Connection, threads: int, tf32: bool, keep_memory: bool, kwargs: dict[str, Any]
+) -> None:
     torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     if keep_memory:
         keep_freed_memory()
     try:

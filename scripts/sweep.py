@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
@@ -168,16 +169,9 @@ def _curves(
     results: dict[str, dict[str, Any]], quantity: str, varied: str, watched: str = ""
 ) -> Figure:
     figure = Figure(figsize=(12 if watched else 7, 4), layout="constrained")
-    axis, *others = figure.subplots(1, 2 if watched else 1, squeeze=False)[0]
-    for beside in others:
-        values = [
-            v for seeds in results.values() for s in seeds.values() for v in s[watched]["values"]
-        ]
-        for i, seeds in enumerate(results.values()):
-            for seed in seeds.values():
-                series = seed[watched]
-                beside.plot(series["timesteps"], series["values"], color=f"C{i}", lw=0.8, alpha=0.7)
-        beside.set(xlabel="steps", ylabel=watched, yscale="log" if min(values) > 0 else "linear")
+    axis, *beside = figure.subplots(1, 2 if watched else 1, squeeze=False)[0]
+    if watched:
+        _draw_watched(beside[0], results, watched)
     drawn = []
     for i, (value, seeds) in enumerate(results.items()):
         curves = [np.array(seed[f"{quantity}s"]) for seed in seeds.values()]
@@ -204,6 +198,17 @@ def _curves(
     axis.set_ylim(0 if low >= 0 else low - margin, high + margin)  # by the runs, not the bands
     axis.legend(frameon=False, title=f"{varied.replace('-', ' ')} (seeds)")
     return figure
+
+
+def _draw_watched(axis: Axes, results: dict[str, dict[str, Any]], watched: str) -> None:
+    """Every seed's line; no mean, as the runs did not log at the same steps."""
+    lowest = np.inf
+    for i, seeds in enumerate(results.values()):
+        for seed in seeds.values():
+            series = seed[watched]
+            axis.plot(series["timesteps"], series["values"], color=f"C{i}", lw=0.8, alpha=0.7)
+            lowest = min(lowest, *series["values"])
+    axis.set(xlabel="steps", ylabel=watched, yscale="log" if lowest > 0 else "linear")
 
 
 if __name__ == "__main__":

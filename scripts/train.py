@@ -96,7 +96,7 @@ def sentence(error: Exception) -> str:
 def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunFolder:
     """Make environment, agent and run folder, learn, and report."""
     check_options(options, flags.device)
-    set_threads(options)
+    set_up_torch(options)
     job = Job(agent, preset, options, parse_env_args(options.env_arg), dataclasses.asdict(flags))
     # Everything that can be wrong is made before the folder: nothing is left behind by a typo.
     env, eval_env = job.environments()
@@ -145,15 +145,16 @@ def resume(path: Path, total_timesteps: int = 0) -> RunFolder:
             job = dataclasses.replace(job, options=options)
             write_text(folder.config, job.config())
             folder.summary.unlink(missing_ok=True)
-        set_threads(job.options)
+        set_up_torch(job.options)
         env, eval_env = job.environments()
         learn(job, folder, None, eval_env, env)
     return folder
 
 
-def set_threads(options: RunOptions) -> None:
-    """CPU threads of PyTorch."""
+def set_up_torch(options: RunOptions) -> None:
+    """CPU threads; and on a GPU float32 products may take TF32's 10 bits of mantissa."""
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def learn(

@@ -209,6 +209,11 @@ def test_discount_head_is_not_a_policy_argument():
         make(policy_kwargs={"discount_head": True})
 
 
+def test_a_cuda_graph_needs_a_gpu():
+    with pytest.raises(ValueError, match=r"^cuda_graph needs a GPU, got device 'cpu'"):
+        make(cuda_graph=True)
+
+
 def test_buffer_must_hold_a_sequence_of_every_environment():
     with pytest.raises(ValueError, match=r"buffer_size must .*at least 5 x 2, got 9$"):
         make(DummyVecEnv([SpaceEnv] * 2), buffer_size=9)

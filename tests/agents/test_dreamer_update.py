@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import estimators
 from agents import dreamer_update
+from agents.cuda_graph import EAGER_CALLS
 from agents.dreamer_policy import DreamerPolicy
 from agents.dreamer_update import DreamerUpdate, UpdateSettings
 from agents.imagination import ImaginationNoise, ImaginationSettings, critic_loss, imagine
@@ -68,6 +70,10 @@ def batch(seed=0):
         is_first=is_first,
         is_terminal=is_terminal,
     )
+
+
+def noise(horizon):
+    return ImaginationNoise.draw(horizon, T * B, A, SIZES["stoch"], generator(5))
 
 
 def values_of(module):
@@ -210,7 +216,7 @@ def test_the_actor_s_gradient_touches_no_other_parameter(name):
     policy = make()
     update = DreamerUpdate(policy, replace(SETTINGS, estimator=estimators.make(name)))
     before = values_of(policy)
-    gradient, imagined = update.actor_gradient(policy.model.rssm.initial(T * B), generator(5))
+    gradient, imagined = update.actor_gradient(policy.model.rssm.initial(T * B), noise(H))
     assert [g.shape for g in gradient.gradients] == [p.shape for p in policy.actor.parameters()]
     assert all(g.abs().max() > 0 for g in gradient.gradients)
     assert is_unchanged(policy, before) and not imagined.features.requires_grad
@@ -219,9 +225,9 @@ def test_the_actor_s_gradient_touches_no_other_parameter(name):
 
 def test_frozen_parameters_thaw_after_an_error():
     policy = make()
-    update = DreamerUpdate(policy, replace(SETTINGS, horizon=1))
+    update = DreamerUpdate(policy, SETTINGS)
     with pytest.raises(ValueError, match="at least 2 imagined states"):
-        update.actor_gradient(policy.model.rssm.initial(T * B), generator(5))
+        update.actor_gradient(policy.model.rssm.initial(T * B), noise(1))
     assert all(p.requires_grad for p in policy.parameters())
 
 
@@ -322,7 +328,7 @@ def test_gradients_are_clipped_by_their_global_norm(max_grad_norm):
     gradients = [3 * randn(*p.shape, seed=2) for p in parameters]
     before = [p.detach().clone() for p in parameters]
     update = DreamerUpdate(make(), replace(SETTINGS, max_grad_norm=max_grad_norm))
-    norm = update._apply(torch.optim.SGD(parameters, 1.0), parameters, gradients)
+    norm = update._apply(torch.optim.SGD(parameters, 1.0, fused=True), parameters, gradients)
     expected = math.sqrt(sum(float(g.square().sum()) for g in gradients))
     assert norm.item() == pytest.approx(expected, rel=1e-6)
     step = torch.cat([(b - p).flatten() for b, p in zip(before, parameters, strict=True)]).detach()
@@ -391,3 +397,69 @@ def test_bf16_updates_float32_weights_with_float32_losses(name):
         found = records[1].scalars[key]
         assert found.dtype == torch.float32, key
         torch.testing.assert_close(found, value, rtol=0.1, atol=0.1)
+
+
+# CUDA graphs
+
+
+class HostSyncs(TorchDispatchMode):
+    """Operators for which the host waits for a GPU: none may be in a CUDA graph."""
+
+    NAMES = ("local_scalar", "nonzero", "check_errors", "equal.", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in self.NAMES):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "critic"])
+@pytest.mark.parametrize("name", estimators.names())
+def test_an_update_never_waits_for_its_results(name, baseline):
+    estimator = estimators.make(name, baseline=getattr(estimators.baselines, baseline))
+    settings = replace(SETTINGS, estimator=estimator, imagination_starts=7)
+    update = DreamerUpdate(make(discount_head=True), settings)
+    with HostSyncs() as syncs:
+        record = update(batch(), generator(5))
+        assert syncs.found == []
+        float(record.k.mean())
+    assert syncs.found  # the spy sees what it is after
+
+
+def test_an_update_draws_all_random_numbers_before_it_begins(monkeypatch):
+    update = DreamerUpdate(make(), replace(SETTINGS, imagination_starts=7))
+    source, seen = generator(5), []
+    monkeypatch.setattr(
+        update, "_step", lambda data, noise: seen.append((noise, source.get_state()))
+    )
+    update(batch(), source)
+    ((drawn, after),) = seen
+    state = torch.get_rng_state()
+    update._take_step(batch(), drawn)
+    assert torch.equal(source.get_state(), after) and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", estimators.names())
+def test_an_update_as_cuda_graph_equals_the_eager_one(name):
+    """Before, at and after the recording, with another rate on the way."""
+    policies, records = [], []
+    for cuda_graph in (False, True):
+        policy = make(discount_head=True).to("cuda")
+        settings = replace(SETTINGS, estimator=estimators.make(name), cuda_graph=cuda_graph)
+        update, source = DreamerUpdate(policy, settings), torch.Generator("cuda").manual_seed(5)
+        for i in range(EAGER_CALLS + 3):
+            if i == EAGER_CALLS + 1:
+                update.set_learning_rate(5e-4)
+            data = SequenceBatch(*(x.to("cuda") for x in batch(10 * i)))
+            records.append(update(data, source))
+        policies.append(policy)
+    eager, graphed = (records[: len(records) // 2], records[len(records) // 2 :])
+    for one, other in zip(eager, graphed, strict=True):
+        torch.testing.assert_close(other.scalars, one.scalars, rtol=1e-4, atol=1e-5)
+    for p, q in zip(*(policy.parameters() for policy in policies), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
