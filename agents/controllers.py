@@ -63,28 +63,30 @@ class RBFController(Controller):
         if len(self.jacobians) <= step:
             self.jacobians = _rbf_jacobians(self.policy, self.seen)
         found = self.jacobians[step]
-        return DenseJacobian(found.by_weight.unsqueeze(1)) if last_layer else found
+        return found.dense_last_layer() if last_layer else found
 
 
 class RBFJacobian(NamedTuple):
     """d action / d parameters of an RBF network with one control, never as an [N, P] array.
 
-    With z = x e^λ, c = centre e^λ (scaled) and p_nk = sat'(v) φ_nk, the three blocks are
-    2 w_k e^λ p_nk (z - c) for the centres, -Σ_k 2 w_k p_nk (z - c)² for λ, and p_nk for the
-    weights; sums of squares of differences become matrix products.
+    With z = x e^λ, c = centre e^λ (scaled) and the slope s of the saturation, the three blocks are
+    s φ_k times 2 w_k e^λ (z - c) for the centres, -2 w_k (z - c)² summed over k for λ, and 1 for
+    the weights; sums of squares of differences become matrix products.
     """
 
-    by_weight: Tensor  # [N, K] p
-    by_scale: Tensor  # [S, N] the block of λ
+    basis: Tensor  # [N, K] φ
+    slope: Tensor  # [N] s
+    by_scale: Tensor  # [S, N] the block of λ, without s
     norm: Tensor  # [N] squared norm of each sample's gradient
     moments: Tensor  # [1 + S, N] (1, z)
-    centres: Tensor  # [S, K] c
-    slope: Tensor  # [S, K] 2 w e^λ
+    factor: Tensor  # [1 + S, K] (1, 2 w e^λ)
+    centres: Tensor  # [1 + S, K] (0, 2 w e^λ c)
 
     def rows(self, rows: slice) -> RBFJacobian:
         """The same for some of the samples."""
         return self._replace(
-            by_weight=self.by_weight[rows],
+            basis=self.basis[rows],
+            slope=self.slope[rows],
             by_scale=self.by_scale[:, rows],
             norm=self.norm[rows],
             moments=self.moments[:, rows],
@@ -96,19 +98,24 @@ class RBFJacobian(NamedTuple):
 
     def project(self, alpha: Tensor) -> Tensor:
         """[M, P] sums Σ_i α_mi J_i, from α [M, N, 1]."""
-        a = alpha[..., 0]  # [M, N]
-        sums = (a.unsqueeze(1) * self.moments).flatten(0, 1) @ self.by_weight
+        a = alpha[..., 0] * self.slope  # [M, N]
+        sums = (a.unsqueeze(1) * self.moments).flatten(0, 1) @ self.basis
         sums = sums.view(len(a), -1, sums.shape[-1])  # [M, 1 + S, K]
-        by_weight = sums[:, :1]
-        by_centre = (sums[:, 1:] - by_weight * self.centres) * self.slope  # [M, S, K]
-        by_centre = by_centre.mT.flatten(1)
-        return torch.cat((by_centre, a @ self.by_scale.T, by_weight[:, 0]), 1)
+        blocks = torch.addcmul(sums * self.factor, sums[:, :1], self.centres, value=-1)
+        by_centre = blocks[:, 1:].mT.flatten(1)
+        return torch.cat((by_centre, a @ self.by_scale.T, blocks[:, 0]), 1)
 
     def per_sample(self, alpha: Tensor) -> Tensor:
         """[N, P] products α_i J_i, from α [N, 1]."""
-        offset = (self.moments[1:].T.unsqueeze(1) - self.centres.T) * self.slope.T  # [N, K, S]
-        by_centre = (self.by_weight.unsqueeze(-1) * offset).flatten(1)
-        return alpha * torch.cat((by_centre, self.by_scale.T, self.by_weight), 1)
+        z = self.moments.T.unsqueeze(-1)  # [N, 1 + S, 1]
+        blocks = self.basis.unsqueeze(1) * (z * self.factor - self.centres)  # [N, 1 + S, K]
+        by_centre = blocks[:, 1:].mT.flatten(1)
+        jacobian = torch.cat((by_centre, self.by_scale.T, blocks[:, 0]), 1)
+        return alpha * self.slope.unsqueeze(1) * jacobian
+
+    def dense_last_layer(self) -> DenseJacobian:
+        """d action / d weights."""
+        return DenseJacobian((self.basis * self.slope.unsqueeze(1)).unsqueeze(1))
 
 
 @torch.no_grad()
@@ -119,26 +126,29 @@ def _rbf_jacobians(
     z = torch.stack([step[0] for step in steps]).mT  # [H, S, N]
     moments = torch.cat((torch.ones_like(z[:, :1]), z), 1)
     z = moments[:, 1:]
-    slope_v = saturate_slope(torch.stack([step[2] for step in steps]))  # [H, N, 1]
+    slope = saturate_slope(torch.stack([step[2] for step in steps])).squeeze(-1)  # [H, N]
     scale = policy.log_inverse_scale.exp().unsqueeze(1)
     c, w = policy.centres.T * scale, 2 * policy.weights  # [S, K], [1, K]
-    slope = w * scale
-    # Rows for Σ_k 2 w_k p_k (1, 2 c_k, c_k²), and for the terms of z², z and 1 with p².
-    linear = w * torch.cat((torch.ones_like(w), 2 * c, c.square()))
-    near, far = slope.square(), slope.square() * c
+    one, by_offset = torch.ones_like(w), w * scale
+    factor = torch.cat((one, by_offset))
+    centres = torch.cat((torch.zeros_like(w), by_offset * c))
+    # Rows for Σ_k 2 w_k φ_k (1, 2 c_k, c_k²), and for the terms of z², z and 1 with φ².
+    linear = w * torch.cat((one, 2 * c, c.square()))
+    near, far = by_offset.square(), by_offset.square() * c
     square = torch.cat((near, -2 * far, 1 + (far * c).sum(0, keepdim=True)))
-    by_weight, (h, s, n) = [], z.shape
+    h, s, n = z.shape
     u, y = z.new_empty(h, len(linear), n), z.new_empty(h, len(square), n)
-    for t in range(h):
-        p = steps[t][1] * slope_v[t]
-        torch.mm(linear, p.T, out=u[t])
-        torch.mm(square, p.square().T, out=y[t])
-        by_weight.append(p)
+    squared_basis = torch.empty_like(steps[0][1])
+    for (_, basis, _), u_t, y_t in zip(steps, u.unbind(0), y.unbind(0)):
+        torch.mm(linear, basis.T, out=u_t)
+        torch.mm(square, torch.mul(basis, basis, out=squared_basis).T, out=y_t)
     by_scale = (u[:, 1 : 1 + s] - z * u[:, :1]) * z - u[:, 1 + s :]
     norm = ((y[:, :s] * z + y[:, s:-1]) * z + by_scale.square()).sum(1) + y[:, -1]
+    norm = norm * slope.square()
+    by_step = (slope, by_scale, norm, moments)
     return [
-        RBFJacobian(*step, c, slope)
-        for step in zip(by_weight, by_scale.unbind(0), norm.unbind(0), moments.unbind(0))
+        RBFJacobian(basis, *small, factor, centres)
+        for (_, basis, _), *small in zip(steps, *(x.unbind(0) for x in by_step))
     ]
 
 

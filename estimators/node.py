@@ -153,4 +153,4 @@ def _combine(rp: Zeta, legs: list[Zeta], k: list[Tensor]) -> tuple[Zeta, Tensor]
             )
             g = g_rp * (1 - total) + g_legs
         mixed.append(torch.where(has_rp, g, g_legs))
-    return tuple(mixed), torch.where(has_rp, total, torch.ones_like(total))
+    return tuple(mixed), torch.where(has_rp, total, 1.0)
