@@ -145,10 +145,9 @@ def _rbf_jacobians(
     by_scale = (u[:, 1 : 1 + s] - z * u[:, :1]) * z - u[:, 1 + s :]
     norm = ((y[:, :s] * z + y[:, s:-1]) * z + by_scale.square()).sum(1) + y[:, -1]
     norm = norm * slope.square()
-    by_step = (slope, by_scale, norm, moments)
     return [
-        RBFJacobian(basis, *small, factor, centres)
-        for (_, basis, _), *small in zip(steps, *(x.unbind(0) for x in by_step))
+        RBFJacobian(steps[t][1], slope[t], by_scale[t], norm[t], moments[t], factor, centres)
+        for t in range(h)
     ]
 
 

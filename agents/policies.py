@@ -6,6 +6,7 @@ space and keeps its dtype.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -62,22 +63,22 @@ class ControllerPolicy(BasePolicy):
         """`act` for the steps of one rollout."""
         return Controller(self)
 
+    @abstractmethod
     def preactivation(self, features: Tensor) -> Tensor:
         """[N, A] before the saturation, from features [N, n_features]."""
-        raise NotImplementedError
 
     def place(self, mean: Tensor, std: Tensor) -> None:
         """Put a new controller where the features are: their mean and std, [n_features] each."""
         self.is_placed.fill_(True)
 
+    @abstractmethod
     def parameter_jacobian(self, x: Tensor) -> Tensor:
         """d action / d parameters, [N, A, P], in the order of `parameters()`; x: [N, S]."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def last_layer(self) -> slice:
         """Which of the P parameters the last layer holds."""
-        raise NotImplementedError
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
         assert isinstance(observation, Tensor)

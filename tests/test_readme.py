@@ -2,13 +2,17 @@
 
 A block whose info string contains `no-run` (```python no-run) is only compiled. The comment
 `<!-- readme-test: A -> B -->` before a block has A replaced by B here: training for
-seconds instead of minutes.
+seconds instead of minutes. Every training command of the README and of `scripts.train`'s help is
+parsed, not run.
 """
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from scripts import train, train_arguments
 
 README = Path(__file__).parents[1] / "README.md"
 CHANGE = r"(?:^<!-- readme-test: (?P<old>.+?) -> (?P<new>.+?) -->\n)?"
@@ -53,3 +57,39 @@ def test_blocks_are_found_with_their_line_and_info():
 def test_a_block_can_be_shortened_for_the_test():
     text = "<!-- readme-test: n=450 -> n=30 -->\n```python\nlearn(n=450)\n```\n"
     assert python_blocks(text) == [(3, "", "learn(n=30)\n")]
+
+
+def training_commands(text: str) -> list[list[str]]:
+    """The arguments of `make train` and `python -m scripts.train`, lines joined at their ends."""
+    commands = []
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith("make train ARGS="):
+            line = shlex.split(line, comments=True)[2].removeprefix("ARGS=")
+        elif line.startswith("python -m scripts.train "):
+            line = line.removeprefix("python -m scripts.train ")
+        else:
+            continue
+        commands.append(shlex.split(line, comments=True))
+    return commands
+
+
+COMMANDS = training_commands(README.read_text(encoding="utf-8") + (train.__doc__ or ""))
+
+
+def test_training_commands_are_found():
+    text = (
+        'make train ARGS="pipps \\\n  --seed 3"   # x\npython -m scripts.train dreamer  # y\nls\n'
+    )
+    assert training_commands(text) == [["pipps", "--seed", "3"], ["dreamer"]]
+    assert len(COMMANDS) > 12
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_training_command_is_understood(command):
+    if command[0] == "--resume":
+        train_arguments.parse_resume(command)
+    elif "--help" in command:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            train_arguments.parse(command, usage="")
+    else:
+        train_arguments.parse(command, usage="")
