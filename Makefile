@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 PYTHON ?= python3
-ARGS ?= pipps
+ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
 
@@ -21,7 +21,7 @@ help:  ## show this text
 
 # The DeepMind Control Suite is installed where the agent asks for it.
 train: $(VENV)/$(if $(strip $(foreach word,dreamer daappo dm_control dmc/,$(findstring $(word),$(ARGS)))),.dmc,.core)  ## train an agent: make train ARGS="pipps --help" (default: pipps)
-	@$(BIN)/python -m scripts.train $(ARGS)
+	@$(BIN)/python -m scripts.train $(or $(strip $(ARGS)),pipps)
 
 test: $(VENV)/.dev  ## run the tests: make test PYTEST_ARGS="-m slow -k rssm"
 	@$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -36,8 +36,8 @@ format: $(VENV)/.dev  ## rewrite the code as make lint wants it
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.core  ## time the estimators and one update of each agent
-	@$(THREADS) $(BIN)/python -m scripts.bench
+bench: $(VENV)/.dev  ## time a policy gradient of each estimator: make bench ARGS="dreamer"
+	@$(BIN)/python -m scripts.bench $(ARGS)
 
 clean:  ## remove .venv, caches and build leftovers; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -66,8 +66,6 @@ def check_arguments(agent: DreamerTPX) -> None:
     for name, value, is_good, expected in checks:
         if not is_good:
             raise ValueError(f"{name} must be {expected}, got {value!r}")
-    if agent.cuda_graph and agent.device.type != "cuda":
-        raise ValueError(f"cuda_graph needs a GPU, got device {str(agent.device)!r}; leave it out")
     if "discount_head" in agent.policy_kwargs:
         raise ValueError("discount_head belongs to DreamerTPX: pass it there, not in policy_kwargs")
     _check_spaces(agent)
@@ -132,5 +130,5 @@ def update_settings(agent: DreamerTPX) -> UpdateSettings:
         max_grad_norm=agent.max_grad_norm,
         bf16=agent.bf16,
         compile=agent.compile,
-        cuda_graph=agent.cuda_graph,
+        cuda_graph=agent.cuda_graph and agent.device.type == "cuda",  # or a model could not move
     )  # fmt: skip

@@ -18,6 +18,8 @@ from agents.trial_log import PICTURE, QUIET
 if TYPE_CHECKING:
     from agents.dreamer_tpx import DreamerTPX
 
+COUNTED = "skipped_steps"  # in a round; the rest are means
+
 
 class Round:
     """Averages over a round of updates, kept on the device until its end.
@@ -60,7 +62,7 @@ class Round:
             return
         record = self.agent.logger.record
         for name, value in self.scalars.items():
-            record(f"train/{name}", float(value / self.count))
+            record(f"train/{name}", float(value if name == COUNTED else value / self.count))
         n = self.count
         if n > 1:
             mean_square = sum(float((g / n).square().sum()) for g in self.gradient)

@@ -79,7 +79,7 @@ class DreamerTPX(SafeSaving):
             count it (train/skipped_steps).
         bf16: run the networks in bfloat16 (losses stay float32).
         compile: compile the step of the imagination and of the filter with torch.compile.
-        cuda_graph: launch an update as one CUDA graph; same batches of one shape, on a GPU only.
+        cuda_graph: on a GPU, launch an update as one CUDA graph.
         policy_kwargs: sizes of the networks, for example {"deter": 200, "width": 400}.
         stats_window_size: episodes that rollout/ep_rew_mean averages over.
         tensorboard_log: folder for TensorBoard events, or None.

@@ -75,7 +75,6 @@ class DreamerUpdate:
             for name in ("recur", "prior"):
                 setattr(rssm, name, torch.compile(getattr(rssm, name)))
             policy.actor.hidden.compile()
-        self._step = GraphedFunction(self._take_step) if settings.cuda_graph else self._take_step
         self.model_optimizer = self._adam(policy.model, settings.model_learning_rate)
         self.actor_optimizer = self._adam(policy.actor, settings.learning_rate)
         self.critic_optimizer = self._adam(policy.critic, settings.learning_rate)
@@ -88,8 +87,12 @@ class DreamerUpdate:
         return optimizer
 
     def _fit_to_graph(self, optimizer: torch.optim.Optimizer) -> None:
-        """A CUDA graph keeps a number as it was when recorded: there the rate is a tensor."""
+        """A CUDA graph keeps a number as it was when recorded: there the rate is a tensor.
+
+        And it keeps the optimiser's old state when another is loaded: it is recorded anew.
+        """
         graph, device = self.settings.cuda_graph, self.policy.device
+        self._step = GraphedFunction(self._take_step) if graph else self._take_step
         for group in optimizer.param_groups:
             rate = float(group["lr"])
             group["lr"] = torch.tensor(rate, device=device) if graph else rate

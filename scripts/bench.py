@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = True  # as scripts.train
     if options.what == "pipps":

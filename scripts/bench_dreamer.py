@@ -11,6 +11,7 @@ from gymnasium import spaces
 
 import estimators
 from agents.allocator import keep_freed_memory
+from agents.cuda_graph import EAGER_CALLS
 from agents.dreamer_policy import DreamerPolicy
 from agents.dreamer_update import DreamerUpdate, UpdateSettings
 from agents.imagination import ImaginationSettings
@@ -77,7 +78,8 @@ def bench_dreamer(
                 )
         except ImportError as error:
             print(error)
-    seconds = interleaved_medians(tasks, repeats, device=device)
+    warm_up = EAGER_CALLS + 1 if "cuda_graph" in modes else 1  # the graph is recorded then
+    seconds = interleaved_medians(tasks, repeats, device=device, warm_up=warm_up)
     row = {f"seconds (rp, H={h})": seconds[f"rp H={h}"] for h in horizons}
     row |= {f"tpx / rp at H={h}": seconds[f"tpx H={h}"] / seconds[f"rp H={h}"] for h in horizons}
     ours = [f"rp H={first}, {mode}" for mode in modes]

@@ -109,9 +109,10 @@ def table(name: str, settings: dict[str, Any], study: Study) -> str:
     ]
     lines[-1] += f"; rp up to {max(errors_rp):.2f}." if errors_rp else "."
     costs = {e: np.median([p[e].ms for p in study.values() if e in p]) for e in columns}
-    lines.append(
-        "CPU ms per gradient: " + ", ".join(f"{e} {ms:.0f}" for e, ms in costs.items()) + "."
-    )
+    if np.isfinite(list(costs.values())).all():  # not of a study read back from its CSV
+        lines.append(
+            "CPU ms per gradient: " + ", ".join(f"{e} {ms:.0f}" for e, ms in costs.items()) + "."
+        )
     return "\n".join(lines) + "\n"
 
 

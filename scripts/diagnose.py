@@ -35,6 +35,11 @@ from scripts.errors import UserError, ending_with_a_sentence
 from scripts.run_folder import AGENTS, RunFolder, make_env
 from world_models.latent_model import State
 
+BLOCKED = """But the gradient into the state an action was chosen in was blocked, as in DreamerV1:
+RP and LR are then precise about different gradients (their norms are above), and a ratio of signal
+to noise does not say which is right. Compare with --no-stop-grad-actor-input.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
@@ -59,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=None, help="default: RUN/diagnosis")
     options = parser.parse_args(arguments)
-    for name, least in (("starts", 1), ("repeats", 2), ("trajectories", 8)):
+    for name, least in (("starts", 1), ("repeats", 2), ("trajectories", 8), ("threads", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if min(options.horizons) < 2:
@@ -86,6 +91,8 @@ def diagnose(options: argparse.Namespace) -> None:
     out = options.out or options.run / "diagnosis"
     out.mkdir(parents=True, exist_ok=True)
     text = f"{table(results)}\n{advice(results)}\n"
+    if is_blocked(agent, options):
+        text += BLOCKED
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps(_record(results, options), indent=1) + "\n")
     figure(results).savefig(out / "accuracy.png", dpi=150)
@@ -129,20 +136,27 @@ def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:
     ]
 
 
+def is_blocked(agent: DreamerTPX, options: argparse.Namespace) -> bool:
+    """Whether the actor's input passes no gradient: as asked for, or else as trained."""
+    asked = options.stop_grad_actor_input
+    return agent.stop_grad_actor_input if asked is None else asked
+
+
 def measure(
     agent: DreamerTPX, name: str, horizon: int, starts: list[State], options: argparse.Namespace
 ) -> Tensor:
     """[S, M, P] gradients of one estimator; all estimators see the same noise."""
-    imagination = agent._update.settings.imagination
-    if options.stop_grad_actor_input is not None:
-        imagination = dataclasses.replace(
-            imagination, stop_grad_actor_input=options.stop_grad_actor_input
-        )
+    trained = agent._update.settings
+    imagination = dataclasses.replace(
+        trained.imagination, stop_grad_actor_input=is_blocked(agent, options)
+    )
     settings = dataclasses.replace(
-        agent._update.settings,
-        estimator=estimators.make(name),
+        trained,
+        estimator=estimators.make(name, baseline=trained.estimator.baseline),
         horizon=horizon,
         imagination=imagination,
+        compile=False,  # the model is compiled already, if it is to be
+        cuda_graph=False,
     )
     update = DreamerUpdate(agent.policy, settings)
     n, rows = options.trajectories, []

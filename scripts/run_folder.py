@@ -7,7 +7,9 @@ import dataclasses
 import difflib
 import json
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,10 +153,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def program(name: str) -> str:
+    """How to call python, or what is installed beside it: by its path unless that is active."""
+    path = Path(sys.executable).with_name(name)
+    if shutil.which(name) == str(path):
+        return name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def current_commit() -> str:
     """Short hash of the checkout, for records of results."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command, here = ["git", "rev-parse", "--short", "HEAD"], Path(__file__).parent
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
     return result.stdout.strip() or "unknown"
 
 
@@ -205,7 +215,7 @@ def make_env(
 
     try:
         return make_vec_env(make, n_envs, seed=seed, env_kwargs=kwargs)
-    except (ValueError, TypeError, ImportError, gym.error.Error) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError, gym.error.Error) as error:
         raise UserError(f"cannot make the environment '{env_id}': {error}") from error
 
 
@@ -213,7 +223,7 @@ def record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, *, episodes: int =
     """Roll the policy out and write what the environment renders; returns the mean return."""
     try:
         return _record_gif(agent, env, path, episodes)
-    except (ImportError, gym.error.Error) as error:
+    except (ImportError, RuntimeError, gym.error.Error) as error:  # of OpenGL: RuntimeError
         raise UserError(f"cannot record a GIF: {error}") from error
 
 

@@ -7,13 +7,15 @@
         --watch train/actor_gradient_norm -- --preset laptop --horizon 60
 
 Every run is a `scripts.train` of its own, so a killed sweep goes on where it stopped: finished runs
-are not repeated, others are resumed. Flags of scripts.train follow after `--`.
+are not repeated, others are resumed; runs with other flags are an error. Flags of scripts.train
+follow after `--`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import difflib
 import json
 import os
@@ -29,7 +31,8 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from scripts.errors import UserError, ending_with_a_sentence
-from scripts.run_folder import AGENTS, RunFolder, current_commit, read_json
+from scripts.run_folder import AGENTS, RunFolder, parse_env_args, read_json
+from scripts.train_arguments import Job, parse
 
 THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
 
@@ -44,7 +47,12 @@ def main() -> None:
     parser.add_argument("--values", "--estimators", nargs="+", required=True, help="its values")
     parser.add_argument("--seeds", nargs="+", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--runs", type=Path, default=Path("runs/sweep"), help="folder of the runs")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=None,
+        help="folder of the runs (default: runs/ and --out's name)",
+    )
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="runs at a time, 1 thread each"
     )
@@ -55,22 +63,52 @@ def main() -> None:
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    default = Path("runs") / options.out.resolve().name
+    options.is_default, options.runs = options.runs in (None, default), options.runs or default
     with ending_with_a_sentence():
-        if not options.report_only:
-            train_all(options, extra)
+        for value in options.values:
+            for seed in options.seeds:
+                check_run(options, extra, value, seed)
+        failed = 0 if options.report_only else train_all(options, extra)
         report(options, extra)
+    if failed:
+        raise SystemExit(f"error: {failed} of the runs failed, the report is of the others")
 
 
-def train_all(options: argparse.Namespace, extra: list[str]) -> None:
-    """Run what is not finished; seeds outside, so that a stopped sweep is balanced."""
+def check_run(options: argparse.Namespace, extra: list[str], value: str, seed: int) -> None:
+    """Raise UserError if the run's folder holds one of other flags, however it got there."""
+    folder = RunFolder(options.runs / f"{value}_seed{seed}")
+    command = [options.agent, f"--{options.vary}", value, "--seed", str(seed), *extra]
+    agent, run_options, flags, preset = parse(command, usage="")
+    if not folder.config.exists():
+        return
+    env_args = parse_env_args(run_options.env_arg)
+    wanted = Job(agent, preset, run_options, env_args, dataclasses.asdict(flags)).flags()
+    found = Job.read(folder).flags()
+    for name in sorted(wanted.keys() & found.keys()):  # older runs know fewer flags
+        if wanted[name] != found[name]:
+            raise UserError(
+                f"{folder.path} is a run with {name}={found[name]!r}, not {wanted[name]!r}; choose "
+                "another folder with --runs"
+            )
+
+
+def train_all(options: argparse.Namespace, extra: list[str]) -> int:
+    """Run what is not finished; seeds outside, so that a stopped sweep is balanced.
+
+    Returns:
+        How many failed.
+    """
     jobs = [(value, seed) for seed in options.seeds for value in options.values]
 
-    def run(job: tuple[str, int]) -> None:
+    def run(job: tuple[str, int]) -> bool:
         value, seed = job
         name = f"{value}_seed{seed}"
         folder = RunFolder(options.runs / name)
         if folder.summary.exists():
-            return
+            return True
         command = [sys.executable, "-m", "scripts.train"]
         if folder.config.exists():
             command += ["--resume", str(folder.path)]
@@ -84,20 +122,23 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> None:
                 command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
             ).returncode
         print(f"{name}: {'done' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
+        return code == 0
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(run, jobs))
+        return list(pool.map(run, jobs)).count(False)
 
 
 def report(options: argparse.Namespace, extra: list[str]) -> None:
     """results.json (raw numbers per seed), table.md and learning_curves.png."""
     quantity, sign = ("cost", -1) if options.agent == "pipps" else ("return", 1)
     results: dict[str, dict[str, Any]] = {}
+    commits = set()
     for value in options.values:
         for seed in options.seeds:
             folder = RunFolder(options.runs / f"{value}_seed{seed}")
             if folder.summary.exists():
                 summary, evaluations = read_json(folder.summary), read_json(folder.evaluations)
+                commits.add(read_json(folder.config).get("commit", "unknown"))
                 means = sign * np.array(evaluations["returns"]).mean(1)
                 curve = {
                     "timesteps": evaluations["timesteps"],
@@ -113,9 +154,10 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
     varied = "--estimators" if options.vary == "estimator" else f"--vary {options.vary} --values"
     command = f"python -m scripts.sweep {options.agent} {varied} {' '.join(options.values)} "
     command += f"--seeds {' '.join(map(str, options.seeds))} --out {options.out}"
+    command += "" if options.is_default else f" --runs {options.runs}"
     command += f" --watch {options.watch}" if options.watch else ""
     command += f" -- {' '.join(extra)}" if extra else ""
-    record = {"command": command, "commit": current_commit(), "results": results}
+    record = {"command": command, "commit": ", ".join(sorted(commits)), "results": results}
     (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     table = _table(results, quantity, options.vary)
     (options.out / "table.md").write_text(table)
@@ -128,8 +170,9 @@ def _watched(folder: RunFolder, column: str) -> dict[str, list[float]]:
     """What a run logged of one quantity."""
     with open(folder.path / "progress.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    if column not in rows[0]:
-        near = difflib.get_close_matches(column, rows[0], cutoff=0.3)
+    known = rows[0].keys() if rows else ()
+    if column not in known:
+        near = difflib.get_close_matches(column, known, cutoff=0.3)
         raise UserError(
             f"{folder.path}/progress.csv has no column {column!r}; close to it: {', '.join(near)}"
         )

@@ -10,16 +10,17 @@ import torch
 
 
 def interleaved_medians(
-    tasks: dict[str, Callable[[], object]], repeats: int, *, device: str = "cpu"
+    tasks: dict[str, Callable[[], object]], repeats: int, *, device: str = "cpu", warm_up: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each task over `repeats` rounds, after one round to warm up."""
+    """Median seconds of each task over `repeats` rounds, after `warm_up` calls of each."""
 
     def wait() -> None:
         if device != "cpu":
             torch.cuda.synchronize(device)
 
     for task in tasks.values():
-        task()
+        for _ in range(warm_up):
+            task()
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repeats):
         for name, task in tasks.items():

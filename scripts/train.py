@@ -33,7 +33,7 @@ from agents.saving import SafeSaving
 from scripts.errors import UserError
 from scripts.interruption import locked, stopping_between_rollouts
 from scripts.normalisation import save_statistics
-from scripts.run_folder import AGENTS, RunFolder, parse_env_args
+from scripts.run_folder import AGENTS, RunFolder, parse_env_args, program
 from scripts.run_log import make_logger
 from scripts.train_arguments import Job, RunOptions, parse, parse_resume
 from scripts.train_report import report
@@ -42,7 +42,7 @@ from scripts.train_report import report
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: wrong input ends with one sentence, never with a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    is_resumed = bool(arguments) and arguments[0].partition("=")[0] == "--resume"
+    is_resumed = any(argument.partition("=")[0] == "--resume" for argument in arguments)
     command = parse_resume(arguments) if is_resumed else parse(arguments, usage=__doc__ or "")
     try:
         resume(*command) if is_resumed else train(*command)
@@ -214,7 +214,7 @@ def learn(
         except TrainingStopped:
             print(
                 f"stopped after {algorithm.num_timesteps} of {options.total_timesteps} steps; go "
-                f"on with: python -m scripts.train --resume {folder.path}",
+                f"on with: {program('python')} -m scripts.train --resume {folder.path}",
                 file=sys.stderr,
             )
             raise SystemExit(128 + signals[0]) from None

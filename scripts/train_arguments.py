@@ -27,7 +27,7 @@ from agents import presets
 from agents.saving import SafeSaving
 from scripts.errors import UserError
 from scripts.normalisation import Normalised, normalise, normalise_like
-from scripts.run_folder import AGENTS, RunFolder, make_env
+from scripts.run_folder import AGENTS, RunFolder, current_commit, make_env
 
 # Constructor arguments that are not flags: set below, or not expressible as text.
 NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
@@ -226,10 +226,30 @@ class Job:
             arguments["learning_rate"] = LinearSchedule(rate, end=0.0, end_fraction=1.0)
         return AGENTS[self.agent](env=env, policy_kwargs=policy_kwargs, **arguments)  # type: ignore[call-arg]
 
+    def flags(self) -> dict[str, Any]:
+        """What two runs must have in common to be the same training."""
+        learning = (
+            "env_id",
+            "total_timesteps",
+            "learning_rate_schedule",
+            "normalize",
+            "eval_every",
+            "eval_episodes",
+        )
+        options = {name: getattr(self.options, name) for name in learning}
+        return {
+            "agent": self.agent,
+            "preset": self.preset,
+            "env_args": self.env_args,
+            **options,
+            **self.arguments,
+        }
+
     def config(self) -> str:
         """The text of config.json."""
         options = dataclasses.asdict(self.options)
         config = {
+            "commit": current_commit(),
             "agent": self.agent,
             "preset": self.preset,
             "env_id": self.options.env_id,

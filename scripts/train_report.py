@@ -17,7 +17,7 @@ from agents.callbacks import Evaluation
 from agents.saving import SafeSaving
 from scripts.errors import UserError
 from scripts.normalisation import normalise_like
-from scripts.run_folder import RunFolder, make_env, record_gif, save_gif
+from scripts.run_folder import RunFolder, make_env, program, record_gif, save_gif
 from scripts.train_arguments import RunOptions
 
 
@@ -55,8 +55,8 @@ def report(
         "threads": torch.get_num_threads(),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
-    safe_file.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     pictures = [folder.learning_curve.name, *_videos(algorithm, folder, options, env_args)]
+    safe_file.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")  # it is finished
     verdict = {True: "SUCCESS", False: "NO SUCCESS", None: "DONE"}[success]
     side = "below" if is_cost else "above"
     bound = "" if limit is None else f" (success {side} {limit:g})"
@@ -65,8 +65,8 @@ def report(
         f"after {algorithm.num_timesteps} real steps, {seconds / 60:.1f} min, "
         f"{summary['peak_memory_gb']} GB of memory at most.\n"
         f"Look at {folder.path}/: {', '.join(pictures)}, progress.csv, TensorBoard.\n"
-        f"Next: python -m scripts.evaluate {folder.path}"
-        f"   |   tensorboard --logdir {folder.path.parent}"
+        f"Next: {program('python')} -m scripts.evaluate {folder.path}"
+        f"   |   {program('tensorboard')} --logdir {folder.path.parent}"
     )
 
 
@@ -75,6 +75,9 @@ def _videos(
 ) -> list[str]:
     """GIF of the policy, and a world model's open-loop prediction; the files' names."""
     written = []
+    if isinstance(algorithm, DreamerTPX) and options.save_replay:
+        algorithm.save_replay_buffer(folder.replay)
+        written.append(folder.replay.name)
     try:
         render_env = make_env(options.env_id, env_args, seed=0, render=True)
         render_env = normalise_like(render_env, algorithm.get_vec_normalize_env())
@@ -83,9 +86,6 @@ def _videos(
     except UserError as error:  # the training is done: a missing picture must not hide it
         print(f"no video: {error}", file=sys.stderr)
     if isinstance(algorithm, DreamerTPX) and algorithm.replay_buffer is not None:
-        if options.save_replay:
-            algorithm.save_replay_buffer(folder.replay)
-            written.append(folder.replay.name)
         try:
             truth, model = open_loop.predict_sequences(algorithm)
         except ValueError as error:

@@ -21,7 +21,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from estimators.many_actions import Advice, advise, optimal_actions, table
 from estimators.many_actions_data import ComponentEstimate, estimate_components
 from scripts.errors import UserError, ending_with_a_sentence
+from scripts.normalisation import normalise_like
 from scripts.run_folder import RunFolder, make_env, parse_env_args
 
 PAPER_SHARE = "96.9 to 99.9 % on four of its six tasks, 61 and 82 % on two; about 90 % on average"
@@ -80,6 +81,8 @@ def measure(options: argparse.Namespace) -> None:
         config = RunFolder.open(options.run).read_config()
         env_id, env_args = config["env_id"], config["env_args"]
     env = make_env(env_id, env_args, seed=options.seed, rewindable=True)
+    if options.run is not None:
+        env = normalise_like(env, RunFolder(options.run).vec_normalize)
     policy = _policy(options, env)
     sampler = Sampler(env, policy, options)
     for _ in range(options.updates if options.run is None else 0):
@@ -108,6 +111,7 @@ class Sampler:
 
     def __init__(self, env: VecEnv, policy: ActorCriticPolicy, options: argparse.Namespace) -> None:
         self.env, self.options = env, options
+        self.normalised = unwrap_vec_normalize(env)
         space: Any = env.action_space
         self.low, self.high = space.low, space.high
         self.actor = _Actor(policy)
@@ -128,7 +132,7 @@ class Sampler:
         states, actions, values = [], [], []
         for _ in range(o.steps):
             snapshot = self._method("snapshot")
-            state = torch.as_tensor(np.asarray(observation, np.float32).ravel())
+            state = self._state(observation)
             pair = [self._draw(state) for _ in range(2)]
             q = [[self._value(snapshot, action) for _ in range(o.rollouts)] for action in pair]
             self._method("restore", snapshot)
@@ -164,8 +168,14 @@ class Sampler:
             weight *= self.options.gamma
             if terminated or truncated:
                 break
-            action = self._draw(torch.as_tensor(np.asarray(observation, np.float32).ravel()))
+            action = self._draw(self._state(observation))
         return total
+
+    def _state(self, observation: np.ndarray) -> Tensor:
+        """What the policy sees: the environments are stepped one by one, past VecNormalize."""
+        if self.normalised is not None:
+            observation = self.normalised.normalize_obs(observation)
+        return torch.as_tensor(np.asarray(observation, np.float32).ravel())
 
     @torch.no_grad()
     def _draw(self, state: Tensor) -> Tensor:

@@ -209,9 +209,11 @@ def test_discount_head_is_not_a_policy_argument():
         make(policy_kwargs={"discount_head": True})
 
 
-def test_a_cuda_graph_needs_a_gpu():
-    with pytest.raises(ValueError, match=r"^cuda_graph needs a GPU, got device 'cpu'"):
-        make(cuda_graph=True)
+def test_a_model_of_a_gpu_s_graph_loads_on_a_cpu(tmp_path):
+    agent = make(cuda_graph=True, device="cpu")
+    assert not agent._update.settings.cuda_graph
+    agent.save(tmp_path / "model")
+    assert DreamerTPX.load(tmp_path / "model", device="cpu").cuda_graph
 
 
 def test_buffer_must_hold_a_sequence_of_every_environment():

@@ -902,11 +902,13 @@ def test_a_round_logs_means_and_the_gradients_signal_to_noise_ratio():
         for a, b in ((1.0, 0.0), (3.0, 0.5)):
             gradient = [torch.tensor([a]), torch.tensor([2.0])]
             k = torch.tensor([[b, 1.0], [b, 0.0]])
-            log.add(UpdateRecord({"kl": torch.tensor(a)}, gradient, k))
+            scalars = {"kl": torch.tensor(a), "skipped_steps": torch.tensor(1.0)}
+            log.add(UpdateRecord(scalars, gradient, k))
     agent.logger.dump()
     values = memory.dumps[0][0]
     assert values["train/gradient_snr"] == pytest.approx(7 / 2)
     assert values["train/kl"] == 2 and values["train/k"] == pytest.approx(0.375)
+    assert values["train/skipped_steps"] == 2  # a count
     assert [values[f"k/step_{t}"] for t in ("01", "02")] == pytest.approx([0.625, 0.125])
     assert [values[f"k/coordinate_{d}"] for d in ("00", "01")] == pytest.approx([0.25, 0.5])
 

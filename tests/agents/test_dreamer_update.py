@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import estimators
 from agents import dreamer_update
-from agents.cuda_graph import EAGER_CALLS
+from agents.cuda_graph import EAGER_CALLS, GraphedFunction
 from agents.dreamer_policy import DreamerPolicy
 from agents.dreamer_update import DreamerUpdate, UpdateSettings
 from agents.imagination import ImaginationNoise, ImaginationSettings, critic_loss, imagine
@@ -443,7 +443,29 @@ def test_an_update_draws_all_random_numbers_before_it_begins(monkeypatch):
     assert torch.equal(source.get_state(), after) and torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_another_optimiser_state_is_another_recording():
+    """The old graph would go on with the old moments; and its rate must stay a tensor."""
+    update = DreamerUpdate(make(), replace(SETTINGS, cuda_graph=True))
+    recorded = update._step
+    for optimizer in (update.actor_optimizer, update.model_optimizer):
+        state = optimizer.state_dict()
+        state["param_groups"][0] |= {"lr": 0.125, "capturable": False}  # of an agent without
+        optimizer.load_state_dict(state)
+        (group,) = optimizer.param_groups
+        assert isinstance(group["lr"], torch.Tensor) and group["lr"] == 0.125
+        assert group["capturable"]
+        assert isinstance(update._step, GraphedFunction) and update._step is not recorded
+        recorded = update._step
+    rate = update.actor_optimizer.param_groups[0]["lr"]
+    update.set_learning_rate(0.25)
+    assert update.actor_optimizer.param_groups[0]["lr"] is rate and rate == 0.25
+    plain = DreamerUpdate(make(), SETTINGS)
+    plain.actor_optimizer.load_state_dict(update.actor_optimizer.state_dict())
+    (group,) = plain.actor_optimizer.param_groups
+    assert type(group["lr"]) is float and not group["capturable"]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", estimators.names())
 def test_an_update_as_cuda_graph_equals_the_eager_one(name):
     """Before, at and after the recording, with another rate on the way."""

@@ -1,10 +1,13 @@
 """The command lines, end to end on tiny settings and with wrong input."""
 
+import csv
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from scripts import errors, evaluate, sweep, train, train_report
+from scripts import evaluate, run_folder, sweep, train
 
 TINY = ["pipps", "--total-timesteps", "60", "--gradient-steps", "3", "--n-particles", "20"]
 TINY += ["--eval-episodes", "5", "--threads", "1", "--no-progress"]
@@ -141,15 +144,39 @@ def test_evaluate_says_what_is_missing(tmp_path, capsys):
         assert "is no run folder" in capsys.readouterr().err
 
 
-def test_a_missing_picture_does_not_lose_the_run(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, ImportError])  # OpenGL's is a RuntimeError
+def test_a_missing_picture_does_not_lose_the_run(error, tmp_path, capsys, monkeypatch):
     def no_picture(*args, **kwargs):
-        raise errors.UserError("no renderer")
+        raise error("no renderer")
 
-    monkeypatch.setattr(train_report, "record_gif", no_picture)
+    monkeypatch.setattr(run_folder, "_record_gif", no_picture)
     folder = run(tmp_path)
     captured = capsys.readouterr()
-    assert "no video: no renderer" in captured.err
+    assert "no video: cannot record a GIF: no renderer" in captured.err
     assert "NO SUCCESS" in captured.out and (folder / "model.zip").exists()
+    assert (folder / "summary.json").exists()
+
+
+def test_every_evaluation_is_a_row_of_progress(tmp_path):
+    folder = run(tmp_path)
+    with open(folder / "progress.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["eval/mean_reward"]]
+    found = {int(row["time/total_timesteps"]): float(row["eval/mean_reward"]) for row in rows}
+    evaluations = json.loads((folder / "evaluations.json").read_text())
+    means = [np.mean(returns) for returns in evaluations["returns"]]
+    assert list(found) == evaluations["timesteps"] == [30, 60]
+    assert list(found.values()) == pytest.approx(means, rel=1e-5)
+
+
+def test_what_is_to_be_typed_next_runs_from_here(tmp_path, monkeypatch):
+    venv = tmp_path / ".venv" / "bin"
+    monkeypatch.setattr(run_folder.sys, "executable", str(venv / "python"))
+    monkeypatch.setattr(run_folder.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert run_folder.program("python") == str(venv / "python")
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.program("tensorboard") == ".venv/bin/tensorboard"
+    monkeypatch.setattr(run_folder.shutil, "which", lambda name: str(venv / name))
+    assert run_folder.program("python") == "python"
 
 
 def test_sweep_runs_reports_and_goes_on(tmp_path, capsys, monkeypatch):
@@ -166,5 +193,44 @@ def test_sweep_runs_reports_and_goes_on(tmp_path, capsys, monkeypatch):
     sweep.main()
     assert (tmp_path / "runs" / "tpx_seed0" / "model.zip").stat().st_mtime_ns == stamp
     assert "Going on with" in (tmp_path / "runs" / "tpx_seed1.log").read_text()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["results"]["tpx"].keys() == {"0", "1"}
+    assert f"--runs {tmp_path / 'runs'}" in found["command"]
+    assert (
+        found["commit"]
+        == json.loads((tmp_path / "runs" / "tpx_seed0" / "config.json").read_text())["commit"]
+    )
+
+
+def test_a_sweep_takes_no_runs_of_other_flags(tmp_path, capsys, monkeypatch):
+    run(tmp_path / "runs", name="tpx_seed0")
+    command = ["sweep", "pipps", "--estimators", "tpx", "--seeds", "0"]
+    command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--report-only"]
+    monkeypatch.setattr("sys.argv", [*command, "--", *TINY[1:]])
+    sweep.main()
+    for flags, name, found, wanted in (
+        (["--horizon", "7"], "horizon", 30, 7),
+        (["--env-arg", "noise=4"], "env_args", {}, {"noise": 4}),
+        (["--total-timesteps", "90"], "total_timesteps", 60, 90),
+    ):
+        monkeypatch.setattr("sys.argv", [*command, "--", *TINY[1:], *flags])
+        with pytest.raises(SystemExit, match=r"^1$"):
+            sweep.main()
+        error = capsys.readouterr().err
+        assert f"is a run with {name}={found!r}, not {wanted!r}; choose another folder" in error
+
+
+def test_a_sweep_says_that_a_run_failed(tmp_path, monkeypatch, capsys):
+    command = ["sweep", "pipps", "--estimators", "tpx", "--seeds", "0", "1", "--jobs", "1"]
+    command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    run(tmp_path / "runs", name="tpx_seed0")
+    monkeypatch.setattr(sweep.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1))
+    monkeypatch.setattr("sys.argv", [*command, "--", *TINY[1:]])
+    with pytest.raises(SystemExit, match=r"^error: 1 of the runs failed"):
+        sweep.main()
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
-    assert results["tpx"].keys() == {"0", "1"}
+    assert results["tpx"].keys() == {"0"}
+    monkeypatch.setattr("sys.argv", [*command, "--jobs", "0", "--", *TINY[1:]])
+    with pytest.raises(SystemExit):
+        sweep.main()
+    assert "--jobs must be at least 1, got 0" in capsys.readouterr().err

@@ -1,11 +1,14 @@
 """The command lines of DreamerTPX and DAAPPO, end to end on the cart-pole."""
 
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
 
+import estimators
+from agents import DreamerTPX
 from scripts import (
     bench_ppo,
     diagnose,
@@ -87,16 +90,39 @@ def test_diagnose_needs_no_saved_replay_and_may_let_the_actors_input_have_a_grad
     dreamer_run, tmp_path
 ):
     """The newest checkpoint has the same model and replay; the flag changes the gradient."""
-    found = []
+    found, advised = [], []
     for name in ("stop-grad", "no-stop-grad"):
         copy = shutil.copytree(dreamer_run, tmp_path / name)
         if name == "no-stop-grad":
             (copy / "replay.npz").unlink()
         diagnose.main([str(copy), *DIAGNOSE, "rp", f"--{name}-actor-input"])
         found.append(json.loads((copy / "diagnosis" / "results.json").read_text())["results"]["rp"])
+        advised.append((copy / "diagnosis" / "table.md").read_text())
     diagnose.main([str(tmp_path / "no-stop-grad"), *DIAGNOSE, "rp"])  # as trained: blocked
     trained = json.loads((tmp_path / "no-stop-grad" / "diagnosis" / "results.json").read_text())
     assert trained["results"]["rp"] == found[0] != found[1]
+    assert ["Compare with --no-stop-grad" in text for text in advised] == [True, False]
+
+
+def test_diagnose_measures_the_agent_as_it_is(dreamer_run, tmp_path, monkeypatch):
+    """With its own baseline; and a compiled model is not compiled again."""
+    seen, update = [], diagnose.DreamerUpdate
+
+    def spy(policy, settings):
+        seen.append(settings)
+        return update(policy, settings)
+
+    agent = DreamerTPX.load(dreamer_run / "model.zip", baseline="critic")
+    agent._update.settings = dataclasses.replace(agent._update.settings, compile=True)
+    monkeypatch.setattr(diagnose, "_load", lambda run: agent)
+    start, _ = agent.policy.initial_state(1)
+    monkeypatch.setattr(diagnose, "encoded_starts", lambda agent, n, seed: [start] * n)
+    monkeypatch.setattr(diagnose, "DreamerUpdate", spy)
+    diagnose.main([str(dreamer_run), *DIAGNOSE, "rp", "tpx", "--out", str(tmp_path)])
+    assert len(seen) == 4
+    for settings in seen:
+        assert settings.estimator.baseline is estimators.baselines.critic
+        assert not settings.compile and not settings.cuda_graph
 
 
 @pytest.mark.parametrize("source", ["none", "dynamics", "q", "states", "rewind"])
@@ -129,6 +155,26 @@ def test_variance_prints_the_table_and_the_advice(tmp_path, capsys):
     variance.main(command)
     assert json.loads((tmp_path / "v.json").read_text()) == first  # the seed holds
     assert int(output.split("; ")[1].split(" steps in all")[0]) == 6 * 5 * (2 * 2 * 3 + 1)
+
+
+def test_variance_shows_a_trained_policy_what_it_was_trained_on(tmp_path, monkeypatch):
+    train.main([*DAAPPO, "--runs", str(tmp_path), "--name", "run"])
+    statistics = json.loads((tmp_path / "run" / "vec_normalize.json").read_text())["observation"]
+    pairs, state_of = [], variance.Sampler._state
+
+    def spy(sampler, observation):
+        state = state_of(sampler, observation)
+        pairs.append((np.asarray(observation), state.numpy()))
+        return state
+
+    monkeypatch.setattr(variance.Sampler, "_state", spy)
+    sizes = ["--trajectories", "2", "--steps", "3", "--horizon", "2"]
+    variance.main([str(tmp_path / "run"), *sizes])
+    mean, deviation = np.array(statistics["mean"]), np.sqrt(np.array(statistics["var"]) + 1e-8)
+    assert len(pairs) > 20
+    for observation, state in pairs:
+        expected = np.clip((observation - mean) / deviation, -10, 10)
+        np.testing.assert_allclose(state, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
