@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts import diagnose, evaluate, train, variance
+from scripts import bench, diagnose, evaluate, train, variance
 
 CART = ["--env-id", "totalprop/CartPoleSwingUp-v0"]
 P, D, A = ["pipps"], ["dreamer", *CART], ["daappo", *CART]
@@ -51,7 +51,10 @@ OTHERS = [
     [*P, "--seed", "-1"], [*P, "--runs", "/dev/null/runs"], [*P, "--name", "a/../../b\0"],
     ["daappo", "--env-id", "Pendulum-v1", "--action-source", "rewind"],
 ]  # fmt: skip
-SCRIPTS = {"evaluate": evaluate.main, "diagnose": diagnose.main, "variance": variance.main}
+SCRIPTS = {
+    "evaluate": evaluate.main, "diagnose": diagnose.main, "variance": variance.main,
+    "bench": bench.main, "resume": train.main,
+}  # fmt: skip
 COMMANDS = [[agent, flag, value] for agent, bad in RANGES.items() for flag, value in bad.items()]
 COMMANDS = [[c[0], *CART, *c[1:]] for c in COMMANDS] + OTHERS
 
@@ -109,6 +112,8 @@ def test_what_a_usage_error_says(arguments, message, capsys):
         ("evaluate", ["no/such/run"]), ("evaluate", ["{run}", "--episodes", "0"]),
         ("evaluate", ["{run}"]), ("evaluate", []), ("diagnose", ["no/such/run"]),
         ("diagnose", ["{run}"]), ("diagnose", ["{run}", "--starts", "x"]),
+        ("diagnose", ["{run}", "--threads", "0"]), ("bench", ["--threads", "0"]),
+        ("resume", ["--total-timesteps", "90", "--resume", "no/such/run"]),
         ("variance", ["--env-id", "no-env"]), ("variance", ["--trajectories", "many"]),
     ],
 )  # fmt: skip
