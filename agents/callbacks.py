@@ -99,7 +99,7 @@ class Evaluation(BaseCallback):
         self.logger.record("eval/mean_reward", mean)
         self.logger.record("eval/std_reward", std)
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
-        self.logger.dump(self.num_timesteps)  # nothing else may follow
+        self.logger.dump(self.num_timesteps)  # who knows whether another dump follows
         if self.verbose:
             tqdm.write(f"{self.num_timesteps:6d} real steps: return {mean:8.2f} ± {std:.2f}")
         if self.path is not None:

@@ -80,7 +80,7 @@ class RBFJacobian(NamedTuple):
     norm: Tensor  # [N] squared norm of each sample's gradient
     moments: Tensor  # [1 + S, N] (1, z)
     factor: Tensor  # [1 + S, K] (1, 2 w e^λ)
-    centres: Tensor  # [1 + S, K] (0, 2 w e^λ c)
+    shift: Tensor  # [1 + S, K] (0, 2 w e^λ c)
 
     def rows(self, rows: slice) -> RBFJacobian:
         """The same for some of the samples."""
@@ -101,14 +101,14 @@ class RBFJacobian(NamedTuple):
         a = alpha[..., 0] * self.slope  # [M, N]
         sums = (a.unsqueeze(1) * self.moments).flatten(0, 1) @ self.basis
         sums = sums.view(len(a), -1, sums.shape[-1])  # [M, 1 + S, K]
-        blocks = torch.addcmul(sums * self.factor, sums[:, :1], self.centres, value=-1)
+        blocks = torch.addcmul(sums * self.factor, sums[:, :1], self.shift, value=-1)
         by_centre = blocks[:, 1:].mT.flatten(1)
         return torch.cat((by_centre, a @ self.by_scale.T, blocks[:, 0]), 1)
 
     def per_sample(self, alpha: Tensor) -> Tensor:
         """[N, P] products α_i J_i, from α [N, 1]."""
         z = self.moments.T.unsqueeze(-1)  # [N, 1 + S, 1]
-        blocks = self.basis.unsqueeze(1) * (z * self.factor - self.centres)  # [N, 1 + S, K]
+        blocks = self.basis.unsqueeze(1) * (z * self.factor - self.shift)  # [N, 1 + S, K]
         by_centre = blocks[:, 1:].mT.flatten(1)
         jacobian = torch.cat((by_centre, self.by_scale.T, blocks[:, 0]), 1)
         return alpha * self.slope.unsqueeze(1) * jacobian
@@ -131,7 +131,7 @@ def _rbf_jacobians(
     c, w = policy.centres.T * scale, 2 * policy.weights  # [S, K], [1, K]
     one, by_offset = torch.ones_like(w), w * scale
     factor = torch.cat((one, by_offset))
-    centres = torch.cat((torch.zeros_like(w), by_offset * c))
+    shift = torch.cat((torch.zeros_like(w), by_offset * c))
     # Rows for Σ_k 2 w_k φ_k (1, 2 c_k, c_k²), and for the terms of z², z and 1 with φ².
     linear = w * torch.cat((one, 2 * c, c.square()))
     near, far = by_offset.square(), by_offset.square() * c
@@ -146,7 +146,7 @@ def _rbf_jacobians(
     norm = ((y[:, :s] * z + y[:, s:-1]) * z + by_scale.square()).sum(1) + y[:, -1]
     norm = norm * slope.square()
     return [
-        RBFJacobian(steps[t][1], slope[t], by_scale[t], norm[t], moments[t], factor, centres)
+        RBFJacobian(steps[t][1], slope[t], by_scale[t], norm[t], moments[t], factor, shift)
         for t in range(h)
     ]
 

@@ -91,7 +91,7 @@ def tpg(
     noise of its estimate costs more than it gains. And LR's own variance counts `carried` times
     more: at the edge of chaos that lowers the variance of the whole gradient several-fold, though
     not at a single node, where `functools.partial(tpg, carried=0.0)` is the better rule, and deep
-    in chaos (there: β from 3.75 on) `tp` is better than either.
+    in chaos (β >= 3.75 in that table) `tp` is better than either.
     """
     if len(legs) != 1 or rp[0].ndim != 2:
         raise ValueError(

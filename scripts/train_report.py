@@ -55,7 +55,10 @@ def report(
         "threads": torch.get_num_threads(),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
-    pictures = [folder.learning_curve.name, *_videos(algorithm, folder, options, env_args)]
+    pictures = [
+        folder.learning_curve.name,
+        *_replay_and_pictures(algorithm, folder, options, env_args),
+    ]
     safe_file.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")  # it is finished
     verdict = {True: "SUCCESS", False: "NO SUCCESS", None: "DONE"}[success]
     side = "below" if is_cost else "above"
@@ -70,12 +73,13 @@ def report(
     )
 
 
-def _videos(
+def _replay_and_pictures(
     algorithm: SafeSaving, folder: RunFolder, options: RunOptions, env_args: dict[str, Any]
 ) -> list[str]:
-    """GIF of the policy, and a world model's open-loop prediction; the files' names."""
+    """Replay if wanted, GIF of the policy, a world model's open-loop prediction; their names."""
     written = []
-    if isinstance(algorithm, DreamerTPX) and options.save_replay:
+    has_replay = isinstance(algorithm, DreamerTPX) and algorithm.replay_buffer is not None
+    if has_replay and options.save_replay:
         algorithm.save_replay_buffer(folder.replay)
         written.append(folder.replay.name)
     try:
@@ -85,7 +89,7 @@ def _videos(
         written.append(folder.video.name)
     except UserError as error:  # the training is done: a missing picture must not hide it
         print(f"no video: {error}", file=sys.stderr)
-    if isinstance(algorithm, DreamerTPX) and algorithm.replay_buffer is not None:
+    if has_replay:
         try:
             truth, model = open_loop.predict_sequences(algorithm)
         except ValueError as error:
