@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import difflib
 import json
 import os
@@ -31,7 +30,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from scripts.errors import UserError, ending_with_a_sentence
-from scripts.run_folder import AGENTS, RunFolder, parse_env_args, read_json
+from scripts.run_folder import AGENTS, RunFolder, read_json
 from scripts.train_arguments import Job, parse
 
 THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
@@ -81,11 +80,9 @@ def check_run(options: argparse.Namespace, extra: list[str], value: str, seed: i
     """Raise UserError if the run's folder holds one of other flags, however it got there."""
     folder = RunFolder(options.runs / f"{value}_seed{seed}")
     command = [options.agent, f"--{options.vary}", value, "--seed", str(seed), *extra]
-    agent, run_options, flags, preset = parse(command, usage="")
+    wanted = Job.of(*parse(command, usage="")).flags()
     if not folder.config.exists():
         return
-    env_args = parse_env_args(run_options.env_arg)
-    wanted = Job(agent, preset, run_options, env_args, dataclasses.asdict(flags)).flags()
     found = Job.read(folder).flags()
     for name in sorted(wanted.keys() & found.keys()):  # older runs know fewer flags
         if wanted[name] != found[name]:

@@ -33,7 +33,7 @@ from agents.saving import SafeSaving
 from scripts.errors import UserError
 from scripts.interruption import locked, stopping_between_rollouts
 from scripts.normalisation import save_statistics
-from scripts.run_folder import AGENTS, RunFolder, parse_env_args, program
+from scripts.run_folder import AGENTS, RunFolder, program
 from scripts.run_log import make_logger
 from scripts.train_arguments import Job, RunOptions, parse, parse_resume
 from scripts.train_report import report
@@ -97,7 +97,7 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     """Make environment, agent and run folder, learn, and report."""
     check_options(options, flags.device)
     set_up_torch(options)
-    job = Job(agent, preset, options, parse_env_args(options.env_arg), dataclasses.asdict(flags))
+    job = Job.of(agent, options, flags, preset)
     # Everything that can be wrong is made before the folder: nothing is left behind by a typo.
     env, eval_env = job.environments()
     algorithm = job.algorithm(env)

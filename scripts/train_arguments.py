@@ -27,7 +27,7 @@ from agents import presets
 from agents.saving import SafeSaving
 from scripts.errors import UserError
 from scripts.normalisation import Normalised, normalise, normalise_like
-from scripts.run_folder import AGENTS, RunFolder, current_commit, make_env
+from scripts.run_folder import AGENTS, RunFolder, current_commit, make_env, parse_env_args
 
 # Constructor arguments that are not flags: set below, or not expressible as text.
 NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
@@ -203,6 +203,12 @@ class Job:
     options: RunOptions
     env_args: dict[str, Any]
     arguments: dict[str, Any]  # of the agent's constructor
+
+    @staticmethod
+    def of(agent: str, options: RunOptions, flags: Any, preset: str = "") -> Job:
+        """What `parse` found on a command line."""
+        env_args = parse_env_args(options.env_arg)
+        return Job(agent, preset, options, env_args, dataclasses.asdict(flags))
 
     def environments(self) -> tuple[VecEnv, VecEnv]:
         """To train in and to evaluate in."""
