@@ -20,27 +20,16 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents import daa_update
+from agents import daa_update, daa_values
 from agents.daa_arguments import check_arguments, compares_actions, least_actions
 from agents.daa_policy import TanhMeanPolicy
-from agents.extra_actions import (
-    Behaviour,
-    DynamicsSource,
-    QSource,
-    Returns,
-    RewindSource,
-    Rollout,
-    Source,
-    StatesSource,
-    Units,
-)
+from agents.extra_actions import Behaviour, Returns, RewindSource, Rollout, Source, Units
 from agents.ring_files import RingFiles
 from agents.rollout_recorder import ManyActionRolloutBuffer, RolloutRecorder
 from agents.saving import SafeSaving
 from agents.workers import names_dead_workers
 from estimators import Estimator
-from world_models.mlp import Activation, MLPDynamics, Target, TransitionBuffer, fit
-from world_models.q_network import QNetworks
+from world_models.mlp import Activation, Target, TransitionBuffer
 
 SelfDAAPPO = TypeVar("SelfDAAPPO", bound="DAAPPO")
 FIRST_HORIZON = 2  # where a growing horizon starts (the authors' code)
@@ -154,7 +143,7 @@ class DAAPPO(SafeSaving, PPO):
         self.dynamics_steps, self.dynamics_buffer_size = dynamics_steps, dynamics_buffer_size
         self.dynamics_warmup, self.n_q = dynamics_warmup, n_q
         self.source: Source | None = None
-        self.value_model: MLPDynamics | QNetworks | None = None
+        self.value_model: daa_values.ValueModel | None = None
         self.value_optimizer: torch.optim.Optimizer | None = None
         if _init_setup_model:
             self._setup_model()
@@ -179,35 +168,12 @@ class DAAPPO(SafeSaving, PPO):
         self._transition_files = RingFiles("transitions")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.value_model = self._new_value_model(n_actions)
+            self.value_model = daa_values.new_value_model(self)
         if self.value_model is not None:
             self.value_optimizer = torch.optim.Adam(
                 self.value_model.parameters(), self.dynamics_learning_rate, eps=self.dynamics_eps
             )
-        self.source = self._new_source()
-
-    def _new_value_model(self, n_actions: int) -> MLPDynamics | QNetworks | None:
-        sizes: dict[str, Any] = {
-            "width": self.dynamics_width, "activation": self.dynamics_activation
-        }  # fmt: skip
-        if self.action_source in ("dynamics", "states"):
-            return MLPDynamics(
-                self.state_size, n_actions, target=self.dynamics_target,
-                normalise=self.dynamics_normalise, **sizes,
-            ).to(self.device)  # fmt: skip
-        if self.action_source == "q":
-            return QNetworks(self.state_size, n_actions, n=self.n_q, **sizes).to(self.device)
-        return None
-
-    def _new_source(self) -> Source | None:
-        if isinstance(self.value_model, QNetworks):
-            return QSource(self.value_model)
-        if isinstance(self.value_model, MLPDynamics):
-            is_states = self.action_source == "states"
-            return (StatesSource if is_states else DynamicsSource)(self.value_model)
-        if self.env is None:  # `load` without an environment: made when one is set
-            return None
-        return RewindSource(self.env, timeout_bootstrap=self.timeout_bootstrap)
+        self.source = daa_values.new_source(self)
 
     @property
     def state_size(self) -> int:
@@ -272,7 +238,8 @@ class DAAPPO(SafeSaving, PPO):
         behaviour = Behaviour(
             self.policy, Units(self.get_vec_normalize_env(), self.device), self._generator
         )
-        self._fit(rollout, behaviour, flat(buffer.actions).float(), flat(buffer.returns)[:, 0])
+        actions, targets = flat(buffer.actions).float(), flat(buffer.returns)[:, 0]
+        daa_values.fit(self, rollout, behaviour, actions, targets)
         if self.num_timesteps < self.dynamics_warmup:
             return None
         returns = Returns(self.gamma, self.gae_lambda, self.horizon)
@@ -285,31 +252,6 @@ class DAAPPO(SafeSaving, PPO):
         if isinstance(self.source, RewindSource):
             self.logger.record("time/extra_env_steps", self.source.extra_steps)
         return extra
-
-    def _fit(
-        self,
-        rollout: Rollout,
-        behaviour: Behaviour,
-        actions: torch.Tensor,
-        targets: torch.Tensor,
-    ) -> None:
-        batches = -(-len(rollout.states) // self.batch_size)
-        steps = self.dynamics_steps or self.n_epochs * batches
-        if isinstance(self.value_model, QNetworks):
-            assert self.value_optimizer is not None
-            loss = self.value_model.fit(
-                self.value_optimizer, rollout.observations, behaviour.clip(actions), targets,
-                steps=steps, batch_size=self.batch_size, rng=self._rng,
-            )  # fmt: skip
-            self.logger.record("dynamics/q_loss", loss)
-        elif isinstance(self.value_model, MLPDynamics):
-            assert self.value_optimizer is not None
-            transition, reward = fit(
-                self.value_model, self.value_optimizer, self.transitions,
-                steps=steps, batch_size=self.dynamics_batch_size, rng=self._rng,
-            )  # fmt: skip
-            self.logger.record("dynamics/transition_loss", transition)
-            self.logger.record("dynamics/reward_loss", reward)
 
     @property
     def k(self) -> int:
@@ -355,7 +297,7 @@ class DAAPPO(SafeSaving, PPO):
         super().set_env(env, force_reset)
         if self.action_source == "rewind":
             check_arguments(self)
-            self.source = self._new_source()
+            self.source = daa_values.new_source(self)
 
     def training_state(self, folder: Path) -> dict[str, Any]:
         """Beside the rest: the generators, and the transitions in segments."""

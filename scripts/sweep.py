@@ -1,4 +1,4 @@
-"""Train several estimators and seeds, and write the numbers, a table and learning curves.
+r"""Train several estimators and seeds, and write the numbers, a table and learning curves.
 
     python -m scripts.sweep pipps --estimators tpx lr rp --seeds 0 1 2 3 4 --out results/pipps
     python -m scripts.sweep daappo --vary action-source --values none dynamics --seeds 0 1 2 \
