@@ -92,7 +92,9 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, g_sample: Tensor, returns: Tensor) -> tuple[Tensor | None, ...]:
         noise, value, *zeta = ctx.saved_tensors
         g_zeta, k = mix(ctx.estimator, tuple(zeta), noise, g_sample, returns, value, ctx.probe)
-        g_meter = None if ctx.meter_shape is None else k.mean(0).expand(ctx.meter_shape)
+        g_meter = None
+        if ctx.meter_shape is not None:
+            g_meter = torch.where(_has_pathwise(k), k, 1.0).mean(0).expand(ctx.meter_shape)
         g_tap = ctx.probe(g_zeta) if ctx.has_tap else None
         return (None, None, None, returns, None, g_meter, g_tap, *g_zeta)
 
@@ -109,39 +111,58 @@ def mix(
     """The backward of a node as a pure function of what it saved and received.
 
     Returns:
-        The cotangent of zeta, and the total weight k of the score legs, broadcastable to zeta.
+        The cotangent of zeta, and the total weight k of the score legs, broadcastable to zeta, as
+        the rule gave it.
     """
     rp = pathwise(zeta, noise, g_sample)
     if estimator.weight is no_legs:
         return rp, torch.zeros_like(rp[0][:1])
-
-    def estimate(rows: slice, probe: Probe | None) -> tuple[Zeta, list[Zeta], list[Tensor]]:
-        part = tuple(g[rows] for g in rp)
-        part_zeta, part_value = tuple(z[rows] for z in zeta), None if value is None else value[rows]
-        legs = [
-            leg(part_zeta, noise[rows], returns[rows], part_value, estimator.baseline)
-            for leg in estimator.legs
-        ]
-        return part, legs, estimator.weight(part, legs, probe)
-
     if not estimator.cross_fit:
-        return _combine(*estimate(slice(None), probe))
+        return _combine(rp, *_weigh(estimator, zeta, noise, rp, returns, value, probe))
     # Each half has its own baseline, and uses the k of the other: nothing of a sample is in its k.
     n = len(noise)
-    halves = slice(0, n // 2), slice(n // 2, n)
-    parts = [estimate(rows, probe and restrict(probe, rows, n)) for rows in halves]
-    (rp_1, legs_1, k_1), (rp_2, legs_2, k_2) = parts
+
+    def half(rows: slice) -> tuple[Zeta, list[Zeta], list[Tensor]]:
+        part, part_zeta = tuple(g[rows] for g in rp), tuple(z[rows] for z in zeta)
+        part_value = None if value is None else value[rows]
+        part_probe = probe and restrict(probe, rows, n)
+        return part, *_weigh(
+            estimator, part_zeta, noise[rows], part, returns[rows], part_value, part_probe
+        )
+
+    (rp_1, legs_1, k_1), (rp_2, legs_2, k_2) = half(slice(0, n // 2)), half(slice(n // 2, n))
     first, second = _combine(rp_1, legs_1, k_2), _combine(rp_2, legs_2, k_1)
     g_zeta = tuple(torch.cat(pair) for pair in zip(first[0], second[0], strict=True))
     return g_zeta, torch.cat((first[1], second[1]))
 
 
+def _weigh(
+    estimator: Estimator,
+    zeta: Zeta,
+    noise: Tensor,
+    rp: Zeta,
+    returns: Tensor,
+    value: Tensor | None,
+    probe: Probe | None,
+) -> tuple[list[Zeta], list[Tensor]]:
+    """The score legs, and the weight of each."""
+    legs = [leg(zeta, noise, returns, value, estimator.baseline) for leg in estimator.legs]
+    return legs, estimator.weight(rp, legs, probe)
+
+
+def _has_pathwise(k: Tensor) -> Tensor:
+    """Where the pathwise leg has a weight.
+
+    Within round-off of k = 1 the remainder is noise, which an exploded pathwise leg would amplify;
+    a k that is not a number comes from a pathwise leg that is not finite.
+    """
+    return k < 1 - 8 * torch.finfo(k.dtype).eps
+
+
 def _combine(rp: Zeta, legs: list[Zeta], k: list[Tensor]) -> tuple[Zeta, Tensor]:
-    """rp + Σ_l k_l (leg_l - rp); where the pathwise leg has no weight, the score legs alone."""
+    """rp + Σ_l k_l (leg_l - rp), and Σ_l k_l; without a pathwise weight the score legs alone."""
     total = k[0] if len(k) == 1 else torch.stack(k).sum(0)
-    # Within round-off of 1 the remainder is noise, which an exploded pathwise leg would amplify;
-    # a k that is not a number comes from a pathwise leg that is not finite.
-    has_rp = total < 1 - 8 * torch.finfo(total.dtype).eps
+    has_rp = _has_pathwise(total)
     mixed = []
     for member, g_rp in enumerate(rp):
         if len(k) == 1:
@@ -153,4 +174,4 @@ def _combine(rp: Zeta, legs: list[Zeta], k: list[Tensor]) -> tuple[Zeta, Tensor]
             )
             g = g_rp * (1 - total) + g_legs
         mixed.append(torch.where(has_rp, g, g_legs))
-    return tuple(mixed), torch.where(has_rp, total, 1.0)
+    return tuple(mixed), total

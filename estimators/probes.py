@@ -150,13 +150,14 @@ class ControlProbe:
         )
 
     def _alpha(self, cotangent: Zeta) -> Tensor:
-        if self.zeta_jacobian[0].shape[-1] == 1:  # one control: a fraction of einsum's time
-            terms = [
-                (c * j[..., 0]).sum(-1, keepdim=True) for c, j in zip(cotangent, self.zeta_jacobian)
-            ]
-        else:
+        if self.zeta_jacobian[0].shape[-1] > 1:
             terms = [
                 torch.einsum("...nd,ndf->...nf", c, j)
                 for c, j in zip(cotangent, self.zeta_jacobian)
             ]
-        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+            return torch.stack(terms).sum(0)
+        first, *rest = zip(cotangent, (j[..., 0] for j in self.zeta_jacobian))
+        products = first[0] * first[1]  # one control: a fraction of einsum's time
+        for c, j in rest:
+            products = torch.addcmul(products, c, j)
+        return products.sum(-1, keepdim=True)

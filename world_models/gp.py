@@ -24,6 +24,11 @@ LENGTHSCALE_CURB, SNR_CURB, CURB_POWER = math.log(100.0), math.log(1000.0), 30
 # posterior is computed from the support alone, which changes the variance by less than 2e-4 of
 # itself and the mean by less than 1e-3 of its deviation (tests/world_models/test_gp.py).
 SUPPORT_TOLERANCE, SUPPORT_POINTS = 1e-3, 150
+# With little noise the posterior variance is far below the signal's, and s² - k*ᵀK⁻¹k* loses its
+# digits to the round-off of K⁻¹: above this signal-to-noise ratio a root R of K⁻¹ = RᵀR is used,
+# which keeps them (error below 1e-4 of the predictive variance at a ratio of 3000), at twice the
+# products.
+ROOT_SNR = 100.0
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # relative to the signal variance, escalated on failure
 
 
@@ -153,6 +158,7 @@ class _PosteriorMoments(torch.autograd.Function):
 
     With k* = K(x, X) the variance s² - k*ᵀK⁻¹k* needs w = K⁻¹k*, and w is also all that its
     gradient -2 wᵀ dk*/dx needs: one [N, n] x [n, n] product per output, none in the backward.
+    Where that would be round-off, the variance is s² - |Rk*|², and w = RᵀRk*.
     """
 
     @staticmethod
@@ -165,6 +171,7 @@ class _PosteriorMoments(torch.autograd.Function):
         weighted: Tensor,  # [E, D + 1, n] β (X/l, 1)
         plain: Tensor,  # [E, D + 1, n] (X/l, 1)
         precision: Tensor,  # [E, n, n] (K + σ_n² I)⁻¹, or what stands for it on the support
+        is_root: bool,  # precision is R, and RᵀR the above
         signal_variance: Tensor,  # [E, 1]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Points last: the products with few rows are then twice as fast as with few columns.
@@ -174,11 +181,14 @@ class _PosteriorMoments(torch.autograd.Function):
         right = torch.cat((scaled, half_norm, torch.ones_like(half_norm)), 1)
         k = torch.bmm(features, right).exp_()  # [E, n, N]
         mean_sums = torch.bmm(weighted, k)  # [E, D + 1, N]
-        w = torch.bmm(precision, k).mul_(k)  # k* K⁻¹k*, elementwise
-        variance_sums = torch.bmm(plain, w)
+        whitened = torch.bmm(precision, k)
+        w = torch.bmm(precision.mT, whitened) if is_root else whitened
+        variance_sums = torch.bmm(plain, w * k)  # of k* K⁻¹k*, elementwise
         mean, explained = mean_sums[:, d:], variance_sums[:, d:]  # [E, 1, N]
         mean_jacobian = mean_sums[:, :d] - scaled * mean
         variance_jacobian = (scaled * explained - variance_sums[:, :d]) * 2
+        if is_root:
+            explained = whitened.square().sum(1, keepdim=True)
         jacobian = torch.stack((mean_jacobian, variance_jacobian))  # [2, E, D, N]
         jacobian *= inverse_lengthscale
         variance = (signal_variance - explained.squeeze(1)).clamp_min_(0.0)
@@ -193,7 +203,7 @@ class _PosteriorMoments(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (jacobian,) = ctx.saved_tensors
         cotangent = torch.stack((grads[0].T, grads[1].T)).unsqueeze(2)  # [2, E, 1, N]
-        return ((cotangent * jacobian).sum((0, 1)).T, *(None,) * 7)
+        return ((cotangent * jacobian).sum((0, 1)).T, *(None,) * 8)
 
 
 def _positive_std(x: Tensor) -> Tensor:
@@ -231,6 +241,7 @@ def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
     inverse_lengthscale = (-gp.log_lengthscale).exp().unsqueeze(1)  # [E, 1, D]
     centre = gp.inputs.mean(0)
     scaled = (gp.inputs - centre) * inverse_lengthscale  # [E, n, D]
+    is_root = bool((gp.log_signal - gp.log_noise).amax() > math.log(ROOT_SNR))
     supports = []
     gp.jitter = 0.0
     for e in range(gp.targets.shape[1]):
@@ -239,7 +250,7 @@ def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
         factor, jitter = _cholesky(k, noise_variance, (2 * gp.log_signal[e]).exp())
         gp.jitter = max(gp.jitter, jitter)
         beta = torch.cholesky_solve(gp.targets[:, e, None], factor)
-        supports.append(_support(k, noise_variance, factor, beta))
+        supports.append(_support(k, noise_variance, factor, beta, as_root=is_root))
     # Outputs have supports of different sizes; a row of zeros adds nothing.
     scaled = _padded([points[s.points] for points, s in zip(scaled, supports)])
     is_point = _padded([torch.ones_like(s.beta) for s in supports])
@@ -252,6 +263,7 @@ def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
         (plain * _padded([s.beta for s in supports])).mT.contiguous(),
         plain.mT.contiguous(),
         _padded([s.precision for s in supports]),
+        is_root,
         (2 * gp.log_signal).exp().unsqueeze(1),
     )
 
@@ -260,11 +272,13 @@ class Support(NamedTuple):
     """The data points that one output's posterior is computed from: all, or as good as all."""
 
     points: Tensor | slice  # [r]
-    precision: Tensor  # [r, r] A: what is explained of the variance at x is kᵀ A k, k = K(X_r, x)
+    precision: Tensor  # [r, r] what is explained of the variance at x is kᵀ A k, k = K(X_r, x)
     beta: Tensor  # [r, 1] the mean at x is kᵀ β
 
 
-def _support(k: Tensor, noise_variance: Tensor, factor: Tensor, beta: Tensor) -> Support:
+def _support(
+    k: Tensor, noise_variance: Tensor, factor: Tensor, beta: Tensor, *, as_root: bool
+) -> Support:
     """The support of a kernel matrix k [n, n].
 
     The points are the pivots of a Cholesky factorisation K ≈ V Vᵀ, and K(X, x) ≈ W K(X_r, x) with
@@ -273,10 +287,13 @@ def _support(k: Tensor, noise_variance: Tensor, factor: Tensor, beta: Tensor) ->
 
     Args:
         factor: [n, n] lower Cholesky factor of K + σ_n² I. beta: [n, 1] (K + σ_n² I)⁻¹ y.
+        as_root: the precision is R, A = RᵀR.
     """
-    n, inverse = len(k), torch.cholesky_inverse(factor)
+    n = len(k)
     if n < SUPPORT_POINTS:
-        return Support(slice(None), inverse, beta)
+        eye = torch.eye(n, dtype=k.dtype, device=k.device)
+        root = torch.linalg.solve_triangular(factor, eye, upper=False)
+        return Support(slice(None), root if as_root else root.T @ root, beta)
     round_off = n * torch.finfo(k.dtype).eps * k.diagonal().amax()
     tolerance = float((SUPPORT_TOLERANCE * noise_variance / n).clamp_min(round_off))
     pivoted, order, rank, _ = dpstrf(k.cpu().numpy(), tol=tolerance, lower=1)
@@ -284,7 +301,8 @@ def _support(k: Tensor, noise_variance: Tensor, factor: Tensor, beta: Tensor) ->
     w = torch.linalg.solve_triangular(lower[:rank], lower, upper=False, left=False).to(k)
     points = torch.from_numpy(order - 1).long().to(k.device)
     w = torch.empty_like(w).index_copy_(0, points, w)
-    return Support(points[:rank], w.T @ inverse @ w, w.T @ beta)
+    root = torch.linalg.qr(torch.linalg.solve_triangular(factor, w, upper=False), mode="r")[1]
+    return Support(points[:rank], root if as_root else root.T @ root, w.T @ beta)
 
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:
@@ -340,8 +358,13 @@ def negative_log_likelihood(
 def _fit_output(gp: GaussianProcess, e: int, log_input_std: Tensor, max_evaluations: int) -> float:
     target = gp.targets[:, e]
     target_std = float(target.std(correction=0))
-    if target_std == 0:  # nothing to explain, and a likelihood without bound: a small, safe prior
+    constant = float(target[0].abs())
+    is_constant = target_std <= 1e-12 * constant
+    if is_constant:  # a likelihood without bound: nothing is fitted
         gp.log_signal[e], gp.log_noise[e] = math.log(1e-3), math.log(1e-4)
+        if constant > 0:  # away from the data, too: as flat as hyper-parameters may be
+            gp.log_signal[e], gp.log_noise[e] = math.log(constant), math.log(constant / 1000)
+            gp.log_lengthscale[e] = log_input_std + LENGTHSCALE_CURB
     start = torch.cat((gp.log_lengthscale[e], gp.log_signal[e : e + 1], gp.log_noise[e : e + 1]))
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -353,10 +376,9 @@ def _fit_output(gp: GaussianProcess, e: int, log_input_std: Tensor, max_evaluati
             return 1e25, np.zeros_like(theta)
         return value, gradient.cpu().numpy()
 
-    floor = math.log(1e-6 * target_std) if target_std > 0 else 0.0
-    bounds = [(None, None)] * (len(start) - 2) + [(floor, None)] * 2
     theta = start
-    if target_std > 0:
+    if not is_constant:
+        bounds = [(None, None)] * (len(start) - 2) + [(math.log(1e-6 * target_std), None)] * 2
         result = minimize(
             objective,
             start.cpu().numpy(),
