@@ -33,8 +33,18 @@ def assign_credit(cost: Tensor, credit: Tensor) -> Tensor:
     last node before it; an uncredited term is silently shrunk by (1 - k).
 
     Args:
-        cost: [N] or [..., N], any term of the loss. credit: same shape or broadcastable.
+        cost: [N] or [..., N], any term of the loss. credit: [N], or the cost's shape.
+
+    Raises:
+        ValueError: the product would have another shape than the cost. A cost [N, 1] and a credit
+            [N] would give [N, N], and every sample the returns of all.
     """
+    shape = torch.broadcast_shapes(cost.shape, credit.shape)
+    if shape != cost.shape:
+        raise ValueError(
+            f"a cost of shape {list(cost.shape)} cannot take a credit of shape "
+            f"{list(credit.shape)}: one number per sample is needed, e.g. cost.squeeze(-1)"
+        )
     return cost * (1 + credit)
 
 
@@ -58,15 +68,30 @@ def stochastic_node(
     tap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a node whose backward is the estimator's. See `Estimator.__call__`."""
-    if credit.shape != zeta[0].shape[:-1]:
+    shape, samples = list(zeta[0].shape), list(zeta[0].shape[:-1])
+    if list(credit.shape) != samples:
         raise ValueError(
-            f"credit must have the node's shape without its last axis, {list(zeta[0].shape[:-1])}, "
+            f"credit must have the node's shape without its last axis, {samples}, "
             f"got {list(credit.shape)}; start a rollout with credit = mean.new_zeros(N)"
         )
+    if value is not None and list(value.shape) != samples:
+        raise ValueError(
+            f"value must have the credit's shape, {samples}, got {list(value.shape)}; "
+            "a critic's [N, 1] needs value.squeeze(-1)"
+        )
+    for name, x in (("std", zeta[-1]), ("noise", noise)):
+        if list(x.shape) != shape:
+            raise ValueError(
+                f"{name} must have the node's shape, {shape}, got {list(x.shape)}; "
+                f"every entry needs its own: {_OWN[name]}"
+            )
     if tap is not None and probe is None:
         raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
     sample, credit = _Node.apply(estimator, probe, noise, credit, value, meter, tap, *zeta)
     return sample, credit
+
+
+_OWN = {"std": "std.expand_as(mean)", "noise": "torch.randn_like(mean)"}
 
 
 class _Node(torch.autograd.Function):

@@ -75,7 +75,8 @@ class Estimator:
         Returns:
             sample [N, ..., D] and the credit for every cost and node downstream.
         Raises:
-            ValueError: credit of the wrong shape; whole-graph estimators, which cannot be called.
+            ValueError: an argument of the wrong shape; whole-graph estimators, which cannot be
+                called.
         """
         if self.whole_graph:
             raise ValueError(

@@ -25,6 +25,7 @@ from estimators.probes import Probe, gram
 Zeta = tuple[Tensor, ...]
 Weight = Callable[[Zeta, Sequence[Zeta], "Probe | None"], list[Tensor]]
 
+COTANGENT_SHARE = 1e-3  # of `tpg`'s objective is `tpx-ivw`'s, where parameter space is silent
 RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
 
 
@@ -54,12 +55,12 @@ def tpx_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tens
 
 def tpx_ivw(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     """`tpx` without the covariance: inverse variances. TPX 2023, Sec. 4, App. D."""
-    return _inverse_variance(*_variances(rp[0], [leg[0] for leg in legs], summed=False))
+    return _inverse_variance(rp[0], [leg[0] for leg in legs], summed=False)
 
 
 def tpx_ivw_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     """`tpx-ivw` with the variances summed over the coordinates. TPX 2023, App. D."""
-    return _inverse_variance(*_variances(rp[0], [leg[0] for leg in legs], summed=True))
+    return _inverse_variance(rp[0], [leg[0] for leg in legs], summed=True)
 
 
 def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
@@ -69,10 +70,17 @@ def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     `tps` is the same rule with a probe of fewer parameters (TPX 2023, Sec. 4).
     """
     fields = [torch.stack(member) for member in zip(rp, *legs, strict=True)]  # [1 + L, N, ..., D]
-    largest = torch.linalg.vector_norm(fields[0], math.inf).clamp_min(_tiny(fields[0]))
-    covariance = gram(_require(probe, "tp"), tuple(f / largest for f in fields))
+    if len(legs) == 1:
+        scale = torch.linalg.vector_norm(fields[0], math.inf)
+    else:  # each its own: none is to lose its digits beside an exploded one
+        scale = torch.linalg.vector_norm(fields[0].flatten(1), math.inf, dim=1)
+        scale = scale[(...,) + (None,) * rp[0].ndim]
+    scale = scale.clamp_min(_tiny(fields[0]))
+    covariance = gram(_require(probe, "tp"), tuple(f / scale for f in fields))
     variances = covariance.diagonal().clamp_min(0.0)[(...,) + (None,) * rp[0].ndim]
-    return _inverse_variance(variances[0], list(variances[1:]))
+    if len(legs) == 1:
+        return [_share(variances[0], variances[1])]
+    return _shares(variances.sqrt() * scale)
 
 
 def tpg(
@@ -83,10 +91,13 @@ def tpg(
     With J_id the per-sample Jacobian of coordinate d w.r.t. the parameters, and C_RP, C_LR the
     [D, D] covariances tr Cov_i(J_id g_id, J_ie g_ie) of each leg, minimises over k in [0, 1]^D
 
-        (1 - k)ᵀ C_RP (1 - k) + kᵀ C_LR k + carried Σ_d k_d² C_LR,dd.
+        (1 - k)ᵀ C_RP (1 - k) + kᵀ C_LR k + carried Σ_d k_d² C_LR,dd,
 
-    This project; no paper. With one coordinate and carried = 0 it is `tp`; where J keeps the
-    coordinates apart, it is `tpx-ivw` in parameter space. Two choices are empirical
+    without the bounds, and clips k to them. This project; no paper. With one coordinate and
+    carried = 0 it is `tp`; where J keeps the coordinates apart, it is `tpx-ivw` in parameter space.
+    A coordinate that the parameters do not reach in this step (a position, in a model of explicit
+    Euler steps) has no say in that, but its k decides what earlier nodes receive: a thousandth of
+    `tpx-ivw`'s objective, in the same unit, gives it that rule's k. Two choices are empirical
     (results/chaos/table.md). The covariance between the legs is left out: over a long chain the
     noise of its estimate costs more than it gains. And LR's own variance counts `carried` times
     more: at the edge of chaos that lowers the variance of the whole gradient several-fold, though
@@ -102,6 +113,7 @@ def tpg(
     spread_rp, spread_lr = rp[0].std(0), legs[0][0].std(0)
     limit = spread_lr / (8 * torch.finfo(spread_lr.dtype).eps) ** 0.5
     usable = torch.isfinite(spread_rp) & ~(spread_rp > limit)  # [D]
+    spread_rp = torch.where(usable, spread_rp, 0.0)
     pairs = [(torch.where(usable, g, 0.0), leg) for g, leg in zip(rp, legs[0], strict=True)]
     scale = torch.stack([torch.linalg.vector_norm(g, math.inf) for g in pairs[0]]).amax()
     scale = scale.clamp_min(_tiny(scale))
@@ -111,7 +123,10 @@ def tpg(
     d = rp[0].shape[1]
     c_rp, c_lr = covariance[:d, :d], covariance[d:, d:]
     penalty = carried * c_lr.diagonal()
-    system = c_rp + c_lr + torch.diag(penalty)
+    v_rp, v_lr = (spread_rp / scale).square(), (spread_lr / scale).square()
+    unit = COTANGENT_SHARE * c_lr.trace() / v_lr.sum().clamp_min(_tiny(scale))
+    penalty = penalty + unit * v_lr
+    system = c_rp + c_lr + torch.diag(penalty + unit * v_rp)
     size = system.diagonal().clamp_min(_tiny(scale)).sqrt()
     # Solved for 1 - k, whose right-hand side holds no exploded number.
     pathwise_weight = _solve(system, size, c_lr.sum(1) + penalty, usable)
@@ -130,8 +145,7 @@ def _solve(system: Tensor, size: Tensor, target: Tensor, usable: Tensor) -> Tens
 
 def whole_graph_ivw(rp: Tensor, lr: Tensor) -> Tensor:
     """k = V_RP / (V_RP + V_LR), once, from per-sample gradients [N, P]. TPX 2023, Eq. 5."""
-    variances = _variances(rp, [lr], summed=True)
-    return _inverse_variance(*variances)[0].squeeze().nan_to_num(nan=1.0)
+    return _inverse_variance(rp, [lr], summed=True)[0].squeeze().nan_to_num(nan=1.0)
 
 
 def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
@@ -189,25 +203,32 @@ def _simplex(legs: list[Tensor], *, summed: bool) -> list[Tensor]:
     return list(weights.movedim(-1, 0).unsqueeze(1))
 
 
-def _variances(rp: Tensor, legs: list[Tensor], *, summed: bool) -> tuple[Tensor, list[Tensor]]:
-    gradients = [rp, *legs]
+def _inverse_variance(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
+    """k_l = V_l⁻¹ / (V_RP⁻¹ + Σ_m V_m⁻¹), per coordinate or summed over the last axis."""
     dims = (0, -1) if summed else (0,)
+    gradients = [rp, *legs]
     norms = [torch.linalg.vector_norm(g, math.inf, dim=dims, keepdim=True) for g in gradients]
-    scale = torch.stack(norms).amax(0)  # of all: RP alone may be 0
-    scale = scale.clamp_min(_tiny(scale))
-    variances = [(g / scale).var(0, keepdim=True) for g in gradients]
+    if len(legs) == 1:  # one scale for both: RP alone may be 0
+        norms = [torch.maximum(*norms)] * 2
+    scales = [norm.clamp_min(_tiny(rp)) for norm in norms]
+    variances = [(g / scale).var(0, keepdim=True) for g, scale in zip(gradients, scales)]
     if summed:
         variances = [v.sum(-1, keepdim=True) for v in variances]
-    return variances[0], variances[1:]
-
-
-def _inverse_variance(rp: Tensor, legs: list[Tensor]) -> list[Tensor]:
-    """k_l = V_l⁻¹ / (V_RP⁻¹ + Σ_m V_m⁻¹); 0 where everything is 0."""
     if len(legs) == 1:
-        return [rp / (legs[0] + rp).clamp_min(_tiny(rp))]
-    precisions = [1 / v.clamp_min(_tiny(v) ** 0.5) for v in [rp, *legs]]
-    total = torch.stack(precisions).sum(0)
-    return [p / total for p in precisions[1:]]
+        return [_share(*variances)]
+    return _shares(torch.stack([v.sqrt() * scale for v, scale in zip(variances, scales)]))
+
+
+def _share(rp: Tensor, leg: Tensor) -> Tensor:
+    """k = V_RP / (V_RP + V_LR); 0 where both are 0."""
+    return rp / (leg + rp).clamp_min(_tiny(rp))
+
+
+def _shares(deviations: Tensor) -> list[Tensor]:
+    """Inverse-variance weights of several legs [1 + L, ...]; one that is not finite has none."""
+    deviations = deviations.nan_to_num(nan=math.inf, posinf=math.inf).clamp_min(_tiny(deviations))
+    precisions = (deviations.amin(0) / deviations).square()
+    return list(precisions[1:] / precisions.sum(0))
 
 
 def _require(probe: Probe | None, name: str) -> Probe:

@@ -6,7 +6,8 @@ from torch.func import vmap
 
 import estimators
 from estimators import Estimator, ParameterProbe, assign_credit, infer_noise
-from estimators.baselines import leave_one_out, none
+from estimators.baselines import critic, leave_one_out, none
+from estimators.legs import biw, score
 
 F64 = torch.float64
 
@@ -87,6 +88,28 @@ def test_a_fixed_k_mixes_the_legs_linearly():
     for one, g_rp, g_lr in zip(mixed[:2], rp, lr, strict=True):
         torch.testing.assert_close(one, 0.25 * g_lr + 0.75 * g_rp)
     torch.testing.assert_close(mixed[2], torch.full((1, 3), 0.25, dtype=F64))
+
+
+@pytest.mark.parametrize("factor", [1e200, torch.inf, torch.nan])
+@pytest.mark.parametrize("name", [name for name in COMPOSITES if name != "tpg"])
+def test_several_legs_share_what_an_exploded_rp_leaves(name, factor):
+    """Score and batch importance weighting: where RP explodes, their mixture alone is left."""
+    n, d, both = 16, 3, (score, biw)
+    explode = torch.ones(n, d, dtype=F64)
+    if torch.isfinite(torch.tensor(factor)):
+        explode[:] = factor
+    else:
+        explode[3] = factor
+    estimator, probe = make_with_probe(name, legs=both)
+    g_mean, g_std, k = single_node(estimator, explode=explode, **probe)
+    assert torch.equal(k, torch.ones_like(k))
+    first, second = (single_node(estimators.make("lr", legs=(leg,)))[0] for leg in both)
+    share = ((g_mean - second) / (first - second)).median(0).values
+    torch.testing.assert_close(g_mean, second + share * (first - second))
+    assert ((share >= 0) & (share <= 1)).all() and torch.isfinite(g_std).all()
+    if name == "tpx-ivw":
+        expected = second.var(0) / (first.var(0) + second.var(0))
+        torch.testing.assert_close(share, expected)
 
 
 PER_COORDINATE = ("tpx", "tpx-ivw", "tpg")
@@ -299,3 +322,26 @@ def test_a_rule_without_its_probe_says_so_in_one_sentence(name):
     with pytest.raises(ValueError, match=r"needs probe=.*'tpx', which needs none") as caught:
         single_node(estimators.make(name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"value": (16, 1)}, r"value must have the credit's shape, \[16\], got \[16, 1\]"),
+        ({"std": (3,)}, r"std must have the node's shape, \[16, 3\], got \[3\]"),
+        ({"noise": (16, 1)}, r"noise must have the node's shape, \[16, 3\], got \[16, 1\]"),
+        ({"credit": (16, 1)}, r"credit must have .* \[16\], got \[16, 1\]"),
+    ],
+)
+def test_shapes_that_would_broadcast_to_another_gradient_are_refused(wrong, message):
+    shapes = {"mean": (16, 3), "std": (16, 3), "noise": (16, 3), "credit": (16,), "value": (16,)}
+    tensors = {name: torch.ones(wrong.get(name, shape)) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        estimators.make("tpx", baseline=critic)(**tensors)
+
+
+def test_a_cost_with_an_axis_of_its_own_is_refused():
+    """[N, 1] (1 + [N]) is [N, N]: the same loss, and no score gradient."""
+    with pytest.raises(ValueError, match=r"cost of shape \[16, 1\] .* credit of shape \[16\]"):
+        assign_credit(torch.ones(16, 1), torch.zeros(16))
+    assert assign_credit(torch.ones(5, 16), torch.zeros(16)).shape == (5, 16)
