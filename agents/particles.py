@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,10 +111,26 @@ def simulate(
         states.append(x)
         actions.append(u)
         credits.append(credit)
-    path = torch.stack(states)
-    costs = model.cost(path[1:], torch.stack(actions))
+    path, controls = torch.stack(states), torch.stack(actions)
+    if tap is not None:
+        controls = _TappedControls.apply(act, controls, tap)
+    costs = model.cost(path[1:], controls)
     loss = assign_credit(costs, torch.stack(credits)).sum(0).mean()
     return loss, costs.detach(), path.detach()
+
+
+class _TappedControls(torch.autograd.Function):
+    """The controls [H, N, A]; what a cost sends back through them enters the tap, too."""
+
+    @staticmethod
+    def forward(ctx: Any, act: Controller, controls: Tensor, tap: Tensor) -> Tensor:
+        ctx.act = act
+        return controls.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        parts = [ctx.act.jacobian(t).per_sample(g) for t, g in enumerate(grad)]
+        return None, grad, torch.stack(parts).sum(0)
 
 
 def gaussian_resample(x: Tensor, noise: Tensor) -> Tensor:

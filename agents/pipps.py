@@ -24,7 +24,7 @@ from tqdm import tqdm
 import estimators
 from agents import task, trial_log
 from agents.allocator import keep_freed_memory
-from agents.arguments import LEGS, NO_VEC_NORMALIZE, VARIANTS, check_arguments
+from agents.arguments import NO_VEC_NORMALIZE, check_arguments, resolve, variant
 from agents.finite import check_finite
 from agents.particles import Noise, ParticleModel, simulate
 from agents.policies import ControllerPolicy, LinearPolicy, RBFPolicy, trig_features
@@ -49,12 +49,15 @@ class PIPPS(SafeSaving):
             (Gaussian resampling), "rp-fs" or "gr-fs" (fixed noise and a quasi-Newton optimiser), or
             an `estimators.Estimator`.
         leg: how the likelihood ratio is formed, "score" or "biw" (batch importance weighting).
-        cross_fit: choose k for each half of the particles from the other half.
+        cross_fit: choose k for each half of the particles from the other half. An
+            `estimators.Estimator` brings both itself.
         n_particles: simulated particles N.
         horizon: simulated steps H; the papers use the length of the real episode.
         gradient_steps: policy updates after each trial.
         optimizer: "adam" (2023), "rmsprop2018" (2018, Sec. 3.3) or "quasi-newton" (L-BFGS, which
-            needs fixed noise and is implied by "rp-fs" and "gr-fs").
+            needs fixed noise and is implied by "rp-fs" and "gr-fs"). "rmsprop2018" divides by the
+            gradient's variance, which it underestimates with "gr", whose particles depend on each
+            other.
         adam_eps: Adam's epsilon.
         momentum: of "rmsprop2018", in [0, 1).
         random_trials: first episodes with uniformly random actions.
@@ -138,7 +141,7 @@ class PIPPS(SafeSaving):
         self.model_uncertainty, self.noise_multiplier = model_uncertainty, noise_multiplier
         self.gp_evaluations, self.max_points = gp_evaluations, max_points
         self._n_trials = 0
-        self._needs_cost_fn = cost_fn is not None
+        self._needs_cost_fn = False
         self._start_observations: list[np.ndarray] = []
         self._predicted: np.ndarray | None = None  # [H + 1, N, S] for the next trial
         if _init_setup_model:
@@ -151,10 +154,9 @@ class PIPPS(SafeSaving):
     def _setup_model(self) -> None:
         self.angle_dims = tuple(self.angle_dims)  # a list where it comes from a file
         check_arguments(self)
+        self._needs_cost_fn |= self.cost_fn is not None  # or it was given to `load`
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        seed = self.seed if self.seed is not None else int(torch.randint(2**31, ()))
-        self._generator = torch.Generator(self.device).manual_seed(seed)
         kwargs = {"angle_dims": self.angle_dims, **self.policy_kwargs}
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, **kwargs
@@ -164,15 +166,17 @@ class PIPPS(SafeSaving):
         self.dynamics = GaussianProcess(inputs, states).to(self.device)
         self.reward_model = GaussianProcess(inputs, 1).to(self.device)
 
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """As in stable-baselines3; the simulations' noise, too."""
+        super().set_random_seed(seed)
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+
     def _settings(self) -> SearchSettings:
-        variant = self.estimator if isinstance(self.estimator, str) else ""
-        resample, fixed_noise = VARIANTS.get(variant, (False, False))
-        estimator = estimators.make("rp" if variant in VARIANTS else self.estimator)
-        if not isinstance(self.estimator, Estimator):  # an Estimator object brings its own
-            changes = {"legs": (LEGS[self.leg],), "cross_fit": self.cross_fit}
-            estimator = estimators.make(estimator, **changes)
+        resample, fixed_noise = variant(self)
         return SearchSettings(
-            estimator=estimator,
+            estimator=resolve(self),
             optimizer="quasi-newton" if fixed_noise else self.optimizer,
             learning_rate=self.lr_schedule(self._current_progress_remaining),
             gradient_steps=self.gradient_steps,

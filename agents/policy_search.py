@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -99,9 +100,10 @@ def optimise_policy(
         log.losses.append(float(result.loss))
         log.gradient_norms.append(float(flat.norm()))
         if diagnose and result.per_sample is not None and result.k is not None:
-            variance = result.per_sample.var(0).sum() * len(result.per_sample)
-            log.signal_to_noise.append(float(flat.square().sum() / variance))
             log.k.append(result.k)
+            if not settings.resample:  # which makes the particles depend on each other
+                variance = result.per_sample.var(0).sum() * len(result.per_sample)
+                log.signal_to_noise.append(float(flat.square().sum() / variance))
         on_step(number, log.losses[-1])
         return _Step(result, flat)
 
@@ -167,7 +169,12 @@ def _rmsprop2018(
 def _quasi_newton(
     parameters: Sequence[Tensor], step: Callable[..., _Step], evaluations: int, log: SearchLog
 ) -> None:
-    """L-BFGS on an objective made deterministic by fixed noise (PIPPS 2018, Sec. 3.3)."""
+    """L-BFGS on an objective made deterministic by fixed noise (PIPPS 2018, Sec. 3.3).
+
+    The parameters become the best that were evaluated: a line search that fails returns its start.
+    """
+    least = math.inf
+    best = start = parameters_to_vector(parameters).detach().cpu().numpy()
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
         with torch.no_grad():
@@ -176,11 +183,11 @@ def _quasi_newton(
         if not (torch.isfinite(result.loss) and torch.isfinite(flat).all()):
             log.skipped += 1
             return 1e25, np.zeros_like(theta)  # a wall: the line search steps back
+        nonlocal least, best
+        if float(result.loss) < least:
+            least, best = float(result.loss), theta.copy()
         return float(result.loss), flat.cpu().numpy()
 
-    start = parameters_to_vector(parameters).detach().cpu().numpy()
-    best = minimize(
-        objective, start, jac=True, method="L-BFGS-B", options={"maxfun": evaluations}
-    ).x
+    minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxfun": evaluations})
     with torch.no_grad():
         vector_to_parameters(torch.as_tensor(best, device=parameters[0].device), parameters)

@@ -6,10 +6,12 @@ From the environment where it offers them, else from the data.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from gymnasium import ObservationWrapper, RewardWrapper, Wrapper
 from torch import Tensor
 
 from agents.particles import Cost, ParticleModel
@@ -78,11 +80,22 @@ def place_policy(agent: PIPPS, model: ParticleModel) -> None:
 def env_attribute(agent: PIPPS, name: str) -> Any:
     """An attribute of the (first) environment, or None.
 
-    It speaks of the environment's own observations: not used where a wrapper changes them.
+    It speaks of the environment's own observations and rewards: not used, with a warning, where a
+    wrapper changes them.
     """
     if agent.env is None or not agent.env.has_attr(name):
         return None
+    changing: list[type[Wrapper[Any, Any, Any, Any]]] = [ObservationWrapper]
+    if name == "cost":
+        changing.append(RewardWrapper)
     inner = agent.env.get_attr("unwrapped", indices=0)[0]
-    if inner.observation_space != agent.observation_space:
+    if inner.observation_space != agent.observation_space or any(
+        agent.env.env_is_wrapped(wrapper, indices=0)[0] for wrapper in changing
+    ):
+        warnings.warn(
+            f"the environment's own `{name}` is not used, because a wrapper changes what it speaks "
+            "of; it is learned from the data",
+            stacklevel=2,
+        )
         return None
     return agent.env.get_attr(name, indices=0)[0]

@@ -38,6 +38,9 @@ class Estimator:
             subset of them (Dreamer, PIPPS: the policy's last layer). The caller builds the probe.
         whole_graph: combine once, over the whole graph, with `estimators.gradient` (only `ivw`).
         source: paper and equation.
+
+    Raises:
+        ValueError: cross_fit of a whole-graph estimator, which has one k for all samples.
     """
 
     weight: Weight
@@ -47,6 +50,13 @@ class Estimator:
     probe: Literal["none", "all", "subset"] = "none"
     whole_graph: bool = False
     source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.whole_graph and self.cross_fit:
+            raise ValueError(
+                "a whole-graph estimator combines once, with one k for all samples: cross_fit must "
+                "be False, or choose a nodewise estimator such as 'tpx'"
+            )
 
     def __call__(
         self,

@@ -346,3 +346,13 @@ def test_simulation_draws_nothing_from_the_global_generator():
     torch.manual_seed(5)
     simulate(model, policy, draw(resample=True), estimators.make("tpx"))
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("policy_class", [RBFPolicy, LinearPolicy])
+@pytest.mark.parametrize("controls", [1, 2])
+@pytest.mark.parametrize("name", ["rp", "lr", "tpx"])
+def test_taps_hold_what_a_cost_of_the_actions_sends_back(name, controls, policy_class):
+    """That path bypasses the nodes; the taps still sum to the gradient."""
+    model, policy = make(controls, cost=cost, policy_class=policy_class)
+    found = estimated(model, policy, draw(), estimators.make(name), per_sample=True)
+    torch.testing.assert_close(found.per_sample.sum(0), flatten(found.gradients))

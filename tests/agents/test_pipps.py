@@ -28,7 +28,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import envs  # noqa: F401  (registers the cart-pole)
 import estimators
-from agents import PIPPS, presets
+from agents import PIPPS, presets, task
 from agents.policies import LinearPolicy, RBFPolicy
 
 CARTPOLE = "totalprop/CartPoleSwingUp-v0"
@@ -640,8 +640,57 @@ def test_options_reach_the_search(monkeypatch):
 def test_an_estimator_object_is_used_as_it_is(monkeypatch):
     seen = spy_on_search(monkeypatch)
     mine = estimators.make("tpx", cross_fit=True)
-    make(estimator=mine, leg="biw").learn(7)
+    make(estimator=mine).learn(7)
     assert seen[0][1].estimator == mine
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"estimator": estimators.make("lr"), "leg": "biw"}, "brings its own legs and cross_fit"),
+        ({"estimator": estimators.make("lr"), "cross_fit": True}, "brings its own legs"),
+        ({"estimator": "ivw", "cross_fit": True}, "cross_fit must be False"),
+        (
+            {"estimator": estimators.make("tpx", baseline=estimators.baselines.critic)},
+            "baseline 'critic' needs value=",
+        ),
+        (
+            {
+                "estimator": estimators.make(
+                    "tpg", legs=(estimators.legs.score, estimators.legs.biw)
+                )
+            },
+            "'tpg' takes one score leg",
+        ),
+        ({"cross_fit": True, "n_particles": 3}, "needs at least 2 samples"),
+        ({"cost_fn": lambda states: states[..., :1] ** 2}, r"a tensor \[2, 3\], got \[2, 3, 1\]"),
+        ({"cost_fn": lambda states: 1.0}, r"a tensor \[2, 3\], got float"),
+        ({"cost_fn": lambda states: (states[..., 0] > 0).double()}, "must be differentiable"),
+        ({"noise_multiplier": None}, "noise_multiplier must be above 0, a number, got None"),
+        ({"noise_multiplier": np.inf}, "noise_multiplier must be above 0, a number, got inf"),
+        ({"learning_rate": "0.1"}, "learning_rate must be above 0, a number, got '0.1'"),
+        ({"horizon": True}, "horizon must be at least 1, a whole number, got True"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_the_constructor(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_whole_numbers_of_numpy_are_taken():
+    assert make(n_particles=np.int64(20)).n_particles == 20
+
+
+def test_set_random_seed_seeds_the_simulations_too():
+    def trained(first):
+        agent = make(policy="LinearPolicy", seed=first, policy_kwargs={})
+        with torch.no_grad():
+            for parameter in agent.policy.parameters():
+                parameter.fill_(0.1)
+        agent.set_random_seed(7)
+        return agent.learn(7).policy.weights
+
+    assert torch.equal(trained(1), trained(2))
 
 
 @pytest.mark.parametrize(
@@ -873,6 +922,39 @@ def test_save_and_load_with_objects_for_estimator_and_cost(tmp_path):
 
 def cost_of_time(states):
     return states[..., 1]
+
+
+def test_a_cost_fn_given_to_load_is_asked_for_at_the_next_load(tmp_path):
+    make().save(tmp_path / "without")
+    agent = PIPPS.load(tmp_path / "without", env=CountingEnv(), cost_fn=cost_of_time, device="cpu")
+    agent.learn(7).save(tmp_path / "with")
+    loaded = PIPPS.load(tmp_path / "with", env=CountingEnv(), device="cpu")
+    with pytest.raises(ValueError, match="made with a cost_fn"):
+        loaded.learn(7)
+
+
+class InCentimetres(gym.ObservationWrapper):
+    def observation(self, observation):
+        return 100 * observation
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "names"),
+    [
+        (InCentimetres, ["cost", "initial_distribution"]),
+        (lambda env: gym.wrappers.TransformReward(env, lambda r: -r), ["cost"]),
+        (Monitor, []),
+    ],
+)
+def test_the_environments_own_cost_is_not_used_under_a_wrapper_that_changes_it(wrapper, names):
+    """The space stays what it is; particles in centimetres have no cost in metres."""
+    agent = make(wrapper(CostEnv()))
+    for name in ("cost", "initial_distribution"):
+        if name in names:
+            with pytest.warns(UserWarning, match=f"own `{name}` is not used"):
+                assert task.env_attribute(agent, name) is None
+        else:
+            assert task.env_attribute(agent, name) is not None
 
 
 def test_loading_an_agent_that_had_a_cost_fn_does_not_swap_the_cost_silently(tmp_path, monkeypatch):

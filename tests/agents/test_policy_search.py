@@ -182,6 +182,26 @@ def test_quasi_newton_minimises_the_deterministic_objective(resample):
     assert len(log.losses) <= 25 + 20  # scipy may finish its last line search
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_quasi_newton_keeps_the_best_point_of_all(seed):
+    """Few evaluations end in the middle of a line search, whose start SciPy returns."""
+    model, policy = make()
+    noise = Noise.draw(H, N, S, generator(seed), resample=False)
+    changes = {"optimizer": "quasi-newton", "fixed_noise": True, "gradient_steps": 2 + seed}
+    log = optimise_policy(policy, model, settings(**changes), generator(seed))
+    with torch.no_grad():
+        loss = float(simulate(model, policy, noise, estimators.make("rp"))[0])
+    assert loss == pytest.approx(min(log.losses), rel=1e-9)
+
+
+def test_no_noise_is_reported_of_particles_that_depend_on_each_other():
+    for resample in (False, True):
+        model, policy = make()
+        changes = {"resample": resample, "gradient_steps": 2}
+        log = optimise_policy(policy, model, settings(**changes), generator())
+        assert len(log.signal_to_noise) == (0 if resample else 1) and len(log.k) == 1
+
+
 def test_fixed_noise_is_the_same_in_every_step():
     """With a step size of almost nothing, the loss repeats."""
     for fixed in (True, False):
