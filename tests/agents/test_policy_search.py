@@ -182,12 +182,12 @@ def test_quasi_newton_minimises_the_deterministic_objective(resample):
     assert len(log.losses) <= 25 + 20  # scipy may finish its last line search
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_quasi_newton_keeps_the_best_point_of_all(seed):
-    """Few evaluations end in the middle of a line search, whose start SciPy returns."""
+def test_quasi_newton_keeps_the_best_point_of_all():
+    """Three evaluations end in the middle of a line search, whose start SciPy returns."""
+    seed = 8  # one for which the start is not the best
     model, policy = make()
     noise = Noise.draw(H, N, S, generator(seed), resample=False)
-    changes = {"optimizer": "quasi-newton", "fixed_noise": True, "gradient_steps": 2 + seed}
+    changes = {"optimizer": "quasi-newton", "fixed_noise": True, "gradient_steps": 3}
     log = optimise_policy(policy, model, settings(**changes), generator(seed))
     with torch.no_grad():
         loss = float(simulate(model, policy, noise, estimators.make("rp"))[0])
