@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from estimators import DenseJacobian
+from estimators.probes import covariance
 
 if TYPE_CHECKING:
     from agents.policies import ControllerPolicy, RBFPolicy
@@ -77,7 +78,7 @@ class RBFJacobian(NamedTuple):
     basis: Tensor  # [N, K] φ
     slope: Tensor  # [N] s
     by_scale: Tensor  # [S, N] the block of λ, without s
-    norm: Tensor  # [N] squared norm of each sample's gradient
+    norm: Tensor  # [N] squared norm of each sample's gradient, without s²
     moments: Tensor  # [1 + S, N] (1, z)
     factor: Tensor  # [1 + S, K] (1, 2 w e^λ)
     shift: Tensor  # [1 + S, K] (0, 2 w e^λ c)
@@ -92,18 +93,14 @@ class RBFJacobian(NamedTuple):
             moments=self.moments[:, rows],
         )
 
-    def inner(self) -> Tensor:
-        """[N, 1, 1] squared norm of each sample's gradient."""
-        return self.norm[:, None, None]
-
-    def project(self, alpha: Tensor) -> Tensor:
-        """[M, P] sums Σ_i α_mi J_i, from α [M, N, 1]."""
-        a = alpha[..., 0] * self.slope  # [M, N]
+    def gram(self, alpha: Tensor) -> Tensor:
+        """[M, M] covariances Σ_i <α_ai J_i, α_bi J_i> less the mean's part, from α [M, N, 1]."""
+        a = alpha.squeeze(-1) * self.slope  # [M, N]
         sums = (a.unsqueeze(1) * self.moments).flatten(0, 1) @ self.basis
         sums = sums.view(len(a), -1, sums.shape[-1])  # [M, 1 + S, K]
         blocks = torch.addcmul(sums * self.factor, sums[:, :1], self.shift, value=-1)
-        by_centre = blocks[:, 1:].mT.flatten(1)
-        return torch.cat((by_centre, a @ self.by_scale.T, blocks[:, 0]), 1)
+        total = torch.cat((blocks.flatten(1), a @ self.by_scale.T), 1)  # Σ_i α_i J_i, reordered
+        return covariance(a * self.norm, a, total)
 
     def per_sample(self, alpha: Tensor) -> Tensor:
         """[N, P] products α_i J_i, from α [N, 1]."""
@@ -144,10 +141,10 @@ def _rbf_jacobians(
         torch.mm(square, torch.mul(basis, basis, out=squared_basis).T, out=y_t)
     by_scale = (u[:, 1 : 1 + s] - z * u[:, :1]) * z - u[:, 1 + s :]
     norm = ((y[:, :s] * z + y[:, s:-1]) * z + by_scale.square()).sum(1) + y[:, -1]
-    norm = norm * slope.square()
+    parts = zip(steps, slope.unbind(), by_scale.unbind(), norm.unbind(), moments.unbind())
     return [
-        RBFJacobian(steps[t][1], slope[t], by_scale[t], norm[t], moments[t], factor, shift)
-        for t in range(h)
+        RBFJacobian(step[1], slope_t, by_scale_t, norm_t, moments_t, factor, shift)
+        for step, slope_t, by_scale_t, norm_t, moments_t in parts
     ]
 
 

@@ -18,6 +18,7 @@ from torch.func import jvp, vmap
 
 from agents.dreamer_policy import Actor, DreamerPolicy
 from estimators import ControlProbe, Estimator, assign_credit, baselines
+from estimators.probes import covariance
 from world_models.latent_model import State
 
 # Any other baseline, a user's too, is given the critic's value.
@@ -203,7 +204,7 @@ def _last_layer_probe(
         return jvp(zeta, (raw,), (tangent.expand_as(raw),))[1]
 
     columns = vmap(column)(torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device))
-    layer = LayerJacobian(hidden.detach().to(raw.dtype), raw.shape[-1])
+    layer = LayerJacobian(hidden.detach().to(raw.dtype))
     return ControlProbe([c.movedim(0, -1) for c in columns], lambda: layer)
 
 
@@ -211,22 +212,19 @@ class LayerJacobian(NamedTuple):
     """d output / d (weight [F, K], bias [F]) of a linear layer: an outer product, never stored."""
 
     inputs: Tensor  # [N, K]
-    outputs: int  # F
 
     def rows(self, rows: slice) -> LayerJacobian:
         """The same for some of the samples."""
-        return LayerJacobian(self.inputs[rows], self.outputs)
+        return LayerJacobian(self.inputs[rows])
 
-    def inner(self) -> Tensor:
-        """[N, F, F]: (|x|² + 1) on the diagonal."""
-        norm = self.inputs.square().sum(1) + 1
-        eye = torch.eye(self.outputs, dtype=norm.dtype, device=norm.device)
-        return norm[:, None, None] * eye
+    def gram(self, alpha: Tensor) -> Tensor:
+        """[M, M] covariances Σ_i <α_ai J_i, α_bi J_i> less the mean's part, from α [M, N, F].
 
-    def project(self, alpha: Tensor) -> Tensor:
-        """[M, F K + F] sums over the samples, from α [M, N, F]."""
-        weight = (alpha.mT @ self.inputs).flatten(1)
-        return torch.cat((weight, alpha.sum(1)), 1)
+        J Jᵀ is (|x|² + 1) times the identity.
+        """
+        norm = self.inputs.square().sum(1, keepdim=True) + 1
+        total = torch.cat(((alpha.mT @ self.inputs).flatten(1), alpha.sum(1)), 1)
+        return covariance(alpha * norm, alpha, total)
 
     def per_sample(self, alpha: Tensor) -> Tensor:
         """[N, F K + F], from α [N, F]."""

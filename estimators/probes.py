@@ -87,17 +87,25 @@ class DenseJacobian:
         """The same for some of the samples."""
         return DenseJacobian(self.jacobian[rows])
 
-    def inner(self) -> Tensor:
-        """[N, F, F] J Jᵀ of each sample."""
-        return self.jacobian @ self.jacobian.mT
-
-    def project(self, alpha: Tensor) -> Tensor:
-        """[M, P] sums over the samples Σ_i α_mi J_i, from α [M, N, F]."""
-        return alpha.flatten(1) @ self.jacobian.flatten(0, 1)
+    def gram(self, alpha: Tensor) -> Tensor:
+        """[M, M] covariances Σ_i <α_ai J_i, α_bi J_i> less the mean's part, from α [M, N, F]."""
+        inner = self.jacobian @ self.jacobian.mT  # [N, F, F]
+        total = alpha.flatten(1) @ self.jacobian.flatten(0, 1)  # [M, P]
+        return covariance(torch.einsum("anf,nfg->ang", alpha, inner), alpha, total)
 
     def per_sample(self, alpha: Tensor) -> Tensor:
         """[N, P] products α_i J_i, from α [N, F]."""
         return torch.einsum("nf,nfp->np", alpha, self.jacobian)
+
+
+def covariance(weighted: Tensor, alpha: Tensor, total: Tensor) -> Tensor:
+    """[M, M] Σ_i α_ai J_i J_iᵀ α_biᵀ - Σ_i α_ai J_i · Σ_i α_bi J_i / N.
+
+    Args:
+        weighted: [M, N, F] α J Jᵀ. alpha: [M, N, F]. total: [M, P] Σ_i α_i J_i.
+    """
+    n = alpha.shape[1]
+    return torch.addmm(weighted.flatten(1) @ alpha.flatten(1).T, total, total.T, alpha=-1 / n)
 
 
 class ControlProbe:
@@ -130,16 +138,9 @@ class ControlProbe:
         return per_sample
 
     def gram(self, cotangents: Zeta) -> Tensor:
-        """See `estimators.probes.gram`: Σ_i α_i J_i J_iᵀ α_iᵀ less the mean's part."""
-        jacobian = self.counted()
-        inner = jacobian.inner()  # [N, F, F]
-        alpha = self._alpha(cotangents)  # [M, N, F]
-        if inner.shape[-1] == 1:
-            second_moment = (alpha[..., 0] * inner[:, 0, 0]) @ alpha[..., 0].T
-        else:
-            second_moment = torch.einsum("anf,nfg,bng->ab", alpha, inner, alpha)
-        total = jacobian.project(alpha)  # [M, P]
-        return torch.addmm(second_moment, total, total.T, alpha=-1 / len(inner))
+        """See `estimators.probes.gram`."""
+        found: Tensor = self.counted().gram(self._alpha(cotangents))
+        return found
 
     def rows(self, rows: slice) -> ControlProbe:
         """The same probe for some of the samples."""
