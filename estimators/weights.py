@@ -25,7 +25,7 @@ from estimators.probes import Probe, gram
 Zeta = tuple[Tensor, ...]
 Weight = Callable[[Zeta, Sequence[Zeta], "Probe | None"], list[Tensor]]
 
-COTANGENT_SHARE = 1e-3  # of `tpg`'s objective is `tpx-ivw`'s, where parameter space is silent
+COTANGENT_SHARE = 1e-2  # of `tpg`'s objective is `tpx-ivw`'s, where parameter space is silent
 RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
 
 
@@ -96,13 +96,12 @@ def tpg(
     without the bounds, and clips k to them. This project; no paper. With one coordinate and
     carried = 0 it is `tp`; where J keeps the coordinates apart, it is `tpx-ivw` in parameter space.
     A coordinate that the parameters do not reach in this step (a position, in a model of explicit
-    Euler steps) has no say in that, but its k decides what earlier nodes receive: a thousandth of
+    Euler steps) has no say in that, but its k decides what earlier nodes receive: a hundredth of
     `tpx-ivw`'s objective, in the same unit, gives it that rule's k. Two choices are empirical
     (results/chaos/table.md). The covariance between the legs is left out: over a long chain the
     noise of its estimate costs more than it gains. And LR's own variance counts `carried` times
     more: at the edge of chaos that lowers the variance of the whole gradient several-fold, though
-    not at a single node, where `functools.partial(tpg, carried=0.0)` is the better rule, and deep
-    in chaos (β >= 3.75 in that table) `tp` is better than either.
+    not at a single node, where `functools.partial(tpg, carried=0.0)` is the better rule.
     """
     if len(legs) != 1 or rp[0].ndim != 2:
         raise ValueError(
