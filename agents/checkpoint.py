@@ -8,6 +8,7 @@ logger's pending values, and the callbacks it is told of. Newest file last, the 
 from __future__ import annotations
 
 import random
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
 
 from agents import env_state, safe_file
+from agents.ring_files import SEGMENT_NAMES
 from agents.saving import SafeSaving
 
 Agent = TypeVar("Agent", bound=SafeSaving)
@@ -27,6 +29,11 @@ Agent = TypeVar("Agent", bound=SafeSaving)
 KIND = "checkpoint"
 KEPT = 2  # checkpoints in the folder: the newest, and the one before
 MOST_OF_THE_TIME = 0.02  # what checkpoints may cost, by waiting long enough between them
+
+_CHECKPOINT = re.compile(r"checkpoint_\d+\.zip")
+_SEGMENT = re.compile(rf"({SEGMENT_NAMES})_\d+_\d+\.zip")
+# Of a write that was killed, see `safe_file.atomic_write`.
+_TEMPORARY = re.compile(rf"\.({_CHECKPOINT.pattern}|{_SEGMENT.pattern})\.\d+\.tmp")
 
 
 class Stateful(Protocol):
@@ -50,7 +57,7 @@ class Checkpoints(BaseCallback):
         agent.learn(450 - agent.num_timesteps, callback=checkpoints, reset_num_timesteps=False)
 
     Args:
-        folder: where the checkpoints go; made if need be.
+        folder: where the checkpoints go; made if need be. Other files in it are left alone.
         every_seconds: least time between checkpoints. They wait longer where saving takes more than
             2 % of the time.
         also: what else a checkpoint keeps, by name: callbacks with a state, a log file.
@@ -118,13 +125,16 @@ class Checkpoints(BaseCallback):
         self.cost = self._last - started
 
     def _clean(self, files: list[str]) -> None:
-        """Remove checkpoints but the last two, and segments that neither needs."""
+        """Remove checkpoints but the last two, and segments that neither needs.
+
+        Whatever else is in the folder is someone else's, and stays.
+        """
         for path in self.paths()[:-KEPT]:
             path.unlink()
         needed, self._files = {*files, *self._files}, list(files)
         for path in self.folder.iterdir():
-            is_kept = path.name.startswith(("checkpoint_", "unreadable_"))
-            if not is_kept and path.name not in needed:
+            is_segment = _SEGMENT.fullmatch(path.name) and path.name not in needed
+            if (is_segment or _TEMPORARY.fullmatch(path.name)) and path.is_file():
                 path.unlink()
 
     # ----------------------------------------------------------------------------------------
@@ -133,7 +143,8 @@ class Checkpoints(BaseCallback):
 
     def paths(self) -> list[Path]:
         """The checkpoints in the folder, oldest first."""
-        return sorted(self.folder.glob("checkpoint_*.zip"))
+        found = self.folder.glob("checkpoint_*.zip")
+        return sorted(path for path in found if _CHECKPOINT.fullmatch(path.name))
 
     def newest_step(self) -> int:
         """Steps of the newest checkpoint; -1 where there is none."""

@@ -11,6 +11,7 @@ import numpy as np
 from agents import safe_file
 
 KIND = "replay segment"
+SEGMENT_NAMES = r"replay\d+|transitions"  # what rings are called, for `agents.checkpoint`
 Rows = Callable[[int, int], dict[str, np.ndarray]]  # (first, stop) -> arrays of stop - first rows
 
 

@@ -154,6 +154,26 @@ def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_skipped(tmp_path
         checkpoints.load(DreamerTPX, make_env(DreamerTPX), "cpu")
 
 
+@pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
+def test_only_the_own_leftovers_are_removed_from_the_folder(cls, tmp_path):
+    folder = tmp_path / "checkpoints"
+    theirs = [
+        "rl_model_100000_steps.zip", "thesis.tex", "checkpoint_best.zip", "replay.npz",
+        "transitions_of_mine.zip", "unreadable_checkpoint_000000000001.zip", ".hidden.7.tmp",
+    ]  # fmt: skip
+    leftovers = [
+        "replay0_000000000000_000000000009.zip", "transitions_000000000000_000000000009.zip",
+        ".checkpoint_000000000009.zip.41.tmp", ".replay12_000000000000_000000000009.zip.41.tmp",
+    ]  # fmt: skip
+    (folder / "runs").mkdir(parents=True)
+    (folder / "replay3_000000000000_000000000009.zip").mkdir()
+    for name in [*theirs, *leftovers]:
+        (folder / name).write_bytes(b"precious")
+    run(cls, tmp_path)
+    left = {path.name for path in folder.iterdir()}
+    assert left >= {*theirs, "runs"} and not left & set(leftovers)
+
+
 def test_a_checkpoint_of_another_agent_is_refused(tmp_path):
     run(PIPPS, tmp_path)
     with pytest.raises(ValueError, match="holds a PIPPS checkpoint"):
