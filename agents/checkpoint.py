@@ -75,6 +75,7 @@ class Checkpoints(BaseCallback):
         self.cost = 0.0  # s of the last save
         self._last = time.monotonic()
         self._values: dict[str, Any] | None = None
+        self._pending: dict[str, tuple[float, int, tuple[str, ...]]] = {}
         self._files: list[str] = []  # that the newest checkpoint needs
         self._stop = False
 
@@ -88,6 +89,10 @@ class Checkpoints(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._last = time.monotonic()
+        pending, self._pending = self._pending, {}
+        for name, (value, count, excluded) in pending.items():
+            self.logger.record(name, value, excluded)
+            self.logger.name_to_count[name] = count
 
     def _on_rollout_start(self) -> None:
         waited = time.monotonic() - self._last
@@ -188,9 +193,7 @@ class Checkpoints(BaseCallback):
         for name, state in values["also"].items():
             if name in self.also:
                 self.also[name].set_state(state)
-        for name, (value, count, excluded) in values["pending"].items():
-            agent.logger.record(name, value, excluded)
-            agent.logger.name_to_count[name] = count
+        self._pending = values["pending"]  # `learn` makes the logger
         if not env_state.put(agent.env, values["environments"]):
             agent.cut_episodes()
         _set_generators(values["generators"])

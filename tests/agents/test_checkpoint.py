@@ -6,7 +6,6 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecNormalize
 
 import envs  # noqa: F401
@@ -103,7 +102,6 @@ def run(cls, folder, stops=(), **env_args):
         )
         env = make_env(cls, **env_args)
         agent = checkpoints.load(cls, env, "cpu") or cls(POLICIES[cls], env, **settings)
-        agent.set_logger(configure(str(folder), []))
         checkpoints.restore(agent)
         callbacks = [evaluation, checkpoints]
         if stop is not None:
@@ -130,6 +128,42 @@ def test_a_stopped_and_resumed_training_ends_bit_for_bit_as_a_quiet_one(cls, tmp
     assert (np.random.get_state(legacy=False)["state"]["key"] == generators[1]).all()
     action = quiet.predict(quiet.observation_space.sample(), deterministic=True)[0]
     assert np.isfinite(action).all()
+
+
+class Pending(BaseCallback):
+    """The scalars that the logger holds when a rollout starts: first ones, and last ones."""
+
+    def _on_rollout_start(self):
+        logger = self.logger
+        self.last = {
+            name: (value, logger.name_to_count[name], logger.name_to_excluded[name])
+            for name, value in logger.name_to_value.items()
+            if isinstance(value, int | float | np.number)
+        }
+        if not hasattr(self, "first"):
+            self.first = self.last
+
+    def _on_step(self):
+        return True
+
+
+@pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
+def test_what_the_logger_had_not_written_is_there_again(cls, tmp_path):
+    """With the logger that `learn` makes: a loaded agent has none before."""
+
+    def learn(total):
+        checkpoints, pending = Checkpoints(tmp_path, every_seconds=0), Pending()
+        agent = checkpoints.load(cls, make_env(cls), "cpu") or cls(
+            POLICIES[cls], make_env(cls), **SETTINGS[cls], seed=3, device="cpu"
+        )
+        checkpoints.restore(agent)
+        callbacks = [pending, checkpoints, StopAt(checkpoints, total)]
+        with pytest.raises(TrainingStopped):
+            agent.learn(TOTAL, callbacks, log_interval=1000, reset_num_timesteps=False)
+        return pending
+
+    stopped, resumed = learn(100), learn(150)
+    assert stopped.last and resumed.first == stopped.last
 
 
 @pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
@@ -184,7 +218,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     run(PIPPS, tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     agent = checkpoints.load(PIPPS, make_env(PIPPS), "cpu")
-    agent.set_logger(configure(str(tmp_path), []))
     checkpoints.restore(agent)
     before = {path.name: path.read_bytes() for path in checkpoints.folder.iterdir()}
 
