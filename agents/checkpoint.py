@@ -2,7 +2,8 @@
 
 Between two rollouts a checkpoint takes the agent with its optimisers and generators, the replay
 (only what is new), the environments where they can be put back, the global generators, the
-logger's pending values, and the callbacks it is told of. Newest file last, the one before is kept.
+logger's pending values, and the callbacks it is told of. Files are numbered in the order of their
+writing, whatever steps they are of; the newest is kept and the one before.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
 
 from agents import env_state, safe_file
-from agents.ring_files import SEGMENT_NAMES
+from agents.ring_files import SEGMENT
 from agents.saving import SafeSaving
 
 Agent = TypeVar("Agent", bound=SafeSaving)
@@ -30,10 +31,10 @@ KIND = "checkpoint"
 KEPT = 2  # checkpoints in the folder: the newest, and the one before
 MOST_OF_THE_TIME = 0.02  # what checkpoints may cost, by waiting long enough between them
 
-_CHECKPOINT = re.compile(r"checkpoint_\d+\.zip")
-_SEGMENT = re.compile(rf"({SEGMENT_NAMES})_\d+_\d+\.zip")
+# Number of the checkpoint in its folder (older files have none) and the agent's steps.
+_CHECKPOINT = re.compile(r"checkpoint_(?:(\d+)_)?(\d+)\.zip")
 # Of a write that was killed, see `safe_file.atomic_write`.
-_TEMPORARY = re.compile(rf"\.({_CHECKPOINT.pattern}|{_SEGMENT.pattern})\.\d+\.tmp")
+_TEMPORARY = re.compile(rf"\.({_CHECKPOINT.pattern}|{SEGMENT.pattern})\.\d+\.tmp")
 
 
 class Stateful(Protocol):
@@ -76,7 +77,7 @@ class Checkpoints(BaseCallback):
         self._last = time.monotonic()
         self._values: dict[str, Any] | None = None
         self._pending: dict[str, tuple[float, int, tuple[str, ...]]] = {}
-        self._files: list[str] = []  # that the newest checkpoint needs
+        self._files: dict[str, list[str]] = {}  # that a checkpoint needs, by its name
         self._stop = False
 
     # ----------------------------------------------------------------------------------------
@@ -123,38 +124,52 @@ class Checkpoints(BaseCallback):
             "pending": _pending(agent),
             "also": {name: thing.get_state() for name, thing in self.also.items()},
         }
-        path = self.folder / f"checkpoint_{agent.num_timesteps:012d}.zip"
+        paths = self.paths()  # by a number: a second `learn` may begin at step 0 again
+        number = _number_and_steps(paths[-1])[0] + 1 if paths else 1
+        path = self.folder / f"checkpoint_{number:06d}_{agent.num_timesteps:012d}.zip"
         safe_file.write(path, f"{type(agent).__name__} {KIND}", values)
-        self._clean(files)
+        self._files[path.name] = list(files)
+        self._clean()
         self._last = time.monotonic()
         self.cost = self._last - started
 
-    def _clean(self, files: list[str]) -> None:
+    def _clean(self) -> None:
         """Remove checkpoints but the last two, and segments that neither needs.
 
         Whatever else is in the folder is someone else's, and stays.
         """
-        for path in self.paths()[:-KEPT]:
+        paths = self.paths()
+        for path in paths[:-KEPT]:
             path.unlink()
-        needed, self._files = {*files, *self._files}, list(files)
+        self._files = {path.name: self._needed(path) for path in paths[-KEPT:]}
+        needed = {name for files in self._files.values() for name in files}
         for path in self.folder.iterdir():
-            is_segment = _SEGMENT.fullmatch(path.name) and path.name not in needed
+            is_segment = SEGMENT.fullmatch(path.name) and path.name not in needed
             if (is_segment or _TEMPORARY.fullmatch(path.name)) and path.is_file():
                 path.unlink()
+
+    def _needed(self, path: Path) -> list[str]:
+        """The segments of a checkpoint; read from it where another object wrote it."""
+        if path.name not in self._files:
+            try:
+                return list(safe_file.read(path)["files"])
+            except (ValueError, OSError, KeyError):  # `load` cannot read it either
+                return []
+        return self._files[path.name]
 
     # ----------------------------------------------------------------------------------------
     # reading
     # ----------------------------------------------------------------------------------------
 
     def paths(self) -> list[Path]:
-        """The checkpoints in the folder, oldest first."""
+        """The checkpoints in the folder, in the order in which they were written."""
         found = self.folder.glob("checkpoint_*.zip")
-        return sorted(path for path in found if _CHECKPOINT.fullmatch(path.name))
+        return sorted((p for p in found if _CHECKPOINT.fullmatch(p.name)), key=_number_and_steps)
 
     def newest_step(self) -> int:
         """Steps of the newest checkpoint; -1 where there is none."""
         paths = self.paths()
-        return int(paths[-1].stem.split("_")[1]) if paths else -1
+        return _number_and_steps(paths[-1])[1] if paths else -1
 
     def load(
         self, cls: type[Agent], env: GymEnv, device: torch.device | str = "auto", **replaced: Any
@@ -178,7 +193,7 @@ class Checkpoints(BaseCallback):
             for broken in problems:  # or it would stay the newest
                 broken.rename(broken.with_name(f"unreadable_{broken.name}"))
                 print(f"skipped {problems[broken]}", file=sys.stderr)
-            self._values, self._files = values, list(values["files"])
+            self._values, self._files[path.name] = values, list(values["files"])
             return agent
         if problems:
             reasons = "; ".join(problems.values())
@@ -197,6 +212,13 @@ class Checkpoints(BaseCallback):
         if not env_state.put(agent.env, values["environments"]):
             agent.cut_episodes()
         _set_generators(values["generators"])
+
+
+def _number_and_steps(path: Path) -> tuple[int, int]:
+    """Of a checkpoint's name; files without a number are older than those with one."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    assert match is not None
+    return int(match[1] or 0), int(match[2])
 
 
 def _pending(agent: SafeSaving) -> dict[str, tuple[float, int, tuple[str, ...]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import numpy as np
 from agents import safe_file
 
 KIND = "replay segment"
-SEGMENT_NAMES = r"replay\d+|transitions"  # what rings are called, for `agents.checkpoint`
+# The files of the rings that agents have, for `agents.checkpoint`; the token is not in older ones.
+SEGMENT = re.compile(r"(replay\d+|transitions)_\d+_\d+(_[0-9a-f]+)?\.zip")
 Rows = Callable[[int, int], dict[str, np.ndarray]]  # (first, stop) -> arrays of stop - first rows
 
 
@@ -39,7 +42,9 @@ class RingFiles:
         kept = [s for s in self.segments if oldest < s[1] <= count and (folder / s[2]).exists()]
         first = max(oldest, kept[-1][1] if kept else 0)
         if first < count:
-            file = f"{self.name}_{first:012d}_{count:012d}.zip"
+            # Another training may have been here: its rows of these numbers are others.
+            token = secrets.token_hex(4)
+            file = f"{self.name}_{first:012d}_{count:012d}_{token}.zip"
             safe_file.write(folder / file, KIND, rows(first, count))
             kept.append((first, count, file))
         self.segments = kept

@@ -130,9 +130,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read(source: Path | IO[bytes], kind: str) -> dict[str, Any]:
+def read(source: Path | IO[bytes], kind: str | None = None) -> dict[str, Any]:
     """What `write` wrote; tensors on the CPU.
 
+    Args:
+        kind: what the file has to be; None: anything.
     Raises:
         BadFileError: truncated, corrupted, foreign, hostile, of a newer format or of another kind.
         OSError: the file cannot be read; FileNotFoundError: there is none.
@@ -140,7 +142,7 @@ def read(source: Path | IO[bytes], kind: str) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(source) as file:
             document, tensors = _read_zip(file)
-            if document.get("kind") != kind:
+            if kind is not None and document.get("kind") != kind:
                 raise BadFileError(f"it holds a {document.get('kind')}, not a {kind}")
             values = _decode(document["values"], tensors, 0)
     except BadFileError:

@@ -1,5 +1,7 @@
 """Checkpoints: an interrupted training ends as an uninterrupted one, and damage is survived."""
 
+import shutil
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 import envs  # noqa: F401
-from agents import DAAPPO, PIPPS, DreamerTPX, safe_file
+from agents import DAAPPO, PIPPS, DreamerTPX, checkpoint, safe_file
 from agents.callbacks import Evaluation
 from agents.checkpoint import Checkpoints, TrainingStopped
 from agents.ring_files import RingFiles
@@ -188,6 +190,65 @@ def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_skipped(tmp_path
         checkpoints.load(DreamerTPX, make_env(DreamerTPX), "cpu")
 
 
+def new_agent(cls, **kwargs):
+    return cls(POLICIES[cls], make_env(cls), **SETTINGS[cls], seed=3, device="cpu", **kwargs)
+
+
+@pytest.mark.parametrize("again", ["second learn", "new agent"])
+@pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
+def test_the_newest_checkpoint_is_the_last_written(cls, again, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MOST_OF_THE_TIME", np.inf)
+    folder = tmp_path / "checkpoints"
+    agent = new_agent(cls).learn(TOTAL, Checkpoints(folder))
+    most = Checkpoints(folder).newest_step()
+    if again == "new agent":
+        agent = new_agent(cls)
+    written, found = [], []
+
+    class Look(BaseCallback):  # what a process that is killed at the next step leaves
+        def _on_step(self):
+            if Checkpoints(folder).paths()[-1] not in written:
+                written.append(Checkpoints(folder).paths()[-1])
+                newest = Checkpoints(folder).load(cls, make_env(cls), "cpu")
+                found.append((newest.num_timesteps, self.num_timesteps - 2))
+                copy = shutil.copytree(folder, tmp_path / "copy" / str(len(found)))
+                Checkpoints(copy).paths()[-1].write_bytes(b"")
+                if len(found) > 1:  # the one before is whole
+                    previous = Checkpoints(copy).load(cls, make_env(cls), "cpu")
+                    assert previous.num_timesteps == found[-2][0]
+            return True
+
+    agent.learn(120, [Checkpoints(folder, every_seconds=0), Look()])
+    assert found[0] == (0, 0) and len(found) > 1 and all(a == b for a, b in found)
+    newest = Checkpoints(folder).load(cls, make_env(cls), "cpu")
+    assert newest.num_timesteps == agent.num_timesteps < most
+
+
+@pytest.mark.parametrize("cls", [DreamerTPX, DAAPPO])
+def test_a_new_training_leaves_the_segments_of_the_last_checkpoint_before_it(cls, tmp_path):
+    new_agent(cls).learn(TOTAL, Checkpoints(tmp_path))
+    newest = Checkpoints(tmp_path).newest_step()
+    checkpoints = Checkpoints(tmp_path)
+    new_agent(cls).learn(120, checkpoints)  # one checkpoint, at the end
+    previous, own = checkpoints.paths()
+    files = [safe_file.read(path)["files"] for path in (previous, own)]
+    assert all(files) and not set(files[0]) & set(files[1])
+    own.write_bytes(b"")
+    assert checkpoints.load(cls, make_env(cls), "cpu").num_timesteps == newest
+
+
+def test_checkpoints_without_a_number_are_older_than_those_with_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    agent = new_agent(PIPPS).learn(60, checkpoints)
+    checkpoints.paths()[0].rename(tmp_path / "checkpoint_000000000900.zip")
+    assert checkpoints.newest_step() == 900
+    assert Checkpoints(tmp_path).load(PIPPS, make_env(PIPPS), "cpu").num_timesteps == 60
+    agent.learn(60, checkpoints)
+    assert [path.name for path in checkpoints.paths()] == [
+        "checkpoint_000000000900.zip", "checkpoint_000001_000000000060.zip"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
 def test_only_the_own_leftovers_are_removed_from_the_folder(cls, tmp_path):
     folder = tmp_path / "checkpoints"
@@ -196,8 +257,10 @@ def test_only_the_own_leftovers_are_removed_from_the_folder(cls, tmp_path):
         "transitions_of_mine.zip", "unreadable_checkpoint_000000000001.zip", ".hidden.7.tmp",
     ]  # fmt: skip
     leftovers = [
-        "replay0_000000000000_000000000009.zip", "transitions_000000000000_000000000009.zip",
-        ".checkpoint_000000000009.zip.41.tmp", ".replay12_000000000000_000000000009.zip.41.tmp",
+        "replay0_000000000000_000000000009.zip", ".checkpoint_000000000009.zip.41.tmp",
+        "transitions_000000000000_000000000009_0123abcd.zip",
+        ".checkpoint_000007_000000000009.zip.41.tmp",
+        ".replay12_000000000000_000000000009_0123abcd.zip.41.tmp",
     ]  # fmt: skip
     (folder / "runs").mkdir(parents=True)
     (folder / "replay3_000000000000_000000000009.zip").mkdir()
