@@ -78,8 +78,9 @@ class SafeSaving(BaseAlgorithm):
         """As in stable-baselines3, but that nothing in the file is executed.
 
         Args:
-            custom_objects, **kwargs: attributes that take the place of the file's; needed where
-                they were functions or objects of your own classes.
+            custom_objects, **kwargs: attributes that take the place of the file's, step sizes and
+                Adam's eps included; needed where they were functions or objects of your own
+                classes.
         Raises:
             ValueError: the file is damaged, foreign or hostile, holds another agent, or does not
                 fit the environment.
@@ -140,7 +141,11 @@ class SafeSaving(BaseAlgorithm):
             raise BadFileError(f"it holds unknown attributes: {', '.join(unknown[:3])}")
         vars(agent).update(attributes)
         agent._setup_model()
+        own = [_step_sizes(optimizer) for optimizer in agent._optimizers()]
         agent.set_parameters(parameters, exact_match=True, device=device)
+        if replaced:  # what was passed counts, not what the optimisers in the file had
+            for optimizer, sizes in zip(agent._optimizers(), own, strict=True):
+                _set_step_sizes(optimizer, sizes)
         if agent.use_sde:
             agent.policy.reset_noise()  # type: ignore[operator]
         return agent
@@ -175,6 +180,10 @@ class SafeSaving(BaseAlgorithm):
             else:
                 check_state(name, target, state, exact_match=exact_match)
         super().set_parameters(given, exact_match, device)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        found = [recursive_getattr(self, name) for name in self._get_torch_save_params()[0]]
+        return [thing for thing in found if isinstance(thing, torch.optim.Optimizer)]
 
     # ----------------------------------------------------------------------------------------
     # what a checkpoint needs beside the file, see agents.checkpoint
@@ -284,6 +293,21 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) ->
                 )
             if not torch.isfinite(value).all():
                 raise ValueError(f"'{key}' in '{name}' holds a NaN or infinity")
+
+
+def _step_sizes(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """Per group, and without "eps" for optimisers that have none."""
+    keys = ("lr", "eps")
+    return [{k: float(group[k]) for k in keys if k in group} for group in optimizer.param_groups]
+
+
+def _set_step_sizes(optimizer: torch.optim.Optimizer, sizes: list[dict[str, float]]) -> None:
+    for group, values in zip(optimizer.param_groups, sizes, strict=True):
+        for key, value in values.items():
+            if isinstance(group[key], Tensor):  # of a CUDA graph, see `agents.dreamer_update`
+                group[key].fill_(value)
+            else:
+                group[key] = value
 
 
 def _with_suffix(path: Path) -> Path:

@@ -1,0 +1,89 @@
+"""What `load` takes from a file and what from its own arguments."""
+
+import pytest
+import torch
+
+from agents import DAAPPO, DreamerTPX, checkpoint, saving
+
+DREAMER = {"policy_kwargs": {"stoch": 3, "deter": 5, "hidden": 5, "width": 5}}
+DREAMER |= {"learning_starts": 20, "sequence_length": 6, "batch_size": 3, "gradient_steps": 1}
+DREAMER |= {"train_freq": 20, "horizon": 3, "imagination_starts": 4}
+SETTINGS = {DreamerTPX: ("DreamerPolicy", DREAMER)}
+DAA = {"n_steps": 20, "batch_size": 20, "n_epochs": 1, "dynamics_width": 8, "n_extra_actions": 2}
+SETTINGS[DAAPPO] = "MlpPolicy", DAA
+MODEL, VALUE = "_update.model_optimizer", "value_optimizer"
+
+
+def trained(cls, folder=None):
+    policy, settings = SETTINGS[cls]
+    agent = cls(policy, "Pendulum-v1", **settings, seed=0, device="cpu")
+    return agent.learn(40, None if folder is None else checkpoint.Checkpoints(folder))
+
+
+def groups(agent):
+    names = agent._get_torch_save_params()[0]
+    states = {name: agent.get_parameters()[name] for name in names if "optimizer" in name}
+    return {
+        name: [(group["lr"], group["eps"]) for group in state["param_groups"]]
+        for name, state in states.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("cls", "argument", "changed", "place"),
+    [
+        (DreamerTPX, "model_learning_rate", [MODEL], 0),
+        (DreamerTPX, "learning_rate", ["_update.actor_optimizer", "_update.critic_optimizer"], 0),
+        (
+            DreamerTPX,
+            "adam_eps",
+            [MODEL, "_update.actor_optimizer", "_update.critic_optimizer"],
+            1,
+        ),
+        (DAAPPO, "dynamics_learning_rate", [VALUE], 0),
+        (DAAPPO, "dynamics_eps", [VALUE], 1),
+        (DAAPPO, "learning_rate", ["policy.optimizer"], 0),
+    ],
+)
+@pytest.mark.parametrize("kind", ["model", "checkpoint"])
+def test_step_sizes_passed_to_load_are_the_optimisers(
+    cls, argument, changed, place, kind, tmp_path
+):
+    agent, passed = trained(cls, tmp_path), {argument: 1.25e-6}
+    if kind == "model":
+        agent.save(tmp_path / "model")
+        loaded = cls.load(tmp_path / "model", device="cpu", **passed)
+    else:
+        loaded = checkpoint.Checkpoints(tmp_path).load(cls, agent.env, "cpu", **passed)
+    assert getattr(loaded, argument) == 1.25e-6
+    expected = groups(agent)
+    for name in changed:
+        pairs = [list(pair) for pair in expected[name]]
+        for pair in pairs:
+            pair[place] = 1.25e-6
+        expected[name] = [tuple(pair) for pair in pairs]
+    assert groups(loaded) == expected
+
+
+def test_a_scheduled_step_size_is_the_file_s_where_nothing_is_passed(tmp_path):
+    agent = trained(DAAPPO)
+    for group in agent.policy.optimizer.param_groups:
+        group["lr"] = 1e-7
+    agent.save(tmp_path / "model")
+    assert groups(DAAPPO.load(tmp_path / "model", device="cpu"))["policy.optimizer"][0][0] == 1e-7
+
+
+def test_a_step_size_that_a_graph_reads_stays_where_it_is():
+    weight, rate = torch.zeros(1, requires_grad=True), torch.tensor(0.5)
+    optimizer = torch.optim.Adam([weight], rate, eps=1e-3)
+    sizes = saving._step_sizes(torch.optim.Adam([weight], 0.25, eps=1e-4))
+    saving._set_step_sizes(optimizer, sizes)
+    (group,) = optimizer.param_groups
+    assert group["lr"] is rate and float(rate) == 0.25 and group["eps"] == 1e-4
+
+
+def test_an_optimiser_without_eps():
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], 0.5)
+    saving._set_step_sizes(optimizer, saving._step_sizes(torch.optim.SGD([weight], 0.25)))
+    assert optimizer.param_groups[0]["lr"] == 0.25 and "eps" not in optimizer.param_groups[0]
