@@ -179,16 +179,23 @@ class Checkpoints(BaseCallback):
         Args:
             **replaced: what files do not hold, as for the agent's `load`.
         Raises:
-            ValueError: checkpoints are there, but none can be read.
+            ValueError: checkpoints are there, but none can be read; or the newest is of another
+                number of environments.
         """
         problems: dict[Path, str] = {}
         for path in reversed(self.paths()):
             try:
                 values = safe_file.read(path, f"{cls.__name__} {KIND}")
+                n_envs = int(values["agent"]["attributes"]["n_envs"])
+            except (ValueError, OSError, KeyError, TypeError) as error:
+                problems[path] = _reason(path, error)
+                continue
+            env_state.check_number(n_envs, env)  # the caller's error, not the file's
+            try:
                 agent = cls.from_values(values["agent"], env, device, replaced, force_reset=False)
                 agent.set_training_state(values["training"], self.folder)
             except (ValueError, OSError, KeyError) as error:
-                problems[path] = f"{path.name}: {' '.join(str(error).split())}"
+                problems[path] = _reason(path, error)
                 continue
             for broken in problems:  # or it would stay the newest
                 broken.rename(broken.with_name(f"unreadable_{broken.name}"))
@@ -212,6 +219,10 @@ class Checkpoints(BaseCallback):
         if not env_state.put(agent.env, values["environments"]):
             agent.cut_episodes()
         _set_generators(values["generators"])
+
+
+def _reason(path: Path, error: Exception) -> str:
+    return f"{path.name}: {' '.join(str(error).split())}"
 
 
 def _number_and_steps(path: Path) -> tuple[int, int]:

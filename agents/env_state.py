@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import (
     VecCheckNan,
     VecEnv,
@@ -47,9 +48,28 @@ def take(env: VecEnv | None) -> dict[str, Any]:
     return {"layers": found, "environments": environments, "monitors": monitors, "seeds": seeds}
 
 
+def check_number(expected: int, env: GymEnv) -> None:
+    """Raise ValueError unless there are as many environments as a checkpoint is of."""
+    number = env.num_envs if isinstance(env, VecEnv) else 1
+    if number != expected:
+        raise ValueError(
+            f"the checkpoint is of {expected} environment(s), env has {number}; resume with "
+            f"{expected}, or `load` a model file, which goes with any number"
+        )
+
+
 def put(env: VecEnv | None, state: dict[str, Any]) -> bool:
-    """Put a state back; False where the episodes could not be: they have to begin anew."""
+    """Put a state back; False where the episodes could not be: they have to begin anew.
+
+    Raises:
+        ValueError: the vector environment has other wrappers.
+    """
     layers, inner = _layers(env)
+    if len(layers) != len(state["layers"]):
+        raise ValueError(
+            f"the checkpoint is of an environment in {len(state['layers'])} vector wrapper(s), env "
+            f"has {len(layers)}; wrap it as it was (VecNormalize, VecMonitor, ...)"
+        )
     for layer, values in zip(layers, state["layers"], strict=True):
         for name, value in values.items():
             current = getattr(layer, name, None)

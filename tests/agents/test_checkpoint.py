@@ -277,6 +277,26 @@ def test_a_checkpoint_of_another_agent_is_refused(tmp_path):
         Checkpoints(tmp_path / "checkpoints").load(DreamerTPX, make_env(DreamerTPX), "cpu")
 
 
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
+def test_another_number_of_environments_is_refused(cls, n_envs, tmp_path):
+    new_agent(cls).learn(60, Checkpoints(tmp_path))
+    before = Checkpoints(tmp_path).paths()
+    words = rf"checkpoint is of 2 environment\(s\), env has {n_envs}; resume with 2"
+    for env in (make_env(cls, n_envs=n_envs), *([gym.make(CART_POLE)] if n_envs == 1 else [])):
+        with pytest.raises(ValueError, match=words):
+            Checkpoints(tmp_path).load(cls, env, "cpu")
+    assert Checkpoints(tmp_path).paths() == before  # and none of them is at fault
+
+
+def test_other_vector_wrappers_are_refused(tmp_path):
+    new_agent(DAAPPO).learn(60, Checkpoints(tmp_path))
+    checkpoints = Checkpoints(tmp_path)
+    agent = checkpoints.load(DAAPPO, make_env(PIPPS), "cpu")
+    with pytest.raises(ValueError, match=r"in 1 vector wrapper\(s\), env has 0; wrap it as it was"):
+        checkpoints.restore(agent)
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     run(PIPPS, tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
