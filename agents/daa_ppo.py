@@ -297,10 +297,13 @@ class DAAPPO(SafeSaving, PPO):
         super().set_env(env, force_reset)
         if self.action_source == "rewind":
             check_arguments(self)
+            steps = self.source.extra_steps if isinstance(self.source, RewindSource) else 0
             self.source = daa_values.new_source(self)
+            if isinstance(self.source, RewindSource):
+                self.source.extra_steps = steps
 
     def training_state(self, folder: Path) -> dict[str, Any]:
-        """Beside the rest: the generators, and the transitions in segments."""
+        """Beside the rest: generators, transitions in segments, extra steps of a rewind."""
         state = super().training_state(folder)
         if self.action_source != "none":
             segments = self._transition_files.save(
@@ -312,6 +315,8 @@ class DAAPPO(SafeSaving, PPO):
                 "transitions": segments,
                 "files": [name for *_, name in segments],
             }
+        if isinstance(self.source, RewindSource):
+            state["extra_steps"] = self.source.extra_steps
         return state
 
     def set_training_state(self, state: dict[str, Any], folder: Path) -> None:
@@ -323,6 +328,8 @@ class DAAPPO(SafeSaving, PPO):
             self._transition_files.load(
                 folder, state["transitions"], self.transitions.capacity, self.transitions.put_rows
             )
+        if isinstance(self.source, RewindSource):
+            self.source.extra_steps = int(state.get("extra_steps", 0))  # older files lack it
 
     def dump_logs(self, iteration: int = 0) -> None:
         """As in stable-baselines3, but that iterations count on when a training is resumed."""

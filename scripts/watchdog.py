@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium as gym
@@ -58,12 +58,29 @@ class Watchdog:
                     os._exit(HUNG)
 
 
+REWINDING = (
+    "snapshot", "restore", "extra_step", "get_snapshot_values", "set_snapshot_values"
+)  # fmt: skip
+
+
 class Watched(gym.Wrapper):
-    """An environment whose step, reset and render are watched."""
+    """An environment whose step, reset and render are watched, and what `Rewindable` adds."""
 
     def __init__(self, env: gym.Env[Any, Any], watchdog: Watchdog) -> None:
         super().__init__(env)
         self._watchdog = watchdog
+        for name in REWINDING:
+            if hasattr(env, name):  # only then: callers ask whether it is there
+                setattr(self, name, self._watched(name))
+
+    def _watched(self, name: str) -> Callable[..., Any]:
+        method = self.env.get_wrapper_attr(name)
+
+        def call(*args: Any) -> Any:
+            with self._watchdog.watching(f"env.{name}"):
+                return method(*args)
+
+        return call
 
     def step(self, action: Any) -> Any:
         """As in the environment."""

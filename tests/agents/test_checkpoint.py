@@ -277,6 +277,21 @@ def test_a_checkpoint_of_another_agent_is_refused(tmp_path):
         Checkpoints(tmp_path / "checkpoints").load(DreamerTPX, make_env(DreamerTPX), "cpu")
 
 
+def test_extra_steps_are_counted_on(tmp_path):
+    settings = {**SETTINGS[DAAPPO], "action_source": "rewind"}
+    env = make_env(DAAPPO)
+    agent = DAAPPO("MlpPolicy", env, **settings, seed=3, device="cpu")
+    agent.learn(64, Checkpoints(tmp_path))
+    steps = agent.source.extra_steps
+    assert steps == 252  # 64 x 2 actions x 2 steps, but 1 at the last steps of 2 episodes
+    checkpoints = Checkpoints(tmp_path)
+    resumed = checkpoints.load(DAAPPO, make_env(DAAPPO), "cpu")
+    checkpoints.restore(resumed)
+    assert resumed.source.extra_steps == steps
+    resumed.set_env(make_env(DAAPPO))
+    assert resumed.source.extra_steps == steps
+
+
 @pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
 def test_another_number_of_environments_is_refused(cls, n_envs, tmp_path):

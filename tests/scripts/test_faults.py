@@ -14,7 +14,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecMonitor
 
 from agents import DAAPPO, PIPPS, DreamerTPX
 from scripts import kill_test, train
-from scripts.watchdog import HUNG
+from scripts.run_folder import make_env
+from scripts.watchdog import HUNG, Watchdog
 
 BROKEN = textwrap.dedent("""
     import time
@@ -24,7 +25,7 @@ BROKEN = textwrap.dedent("""
     class Broken(gym.Env):
         observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
         action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-        fault, at, steps = "", 45, 0
+        fault, at, steps, is_put_back = "", 45, 0, False
 
         def __init__(self, fault="", render_mode=None):
             self.fault, self.render_mode, self.t = fault, render_mode, 0
@@ -47,15 +48,22 @@ BROKEN = textwrap.dedent("""
                     observation[0] = np.nan
                 if self.fault == "reward":
                     reward = float("inf")
-                if self.fault == "hangs":
+                if self.fault == "hangs" or (self.fault == "extra" and self.is_put_back):
                     time.sleep(60)
             return observation, reward, False, self.t >= 10, {}
+
+        def get_state(self):
+            return {"t": self.t}
+
+        def set_state(self, state):
+            self.t, self.is_put_back = state["t"], True
 
     gym.register("Broken-v0", Broken, disable_env_checker=True)
 """)
 TINY = ["pipps", "--gradient-steps", "1", "--n-particles", "6", "--gp-evaluations", "2"]
-TINY += ["--threads", "1", "--no-progress", "--no-tensorboard", "--eval-episodes", "2"]
-TINY += ["--env-id", "broken_env:Broken-v0", "--checkpoint-seconds", "0", "--horizon", "3"]
+COMMON = ["--threads", "1", "--no-progress", "--no-tensorboard", "--eval-episodes", "2"]
+COMMON += ["--env-id", "broken_env:Broken-v0", "--checkpoint-seconds", "0"]
+TINY += [*COMMON, "--horizon", "3"]
 
 
 @pytest.fixture
@@ -85,6 +93,34 @@ def test_a_broken_environment(fault, words, code, broken):
     error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and words in error[0] and "Traceback" not in done.stderr
     assert list((broken / "run" / "checkpoints").glob("checkpoint_*"))
+
+
+def test_an_extra_step_that_hangs(broken):
+    command = [sys.executable, "-m", "scripts.train", "daappo", "--action-source", "rewind"]
+    command += ["--n-steps", "10", "--batch-size", "10", "--n-epochs", "1", "--n-extra-actions"]
+    command += ["1", "--simulation-horizon", "2", *COMMON, "--env-arg", "fault=extra"]
+    command += ["--total-timesteps", "100", "--runs", str(broken), "--step-timeout", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == HUNG
+    assert "env.extra_step has not returned for 1 s" in done.stderr
+
+
+def test_everything_that_rewinding_calls_is_watched(monkeypatch):
+    env = make_env("totalprop/CartPoleSwingUp-v0", {}, seed=0, step_timeout=100)
+    seen, watching = [], Watchdog.watching
+    monkeypatch.setattr(
+        Watchdog, "watching", lambda self, what: seen.append(what) or watching(self, what)
+    )
+    env.reset()
+    (start,) = env.env_method("snapshot")
+    env.env_method("extra_step", np.zeros(1, np.float32))
+    env.env_method("restore", start)
+    env.env_method("set_snapshot_values", *env.env_method("get_snapshot_values"))
+    names = ["snapshot", "extra_step", "restore", "get_snapshot_values", "set_snapshot_values"]
+    assert seen == [f"env.{name}" for name in ("reset", *names)]
+    plain = make_env("Pendulum-v1", {}, seed=0, step_timeout=100)
+    with pytest.raises(AttributeError):  # how a checkpoint learns that it cannot be put back
+        plain.env_method("get_snapshot_values")
 
 
 class OutOfMemory(torch.OutOfMemoryError):
