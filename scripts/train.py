@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -86,6 +87,8 @@ def sentence(error: Exception) -> str:
             f"out of GPU memory ({text[:150]}); take a smaller --batch-size, --sequence-length or "
             "--imagination-starts, or --storage ram, and go on with --resume"
         )
+    if isinstance(error, MemoryError):
+        return f"out of memory: {text}; --buffer-size and --dynamics-buffer-size say how much"
     # Most likely the environment's; the traceback is for whoever wrote it.
     return (
         f"{type(error).__name__}: {text}; TOTALPROP_TRACEBACK=1 shows where, and the run goes on "
@@ -106,8 +109,13 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     )
     folder = RunFolder.create(options.runs, name, job.config())
     print(f"Training {agent} ({flags.estimator}) on {options.env_id}, writing to {folder.path}")
-    with locked(folder.path):
-        learn(job, folder, algorithm, eval_env)
+    try:
+        with locked(folder.path):
+            learn(job, folder, algorithm, eval_env)
+    except MemoryError:
+        if not algorithm.num_timesteps:  # the replay is made by `learn`: nothing to go on from
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
     return folder
 
 
@@ -130,17 +138,24 @@ def check_options(options: RunOptions, device: str) -> None:
         ) from None
 
 
-def resume(path: Path, total_timesteps: int = 0) -> RunFolder:
+def resume(path: Path, total_timesteps: int | None = None) -> RunFolder:
     """Go on with a run from its last checkpoint, to its end or to more steps."""
     folder = RunFolder.open(path)
     job = Job.read(folder)
+    own = job.options.total_timesteps
+    total_timesteps = own if total_timesteps is None else total_timesteps
     with locked(folder.path):
-        if folder.summary.exists() and total_timesteps <= job.options.total_timesteps:
+        if folder.summary.exists() and total_timesteps <= own:
             raise UserError(
-                f"{folder.path} is finished ({job.options.total_timesteps} steps); to go on, add "
-                "--total-timesteps with more"
+                f"{folder.path} is finished ({own} steps); to go on, add --total-timesteps with "
+                "more"
             )
-        if total_timesteps > job.options.total_timesteps:
+        if total_timesteps < own:
+            raise UserError(
+                f"{folder.path} is to do {own} steps, --total-timesteps is {total_timesteps}; give "
+                "more to extend the run, or leave it out"
+            )
+        if total_timesteps > own:
             options = dataclasses.replace(job.options, total_timesteps=total_timesteps)
             job = dataclasses.replace(job, options=options)
             write_text(folder.config, job.config())

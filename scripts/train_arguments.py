@@ -183,12 +183,12 @@ def _take_preset(agent: str, arguments: list[str]) -> str:
     return ""
 
 
-def parse_resume(arguments: Sequence[str]) -> tuple[Path, int]:
-    """(run folder, steps) of `--resume RUN`."""
+def parse_resume(arguments: Sequence[str]) -> tuple[Path, int | None]:
+    """(run folder, steps or None) of `--resume RUN`."""
     parser = argparse.ArgumentParser("scripts.train", description="Go on with a run.")
     parser.add_argument("--resume", type=Path, required=True, metavar="RUN", help="its folder")
     parser.add_argument(
-        "--total-timesteps", type=int, default=0, help="steps in all, if more than it was to do"
+        "--total-timesteps", type=int, help="steps in all, if more than it was to do"
     )
     options = parser.parse_args(arguments)
     return options.resume, options.total_timesteps

@@ -164,6 +164,33 @@ def test_a_fault_while_learning_is_one_sentence_and_the_run_goes_on(
     assert kill_test.differences("dreamer", tmp_path / "quiet", tmp_path / "failed") == []
 
 
+@pytest.mark.parametrize(
+    ("agent", "flag"), [("dreamer", "--buffer-size"), ("daappo", "--dynamics-buffer-size")]
+)
+def test_a_buffer_larger_than_the_memory_leaves_nothing(agent, flag, tmp_path, capsys):
+    command = [agent, "--env-id", "totalprop/CartPoleSwingUp-v0", flag, str(10**14)]
+    command += ["--no-progress", "--no-tensorboard", "--threads", "1", "--runs", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        train.main(command)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.startswith("error: out of memory: ")
+    assert error.count("\n") == 1 and flag in error
+    assert "--resume" not in error and "TRACEBACK" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_had_begun_is_kept_when_memory_runs_out(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(DreamerTPX, "train", fail)
+    command = [*kill_test.COMMANDS["dreamer"], *kill_test.COMMON, "--runs", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        train.main([*command, "--name", "run"])
+    assert "out of memory: no more" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 TINY_DREAMER = {
     "learning_starts": 20, "sequence_length": 6, "batch_size": 3, "imagination_starts": 4,
     "horizon": 3, "train_freq": 10, "gradient_steps": 2, "buffer_size": 100, "device": "cpu",

@@ -51,6 +51,21 @@ def test_a_finished_run_says_so_and_can_be_given_more_steps(tmp_path, capsys):
     assert json.loads((short / "config.json").read_text())["options"]["total_timesteps"] == 120
 
 
+@pytest.mark.parametrize("steps", ["-1", "0", "30", "119"])
+def test_fewer_steps_than_a_run_was_to_do_are_refused(steps, tmp_path, capsys):
+    train.main([*TINY, "--total-timesteps", "120", "--runs", str(tmp_path), "--name", "run"])
+    (tmp_path / "run" / "summary.json").unlink()  # as if killed shortly before its end
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", str(tmp_path / "run"), "--total-timesteps", steps])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1
+    assert f"is to do 120 steps, --total-timesteps is {steps}; give more" in error
+    for total in ("120", "150"):
+        train.main(["--resume", str(tmp_path / "run"), "--total-timesteps", total])
+        assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_no_run_folder(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", str(tmp_path)])
