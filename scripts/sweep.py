@@ -76,9 +76,14 @@ def main() -> None:
         raise SystemExit(f"error: {failed} of the runs failed, the report is of the others")
 
 
+def run_name(value: str, seed: int) -> str:
+    """Of a run's folder and log; values may be paths or environments' ids."""
+    return f"{value.replace('/', '_')}_seed{seed}"
+
+
 def check_run(options: argparse.Namespace, extra: list[str], value: str, seed: int) -> None:
     """Raise UserError if the run's folder holds one of other flags, however it got there."""
-    folder = RunFolder(options.runs / f"{value}_seed{seed}")
+    folder = RunFolder(options.runs / run_name(value, seed))
     command = [options.agent, f"--{options.vary}", value, "--seed", str(seed), *extra]
     wanted = Job.of(*parse(command, usage="")).flags()
     if not folder.config.exists():
@@ -102,7 +107,7 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> int:
 
     def run(job: tuple[str, int]) -> bool:
         value, seed = job
-        name = f"{value}_seed{seed}"
+        name = run_name(value, seed)
         folder = RunFolder(options.runs / name)
         if folder.summary.exists():
             return True
@@ -132,7 +137,7 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
     commits = set()
     for value in options.values:
         for seed in options.seeds:
-            folder = RunFolder(options.runs / f"{value}_seed{seed}")
+            folder = RunFolder(options.runs / run_name(value, seed))
             if folder.summary.exists():
                 summary, evaluations = read_json(folder.summary), read_json(folder.evaluations)
                 commits.add(read_json(folder.config).get("commit", "unknown"))

@@ -202,6 +202,19 @@ def test_sweep_runs_reports_and_goes_on(tmp_path, capsys, monkeypatch):
     )
 
 
+def test_a_sweep_over_environments(tmp_path, monkeypatch):
+    name = "totalprop/CartPoleSwingUp-v0"
+    command = ["sweep", "pipps", "--vary", "env-id", "--values", name, "--seeds", "0"]
+    command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--jobs", "1"]
+    monkeypatch.setattr("sys.argv", [*command, "--", *TINY[1:7], "--eval-episodes", "5"])
+    sweep.main()
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "totalprop_CartPoleSwingUp-v0_seed0", "totalprop_CartPoleSwingUp-v0_seed0.log"
+    ]  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert list(results) == [name]
+
+
 def test_a_sweep_takes_no_runs_of_other_flags(tmp_path, capsys, monkeypatch):
     run(tmp_path / "runs", name="tpx_seed0")
     command = ["sweep", "pipps", "--estimators", "tpx", "--seeds", "0"]
