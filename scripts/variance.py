@@ -4,14 +4,16 @@
     python -m scripts.variance runs/daappo_cartpole-swingup-v0_dynamics_lr_seed0 --trajectories 200
 
 At every state of real trajectories two actions are drawn; the second one is tried in the
-environment rewound. Each is valued by independent rollouts, so that the noise of their returns does
-not count as variance of the action. Nauman & Cygan 2022, "On All-Action Policy Gradients", Sec. 3.
+environment rewound. Each is valued by independent rollouts, with noise of their own where the
+environment is stochastic, so that the noise of their returns does not count as variance of the
+action. Nauman & Cygan 2022, "On All-Action Policy Gradients", Sec. 3.
 Without a run folder the policy is a new one, after --updates updates of plain policy gradient.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
+from envs.rewind import Snapshot
 from estimators.many_actions import Advice, advise, optimal_actions, table
 from estimators.many_actions_data import ComponentEstimate, estimate_components
 from scripts.errors import UserError, ending_with_a_sentence
@@ -116,6 +119,7 @@ class Sampler:
         self.low, self.high = space.low, space.high
         self.actor = _Actor(policy)
         self.generator = torch.Generator().manual_seed(options.seed)
+        self.noise = np.random.default_rng(options.seed)  # seeds of the environment's own
         self.interactions = 0
 
         def score(parameters: dict[str, Tensor], state: Tensor, action: Tensor) -> Tensor:
@@ -140,7 +144,7 @@ class Sampler:
             states.append(state)
             actions.append(torch.stack(pair))
             values.append(q)
-            if terminated or truncated:
+            if (terminated or truncated) and len(states) < o.steps:
                 raise UserError(
                     f"an episode ended after {len(states)} steps, before --steps {o.steps}; choose "
                     "fewer steps"
@@ -159,8 +163,8 @@ class Sampler:
             flat = nn.utils.parameters_to_vector(self.actor.parameters())
             nn.utils.vector_to_parameters(flat + rate * mean, self.actor.parameters())
 
-    def _value(self, snapshot: Any, action: Tensor) -> float:
-        self._method("restore", snapshot)
+    def _value(self, snapshot: Snapshot, action: Tensor) -> float:
+        self._method("restore", self._with_new_noise(snapshot))
         total, weight = 0.0, 1.0
         for _ in range(self.options.horizon):
             observation, reward, terminated, truncated, _ = self._step(action)
@@ -170,6 +174,11 @@ class Sampler:
                 break
             action = self._draw(self._state(observation))
         return total
+
+    def _with_new_noise(self, snapshot: Snapshot) -> Snapshot:
+        """The same state before other random numbers; a snapshot alone repeats its own."""
+        kind = getattr(np.random, snapshot.np_random["bit_generator"])
+        return dataclasses.replace(snapshot, np_random=kind(self.noise.integers(2**63)).state)
 
     def _state(self, observation: np.ndarray) -> Tensor:
         """What the policy sees: the environments are stepped one by one, past VecNormalize."""

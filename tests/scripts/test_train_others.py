@@ -157,6 +157,37 @@ def test_variance_prints_the_table_and_the_advice(tmp_path, capsys):
     assert int(output.split("; ")[1].split(" steps in all")[0]) == 6 * 5 * (2 * 2 * 3 + 1)
 
 
+def test_rollouts_that_value_an_action_have_noise_of_their_own(monkeypatch):
+    """One step each, of a noisy observation: what differs is what a snapshot would repeat."""
+    seen, step = [], variance.Sampler._step
+
+    def spy(sampler, action):
+        found = step(sampler, action)
+        seen.append(tuple(found[0]))
+        return found
+
+    monkeypatch.setattr(variance.Sampler, "_step", spy)
+    command = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--trajectories", "2", "--steps", "4"]
+    command += ["--horizon", "1", "--rollouts", "5", "--env-arg"]
+    for noise, differing in (("noise=4", 5), ("noise=0", 1)):
+        runs = []
+        for _ in range(2):
+            seen.clear()
+            variance.main([*command, noise])
+            runs.append(list(seen))
+        assert runs[0] == runs[1] and len(seen) == 2 * 4 * (2 * 5 + 1)  # the seed holds
+        for i in range(0, len(seen), 11):  # five of each action, and the trajectory's own step
+            first, second = seen[i : i + 5], seen[i + 5 : i + 10]
+            assert len(set(first)) == len(set(second)) == differing
+            assert (seen[i + 10] in first) == (noise == "noise=0")
+
+
+def test_variance_takes_an_episode_to_its_last_step(capsys):
+    command = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--trajectories", "2", "--steps", "30"]
+    variance.main([*command, "--horizon", "1"])
+    assert "2 trajectories of 30 steps" in capsys.readouterr().out
+
+
 def test_variance_shows_a_trained_policy_what_it_was_trained_on(tmp_path, monkeypatch):
     train.main([*DAAPPO, "--runs", str(tmp_path), "--name", "run"])
     statistics = json.loads((tmp_path / "run" / "vec_normalize.json").read_text())["observation"]
