@@ -6,13 +6,14 @@ python -m scripts.evaluate runs/pipps_CartPoleSwingUp-v0_tpx_seed0 --episodes 10
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from scripts.errors import ending_with_a_sentence
+from scripts.errors import UserError, ending_with_a_sentence
 from scripts.normalisation import normalise_like
 from scripts.run_folder import RunFolder, make_env, record_gif
 
@@ -36,9 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         evaluate(options)
 
 
+def check_picture(path: Path) -> None:
+    """Raise UserError before the rollouts rather than after them."""
+    if path.suffix.lower() != ".gif":
+        raise UserError(f"--gif must be a file name that ends in .gif, got '{path}'")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(
+            f"cannot write {path}: {path.parent} is no folder that can be written to; make it, or "
+            "choose another with --gif"
+        )
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Load, roll out, print, draw."""
     folder = RunFolder.open(options.run)
+    path = options.gif or folder.path / "evaluation.gif"
+    if not options.no_gif:
+        check_picture(path)
     config = folder.read_config()
     n_envs = min(5, options.episodes)
     env = make_env(
@@ -58,7 +73,6 @@ def evaluate(options: argparse.Namespace) -> None:
         f"(5 %: {low:.2f}, 95 %: {high:.2f}; {np.mean(lengths):.0f} steps each)"
     )
     if not options.no_gif:
-        path = options.gif or folder.path / "evaluation.gif"
         render_env = make_env(config["env_id"], config["env_args"], seed=options.seed, render=True)
         shown = record_gif(agent, normalise_like(render_env, folder.vec_normalize), path)
         print(f"GIF of one episode (return {shown:.2f}): {path}")

@@ -52,6 +52,19 @@ def test_evaluate_loads_the_run(tmp_path, capsys):
     assert output.splitlines()[0] == again.splitlines()[0]  # same seed, same returns
 
 
+@pytest.mark.parametrize("path", ["missing/a.gif", "a.jpeg2", "file/a.gif"])
+def test_evaluate_looks_at_the_picture_s_folder_first(path, tmp_path, capsys, monkeypatch):
+    folder = run(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluate, "evaluate_policy", None)  # rollouts would be for nothing
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(folder), "--gif", str(tmp_path / path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert path in error
+
+
 def test_the_same_command_twice_gives_the_same_numbers(tmp_path):
     first, second = (run(tmp_path, "--seed", "5", name=name) for name in ("a", "b"))
     assert (first / "evaluations.json").read_bytes() == (second / "evaluations.json").read_bytes()
