@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", nargs="?", default="pipps", choices=list(WHAT))
     parser.add_argument("--points", type=int, nargs="+", default=[30, 150, 450], help="GP data")
     parser.add_argument(
-        "--repeats", type=int, default=0, help="medians of this many (pipps: 11, others: 5)"
+        "--repeats", type=int, help="medians of this many (default: pipps 11, others 5)"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="of dreamer: cpu or cuda")
@@ -59,23 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     options = parser.parse_args(arguments)
-    if options.threads < 1:
-        parser.error(f"--threads must be at least 1, got {options.threads}")
+    check(parser, options)
     torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = True  # as scripts.train
     if options.what == "pipps":
-        rows = [bench_pipps(n, options.repeats or 11) for n in options.points]
+        rows = [bench_pipps(n, options.repeats) for n in options.points]
         title = f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}"
     elif options.what == "checkpoint":
-        rows = bench_checkpoint(options.repeats or 5)
+        rows = bench_checkpoint(options.repeats)
         title = "checkpoints of PIPPS, DreamerTPX on vectors, on pixels, and DAAPPO"
     elif options.what == "ppo":
-        rows = [bench_ppo(options.repeats or 5)]
+        rows = [bench_ppo(options.repeats)]
         title = f"rollouts and updates on {ENV_ID}"
     else:
         rows = [
             bench_dreamer(
-                options.repeats or 5,
+                options.repeats,
                 batch=options.batch,
                 length=options.length,
                 horizons=tuple(options.horizons),
@@ -88,9 +87,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in rows[0]:
         print(f"{name:>36} " + " ".join(f"{row[name]:9.4g}" for row in rows))
     if options.json is not None:
-        record = {"threads": options.threads, "torch": torch.__version__, "rows": rows}
+        record = {"what": options.what, "device": options.device, "threads": options.threads}
+        record |= {"torch": torch.__version__, "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written to {options.json}")
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """One sentence per wrong value, before anything is timed."""
+    if options.repeats is None:
+        options.repeats = 11 if options.what == "pipps" else 5
+    for name, least in (
+        ("points", 1), ("repeats", 1), ("threads", 1), ("batch", 1), ("length", 2), ("horizons", 2)
+    ):  # fmt: skip
+        value = getattr(options, name)
+        if min(value if isinstance(value, list) else [value]) < least:
+            given = " ".join(map(str, value)) if isinstance(value, list) else value
+            parser.error(f"--{name} must be at least {least}, got {given}")
+    if options.what != "dreamer" and (options.device != "cpu" or options.modes):
+        parser.error(f"--device and --modes are dreamer's: {options.what} is timed on the CPU")
+    try:
+        kind = torch.empty(0, device=options.device).device.type
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:100]
+        parser.error(
+            f"--device must be cpu or a GPU that PyTorch sees, got '{options.device}' ({reason})"
+        )
+    if kind not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got '{options.device}'")
+    if kind == "cpu" and "cuda_graph" in options.modes:
+        parser.error("--modes cuda_graph needs --device cuda")
 
 
 def bench_pipps(points: int, repeats: int) -> dict[str, float]:

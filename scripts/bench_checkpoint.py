@@ -55,19 +55,19 @@ def _column(make: Callable[[], SafeSaving], steps: int, repeats: int) -> dict[st
 
 def _pipps() -> SafeSaving:
     env = Rewindable(gym.make("totalprop/CartPoleSwingUp-v0"))
-    return PIPPS("RBFPolicy", env, gradient_steps=1, gp_evaluations=2, seed=0)
+    return PIPPS("RBFPolicy", env, gradient_steps=1, gp_evaluations=2, seed=0, device="cpu")
 
 
 def _dreamer(observation: str) -> SafeSaving:
     env = Rewindable(gym.make("dmc/cartpole-balance-v0", observation=observation, render="fast"))
     settings = {**presets.DREAMER["laptop"], "train_freq": 500, "gradient_steps": 1}
-    return DreamerTPX("DreamerPolicy", env, seed=0, **settings)
+    return DreamerTPX("DreamerPolicy", env, seed=0, device="cpu", **settings)
 
 
 def _daappo() -> SafeSaving:
     env = Rewindable(gym.make("dmc/cartpole-swingup-v0", action_repeat=4))
     settings = {**presets.DAAPPO["recommended"], "n_epochs": 1}
-    return DAAPPO("MlpPolicy", env, seed=0, **settings)
+    return DAAPPO("MlpPolicy", env, seed=0, device="cpu", **settings)
 
 
 AGENTS: list[tuple[Callable[[], SafeSaving], int]] = [

@@ -10,6 +10,7 @@ import pytest
 import estimators
 from agents import DreamerTPX
 from scripts import (
+    bench,
     bench_ppo,
     diagnose,
     evaluate,
@@ -223,6 +224,40 @@ def test_variance_says_what_is_wrong(arguments, code, text, capsys):
         variance.main(arguments)
     assert stop.value.code == code
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("pipps --repeats -1", "--repeats must be at least 1, got -1"),
+        ("ppo --repeats 0", "--repeats must be at least 1, got 0"),
+        ("pipps --points 30 0", "--points must be at least 1, got 30 0"),
+        ("dreamer --batch 0", "--batch must be at least 1, got 0"),
+        ("dreamer --horizons 1", "--horizons must be at least 2, got 1"),
+        ("pipps --device cuda", "--device and --modes are dreamer's: pipps is timed on the CPU"),
+        ("ppo --device cuda", "--device and --modes are dreamer's: ppo is timed on the CPU"),
+        ("checkpoint --device cuda", "dreamer's: checkpoint is timed on the CPU"),
+        ("dreamer --device foo", "a GPU that PyTorch sees, got 'foo'"),
+        ("dreamer --device cuda:99", "a GPU that PyTorch sees, got 'cuda:99'"),
+        ("dreamer --device meta", "--device must be cpu or cuda, got 'meta'"),
+        ("dreamer --modes cuda_graph", "--modes cuda_graph needs --device cuda"),
+    ],
+)
+def test_bench_refuses_before_it_times_anything(arguments, text, capsys, monkeypatch):
+    for name in ("bench_pipps", "bench_ppo", "bench_checkpoint", "bench_dreamer"):
+        monkeypatch.setattr(bench, name, None)
+    with pytest.raises(SystemExit) as stop:
+        bench.main(arguments.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and text in error and "Traceback" not in error
+
+
+def test_bench_writes_what_was_timed_where(tmp_path, monkeypatch):
+    repeats = []
+    monkeypatch.setattr(bench, "bench_ppo", lambda n: repeats.append(n) or {"ratio": 1.0})
+    bench.main(["ppo", "--json", str(tmp_path / "a.json"), "--threads", "1"])
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["what"] == "ppo" and record["device"] == "cpu" and repeats == [5]
 
 
 def test_bench_of_ppo_gives_ratios(monkeypatch):
