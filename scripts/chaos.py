@@ -8,7 +8,7 @@ A grid point is R repeats of the gradient w.r.t. β_1, each from N samples; at o
 estimators see the same noise, at another point other noise. Rules with a probe (tp, tpg, ivw) count
 the gradients w.r.t. all β; tps counts β_1 only (with one chain it is tp). Results go into --out:
 <study>.csv, <study>.png and table.md. A stopped study goes on where it stopped: points that are in
-the CSV file already are not repeated.
+the CSV file already are not repeated. Every row says which command and commit it is of.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ GRIDS = {
     "double": (1.0, 1.5, 2.0, 2.2, 2.35, 2.45, 2.5, 2.6, 2.75, 3.0, 3.5, 4.0),
 }
 SECOND_BETAS = (1.5, 2.5, 3.5)
-COLUMNS = ("beta_1", "beta_2", "estimator", "variance", "relative_se", "mean", "se", "ms", "g")
+COLUMNS = (
+    "beta_1", "beta_2", "estimator", "variance", "relative_se", "mean", "se", "ms", "run", "g"
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,8 +124,10 @@ def measure(options: argparse.Namespace) -> None:
     keys = ("study", "samples", "repeats", "horizon", "seed")
     settings: dict[str, Any] = {**{k: getattr(options, k) for k in keys}, "noise_std": STD}
     study: Study = {}
+    runs: list[dict[str, str]] = []
     if path.exists():
         found, study = read(path)
+        runs = found["runs"]
         for key, value in settings.items():
             if found.get(key) != value:
                 raise UserError(
@@ -134,13 +138,16 @@ def measure(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {options.out}: {error.strerror}") from error
-    settings |= {"command": f"python -m scripts.chaos {options.command}".strip()}
-    settings |= {"commit": current_commit(), "torch": torch.__version__}
+    own = {"command": f"python -m scripts.chaos {options.command}".strip()}
+    own |= {"commit": current_commit(), "torch": torch.__version__}
+    settings["runs"] = runs if own in runs else [*runs, own]
+    run = settings["runs"].index(own)
 
     seconds = options.second_betas if options.study == "double" else [None]
     points = [(b,) if c is None else (b, c) for c in seconds for b in options.betas]
     # With one chain tps is tp: both count the only β.
-    asked = [e for e in options.estimators if options.study == "double" or e != "tps"]
+    asked = list(dict.fromkeys([*options.estimators, *options.redo]))
+    asked = [e for e in asked if options.study == "double" or e != "tps"]
     jobs = {p: [e for e in asked if e not in study.get(p, {}) or e in options.redo] for p in points}
     todo = sum(map(len, jobs.values()))
     with tqdm(total=todo, desc=options.study, unit="variance", disable=None) as bar:
@@ -154,7 +161,7 @@ def measure(options: argparse.Namespace) -> None:
                 began = time.process_time()
                 g = gradients(make(name), betas, noise)[:, 0].numpy()
                 ms = 1000 * (time.process_time() - began) / options.repeats
-                study.setdefault(betas, {})[name] = Measured(g, ms)
+                study.setdefault(betas, {})[name] = Measured(g, ms, run)
                 bar.update()
             write(path, settings, study)
 
@@ -171,21 +178,26 @@ def write(path: Path, settings: dict[str, Any], study: Study) -> None:
                 se = m.g.std(ddof=1) / len(m.g) ** 0.5
                 shown = [f"{v:.4g}" for v in (m.variance, m.relative_se, m.g.mean(), se, m.ms)]
                 second = betas[1] if len(betas) > 1 else ""
-                rows.writerow([betas[0], second, name, *shown, " ".join(f"{g:.8g}" for g in m.g)])
+                each = " ".join(f"{g:.8g}" for g in m.g)
+                rows.writerow([betas[0], second, name, *shown, m.run, each])
     os.replace(new, path)
 
 
 def read(path: Path) -> tuple[dict[str, Any], Study]:
-    """Settings and measurements of a CSV file."""
+    """Settings, with the "runs" that rows are of, and measurements of a CSV file."""
     study: Study = {}
     try:
         with open(path, newline="") as file:
             settings = json.loads(file.readline().removeprefix("#"))
+            if "runs" not in settings:  # older files know their last command only
+                settings["runs"] = [{k: settings.pop(k) for k in ("command", "commit", "torch")}]
             for row in csv.DictReader(file):
                 betas = tuple(float(row[b]) for b in ("beta_1", "beta_2") if row[b])
                 g = np.array(row["g"].split(), float)
-                study.setdefault(betas, {})[row["estimator"]] = Measured(g, float(row["ms"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                run = int(row.get("run") or 0)
+                settings["runs"][run]  # IndexError: a row of no run
+                study.setdefault(betas, {})[row["estimator"]] = Measured(g, float(row["ms"]), run)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error!r}; delete it to measure again") from error
     return settings, study
 

@@ -36,6 +36,7 @@ class Measured:
 
     g: np.ndarray  # [R] dL/dβ_1
     ms: float  # of CPU time per gradient
+    run: int = 0  # which of the settings' "runs" measured it
 
     @property
     def variance(self) -> float:
@@ -91,7 +92,7 @@ def table(name: str, settings: dict[str, Any], study: Study) -> str:
     head = ["β_1", *(["β_2"] if name == "double" else []), *(f"`{e}`" for e in columns)]
     head += ["best other", "tpg / best other", "95 %", ""]
     sizes = ", ".join(f"{k} {settings[k]}" for k in ("samples", "repeats", "horizon", "seed"))
-    lines = [f"## {name}", "", f"`{settings['command']}` ({sizes})", ""]
+    lines = [f"## {name}", "", *_origins(settings["runs"], study, sizes), ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for betas, point in study.items():
         cells = [f"{b:g}" for b in betas]
@@ -114,6 +115,24 @@ def table(name: str, settings: dict[str, Any], study: Study) -> str:
             "CPU ms per gradient: " + ", ".join(f"{e} {ms:.0f}" for e, ms in costs.items()) + "."
         )
     return "\n".join(lines) + "\n"
+
+
+def _origins(runs: list[dict[str, str]], study: Study, sizes: str) -> list[str]:
+    """By which command at which commit the rows were measured; of several, which rows."""
+    rows: dict[int, dict[str, int]] = {}
+    for point in study.values():
+        for name, m in point.items():
+            of_run = rows.setdefault(m.run, {})
+            of_run[name] = of_run.get(name, 0) + 1
+    if len(rows) == 1:
+        run = runs[next(iter(rows))]
+        return [f"`{run['command']}` ({sizes}), commit {run['commit']}"]
+    lines = [f"Measured by {len(rows)} commands ({sizes}):", ""]
+    for number, points in sorted(rows.items()):
+        run = runs[number]
+        counts = ", ".join(f"{e} at {points[e]}" for e in sorted(points, key=rank))
+        lines.append(f"- `{run['command']}`, commit {run['commit']}: {counts} point(s)")
+    return lines
 
 
 def summary(name: str, study: Study) -> list[str]:

@@ -1,6 +1,7 @@
 """The chaotic-RNN study: what TPX 2023, Sec. 5 and Fig. 3 claim, and the script that shows it."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -147,6 +148,58 @@ def test_redo_measures_one_estimator_again(tmp_path, monkeypatch, no_report):
     )
     chaos.main([*command, "--redo", "tpg"])
     assert measured == [make("tpg")]
+
+
+def test_redo_measures_what_is_not_among_the_estimators(tmp_path, no_report):
+    command = ["--betas", "1.5", *SMALL, "--out", str(tmp_path)]
+    chaos.main(command)
+    chaos.main(["--betas", "1.5", *SMALL[:-4], "--estimators", "rp", "--out", str(tmp_path),
+                "--redo", "tpg", "lr"])  # fmt: skip
+    settings, study = chaos.read(tmp_path / "single.csv")
+    assert {name: m.run for name, m in study[(1.5,)].items()} == {
+        "rp": 0,
+        "lr": 1,
+        "tp": 0,
+        "tpg": 1,
+    }
+    assert len(settings["runs"]) == 2
+
+
+def test_rows_keep_the_command_and_commit_that_measured_them(tmp_path, monkeypatch, capsys):
+    command = [*SMALL, "--out", str(tmp_path), "--betas", "1.5"]
+    monkeypatch.setattr(chaos, "current_commit", lambda: "0ld0ne")
+    chaos.main(command)
+    page = capsys.readouterr().out
+    assert "horizon 5, seed 0), commit 0ld0ne" in page and "Measured by" not in page
+    monkeypatch.setattr(chaos, "current_commit", lambda: "n3w0ne")
+    chaos.main([*command, "2.4", "--redo", "tpg"])
+    settings, study = chaos.read(tmp_path / "single.csv")
+    assert [run["commit"] for run in settings["runs"]] == ["0ld0ne", "n3w0ne"]
+    assert settings["runs"][0]["command"].endswith("--betas 1.5")
+    runs = {betas: {name: m.run for name, m in point.items()} for betas, point in study.items()}
+    assert runs == {(1.5,): {"rp": 0, "tp": 0, "tpg": 1}, (2.4,): {"rp": 1, "tp": 1, "tpg": 1}}
+    page = (tmp_path / "table.md").read_text()
+    assert "--betas 1.5`, commit 0ld0ne: rp at 1, tp at 1 point(s)" in page
+    assert "--redo tpg`, commit n3w0ne: rp at 1, tp at 1, tpg at 2 point(s)" in page
+
+
+def test_a_file_of_one_command_is_read(tmp_path, no_report):
+    command = ["--betas", "1.5", *SMALL, "--out", str(tmp_path)]
+    chaos.main(command)
+    path = tmp_path / "single.csv"
+    header, names_, *lines = path.read_text().splitlines()
+    settings = json.loads(header.removeprefix("#"))
+    settings |= settings.pop("runs")[0]
+    rows = [line.rsplit(",", 2) for line in lines]
+    old = [
+        f"# {json.dumps(settings)}",
+        names_.replace("run,", ""),
+        *(f"{a},{g}" for a, _, g in rows),
+    ]
+    path.write_text("\n".join(old) + "\n")
+    found, study = chaos.read(path)
+    assert found["runs"] == [{key: settings[key] for key in ("command", "commit", "torch")}]
+    assert {m.run for m in study[(1.5,)].values()} == {0}
 
 
 def test_other_settings_do_not_mix(tmp_path, capsys, no_report):
