@@ -66,6 +66,8 @@ def fit(
 
     Args:
         actions: [R, A] of the rollout, as the policy drew them. returns: [R].
+    Raises:
+        ValueError: there is no transition to fit a model to.
     """
     if agent.value_model is None:
         return
@@ -79,6 +81,11 @@ def fit(
         )  # fmt: skip
         agent.logger.record("dynamics/q_loss", loss)
     else:
+        if not len(agent.transitions):
+            raise ValueError(
+                "no transition is known: every step is an episode's last, and VecNormalize clips "
+                "its state; give VecNormalize a larger clip_obs"
+            )
         transition, reward = fit_dynamics(
             agent.value_model, agent.value_optimizer, agent.transitions,
             steps=steps, batch_size=agent.dynamics_batch_size, rng=agent._rng,

@@ -48,6 +48,9 @@ class ManyActionRolloutBuffer(RolloutBuffer):
 class RolloutRecorder(BaseCallback):
     """Records transitions in the environment's units, and snapshots for rewinding.
 
+    VecNormalize keeps an episode's last state only as the policy would see it: where its clip_obs
+    cut that, the true state is lost, and the transition is not recorded.
+
     It runs after the user's callbacks, inside stable-baselines3's own collection loop.
     """
 
@@ -81,11 +84,17 @@ class RolloutRecorder(BaseCallback):
             observations, rewards = normalizer.get_original_obs(), normalizer.get_original_reward()
         observations = self._flat(observations)
         check_finite(self.num_timesteps, observations, rewards, infos)
-        ends = observations.copy()
+        ends, is_known = observations.copy(), np.ones(len(dones), dtype=bool)
         for i in np.flatnonzero(dones):
             end = infos[i]["terminal_observation"]
-            ends[i] = self._flat(end if normalizer is None else normalizer.unnormalize_obs(end))
-        self.model.transitions.add(self._last, self.locals["clipped_actions"], rewards, ends)
+            if normalizer is not None and normalizer.norm_obs:
+                is_known[i] = (np.abs(end) < np.float32(normalizer.clip_obs)).all()
+                end = normalizer.unnormalize_obs(end)
+            ends[i] = self._flat(end)
+        actions = self.locals["clipped_actions"]
+        self.model.transitions.add(
+            self._last[is_known], actions[is_known], rewards[is_known], ends[is_known]
+        )
         self.states.append(self._last)
         self._last = observations
         source = self.model.source

@@ -97,6 +97,36 @@ def test_transitions_are_raw_and_lead_to_the_true_end(make, normalise, truncates
     assert (np.abs(actions) <= 0.1).all() and np.abs(agent.rollout_buffer.actions).max() > 0.5
 
 
+@pytest.mark.parametrize("clip", [0.7, 1.3, 10.0])
+def test_ends_that_vec_normalize_clips_are_left_out(make, clip):
+    """Times up to 4 are in its statistics, the end at 5 is not: 2.1 deviations from their mean."""
+    env = vector(normalise={"clip_obs": clip})
+    kept = make(env, n=2).transitions
+    n, ends = len(kept), kept.next_states[: len(kept), 1].round(2)
+    limits = env.obs_rms.mean[1] + np.array([-1, 1]) * clip * env.obs_rms.var[1] ** 0.5
+    assert set(ends) <= {1, 2, 3, 4, 5} and {1, 2, 3, 4} <= set(ends)  # all of them true
+    np.testing.assert_allclose(kept.next_states[:n, 2], kept.actions[:n, 0], atol=2e-3)
+    np.testing.assert_allclose(kept.rewards[:n], 10 * ends, rtol=1e-6)
+    if clip == 10.0:
+        assert n == 2 * STEPS * 3
+    else:
+        assert limits[1] < 5 and 5 not in ends and n == 2 * STEPS * 3 - 3 * (2 * STEPS // LENGTH)
+
+
+def test_a_model_of_no_transition_is_refused():
+    """Every step is an end, and the statistics know the constant start only."""
+
+    class OneStep(CountingEnv):
+        def reset(self, **kwargs):
+            super().reset(**kwargs)
+            self.time = LENGTH - 1
+            return np.zeros(3, np.float32), {}
+
+    env = VecNormalize(DummyVecEnv([OneStep]))
+    with pytest.raises(ValueError, match=r"no transition is known.*larger clip_obs"):
+        DAAPPO("MlpPolicy", env, **TINY).learn(STEPS)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_states_are_in_the_buffers_flat_order(make, dtype):
     agent = make(vector(dtype=dtype))
