@@ -1,15 +1,36 @@
-"""What DreamerTPX's checkpoints hold beside its networks and optimisers."""
+"""DreamerTPX's replay, and what its checkpoints hold beside networks and optimisers."""
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agents.replay import SequenceReplay
+from agents.ring_files import RingFiles
 from world_models.latent_model import State
 
 if TYPE_CHECKING:
     from agents.dreamer_tpx import DreamerTPX
+
+
+def new_replay(agent: DreamerTPX) -> SequenceReplay:
+    """An empty replay for the agent's environments, and the files that checkpoints keep it in."""
+    assert agent.env is not None
+    n_envs, dtype = agent.env.num_envs, agent.observation_space.dtype
+    assert dtype is not None
+    agent._replay_files = [RingFiles(f"replay{env}") for env in range(n_envs)]
+    return SequenceReplay(
+        agent.buffer_size,
+        agent.policy.model_input_shape,
+        dtype,
+        agent.policy.n_actions,
+        n_envs,
+        device=agent.device,
+        storage=agent.storage,
+        folder=tempfile.gettempdir(),
+    )
 
 
 def take(agent: DreamerTPX, folder: Path) -> dict[str, Any]:
@@ -40,8 +61,7 @@ def put(agent: DreamerTPX, state: dict[str, Any], folder: Path) -> None:
         agent._memory = State(deter, stoch), action
     if state["replay"] is None:
         return
-    assert agent.env is not None
-    replay = agent.replay_buffer = agent._new_replay(agent.env.num_envs)
+    replay = agent.replay_buffer = new_replay(agent)
     if len(state["replay"]) != replay.n_envs:
         raise ValueError(
             f"the checkpoint is of {len(state['replay'])} environments, here are {replay.n_envs}"

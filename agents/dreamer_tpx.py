@@ -8,7 +8,6 @@ gradient step dreamer_update.py.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -93,6 +92,7 @@ class DreamerTPX(SafeSaving):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"DreamerPolicy": DreamerPolicy}
     policy: DreamerPolicy
+    _replay_files: list[RingFiles]
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class DreamerTPX(SafeSaving):
         total, callback = super()._setup_learn(*args, **kwargs)
         assert self.env is not None and isinstance(self._last_obs, np.ndarray)
         if self.replay_buffer is None:  # not in the constructor: `load` must not allocate it
-            self.replay_buffer = self._new_replay(self.env.num_envs)
+            self.replay_buffer = dreamer_state.new_replay(self)
             if self.verbose:
                 print(self.replay_buffer.describe())
             if self.device.type == "cpu":
@@ -206,21 +206,6 @@ class DreamerTPX(SafeSaving):
             self.replay_buffer.start(self.policy.to_model(self._last_obs))
             self._memory = self.policy.initial_state(self.env.num_envs)
         return total, callback
-
-    def _new_replay(self, n_envs: int) -> SequenceReplay:
-        self._replay_files = [RingFiles(f"replay{env}") for env in range(n_envs)]
-        dtype = self.observation_space.dtype
-        assert dtype is not None
-        return SequenceReplay(
-            self.buffer_size,
-            self.policy.model_input_shape,
-            dtype,
-            self.policy.n_actions,
-            n_envs,
-            device=self.device,
-            storage=self.storage,
-            folder=tempfile.gettempdir(),
-        )
 
     def _flat(self, info: dict[str, Any]) -> dict[str, Any]:
         """The info with its terminal observation as the model takes it; callbacks keep theirs."""
@@ -245,6 +230,9 @@ class DreamerTPX(SafeSaving):
     ) -> SelfDreamerTPX:
         """Collect and learn until `total_timesteps` decisions are done.
 
+        Rounds of updates are left out until a window of `sequence_length` entries is stored. So an
+        agent that was loaded without its replay first acts with its policy, then learns on.
+
         Args:
             total_timesteps: decisions; exact up to the number of environments. Imagined steps
                 neither count nor trigger callbacks.
@@ -264,13 +252,18 @@ class DreamerTPX(SafeSaving):
             if not self._collect(callback, min(until, total_timesteps)):
                 break
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            if self.num_timesteps >= self.learning_starts:
+            if self.num_timesteps >= self.learning_starts and self._has_sequences():
                 self.train(self.gradient_steps)
                 rounds += 1
                 if log_interval and rounds % log_interval == 0:
                     self.dump_logs()
         callback.on_training_end()
         return self
+
+    def _has_sequences(self) -> bool:
+        """False while a replay that has just been begun, by `load` say, must grow first."""
+        assert self.replay_buffer is not None
+        return not self.replay_buffer.is_too_young(self.sequence_length)
 
     def _collect(self, callback: BaseCallback, until: int) -> bool:
         """Act until `until` steps are done; False if a callback stopped the training."""
@@ -371,7 +364,7 @@ class DreamerTPX(SafeSaving):
         if self.env is None:
             raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
         self._last_obs = self._memory = self.replay_buffer = None  # frees a GPU's before the next
-        self.replay_buffer = self._new_replay(self.env.num_envs)
+        self.replay_buffer = dreamer_state.new_replay(self)
         self.replay_buffer.load(path)
 
     def training_state(self, folder: Path) -> dict[str, Any]:

@@ -177,6 +177,12 @@ class SequenceReplay:
             ValueError: no stored stretch of an episode is that long.
         """
         ends = self._window_ends(length)
+        if not len(ends):
+            raise ValueError(
+                f"no window of {length} entries is stored, the longest stretch of one episode has "
+                f"{self._longest()}: take a smaller sequence_length or collect more steps "
+                f"(a ring keeps {self._ring:,} entries)"
+            )
         ends = ends[generator.integers(len(ends), size=batch_size)]
         env, slot = np.divmod(ends, self._ring)
         steps = np.arange(1 - length, 1)[:, None]
@@ -187,6 +193,14 @@ class SequenceReplay:
             is_first=is_first.to(self.device),
             **{name: self._gather(array, rows) for name, array in self._arrays.items()},
         )
+
+    def is_too_young(self, length: int) -> bool:
+        """Whether no window is stored yet, and more steps will give one.
+
+        2 `length` - 1 consecutive entries hold a window, unless an episode is shorter than one.
+        """
+        has_few = min(self._count) < 2 * length - 1
+        return has_few and not len(self._window_ends(length))
 
     def save(self, path: Path | str) -> None:
         """Write the stored entries, oldest first, to one .npz file that replaces `path`."""
@@ -318,22 +332,21 @@ class SequenceReplay:
         """[n] flat indices of every entry that ends a window, by environment, oldest first."""
         if self._ends is not None and self._ends[0] == length:
             return self._ends[1]
-        found, longest = [], 0
+        found = []
         for env in range(self.n_envs):
-            slots = self._slots(env)
-            # Entries before this one that are of its episode and still stored.
-            before = np.minimum(self._position[env, slots], np.arange(len(slots)))
+            slots, before = self._before(env)
             found.append(env * self._ring + slots[before >= length - 1])
-            longest = max(longest, 1 + int(before.max(initial=-1)))
-        ends = np.concatenate(found)
-        if not len(ends):
-            raise ValueError(
-                f"no window of {length} entries is stored, the longest stretch of one episode has "
-                f"{longest}: take a smaller sequence_length or collect more steps "
-                f"(a ring keeps {self._ring:,} entries)"
-            )
-        self._ends = length, ends
-        return ends
+        self._ends = length, np.concatenate(found)
+        return self._ends[1]
+
+    def _longest(self) -> int:
+        """Entries of the longest stored stretch of one episode."""
+        return max(1 + int(self._before(env)[1].max(initial=-1)) for env in range(self.n_envs))
+
+    def _before(self, env: int) -> tuple[np.ndarray, np.ndarray]:
+        """[n] slots, oldest first, and the stored entries before each that are of its episode."""
+        slots = self._slots(env)
+        return slots, np.minimum(self._position[env, slots], np.arange(len(slots)))
 
     def _gather(self, array: Tensor, rows: Tensor) -> Tensor:
         """[L, B, ...] on the training device, of [n_envs, ring, ...] and flat rows [L, B]."""

@@ -764,6 +764,29 @@ def test_training_continues_after_load_on_another_number_of_environments(tmp_pat
     assert_same_training(*found)  # load seeds from the seed
 
 
+@pytest.mark.parametrize(
+    ("lengths", "freq", "waits"),
+    [((7,), 3, 1), ((7,), 5, 0), ((7, 7, 7), 3, 3), ((7, 4, 4), 6, 1), ((3, 7), 2, 3)],
+)
+def test_learning_goes_on_after_load_without_the_replay(lengths, freq, waits, tmp_path):
+    """Rounds wait for a window: 5 entries are a reset and 4 steps of an environment."""
+    settings = {"train_freq": freq, "learning_starts": 30}
+    make(vector(*lengths), **settings).learn(30).save(tmp_path / "agent")
+    loaded = DreamerTPX.load(tmp_path / "agent", env=vector(*lengths), device="cpu")
+    before, start = loaded._n_updates, loaded.num_timesteps
+    for rounds in range(1, 6):
+        loaded.learn(freq, reset_num_timesteps=False)
+        assert loaded._n_updates - before == max(0, rounds - waits)
+    assert loaded.num_timesteps == start + 5 * freq
+
+
+def test_rounds_that_are_due_before_a_window_is_there_wait():
+    """The first window is there after 4 steps: of learning_starts 1 the rounds 1, 2, 3 wait."""
+    agent = make(learning_starts=1, train_freq=1).learn(3)
+    assert agent._n_updates == 0
+    assert agent.learn(2, reset_num_timesteps=False)._n_updates == 2
+
+
 def test_estimator_objects_and_schedules_are_saved(tmp_path):
     agent = make(estimator=estimators.make("tpx", cross_fit=True), learning_rate=lambda p: 0.1 * p)
     agent.save(tmp_path / "agent")
