@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.vec_env import VecEnv
 
 import estimators
 from agents.dreamer_update import UpdateSettings
@@ -96,12 +97,28 @@ def _check_spaces(agent: DreamerTPX) -> None:
         )
     if agent.get_vec_normalize_env() is not None:
         raise ValueError(NO_VEC_NORMALIZE)
-    if agent.env is not None and agent.buffer_size // agent.n_envs < agent.sequence_length:
-        raise ValueError(
-            f"buffer_size must hold a sequence of every environment, at least "
-            f"{agent.sequence_length} x {agent.n_envs}, got {agent.buffer_size}"
-        )
+    if agent.env is not None:
+        _check_sequences(agent, agent.env)
     assert np.isfinite(agent.action_space.low).all()  # type: ignore[attr-defined]
+
+
+def _check_sequences(agent: DreamerTPX, env: VecEnv) -> None:
+    """Windows of `sequence_length` entries must come about, and must not be lost again."""
+    length = agent.sequence_length
+    # Where an episode ends in the ring, half of it and more still belongs to one episode.
+    if agent.buffer_size // env.num_envs < 2 * length:
+        raise ValueError(
+            f"buffer_size must hold two sequences of every environment, at least "
+            f"2 x {length} x {env.num_envs}, got {agent.buffer_size}"
+        )
+    if not env.has_attr("_max_episode_steps"):  # of gymnasium's TimeLimit
+        return
+    longest = 1 + max(env.get_attr("_max_episode_steps"))
+    if longest < length:
+        raise ValueError(
+            f"sequence_length must be at most {longest}, the observations of an episode of "
+            f"{longest - 1} steps (the environment's time limit), got {length}"
+        )
 
 
 def update_settings(agent: DreamerTPX) -> UpdateSettings:

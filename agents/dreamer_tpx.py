@@ -61,9 +61,10 @@ class DreamerTPX(SafeSaving):
         model_learning_rate: step size of the world model.
         adam_eps: Adam's epsilon.
         max_grad_norm: global-norm clip of each of the three optimisers.
-        batch_size: sequences of a batch. sequence_length: their steps.
+        batch_size: sequences of a batch. sequence_length: their entries, L; an episode of T steps
+            has T + 1.
         imagination_starts: states of a batch that imagination starts from; 0 for all of them.
-        buffer_size: steps the replay holds.
+        buffer_size: entries the replay holds, at least 2 L of each environment.
         storage: of the replay: "ram", "disk" or "device".
         learning_starts: steps of uniformly random actions before learning.
         train_freq: steps between rounds of updates. gradient_steps: updates of each round.

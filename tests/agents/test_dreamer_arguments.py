@@ -4,8 +4,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
+from gymnasium.wrappers import TimeLimit
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 
+import envs  # noqa: F401
 import estimators
 from agents import DreamerTPX, dreamer_arguments, presets
 from agents.dreamer_policy import DreamerPolicy
@@ -216,10 +219,44 @@ def test_a_model_of_a_gpu_s_graph_loads_on_a_cpu(tmp_path):
     assert DreamerTPX.load(tmp_path / "model", device="cpu").cuda_graph
 
 
-def test_buffer_must_hold_a_sequence_of_every_environment():
-    with pytest.raises(ValueError, match=r"buffer_size must .*at least 5 x 2, got 9$"):
-        make(DummyVecEnv([SpaceEnv] * 2), buffer_size=9)
-    make(DummyVecEnv([SpaceEnv] * 2), buffer_size=10)
+def test_buffer_must_hold_two_sequences_of_every_environment():
+    with pytest.raises(ValueError, match=r"buffer_size must .*at least 2 x 5 x 2, got 19$"):
+        make(DummyVecEnv([SpaceEnv] * 2), buffer_size=19)
+    make(DummyVecEnv([SpaceEnv] * 2), buffer_size=20)
+
+
+@pytest.mark.parametrize("episode", [5, 6, 7, 10, 23])
+def test_the_least_buffer_holds_a_window_at_every_round(episode):
+    """With rings of 6 steps, between one and two sequences, it had none after an episode's end."""
+    env = DummyVecEnv([lambda: TimeLimit(SpaceEnv(), episode)] * 2)
+    settings = {"learning_starts": 20, "train_freq": 2, "sequence_length": 6, "buffer_size": 24}
+    assert make(env, **settings).learn(100)._n_updates == 41
+
+
+@pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])
+def test_time_limits_below_a_sequence_are_refused(kind):
+    def limited(steps):
+        return lambda: Monitor(TimeLimit(SpaceEnv(), steps))
+
+    env = kind([limited(3), limited(2)])
+    with pytest.raises(
+        ValueError, match=r"^sequence_length must be at most 4, .* of 3 steps .*, got 5$"
+    ):
+        make(env)
+    make(env, sequence_length=4)
+    env.close()
+    env = kind([limited(4), limited(2)])  # of the first there are windows
+    make(env)
+    env.close()
+
+
+def test_the_cart_pole_of_30_steps_is_refused_by_the_laptop_preset():
+    settings = {**presets.DREAMER["laptop"], "device": "cpu"}
+    with pytest.raises(ValueError, match=r"sequence_length must be at most 31, .*, got 32$"):
+        DreamerTPX("DreamerPolicy", "totalprop/CartPoleSwingUp-v0", **settings)
+    DreamerTPX(
+        "DreamerPolicy", "totalprop/CartPoleSwingUp-v0", **{**settings, "sequence_length": 31}
+    )
 
 
 @pytest.mark.parametrize(
