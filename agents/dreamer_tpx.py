@@ -170,6 +170,7 @@ class DreamerTPX(SafeSaving):
         self.bf16, self.compile, self.cuda_graph = bf16, compile, cuda_graph
         self.replay_buffer: SequenceReplay | None = None
         self._memory: tuple[State, Tensor] | None = None  # of the running episodes
+        self._since_round = 0  # steps; files hold it, so that rounds come where they would have
         if _init_setup_model:
             self._setup_model()
             if pretrained_world_model is not None:  # not in _setup_model: `load` has its own
@@ -231,8 +232,9 @@ class DreamerTPX(SafeSaving):
     ) -> SelfDreamerTPX:
         """Collect and learn until `total_timesteps` decisions are done.
 
-        Rounds of updates are left out until a window of `sequence_length` entries is stored. So an
-        agent that was loaded without its replay first acts with its policy, then learns on.
+        A round of updates follows every `train_freq` steps, however many calls they take. It is
+        left out until a window of `sequence_length` entries is stored: an agent that was loaded
+        without its replay first acts with its policy, then learns on.
 
         Args:
             total_timesteps: decisions; exact up to the number of environments. Imagined steps
@@ -249,11 +251,15 @@ class DreamerTPX(SafeSaving):
         callback.on_training_start(locals(), globals())
         rounds = 0
         while self.num_timesteps < total_timesteps:
-            until = max(self.num_timesteps + self.train_freq, self.learning_starts)
-            if not self._collect(callback, min(until, total_timesteps)):
+            due = self.num_timesteps + self.train_freq - self._since_round
+            due = max(due, self.learning_starts)
+            if not self._collect(callback, min(due, total_timesteps)):
                 break
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            if self.num_timesteps >= self.learning_starts and self._has_sequences():
+            if self.num_timesteps < due:  # the rest of the round is the next call's
+                break
+            self._since_round = 0
+            if self._has_sequences():
                 self.train(self.gradient_steps)
                 rounds += 1
                 if log_interval and rounds % log_interval == 0:
@@ -278,6 +284,7 @@ class DreamerTPX(SafeSaving):
             assert isinstance(new_observations, np.ndarray)
             check_finite(self.num_timesteps, new_observations, rewards, infos)
             self.num_timesteps += env.num_envs
+            self._since_round += env.num_envs
             flat = self.policy.to_model(new_observations)
             replay.step(actions, flat, rewards, dones, [self._flat(info) for info in infos])
             self._last_obs, self._last_episode_starts = new_observations, dones

@@ -168,6 +168,23 @@ def test_what_the_logger_had_not_written_is_there_again(cls, tmp_path):
     assert stopped.last and resumed.first == stopped.last
 
 
+def test_a_training_in_parts_that_end_within_a_round_is_the_whole_one(tmp_path):
+    """A checkpoint is taken at the end of each part, whose new agent comes from it."""
+    settings, ends = {**SETTINGS[DreamerTPX], "seed": 3, "device": "cpu"}, [12, 46, 100, 132]
+    found = {}
+    for name, stops in {"whole": ends[-1:], "parts": ends}.items():
+        for stop in stops:
+            checkpoints = Checkpoints(tmp_path / name, every_seconds=0)
+            env = make_env(DreamerTPX)
+            agent = checkpoints.load(DreamerTPX, env, "cpu")
+            agent = agent or DreamerTPX("DreamerPolicy", env, **settings)
+            checkpoints.restore(agent)
+            agent.learn(stop - agent.num_timesteps, checkpoints, reset_num_timesteps=False)
+        found[name] = state_of(agent, tmp_path)
+    assert agent.num_timesteps == 132 and agent._n_updates == 18  # rounds at 20, 34, .. 132
+    assert_same(found["parts"], found["whole"])
+
+
 @pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
 def test_environments_that_cannot_be_put_back_begin_new_episodes_and_are_counted(cls, tmp_path):
     agent, _ = run(cls, tmp_path, stops=(70,), rewindable=False)

@@ -307,18 +307,27 @@ def test_callbacks_see_the_environments_own_terminal_observation():
 # One training, however it is cut
 
 
+@pytest.mark.parametrize("cuts", [[30, 20], [13, 4, 16, 17], [25] * 2, [1] * 50], ids=str)
 @pytest.mark.parametrize("name", ENVS)
-def test_reset_num_timesteps_false_continues_as_if_it_had_not_stopped(name):
-    """In the middle of an episode, with predictions between: the training keeps its memory."""
+def test_reset_num_timesteps_false_continues_as_if_it_had_not_stopped(name, cuts):
+    """In an episode, in a round, with predictions between: memory and updates are the same."""
     whole = make(ENVS[name]()).learn(50)
-    agent = make(ENVS[name]()).learn(30)
-    state = None
-    for deterministic in (True, False):
-        _, state = agent.predict(agent._last_obs, state, deterministic=deterministic)
-    agent.predict(np.stack([agent.observation_space.sample()] * 3))
-    agent.learn(20, reset_num_timesteps=False)
-    assert agent.num_timesteps == 50
+    agent, state = make(ENVS[name]()), None
+    for cut in cuts:
+        agent.learn(cut, reset_num_timesteps=False)
+        for deterministic in (True, False):
+            _, state = agent.predict(agent._last_obs, state, deterministic=deterministic)
+        agent.predict(np.stack([agent.observation_space.sample()] * 3))
+    assert agent.num_timesteps == 50 and agent._n_updates == whole._n_updates == 4
     assert_same_training(agent, whole)
+
+
+def test_updates_per_step_do_not_depend_on_how_learn_is_cut():
+    """Also where a callback stops, with environments that overshoot, and before learning."""
+    agent = make(vector(7, 8), train_freq=8)
+    for stop in (4, 10, 24, 30, 38):
+        agent.learn(100, Trace(stop_at=stop), reset_num_timesteps=False)
+    assert agent.num_timesteps == 38 and agent._n_updates == 3  # at 20, 28 and 36
 
 
 def test_reset_num_timesteps_true_begins_new_episodes():
@@ -373,10 +382,10 @@ def test_learning_rate_schedule_follows_the_progress():
 
 
 def test_learning_rate_is_not_negative_where_environments_overshoot():
-    agent = make(vector(7, 8, 9), learning_rate=lambda progress: 1e-3 * progress)
+    agent = make(vector(7, 8, 9), learning_rate=lambda progress: 1e-3 * progress, train_freq=9)
     memory = logged(agent)
-    agent.learn(40)
-    assert agent.num_timesteps == 42
+    agent.learn(38)
+    assert agent.num_timesteps == 39
     rates = [values["train/learning_rate"] for values, _ in memory.dumps]
     assert rates[-1] == 0 and min(rates[:-1]) > 0
 
@@ -548,7 +557,7 @@ def test_noisy_actions_stay_in_the_space(monkeypatch):
 @pytest.mark.parametrize("env", ENVS)
 @pytest.mark.parametrize("name", estimators.names())
 def test_every_estimator_learns_from_vectors_and_images(name, env):
-    agent = make(ENVS[env](), estimator=name, train_freq=45)
+    agent = make(ENVS[env](), estimator=name, train_freq=40)
     before = {part: parameters(agent, part) for part in ("model", "actor", "critic")}
     memory = logged(agent)
     agent.learn(200)
