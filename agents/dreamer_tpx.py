@@ -71,7 +71,8 @@ class DreamerTPX(SafeSaving):
         exploration_noise: standard deviation added to actions in [-1, 1] while training.
         kl_scale: weight of the KL term. free_nats: below which it has no gradient.
         free_nats_per_step: apply the free nats to every step rather than to the mean.
-        discount_head: learn where episodes end; for tasks with early termination.
+        discount_head: learn where episodes end; for tasks with early termination. Imagination then
+            starts from no sequence's last state, which may be terminal (danijar/dreamer).
         discount_scale: weight of its loss.
         pretrained_world_model: run folder or saved DreamerTPX whose world model this one starts
             from, with a fresh actor and critic (TPX 2023, App. C.3). It goes on learning.

@@ -53,7 +53,7 @@ class UpdateNoise(NamedTuple):
     """Every random number of one step."""
 
     posterior: Tensor  # [T, B, stoch]
-    starts: Tensor | None  # [N] which of the T B states to imagine from; None for all
+    starts: Tensor | None  # [N] which of the possible states to imagine from; None for all
     imagination: ImaginationNoise
 
 
@@ -116,7 +116,7 @@ class DreamerUpdate:
         (length, sequences), latents = batch.reward.shape, policy.model.rssm.stoch_size
         shape, device = (length, sequences, latents), generator.device
         posterior = torch.randn(shape, generator=generator, device=device)
-        n, starts = length * sequences, None
+        n, starts = self.possible_starts(length) * sequences, None
         if 0 < settings.imagination_starts < n:
             rows = torch.randperm(n, generator=generator, device=device)
             starts, n = rows[: settings.imagination_starts], settings.imagination_starts
@@ -124,6 +124,15 @@ class DreamerUpdate:
             settings.horizon, n, policy.n_actions, latents, generator
         )
         return UpdateNoise(posterior, starts, imagination)
+
+    def possible_starts(self, length: int) -> int:
+        """States of a sequence that imagination may start from.
+
+        All of them, or with a discount head all but the last, as in danijar/dreamer (dreamer.py,
+        "last step could be terminal"): an entry that ends its episode is the last of its window,
+        and from there on there is nothing to decide.
+        """
+        return length - (self.policy.model.discount_head is not None)
 
     def _take_step(self, batch: SequenceBatch, noise: UpdateNoise) -> UpdateRecord:
         """Draws no random number and waits for no result, so that a CUDA graph can hold it."""
@@ -135,7 +144,8 @@ class DreamerUpdate:
                 noise.posterior, settings.model,
             )  # fmt: skip
         model_gradient = torch.autograd.grad(loss.total, model_parameters)
-        start = State(*(x.detach().flatten(0, 1) for x in states))
+        possible = self.possible_starts(len(batch.reward))
+        start = State(*(x[:possible].detach().flatten(0, 1) for x in states))
         if noise.starts is not None:
             start = State(*(x[noise.starts] for x in start))
         actor_gradient, imagined = self.actor_gradient(start, noise.imagination)

@@ -120,7 +120,7 @@ def _load(run: Path) -> DreamerTPX:
 
 
 def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:
-    """n posterior states of stored sequences, each [1, ...]."""
+    """n posterior states of stored sequences, each [1, ...], of those that training starts from."""
     assert agent.replay_buffer is not None
     length, rng = agent.sequence_length, np.random.default_rng(seed)
     batch = agent.replay_buffer.sample(n, length, rng)
@@ -130,7 +130,7 @@ def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:
     with torch.no_grad():
         embeds = agent.policy.model.encoder(batch.observation)
         states, _, _ = rssm.observe(embeds, batch.action, batch.is_first, noise)
-    steps = rng.integers(length, size=n)
+    steps = rng.integers(agent._update.possible_starts(length), size=n)
     return [
         State(states.deter[t, i : i + 1], states.stoch[t, i : i + 1]) for i, t in enumerate(steps)
     ]

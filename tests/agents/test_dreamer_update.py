@@ -16,7 +16,7 @@ from agents.cuda_graph import EAGER_CALLS, GraphedFunction
 from agents.dreamer_policy import DreamerPolicy
 from agents.dreamer_update import DreamerUpdate, UpdateSettings
 from agents.imagination import ImaginationNoise, ImaginationSettings, critic_loss, imagine
-from agents.replay import SequenceBatch
+from agents.replay import SequenceBatch, SequenceReplay
 from world_models.latent_model import ModelLossSettings
 from world_models.rssm import State
 
@@ -118,8 +118,9 @@ def plain_step(policy, optimizers, data, settings, source):
         settings.model,
     )  # fmt: skip
     losses["model"] = loss.total
-    start = State(*(x.detach().flatten(0, 1) for x in states))
-    noise = ImaginationNoise.draw(H, T * B, A, policy.model.rssm.stoch_size, source)
+    steps = T if policy.model.discount_head is None else T - 1
+    start = State(*(x.detach()[:steps].flatten(0, 1) for x in states))
+    noise = ImaginationNoise.draw(H, steps * B, A, policy.model.rssm.stoch_size, source)
     imagined = imagine(policy, start, noise, settings.estimator, settings.imagination)
     losses["actor"], losses["critic"] = imagined.actor_loss, critic_loss(policy, imagined)[0]
     gradients = {
@@ -286,6 +287,37 @@ def test_imagination_starts_from_different_posterior_states(wanted, n, spied_sta
     assert len(rows) == len(set(rows)) == n and set(rows) <= set(posterior)
     if n == T * B:
         assert rows == posterior
+
+
+@pytest.mark.parametrize("discount_head", [False, True])
+@pytest.mark.parametrize("wanted", [0, 10])
+def test_with_a_discount_head_imagination_starts_from_no_terminal_state(
+    wanted, discount_head, spied_starts
+):
+    """Windows of a replay whose every episode terminates after 6 entries, 15 times."""
+    replay, rng = SequenceReplay(90, (OBSERVATION,), np.float32, A), np.random.default_rng(0)
+    replay.start(rng.normal(size=(1, OBSERVATION)).astype("f4"))
+    for t in range(1, 75):
+        action, seen, end = rng.normal(size=(3, 1, OBSERVATION)).astype("f4")
+        infos = [{"terminal_observation": end[0]}]
+        replay.step(action[:, :A], seen, np.ones(1), np.array([t % 5 == 0]), infos)
+    data = replay.sample(B, T, rng)
+    assert data.is_terminal[-1].any() and not data.is_terminal[:-1].any()
+    for seed in range(5):
+        policy = make(discount_head=discount_head)
+        noise = torch.randn(T, B, policy.model.rssm.stoch_size, generator=generator(seed))
+        states, _, _ = policy.model.rssm.observe(
+            policy.model.encoder(data.observation), data.action, data.is_first, noise
+        )
+        terminal = {tuple(row.tolist()) for row in states.features[data.is_terminal]}
+        settings = replace(SETTINGS, imagination_starts=wanted)
+        DreamerUpdate(policy, settings)(data, generator(seed))
+        rows = {tuple(row.tolist()) for row in spied_starts[-1].features}
+        assert len(rows) == (wanted or (T - discount_head) * B)
+        if discount_head:
+            assert not rows & terminal
+        elif wanted == 0:
+            assert terminal <= rows
 
 
 def test_the_subset_of_starts_is_drawn_from_the_generator(spied_starts):
