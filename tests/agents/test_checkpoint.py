@@ -193,6 +193,27 @@ def test_environments_that_cannot_be_put_back_begin_new_episodes_and_are_counted
     assert_same(state_of(agent, tmp_path), state_of(again, tmp_path))
 
 
+@pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
+def test_cut_episodes_begin_with_a_seed_of_their_own_step(cls):
+    """Not with the first episodes again, which the agent has seen."""
+    agent = cls(POLICIES[cls], make_env(cls), **SETTINGS[cls], seed=3, device="cpu")
+    inner = agent.env.unwrapped
+    assert inner._seeds == [3, 4]
+    first = inner.reset()
+    agent.num_timesteps = 70
+    agent.cut_episodes()
+    assert agent._last_obs is None and agent.n_cut_episodes == 2
+    assert inner._seeds == [73, 74]
+    assert (inner.reset() != first).any()
+
+
+def test_cut_episodes_of_an_agent_without_a_seed_leave_the_environments_theirs():
+    agent = PIPPS("RBFPolicy", make_env(PIPPS), **SETTINGS[PIPPS], device="cpu")
+    agent.env.seed(11)
+    agent.cut_episodes()
+    assert agent.env.unwrapped._seeds == [11, 12]
+
+
 def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_skipped(tmp_path, capsys):
     run(DreamerTPX, tmp_path, stops=(100,))
     checkpoints = Checkpoints(tmp_path / "checkpoints")

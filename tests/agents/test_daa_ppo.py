@@ -406,6 +406,21 @@ def test_composites_lie_between_their_legs(name):
         assert not torch.allclose(found, lr) and not torch.allclose(found, rp)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_extra_advantages_are_against_the_critic_or_the_other_actions(source, gathered):
+    settings = {"action_source": source, "n_extra_actions": 3}
+    critic, others = (
+        gathered(**settings, extra_baseline=baseline).rollout_buffer.extra
+        for baseline in ("critic", "leave-one-out")
+    )
+    assert torch.equal(critic.actions, others.actions)
+    expected = critic.advantages
+    if source != "states":  # which has one action per state
+        expected = expected - (expected.sum(1, keepdim=True) - expected) / 2
+        assert not torch.allclose(expected, critic.advantages)
+    torch.testing.assert_close(others.advantages, expected)
+
+
 def test_value_of_the_loss_is_ppos_for_every_estimator():
     for name in ("lr", "rp", "tpx"):
         zeta, extra, ratio = synthetic()

@@ -537,6 +537,23 @@ def test_rewind_uses_vec_normalizes_units():
 # The record
 
 
+@pytest.mark.parametrize("k", [2, 5])
+def test_against_the_others_takes_the_mean_of_the_other_actions_away(k):
+    torch.manual_seed(0)
+    advantages = torch.randn(R, k, dtype=torch.float64) + 5
+    actions, slope = torch.randn(2, R, k, A)
+    extra = ExtraActions(actions, torch.randn(R, k), advantages, slope)
+    found = extra.against_the_others()
+    for r in range(R):
+        for i in range(k):
+            others = [float(advantages[r, j]) for j in range(k) if j != i]
+            expected = float(advantages[r, i]) - sum(others) / len(others)
+            assert float(found.advantages[r, i]) == pytest.approx(expected, rel=1e-12)
+    # No other action depends on this one: its own gradient stays.
+    assert found.action_gradient is extra.action_gradient
+    assert found.actions is extra.actions and found.old_log_prob is extra.old_log_prob
+
+
 def test_rows_select_the_same_states_everywhere():
     x = torch.arange(24.0).view(4, 3, 2)
     extra = ExtraActions(x, x[..., 0], x[..., 1], x + 1, x + 2)
