@@ -49,7 +49,8 @@ class DAAPPO(SafeSaving, PPO):
         n_extra_actions: K, beside the real one; the papers' N counts differently (for DAA it is K,
             for AA K + 1).
         simulation_horizon: steps H that an extra action is followed.
-        grow_fraction: part of the training over which K grows from 1 and H from 2 to their values.
+        grow_fraction: part of the training over which K grows from 1 and H from 2 to their values,
+            from `dynamics_warmup` on.
         estimator: of the extra actions' gradient. "lr" is the papers'; others ("tpx", "rp", ...)
             mix in the value gradient through the model or Q-network, per state over its K actions.
         real_advantage: of the real action: "gae", or "matched_horizon", the same H steps as the
@@ -268,10 +269,12 @@ class DAAPPO(SafeSaving, PPO):
 
     @property
     def _grown(self) -> float:
-        """0 at the start, 1 from `grow_fraction` of the training on."""
+        """0 until the model is used, 1 from `grow_fraction` of the training after that."""
         if self.grow_fraction == 0:
             return 1.0
-        return min((1 - self._current_progress_remaining) / self.grow_fraction, 1.0)
+        warmup = self.dynamics_warmup / max(self._total_timesteps, 1)
+        done = max(1 - self._current_progress_remaining - warmup, 0.0)
+        return min(done / self.grow_fraction, 1.0)
 
     # ----------------------------------------------------------------------------------------
     # environments and files

@@ -560,6 +560,17 @@ def test_k_and_horizon_grow_over_half_of_the_training(done, k, horizon):
     assert (agent.k, agent.horizon) == (k, horizon)
 
 
+@pytest.mark.parametrize(("done", "k", "horizon"), GROWTH)
+def test_growth_begins_where_the_model_is_first_used(done, k, horizon):
+    """Of 1000 steps 400 are the warm-up: what grew from step 0 would be full by then."""
+    agent = make(grow_fraction=0.5, n_extra_actions=4, simulation_horizon=8, dynamics_warmup=400)
+    agent._total_timesteps = 1000
+    agent._current_progress_remaining = 1 - (0.4 + done)
+    assert (agent.k, agent.horizon) == (k, horizon)
+    agent._current_progress_remaining = 0.7
+    assert (agent.k, agent.horizon) == (1, 2)
+
+
 @pytest.mark.parametrize("done", [0.0, 0.5, 1.0])
 def test_k_and_horizon_are_full_at_once_or_never_more(done):
     agent = make(grow_fraction=0.0, n_extra_actions=4, simulation_horizon=8)
@@ -577,6 +588,15 @@ def test_growth_is_logged_and_reaches_the_samples():
     assert [values["train/extra_actions"] for values in dumps[1:]] == [2, 3, 4]
     assert [values["train/simulation_horizon"] for values in dumps[1:]] == [4, 6, 8]
     assert agent.rollout_buffer.extra.actions.shape[1] == 4
+
+
+def test_growth_after_a_warm_up_reaches_the_samples():
+    agent = make(grow_fraction=0.5, n_extra_actions=4, simulation_horizon=8, dynamics_warmup=32)
+    dumps = logged(agent)
+    agent.learn(96)
+    # After 16, 32, .. 80 steps, of which 0, 0, 16, 32, 48 with the model: thirds of 48.
+    assert [values["train/extra_actions"] for values in dumps[1:]] == [0, 1, 2, 3, 4]
+    assert [values["train/simulation_horizon"] for values in dumps[1:]] == [2, 2, 4, 7, 8]
 
 
 # The contract
