@@ -1,6 +1,7 @@
 """Named settings of the papers: keyword arguments for the agents' constructors, each number cited.
 
 `PIPPS("RBFPolicy", env, **presets.PIPPS["tpx2023"])`, or `--preset tpx2023` on the command line.
+DAAPPO_RUNS holds what of a run the constructor does not take; the command line sets that, too.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ _MANY_ACTIONS: dict[str, Any] = {
     "dynamics_normalise": False,
 }
 DAAPPO: dict[str, dict[str, Any]] = {
-    # Nauman & Cygan 2022, "On All-Action Policy Gradients", Table 2 (learning rates constant here)
+    # Nauman & Cygan 2022, "On All-Action Policy Gradients", Table 2. Silent: steps of the model's
+    # fit (the rule of the 2023 paper's Alg. 1) and warm-up (none).
     "daa2022": {
         **_MANY_ACTIONS,
         "n_steps": 1024,  # the text and all captions; Table 2 says 2048
@@ -140,7 +142,8 @@ DAAPPO: dict[str, dict[str, Any]] = {
         "n_q": 1,  # Sec. 4.2: one Q-network
         "policy_kwargs": {"net_arch": [512, 512], "activation_fn": nn.ReLU},
     },
-    # Nauman & Cygan 2023, "On Many-Actions Policy Gradient", App. C.5
+    # Nauman & Cygan 2023, "On Many-Actions Policy Gradient", App. C.5. Silent: the model's warm-up
+    # (none) and the activation (ReLU).
     "mbma2023": {
         **_MANY_ACTIONS,
         "n_steps": 2048,
@@ -159,7 +162,10 @@ DAAPPO: dict[str, dict[str, Any]] = {
             "activation_fn": nn.ReLU,
         },
     },
-    # The authors' code of the 2023 paper: mbma/args.py and mbma/mbma.py
+    # The authors' code of the 2023 paper: mbma/args.py and mbma/mbma.py. Differs from it: it fits
+    # the model from the end of the warm-up on, the first time in 8 x 640 steps, here every rollout
+    # fits it; its learning rate begins at the full value and ends above 0, here each update's is
+    # that of the next; and it evaluates actions that are sampled.
     "mbma_code": {
         **_MANY_ACTIONS,
         "policy": "TanhMeanPolicy",
@@ -194,4 +200,11 @@ DAAPPO: dict[str, dict[str, Any]] = {
         "dynamics_width": 256,
         "policy_kwargs": {"net_arch": [256, 256], "activation_fn": nn.ReLU},
     },
+}
+DAAPPO_RUNS: dict[str, dict[str, Any]] = {
+    # "Slight modifications" of CleanRL's PPO, which normalises and anneals; Table 2: repeat 4
+    "daa2022": {"normalize": "both", "learning_rate_schedule": "linear", "action_repeat": 4},
+    # Silent on normalisation: off, as in the authors' code
+    "mbma2023": {"normalize": "none", "learning_rate_schedule": "linear", "action_repeat": 4},
+    "mbma_code": {"normalize": "none", "learning_rate_schedule": "linear", "action_repeat": 4},
 }

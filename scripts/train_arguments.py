@@ -47,6 +47,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_every": 5_000,
     },
 }
+PRESET_RUNS = {"daappo": presets.DAAPPO_RUNS}
 PRESETS = {"pipps": presets.PIPPS, "dreamer": presets.DREAMER, "daappo": presets.DAAPPO}
 
 
@@ -128,6 +129,8 @@ def parse(arguments: Sequence[str], usage: str) -> tuple[str, RunOptions, Any, s
     known = {f.name for f in dataclasses.fields(flags_type)}
     values = PRESETS[agent].get(preset, {})
     flags = flags_type(**{"seed": 0, **{k: v for k, v in values.items() if k in known}})
+    run = {**DEFAULTS[agent], **PRESET_RUNS.get(agent, {}).get(preset, {})}
+    repeat = run.pop("action_repeat", 0)
 
     command = dataclasses.make_dataclass(
         "Command",
@@ -146,14 +149,23 @@ def parse(arguments: Sequence[str], usage: str) -> tuple[str, RunOptions, Any, s
                 description=f"{AGENTS[agent].__doc__.splitlines()[0]}\n\n"  # type: ignore[union-attr]
                 f"--preset {{{','.join(PRESETS[agent])}}} sets a paper's numbers; flags beside it "
                 "win.",
-                default=command(RunOptions(**DEFAULTS[agent]), flags),
+                default=command(RunOptions(**run), flags),
             )
     except SystemExit as stop:
         if stop.code:
             help_command = f"python -m scripts.train {agent} --help lists the flags"
             print(f"error: {_unboxed(box.getvalue())}; {help_command}", file=sys.stderr)
         raise
-    return agent, parsed.run, parsed.agent, preset
+    return agent, _repeated(parsed.run, repeat), parsed.agent, preset
+
+
+def _repeated(options: RunOptions, repeat: int) -> RunOptions:
+    """With a preset's action repeat in the control suite, which is what its paper trains on."""
+    if not repeat or not options.env_id.startswith(("dmc/", "dm_control/")):
+        return options
+    # First, so that the command line's own wins.
+    env_arg = (f"action_repeat={repeat}", *options.env_arg)
+    return dataclasses.replace(options, env_arg=env_arg)
 
 
 def _unboxed(box: str) -> str:

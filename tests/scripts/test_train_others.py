@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
 import estimators
 from agents import DreamerTPX
@@ -18,6 +19,7 @@ from scripts import (
     run_folder,
     sweep,
     train,
+    train_arguments,
     variance,
 )
 
@@ -28,6 +30,40 @@ DREAMER += ["--eval-every", "40", "--eval-episodes", "2", "--gradient-steps", "1
 DAAPPO = ["daappo", "--total-timesteps", "120", "--n-steps", "60", "--batch-size", "30"]
 DAAPPO += ["--dynamics-width", "8", "--n-extra-actions", "2", "--simulation-horizon", "2"]
 DAAPPO += ["--eval-every", "60", "--eval-episodes", "2", "--n-epochs", "2", *CART_POLE]
+
+
+def options_of(*arguments):
+    """What a command line makes of a run: normalisation, schedule, environment arguments."""
+    job = train_arguments.Job.of(*train_arguments.parse(["daappo", *arguments], usage=""))
+    return job.options.normalize, job.options.learning_rate_schedule, job.env_args
+
+
+@pytest.mark.parametrize(
+    ("preset", "normalize"), [("daa2022", "both"), ("mbma2023", "none"), ("mbma_code", "none")]
+)
+def test_a_papers_preset_is_its_run_too_and_flags_win(preset, normalize):
+    command = ["--preset", preset]
+    assert options_of(*command) == (normalize, "linear", {"action_repeat": 4})
+    assert options_of(*command, "--env-id", "dmc/walker-walk-v0")[2] == {"action_repeat": 4}
+    assert options_of(*command, "--env-id", "Pendulum-v1")[2] == {}
+    flags = ["--normalize", "rewards", "--learning-rate-schedule", "constant"]
+    flags += ["--env-arg", "action_repeat=2", "--env-arg", "render=fast"]
+    expected = "rewards", "constant", {"action_repeat": 2, "render": "fast"}
+    assert options_of(*command, *flags) == expected
+
+
+def test_our_own_preset_and_none_are_the_run_of_the_defaults():
+    for command in ([], ["--preset", "recommended"]):
+        assert options_of(*command) == ("both", "constant", {})
+
+
+def test_the_authors_code_is_trained_without_normalisation_at_a_falling_rate():
+    command = ["daappo", "--preset", "mbma_code", "--dynamics-width", "8", *CART_POLE]
+    job = train_arguments.Job.of(*train_arguments.parse(command, usage=""))
+    env, eval_env = job.environments()
+    assert unwrap_vec_normalize(env) is None and unwrap_vec_normalize(eval_env) is None
+    agent = job.algorithm(env)
+    assert [agent.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [3e-4, 1.5e-4, 0.0]
 
 
 @pytest.fixture(scope="module")
