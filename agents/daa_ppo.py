@@ -160,21 +160,25 @@ class DAAPPO(SafeSaving, PPO):
         super()._setup_model()
         if self.action_source == "none":
             return
-        # Own generators: policy and minibatches draw what they would without extra actions.
-        seed = int(np.random.default_rng().integers(2**31)) if self.seed is None else self.seed
-        self._generator = torch.Generator(self.device).manual_seed(seed)
-        self._rng = np.random.default_rng(seed)
         n_actions = spaces.utils.flatdim(self.action_space)
         self.transitions = TransitionBuffer(self.dynamics_buffer_size, self.state_size, n_actions)
         self._transition_files = RingFiles("transitions")
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(self._generator.initial_seed())
             self.value_model = daa_values.new_value_model(self)
         if self.value_model is not None:
             self.value_optimizer = torch.optim.Adam(
                 self.value_model.parameters(), self.dynamics_learning_rate, eps=self.dynamics_eps
             )
         self.source = daa_values.new_source(self)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """As in stable-baselines3; what extra actions and models draw, too."""
+        super().set_random_seed(seed)
+        # Own generators: policy and minibatches draw what they would without extra actions.
+        seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._rng = np.random.default_rng(seed)
 
     @property
     def state_size(self) -> int:

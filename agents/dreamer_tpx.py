@@ -185,14 +185,18 @@ class DreamerTPX(SafeSaving):
         dreamer_arguments.check_arguments(self)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        seed = self.seed if self.seed is not None else int(torch.randint(2**31, ()))
-        self._generator = torch.Generator(self.device).manual_seed(seed)
-        self._rng = np.random.default_rng(seed)
         kwargs = {"discount_head": self.discount_head, **self.policy_kwargs}
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, **kwargs
         ).to(self.device)
         self._update = DreamerUpdate(self.policy, dreamer_arguments.update_settings(self))
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """As in stable-baselines3; the noise of acting and learning, too."""
+        super().set_random_seed(seed)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._rng = np.random.default_rng(seed)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         had_observation = self._last_obs
@@ -260,18 +264,14 @@ class DreamerTPX(SafeSaving):
             if self.num_timesteps < due:  # the rest of the round is the next call's
                 break
             self._since_round = 0
-            if self._has_sequences():
+            assert self.replay_buffer is not None
+            if not self.replay_buffer.is_too_young(self.sequence_length):
                 self.train(self.gradient_steps)
                 rounds += 1
                 if log_interval and rounds % log_interval == 0:
                     self.dump_logs()
         callback.on_training_end()
         return self
-
-    def _has_sequences(self) -> bool:
-        """False while a replay that has just been begun, by `load` say, must grow first."""
-        assert self.replay_buffer is not None
-        return not self.replay_buffer.is_too_young(self.sequence_length)
 
     def _collect(self, callback: BaseCallback, until: int) -> bool:
         """Act until `until` steps are done; False if a callback stopped the training."""

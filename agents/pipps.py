@@ -169,8 +169,7 @@ class PIPPS(SafeSaving):
     def set_random_seed(self, seed: int | None = None) -> None:
         """As in stable-baselines3; the simulations' noise, too."""
         super().set_random_seed(seed)
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
     def _settings(self) -> SearchSettings:

@@ -681,18 +681,6 @@ def test_whole_numbers_of_numpy_are_taken():
     assert make(n_particles=np.int64(20)).n_particles == 20
 
 
-def test_set_random_seed_seeds_the_simulations_too():
-    def trained(first):
-        agent = make(policy="LinearPolicy", seed=first, policy_kwargs={})
-        with torch.no_grad():
-            for parameter in agent.policy.parameters():
-                parameter.fill_(0.1)
-        agent.set_random_seed(7)
-        return agent.learn(7).policy.weights
-
-    assert torch.equal(trained(1), trained(2))
-
-
 @pytest.mark.parametrize(
     ("name", "resample", "fixed", "optimizer"),
     [
