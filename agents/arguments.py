@@ -103,7 +103,13 @@ def _check_estimator(agent: PIPPS) -> None:
 
 def _check_cost(cost: Callable[[Tensor], Tensor], states: int, device: torch.device) -> None:
     x = torch.zeros(2, 3, states, dtype=torch.float64, device=device, requires_grad=True)
-    found: Any = cost(x)
+    try:
+        found: Any = cost(x)
+    except Exception as error:  # whatever the user's function may raise
+        raise ValueError(
+            f"cost_fn takes states [..., {states}] and gives a cost each, but with states "
+            f"[2, 3, {states}] it raised {type(error).__name__}: {error}"
+        ) from error
     shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if shape != [2, 3]:
         raise ValueError(

@@ -664,6 +664,7 @@ def test_an_estimator_object_is_used_as_it_is(monkeypatch):
         ),
         ({"cross_fit": True, "n_particles": 3}, "needs at least 2 samples"),
         ({"cost_fn": lambda states: states[..., :1] ** 2}, r"a tensor \[2, 3\], got \[2, 3, 1\]"),
+        ({"cost_fn": lambda states, actions: states.sum(-1)}, "it raised TypeError: .*'actions'"),
         ({"cost_fn": lambda states: 1.0}, r"a tensor \[2, 3\], got float"),
         ({"cost_fn": lambda states: (states[..., 0] > 0).double()}, "must be differentiable"),
         ({"noise_multiplier": None}, "noise_multiplier must be above 0, a number, got None"),

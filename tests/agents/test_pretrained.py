@@ -81,7 +81,7 @@ def test_a_saved_agent_loads_when_the_file_is_gone(trained, tmp_path):
 def test_wrong_files_are_one_sentence(trained, tmp_path):
     _, folder = trained
     (tmp_path / "text.zip").write_text("no model")
-    PIPPS("RBFPolicy", Walk(), cost_fn=lambda s, a: s.sum(-1)).save(tmp_path / "pipps.zip")
+    PIPPS("RBFPolicy", Walk(), cost_fn=lambda s: s.sum(-1)).save(tmp_path / "pipps.zip")
     bigger = {"policy_kwargs": {**TINY["policy_kwargs"], "deter": 9}}
     cases = [
         (tmp_path / "absent", {}, "does not exist; give a run folder"),

@@ -168,7 +168,7 @@ def test_a_fault_while_learning_is_one_sentence_and_the_run_goes_on(
     ("agent", "flag"), [("dreamer", "--buffer-size"), ("daappo", "--dynamics-buffer-size")]
 )
 def test_a_buffer_larger_than_the_memory_leaves_nothing(agent, flag, tmp_path, capsys):
-    command = [agent, "--env-id", "totalprop/CartPoleSwingUp-v0", flag, str(10**14)]
+    command = [agent, "--env-id", "Pendulum-v1", flag, str(10**14)]
     command += ["--no-progress", "--no-tensorboard", "--threads", "1", "--runs", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
         train.main(command)
