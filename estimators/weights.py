@@ -77,10 +77,10 @@ def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
         scale = scale[(...,) + (None,) * rp[0].ndim]
     scale = scale.clamp_min(_tiny(fields[0]))
     covariance = gram(_require(probe, "tp"), tuple(f / scale for f in fields))
-    variances = covariance.diagonal().clamp_min(0.0)[(...,) + (None,) * rp[0].ndim]
+    variances = covariance.diagonal().clamp_min(0.0)
     if len(legs) == 1:
-        return [_share(variances[0], variances[1])]
-    return _shares(variances.sqrt() * scale)
+        return [_share(*variances.unbind()).view((1,) * rp[0].ndim)]
+    return _shares(variances[(...,) + (None,) * rp[0].ndim].sqrt() * scale)
 
 
 def tpg(
