@@ -94,14 +94,16 @@ def tpg(
         (1 - k)ᵀ C_RP (1 - k) + kᵀ C_LR k + carried Σ_d k_d² C_LR,dd,
 
     without the bounds, and clips k to them. This project; no paper. With one coordinate and
-    carried = 0 it is `tp`; where J keeps the coordinates apart, it is `tpx-ivw` in parameter space.
-    A coordinate that the parameters do not reach in this step (a position, in a model of explicit
-    Euler steps) has no say in that, but its k decides what earlier nodes receive: a hundredth of
-    `tpx-ivw`'s objective, in the same unit, gives it that rule's k. Two choices are empirical
-    (results/chaos/table.md). The covariance between the legs is left out: over a long chain the
-    noise of its estimate costs more than it gains. And LR's own variance counts `carried` times
-    more: at the edge of chaos that lowers the variance of the whole gradient several-fold, though
-    not at a single node, where `functools.partial(tpg, carried=0.0)` is the better rule.
+    carried = 0 it is `tp`, where J keeps the coordinates apart `tpx-ivw` in parameter space, but
+    for a hundredth of `tpx-ivw`'s own objective, in the same unit: a coordinate that the parameters
+    do not reach in this step (a position, in a model of explicit Euler steps) has no say above, but
+    its k decides what earlier nodes receive, and gets that rule's.
+
+    Three choices are empirical (results/chaos/table.md): that hundredth, chosen on another seed.
+    The covariance between the legs is left out: over a long chain the noise of its estimate costs
+    more than it gains. And LR's own variance counts `carried` times more: at the edge of chaos that
+    lowers the variance of the whole gradient several-fold, though not at a single node, where
+    `functools.partial(tpg, carried=0.0)` is the better rule.
     """
     if len(legs) != 1 or rp[0].ndim != 2:
         raise ValueError(
