@@ -44,9 +44,10 @@ def check_arguments(agent: PIPPS) -> None:
     """One sentence per wrong value, before any work is done."""
     if getattr(agent, "observation_space", None) is None:
         raise ValueError("PIPPS needs an environment to learn in: pass env=... (an id or instance)")
+    has_halves = getattr(agent.estimator, "cross_fit", agent.cross_fit)
     checks: list[tuple[str, Any, bool, str]] = [
         ("leg", agent.leg, agent.leg in LEGS, f"one of {', '.join(LEGS)}"),
-        _whole(agent, "n_particles", 3),
+        _whole(agent, "n_particles", 6 if has_halves else 3),
         _whole(agent, "horizon", 1),
         _whole(agent, "gradient_steps", 1),
         _whole(agent, "random_trials", 1),

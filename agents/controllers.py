@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from estimators import DenseJacobian
+from estimators.probes import covariance
 
 if TYPE_CHECKING:
     from agents.policies import ControllerPolicy, RBFPolicy
@@ -99,8 +100,7 @@ class RBFJacobian(NamedTuple):
         sums = sums.view(len(a), -1, sums.shape[-1])  # [M, 1 + S, K]
         blocks = torch.addcmul(sums * self.factor, sums[:, :1], self.shift, value=-1)
         total = torch.cat((blocks.flatten(1), a @ self.by_scale.T), 1)  # Σ_i α_i J_i, reordered
-        second_moment = (a * self.norm) @ a.T
-        return torch.addmm(second_moment, total, total.T, alpha=-1 / a.shape[1])
+        return covariance(a * self.norm, a, total)
 
     def per_sample(self, alpha: Tensor) -> Tensor:
         """[N, P] products α_i J_i, from α [N, 1]."""

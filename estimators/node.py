@@ -68,30 +68,29 @@ def stochastic_node(
     tap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a node whose backward is the estimator's. See `Estimator.__call__`."""
-    shape, samples = list(zeta[0].shape), list(zeta[0].shape[:-1])
-    if list(credit.shape) != samples:
+    shape, samples = zeta[0].shape, zeta[0].shape[:-1]
+    if credit.shape != samples:
         raise ValueError(
-            f"credit must have the node's shape without its last axis, {samples}, "
+            f"credit must have the node's shape without its last axis, {list(samples)}, "
             f"got {list(credit.shape)}; start a rollout with credit = mean.new_zeros(N)"
         )
-    if value is not None and list(value.shape) != samples:
+    if value is not None and value.shape != samples:
         raise ValueError(
-            f"value must have the credit's shape, {samples}, got {list(value.shape)}; "
+            f"value must have the credit's shape, {list(samples)}, got {list(value.shape)}; "
             "a critic's [N, 1] needs value.squeeze(-1)"
         )
-    for name, x in (("std", zeta[-1]), ("noise", noise)):
-        if list(x.shape) != shape:
+    for name, x, own in (
+        ("std", zeta[-1], "std.expand_as(mean)"), ("noise", noise, "torch.randn_like(mean)")
+    ):  # fmt: skip
+        if x.shape != shape:
             raise ValueError(
-                f"{name} must have the node's shape, {shape}, got {list(x.shape)}; "
-                f"every entry needs its own: {_OWN[name]}"
+                f"{name} must have the node's shape, {list(shape)}, got {list(x.shape)}; "
+                f"every entry needs its own: {own}"
             )
     if tap is not None and probe is None:
         raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
     sample, credit = _Node.apply(estimator, probe, noise, credit, value, meter, tap, *zeta)
     return sample, credit
-
-
-_OWN = {"std": "std.expand_as(mean)", "noise": "torch.randn_like(mean)"}
 
 
 class _Node(torch.autograd.Function):

@@ -102,7 +102,7 @@ def covariance(weighted: Tensor, alpha: Tensor, total: Tensor) -> Tensor:
     """[M, M] Σ_i α_ai J_i J_iᵀ α_biᵀ - Σ_i α_ai J_i · Σ_i α_bi J_i / N.
 
     Args:
-        weighted: [M, N, F] α J Jᵀ. alpha: [M, N, F]. total: [M, P] Σ_i α_i J_i.
+        weighted: [M, N, F] or [M, N], α J Jᵀ. alpha: alike. total: [M, P] Σ_i α_i J_i.
     """
     n = alpha.shape[1]
     return torch.addmm(weighted.flatten(1) @ alpha.flatten(1).T, total, total.T, alpha=-1 / n)

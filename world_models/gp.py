@@ -184,7 +184,7 @@ class _PosteriorMoments(torch.autograd.Function):
         mean_sums = torch.bmm(weighted, k)  # [E, D + 1, N]
         whitened = torch.bmm(precision, k)
         w = torch.bmm(precision.mT, whitened) if is_root else whitened
-        variance_sums = torch.bmm(plain, w * k)  # of k* K⁻¹k*, elementwise
+        variance_sums = torch.bmm(plain, w.mul_(k))  # of k* K⁻¹k*, elementwise
         mean, explained = mean_sums[:, d:], variance_sums[:, d:]  # [E, 1, N]
         mean_jacobian = mean_sums[:, :d] - scaled * mean
         variance_jacobian = (scaled * explained - variance_sums[:, :d]) * 2

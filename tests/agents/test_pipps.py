@@ -662,7 +662,11 @@ def test_an_estimator_object_is_used_as_it_is(monkeypatch):
             },
             "'tpg' takes one score leg",
         ),
-        ({"cross_fit": True, "n_particles": 3}, "needs at least 2 samples"),
+        ({"cross_fit": True, "n_particles": 5}, "n_particles must be at least 6, a whole number"),
+        (
+            {"estimator": estimators.make("tpx", cross_fit=True), "n_particles": 5},
+            "n_particles must be at least 6, a whole number",
+        ),
         ({"cost_fn": lambda states: states[..., :1] ** 2}, r"a tensor \[2, 3\], got \[2, 3, 1\]"),
         ({"cost_fn": lambda states, actions: states.sum(-1)}, "it raised TypeError: .*'actions'"),
         ({"cost_fn": lambda states: 1.0}, r"a tensor \[2, 3\], got float"),
