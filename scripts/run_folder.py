@@ -162,10 +162,22 @@ def program(name: str) -> str:
 
 
 def current_commit() -> str:
-    """Short hash of the checkout, for records of results."""
-    command, here = ["git", "rev-parse", "--short", "HEAD"], Path(__file__).parent
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
-    return result.stdout.strip() or "unknown"
+    """Short hash of the checkout, for records of results; with "-dirty" where code was changed.
+
+    "unknown" where there is no checkout, or no git.
+    """
+
+    def git(*arguments: str) -> str:
+        command, here = ["git", *arguments], Path(__file__).parents[1]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here)
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    is_changed = commit and git("status", "--porcelain", "--", "*.py", "constraints.txt")
+    return commit + "-dirty" * bool(is_changed) or "unknown"
 
 
 def parse_env_args(arguments: tuple[str, ...]) -> dict[str, Any]:
