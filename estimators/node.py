@@ -155,9 +155,23 @@ def mix(
         )
 
     (rp_1, legs_1, k_1), (rp_2, legs_2, k_2) = half(slice(0, n // 2)), half(slice(n // 2, n))
-    first, second = _combine(rp_1, legs_1, k_2), _combine(rp_2, legs_2, k_1)
+    first = _combine(rp_1, legs_1, _borrowed(k_2, k_1, rp_1, legs_1))
+    second = _combine(rp_2, legs_2, _borrowed(k_1, k_2, rp_2, legs_2))
     g_zeta = tuple(torch.cat(pair) for pair in zip(first[0], second[0], strict=True))
     return g_zeta, torch.cat((first[1], second[1]))
+
+
+def _borrowed(k: list[Tensor], own: list[Tensor], rp: Zeta, legs: list[Zeta]) -> list[Tensor]:
+    """The other half's k, but the own, which is 1, for an exploded pathwise leg.
+
+    Exploded is not finite, or so far above the score legs that k would round to 1. That k is 1 says
+    less: a clipped one often is, and to use the own then would bias the mixture.
+    """
+    dims = tuple(range(rp[0].ndim - 1))  # all but the coordinates
+    largest = torch.stack([leg[0].abs().amax(dims) for leg in legs]).amax(0)
+    limit = largest / (8 * torch.finfo(largest.dtype).eps) ** 0.5
+    is_usable = rp[0].abs().amax(dims) <= limit  # [D]
+    return [torch.where(is_usable, *pair) for pair in zip(k, own, strict=True)]
 
 
 def _weigh(

@@ -33,7 +33,8 @@ class Estimator:
         baseline: what is subtracted from the returns, see `estimators.baselines`.
         cross_fit: choose k for each half of the batch from the other half. At a single node this
             makes a composite unbiased; in a chain what is left is of second order (the other
-            half's k depends on k's further down the chain, which depend on this half).
+            half's k depends on k's further down the chain, which depend on this half). A half
+            whose own pathwise leg explodes does without it.
         probe: what the rule needs to know of policy-parameter space: nothing, all parameters, or a
             subset of them (Dreamer, PIPPS: the policy's last layer). The caller builds the probe.
         whole_graph: combine once, over the whole graph, with `estimators.gradient` (only `ivw`).

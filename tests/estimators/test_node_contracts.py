@@ -115,6 +115,20 @@ def test_several_legs_share_what_an_exploded_rp_leaves(name, factor):
 PER_COORDINATE = ("tpx", "tpx-ivw", "tpg")
 
 
+@pytest.mark.parametrize("factor", [1e200, torch.inf, torch.nan])
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_a_half_whose_rp_explodes_does_without_it_under_cross_fit(name, factor):
+    """One sample of the first half explodes; the second half's k would let it through."""
+    n, d = 16, 3
+    explode = torch.ones(n, d, dtype=F64)
+    explode[3] = factor
+    estimator, probe = make_with_probe(name, cross_fit=True)
+    g_mean, g_std, _ = single_node(estimator, explode=explode, **probe)
+    expected, *_ = single_node(estimators.make("lr", cross_fit=True))
+    torch.testing.assert_close(g_mean[: n // 2], expected[: n // 2])
+    assert torch.isfinite(g_mean).all() and torch.isfinite(g_std).all()
+
+
 @pytest.mark.parametrize(
     ("dtype", "factor"),
     [(F64, 1e200), (torch.float32, 1e25), (F64, torch.inf), (F64, torch.nan)],
