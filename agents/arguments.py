@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-import torch
 from gymnasium import spaces
-from torch import Tensor
 
 import estimators
-from estimators import ControlProbe, DenseJacobian, Estimator, assign_credit
+from agents import task
+from agents.checks import is_above, is_whole, is_within, try_estimator
+from estimators import Estimator
 
 if TYPE_CHECKING:
     from agents.pipps import PIPPS
@@ -36,8 +33,12 @@ def resolve(agent: PIPPS) -> Estimator:
     """The estimator of the nodes, with the agent's leg and cross_fit where it is a name."""
     if isinstance(agent.estimator, Estimator):
         return agent.estimator
-    name = "rp" if agent.estimator in VARIANTS else agent.estimator
-    return estimators.make(name, legs=(LEGS[agent.leg],), cross_fit=agent.cross_fit)
+    changes: dict[str, Any] = {}  # only what was asked for: a registered estimator has its own
+    if agent.leg != "score":
+        changes["legs"] = (LEGS[agent.leg],)
+    if agent.cross_fit:
+        changes["cross_fit"] = True
+    return estimators.make("rp" if agent.estimator in VARIANTS else agent.estimator, **changes)
 
 
 def check_arguments(agent: PIPPS) -> None:
@@ -54,12 +55,12 @@ def check_arguments(agent: PIPPS) -> None:
         _whole(agent, "gp_evaluations", 1),
         _whole(agent, "max_points", 0),
         ("cost_fn", agent.cost_fn, agent.cost_fn is None or callable(agent.cost_fn), "a function"),
-        _number(agent, "noise_multiplier", lambda x: 0 < x < math.inf, "above 0"),
-        _number(agent, "adam_eps", lambda x: 0 < x < math.inf, "above 0"),
-        _number(agent, "momentum", lambda x: 0 <= x < 1, "in [0, 1)"),
+        _above_zero(agent, "noise_multiplier"),
+        _above_zero(agent, "adam_eps"),
+        ("momentum", (m := agent.momentum), is_within(m, 0, 1) and m < 1, "in [0, 1), a number"),
     ]
     if not callable(agent.learning_rate):
-        checks.append(_number(agent, "learning_rate", lambda x: 0 < x < math.inf, "above 0"))
+        checks.append(_above_zero(agent, "learning_rate"))
     names = ("adam", "rmsprop2018", "quasi-newton")
     checks.append(("optimizer", agent.optimizer, agent.optimizer in names, f"one of {names}"))
     for name, value, is_good, expected in checks:
@@ -76,8 +77,13 @@ def check_arguments(agent: PIPPS) -> None:
         )
     _check_spaces(agent)
     _check_estimator(agent)
-    if agent.cost_fn is not None:
-        _check_cost(agent.cost_fn, agent.observation_space.shape[0], agent.device)  # type: ignore[index]
+    if agent.cost_fn is None:
+        task.own_cost(agent)  # warns now, not after the first trial
+        return
+    states: int = agent.observation_space.shape[0]  # type: ignore[index]
+    problem = task.cost_problem(agent.cost_fn, states, agent.device)
+    if problem is not None:
+        raise ValueError(f"cost_fn is not a cost of states: {problem}")
 
 
 def _check_estimator(agent: PIPPS) -> None:
@@ -90,50 +96,17 @@ def _check_estimator(agent: PIPPS) -> None:
             )
     elif agent.estimator not in (known := [*estimators.names(), *VARIANTS]):
         raise ValueError(estimators.unknown_name(agent.estimator, known))
-    estimator = resolve(agent)
-    if estimator.whole_graph:
-        return
-    n = agent.n_particles
-    mean = torch.zeros(n, 2, dtype=torch.float64, requires_grad=True)
-    noise = torch.linspace(-1, 1, 2 * n, dtype=torch.float64).reshape(n, 2)
-    one = torch.ones(n, 2, 1, dtype=torch.float64)
-    probe = ControlProbe([one, one], lambda: DenseJacobian(one[:, :1]))
-    x, credit = estimator(mean, torch.ones_like(mean), noise, mean.new_zeros(n), probe=probe)
-    assign_credit(x.square().sum(-1), credit).sum().backward()
-
-
-def _check_cost(cost: Callable[[Tensor], Tensor], states: int, device: torch.device) -> None:
-    x = torch.zeros(2, 3, states, dtype=torch.float64, device=device, requires_grad=True)
-    try:
-        found: Any = cost(x)
-    except Exception as error:  # whatever the user's function may raise
-        raise ValueError(
-            f"cost_fn takes states [..., {states}] and gives a cost each, but with states "
-            f"[2, 3, {states}] it raised {type(error).__name__}: {error}"
-        ) from error
-    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    if shape != [2, 3]:
-        raise ValueError(
-            f"cost_fn must give one cost per state: of states [2, 3, {states}] a tensor [2, 3], "
-            f"got {shape}"
-        )
-    if not found.requires_grad:
-        raise ValueError(
-            "cost_fn must be differentiable: a cost of torch operations on the states it is given"
-        )
+    try_estimator(resolve(agent), [agent.n_particles])
 
 
 def _whole(agent: PIPPS, name: str, least: int) -> tuple[str, Any, bool, str]:
     value = getattr(agent, name)
-    is_good = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-    return name, value, is_good, f"at least {least}, a whole number"
+    return name, value, is_whole(value, least), f"at least {least}, a whole number"
 
 
-def _number(
-    agent: PIPPS, name: str, is_good: Callable[[float], bool], expected: str
-) -> tuple[str, Any, bool, str]:
+def _above_zero(agent: PIPPS, name: str) -> tuple[str, Any, bool, str]:
     value = getattr(agent, name)
-    return name, value, isinstance(value, Real) and is_good(float(value)), f"{expected}, a number"
+    return name, value, is_above(value, 0), "above 0, a number"
 
 
 def _check_spaces(agent: PIPPS) -> None:
@@ -143,8 +116,16 @@ def _check_spaces(agent: PIPPS) -> None:
             f"PIPPS models a vector of real numbers and needs a Box observation space of shape "
             f"[S], got {space}; wrap the environment in gymnasium.wrappers.FlattenObservation"
         )
-    if len(agent.action_space.shape or ()) != 1:
-        raise ValueError(f"PIPPS needs a Box action space of shape [A], got {agent.action_space}")
+    actions: Any = agent.action_space
+    if (
+        len(actions.shape) != 1
+        or actions.dtype.kind != "f"
+        or not (actions.low < actions.high).all()
+    ):
+        raise ValueError(
+            "PIPPS needs a Box action space of shape [A], of real numbers, each with some room "
+            f"between its bounds, got {actions}"
+        )
     if agent.get_vec_normalize_env() is not None:
         raise ValueError(NO_VEC_NORMALIZE)
     wrong = [d for d in agent.angle_dims if not 0 <= d < space.shape[0]]

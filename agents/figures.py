@@ -10,14 +10,13 @@ from matplotlib.figure import Figure
 QUANTILES = (0.05, 0.25, 0.75, 0.95)
 
 
-def prediction(particles: np.ndarray, path: np.ndarray, labels: Sequence[str] = ()) -> Figure:
+def prediction(particles: np.ndarray, path: np.ndarray, labels: Sequence[str]) -> Figure:
     """Predicted particles against the real trajectory, one panel per state dimension.
 
     Args:
         particles: [H + 1, N, S]. path: [T + 1, S] observed. labels: S names.
     """
     n_states = particles.shape[-1]
-    names = list(labels) or [f"observation {d}" for d in range(n_states)]
     figure = Figure(figsize=(3.2 * min(n_states, 4), 2.6 * -(-n_states // 4)), layout="constrained")
     axes = figure.subplots(-(-n_states // 4), min(n_states, 4), squeeze=False).ravel()
     steps = np.arange(len(particles))
@@ -26,7 +25,7 @@ def prediction(particles: np.ndarray, path: np.ndarray, labels: Sequence[str] = 
         axes[d].fill_between(steps, low, high, alpha=0.2, color="C0", lw=0, label="particles 90 %")
         axes[d].fill_between(steps, lower, upper, alpha=0.4, color="C0", lw=0, label="50 %")
         axes[d].plot(path[:, d], color="C3", lw=1.5, label="real trial")
-        axes[d].set(title=names[d], xlabel="step")
+        axes[d].set(title=labels[d], xlabel="step")
     for axis in axes[n_states:]:
         axis.set_visible(False)
     axes[0].legend(fontsize="small", frameon=False)

@@ -7,7 +7,7 @@ Aoki 2023 (TPX), App. B. The simulation is in particles.py, the optimiser in pol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -137,6 +137,10 @@ class PIPPS(SafeSaving):
         self.adam_eps, self.momentum = adam_eps, momentum
         self.random_trials = random_trials
         self.cost_fn = cost_fn
+        if not isinstance(angle_dims, Iterable):
+            raise ValueError(
+                f"angle_dims must be entries of the observation, e.g. (1,), got {angle_dims!r}"
+            )
         self.angle_dims = tuple(angle_dims)
         self.model_uncertainty, self.noise_multiplier = model_uncertainty, noise_multiplier
         self.gp_evaluations, self.max_points = gp_evaluations, max_points
@@ -264,14 +268,14 @@ class PIPPS(SafeSaving):
             finished |= dones
             callback.update_locals(locals())
             if not callback.on_step():
+                self._n_trials += int(finished.all())
                 self._store(transitions)
                 return False
             self._update_info_buffer(infos, dones)
         self._n_trials += 1
         self._store(transitions)
         if self._predicted is not None and from_start:
-            names = task.env_attribute(self, "observation_names") or ()
-            trial_log.record_prediction(self, np.stack(path)[:, 0], names)
+            trial_log.record_prediction(self, np.stack(path)[:, 0])
         callback.on_rollout_end()
         return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
@@ -83,6 +84,12 @@ class ControllerPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
         assert isinstance(observation, Tensor)
         return self.act(observation.double()).float()
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """As in stable-baselines3, but never a rounding error beyond the bounds."""
+        space = self.action_space
+        assert isinstance(space, spaces.Box)
+        return np.clip(super().unscale_action(scaled_action), space.low, space.high)
 
     def forward(self, observation: Tensor) -> Tensor:
         """Same as `act`, for observations of any dtype."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +11,7 @@ from stable_baselines3.common.logger import Figure
 from stable_baselines3.common.utils import safe_mean
 from torch import Tensor
 
-from agents import figures
+from agents import figures, task
 from agents.policy_search import SearchLog
 
 if TYPE_CHECKING:
@@ -67,9 +66,12 @@ def record_model_fit(agent: PIPPS, inputs: Tensor, targets: Tensor) -> None:
         agent.logger.record(f"model_fit/rmse_{d}", value, exclude=QUIET)
 
 
-def record_prediction(agent: PIPPS, path: np.ndarray, names: Sequence[str]) -> None:
+def record_prediction(agent: PIPPS, path: np.ndarray) -> None:
     """Figure: the particles predicted before a trial, and the trial itself, [T + 1, S]."""
     if agent.tensorboard_log is not None and agent._predicted is not None:
+        names = task.env_attribute(agent, "observation_names")
+        if names is None or len(names) != path.shape[1]:
+            names = [f"observation {d}" for d in range(path.shape[1])]
         figure = figures.prediction(agent._predicted, path, names)
         agent.logger.record("figures/prediction", Figure(figure, close=True), PICTURE)
 

@@ -448,6 +448,11 @@ def test_posterior_keeps_its_digits_with_many_points_and_little_noise(n, noise):
     tolerance = 1e-6 if n == 100 else 2e-4
     assert ((found.mean - mean).abs() < 1e-3 * predictive.sqrt()).all()
     assert ((found.variance - variance).abs() < tolerance * predictive).all()
+    far = 3 * inputs.std(0) * randn(100, 3, seed=4)
+    there, (mean, variance) = gp.posterior(far), whitened_posterior(gp, far)
+    predictive = variance + gp.noise.square()
+    assert ((there.mean - mean).abs() < 1e-2 * predictive.sqrt()).all()
+    assert ((there.variance - variance).abs() < 1e-2 * predictive).all()
     for d in range(3):
         h = 1e-3 * torch.eye(3, dtype=F64)[d]
         slope = (whitened_posterior(gp, x + h)[1] - whitened_posterior(gp, x - h)[1]) / 2e-3

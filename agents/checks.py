@@ -1,0 +1,49 @@
+"""What the constructors' checks of arguments have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from estimators import ControlProbe, DenseJacobian, Estimator, assign_credit
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether it is a whole number, numpy's too, of at least that."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def is_within(value: Any, low: float, high: float = math.inf) -> bool:
+    """Whether it is a number, numpy's too, in [low, high], and finite."""
+    return isinstance(value, Real) and low <= float(value) <= high and math.isfinite(float(value))
+
+
+def is_above(value: Any, low: float) -> bool:
+    """Whether it is a finite number above that."""
+    return is_within(value, low) and float(value) > low
+
+
+def try_estimator(estimator: Estimator, samples: Sequence[int], *, has_value: bool = False) -> None:
+    """One node of so many samples, forward and backward, in place of a failure after the data.
+
+    Args:
+        samples: the node's shape without its last axis. has_value: a critic's estimate is there.
+    Raises:
+        ValueError: the estimator's parts do not work together, or not with so few samples.
+    """
+    if estimator.whole_graph:
+        return
+    mean = torch.zeros(*samples, 2, dtype=torch.float64, requires_grad=True)
+    noise = torch.linspace(-1, 1, mean.numel(), dtype=torch.float64).view_as(mean)
+    probe = None
+    if len(samples) == 1:
+        one = torch.ones(*mean.shape, 1, dtype=torch.float64)
+        probe = ControlProbe([one, one], lambda: DenseJacobian(one[:, :1]))
+    credit = mean.new_zeros(samples)
+    value = noise[..., 0] if has_value else None
+    x, credit = estimator(mean, torch.ones_like(mean), noise, credit, probe=probe, value=value)
+    assign_credit(x.square().sum(-1), credit).sum().backward()
