@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
@@ -15,6 +15,9 @@ from tqdm import tqdm
 
 from agents import env_state, open_loop, safe_file
 from agents.trial_log import PICTURE
+
+if TYPE_CHECKING:
+    from agents.dreamer_tpx import DreamerTPX
 
 
 class Evaluation(BaseCallback):
@@ -45,6 +48,7 @@ class Evaluation(BaseCallback):
         self.eval_env, self.n_episodes, self.path = eval_env, n_episodes, path
         self.every = every
         self._evaluated = -1  # updates of the policy that was evaluated last
+        self._last = 0  # steps when it was
         self.timesteps: list[int] = []
         self.returns: list[list[float]] = []
 
@@ -57,12 +61,15 @@ class Evaluation(BaseCallback):
                 "wrap both the training and the evaluation environment in VecNormalize, or neither"
             )
 
+    def _on_training_start(self) -> None:
+        if self._last > self.num_timesteps:  # steps are counted anew
+            self._last = 0
+
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_start(self) -> None:
-        last = self.timesteps[-1] if self.timesteps else 0
-        is_due = self.num_timesteps - last >= self.every
+        is_due = self.num_timesteps - self._last >= self.every
         if self.model._n_updates > 0 and is_due:  # the policy has changed
             self.evaluate()
 
@@ -82,13 +89,14 @@ class Evaluation(BaseCallback):
         """Put back what `get_state` returned."""
         self.timesteps, self.returns = state["timesteps"], state["returns"]
         self._evaluated = state["evaluated"]
+        self._last = self.timesteps[-1] if self.timesteps else 0
         env_state.put(self.eval_env, state["environments"])
 
     def evaluate(self) -> None:
         """Run the rollouts, unless this policy was evaluated already; record and write them."""
         if self._evaluated == self.model._n_updates:
             return
-        self._evaluated = self.model._n_updates
+        self._evaluated, self._last = self.model._n_updates, self.num_timesteps
         self._copy_statistics()
         returns, _ = evaluate_policy(
             self.model, self.eval_env, self.n_episodes, return_episode_rewards=True, warn=False
@@ -126,6 +134,10 @@ class OpenLoopPictures(BaseCallback):
         super().__init__()
         self.every, self._last = every, -every
 
+    def _on_training_start(self) -> None:
+        if self._last > self.num_timesteps:  # steps are counted anew
+            self._last = -self.every
+
     def _on_step(self) -> bool:
         return True
 
@@ -138,7 +150,10 @@ class OpenLoopPictures(BaseCallback):
         self._last = state["last"]
 
     def _on_rollout_start(self) -> None:
-        if self.model._n_updates > 0 and self.num_timesteps - self._last >= self.every:
-            self._last = self.num_timesteps
-            picture = open_loop.picture(self.model)  # type: ignore[arg-type]
-            self.logger.record("figures/open_loop", picture, PICTURE)
+        model: DreamerTPX = self.model  # type: ignore[assignment]
+        if model._n_updates == 0 or self.num_timesteps - self._last < self.every:
+            return
+        if model.replay_buffer is None or model.replay_buffer.is_too_young(model.sequence_length):
+            return  # loaded without its replay
+        self._last = self.num_timesteps
+        self.logger.record("figures/open_loop", open_loop.picture(model), PICTURE)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 import estimators
+from agents import env_state
+from agents.checks import is_above, is_whole, is_within, try_estimator
+from estimators import Estimator
 
 if TYPE_CHECKING:
     from agents.daa_ppo import DAAPPO
@@ -36,19 +39,19 @@ def check_arguments(agent: DAAPPO) -> None:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {_of(agent, name)}")
     for name, least in WHOLE.items():
         value = getattr(agent, name)
-        if not isinstance(value, int) or value < least:
+        if not is_whole(value, least):
             raise ValueError(f"{name} must be at least {least}, a whole number, got {value!r}")
     for name in ("dynamics_learning_rate", "dynamics_eps"):
-        if not 0 < getattr(agent, name) < math.inf:
+        if not is_above(getattr(agent, name), 0):
             raise ValueError(f"{name} must be above 0, got {_of(agent, name)}")
     for name in ("grow_fraction", "gamma", "gae_lambda"):
-        if not 0 <= getattr(agent, name) <= 1:
+        if not is_within(getattr(agent, name), 0, 1):
             raise ValueError(f"{name} must be in [0, 1], got {_of(agent, name)}")
     for name in ("learning_rate", "clip_range", "clip_range_vf", "max_grad_norm"):
         value = getattr(agent, name)
-        if value is not None and not callable(value) and not 0 < value < math.inf:
+        if value is not None and not callable(value) and not is_above(value, 0):
             raise ValueError(f"{name} must be above 0, got {value!r}")
-    if not 0 <= agent.vf_coef < math.inf:
+    if not is_within(agent.vf_coef, 0):
         raise ValueError(f"vf_coef must be at least 0, got {agent.vf_coef!r}")
     _check_estimator(agent)
     if compares_actions(agent) and agent.n_extra_actions < 2:
@@ -56,10 +59,20 @@ def check_arguments(agent: DAAPPO) -> None:
             "extra_baseline 'leave-one-out' compares the actions of a state: n_extra_actions must "
             f"be at least 2, got {agent.n_extra_actions}"
         )
+    _try_estimator(agent)
     if agent.action_source != "none" or agent.separate_grad_clip:
         _check_spaces(agent)
+    if agent.action_source != "none" and agent.env is not None:
+        _check_wrappers(agent, agent.env)
     if agent.action_source == "rewind" and agent.env is not None:
         _check_rewindable(agent.env)
+
+
+def resolve(agent: DAAPPO) -> Estimator:
+    """The estimator; a name's has no baseline, which the advantages have already."""
+    if isinstance(agent.estimator, Estimator):
+        return agent.estimator
+    return estimators.make(agent.estimator, baseline=estimators.baselines.none)
 
 
 def compares_actions(agent: DAAPPO) -> bool:
@@ -101,6 +114,22 @@ def _check_estimator(agent: DAAPPO) -> None:
         )
 
 
+def _try_estimator(agent: DAAPPO) -> None:
+    """With as many actions as a state has when they are fewest."""
+    if agent.action_source == "none":
+        return
+    k = agent.n_extra_actions
+    if agent.grow_fraction > 0:
+        k = min(k, least_actions(agent))
+    try:
+        try_estimator(resolve(agent), [k, 1])
+    except ValueError as error:
+        raise ValueError(
+            f"estimator {agent.estimator!r} does not work with {k} extra action(s) per state "
+            f"({error}); use a name of the registry, or raise n_extra_actions"
+        ) from error
+
+
 def _check_spaces(agent: DAAPPO) -> None:
     for name in ("observation_space", "action_space"):
         space = getattr(agent, name)
@@ -111,6 +140,21 @@ def _check_spaces(agent: DAAPPO) -> None:
             )
     if agent.use_sde:
         raise ValueError("extra actions need a plain Gaussian policy: use_sde must be False")
+
+
+def _check_wrappers(agent: DAAPPO, env: VecEnv) -> None:
+    """Extra actions see what VecNormalize does, and for `rewind` no other wrapper does anything."""
+    is_known = agent.get_vec_normalize_env() is None and agent.action_source != "rewind"
+    while isinstance(env, VecEnvWrapper) and not is_known:
+        if type(env) not in env_state.LAYERS:
+            known = ", ".join(kind.__name__ for kind in env_state.LAYERS)
+            raise ValueError(
+                f"extra actions do not know what {type(env).__name__} does to observations and "
+                f"rewards: only {known} may be around VecNormalize, or around environments to "
+                "rewind; wrap the single environments, or use action_source='none'"
+            )
+        is_known = isinstance(env, VecNormalize) and agent.action_source != "rewind"
+        env = env.venv
 
 
 def _check_rewindable(env: VecEnv) -> None:

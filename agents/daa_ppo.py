@@ -295,9 +295,18 @@ class DAAPPO(SafeSaving, PPO):
         progress_bar: bool = False,
     ) -> SelfDAAPPO:
         """As in stable-baselines3; steps are those of the environment, extra ones not counted."""
+        self._log_interval = log_interval
         return super().learn(
-            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
+            total_timesteps, callback, 1, tb_log_name, reset_num_timesteps, progress_bar
         )
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kw: Any) -> bool:
+        """As in stable-baselines3, but that a callback's stop does not lose the last step."""
+        if super().collect_rollouts(env, callback, *args, **kw):
+            return True
+        self._last_obs = callback.locals["new_obs"]
+        self._last_episode_starts = callback.locals["dones"]
+        return False
 
     def set_env(self, env: GymEnv | VecEnv, force_reset: bool = True) -> None:
         """As in stable-baselines3."""
@@ -339,13 +348,19 @@ class DAAPPO(SafeSaving, PPO):
             self.source.extra_steps = int(state.get("extra_steps", 0))  # older files lack it
 
     def dump_logs(self, iteration: int = 0) -> None:
-        """As in stable-baselines3, but that iterations count on when a training is resumed."""
-        super().dump_logs(self.num_timesteps // (self.n_steps * self.n_envs))
+        """As in stable-baselines3, but that iterations count on when a training is resumed.
+
+        Args:
+            iteration: 0 writes in any case, `learn`'s own calls every `log_interval` iterations.
+        """
+        done = self.num_timesteps // (self.n_steps * self.n_envs)
+        if iteration == 0 or (self._log_interval and done % self._log_interval == 0):
+            super().dump_logs(done)
 
     def _excluded_save_params(self) -> list[str]:
         own = [
             "source", "value_model", "value_optimizer", "transitions", "_transition_files",
-            "_generator", "_rng", "_recorder",
+            "_generator", "_rng", "_recorder", "_log_interval",
         ]  # fmt: skip
         return [*super()._excluded_save_params(), *own]
 

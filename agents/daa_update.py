@@ -13,18 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import estimators
+from agents.daa_arguments import resolve
 from agents.extra_actions import ExtraActions
 from estimators import Estimator, infer_noise, surrogates
 
 if TYPE_CHECKING:
     from agents.daa_ppo import DAAPPO
-
-
-def resolve(agent: DAAPPO) -> Estimator:
-    """The estimator; a name's has no baseline, which the advantages have already."""
-    if isinstance(agent.estimator, Estimator):
-        return agent.estimator
-    return estimators.make(agent.estimator, baseline=estimators.baselines.none)
 
 
 def needs_action_gradient(agent: DAAPPO) -> bool:
@@ -36,8 +30,9 @@ def train(agent: DAAPPO) -> None:
     """One round of epochs on the rollout buffer, as `stable_baselines3.PPO.train`."""
     policy, buffer = agent.policy, agent.rollout_buffer
     policy.set_training_mode(True)
+    # The last rollout may overshoot the budget: no negative rate then.
+    progress = agent._current_progress_remaining = max(agent._current_progress_remaining, 0.0)
     agent._update_learning_rate(policy.optimizer)
-    progress = agent._current_progress_remaining
     clip_range = agent.clip_range(progress)  # type: ignore[operator]
     clip_range_vf = None
     if agent.clip_range_vf is not None:
@@ -161,7 +156,10 @@ def _clip_groups(agent: DAAPPO) -> list[list[nn.Parameter]]:
     if not agent.separate_grad_clip:
         return [everything]
     policy: Any = agent.policy
-    critic = [*policy.mlp_extractor.value_net.parameters(), *policy.value_net.parameters()]
+    parts = [policy.mlp_extractor.value_net, policy.value_net]
+    if not policy.share_features_extractor:
+        parts.append(policy.vf_features_extractor)
+    critic = [parameter for part in parts for parameter in part.parameters()]
     ids = {id(p) for p in critic}
     return [[p for p in everything if id(p) not in ids], critic]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +10,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 
 import estimators
+from agents.checks import is_above, is_whole, is_within, try_estimator
 from agents.dreamer_update import UpdateSettings
 from agents.imagination import ImaginationSettings
 from world_models.latent_model import ModelLossSettings
@@ -38,22 +37,21 @@ AT_LEAST_ZERO = ("exploration_noise", "entropy_scale", "kl_scale", "free_nats")
 
 def check_arguments(agent: DreamerTPX) -> None:
     """One sentence per wrong value, before any work is done."""
-    estimators.make(agent.estimator)
     checks = [
-        (name, (value := getattr(agent, name)), isinstance(value, int) and value >= least,
+        (name, (value := getattr(agent, name)), is_whole(value, least),
          f"at least {least}, a whole number") for name, least in WHOLE.items()
     ]  # fmt: skip
     starts = agent.imagination_starts  # one trajectory has no baseline, two no regression
     checks.append(("imagination_starts", starts, starts not in (1, 2), "0 for all, or at least 3"))
     for name in ABOVE_ZERO:
         value = getattr(agent, name)
-        checks.append((name, value, 0 < value < math.inf, "above 0"))
+        checks.append((name, value, is_above(value, 0), "above 0"))
     for name in AT_LEAST_ZERO:
         value = getattr(agent, name)
-        checks.append((name, value, 0 <= value < math.inf, "at least 0"))
+        checks.append((name, value, is_within(value, 0), "at least 0"))
     for name in ("gamma", "lam"):
         value = getattr(agent, name)
-        checks.append((name, value, 0 <= value <= 1, "in [0, 1]"))
+        checks.append((name, value, is_within(value, 0, 1), "in [0, 1]"))
     for name, choices in (
         ("baseline", list(BASELINES)),
         ("storage", ["ram", "disk", "device"]),
@@ -63,13 +61,35 @@ def check_arguments(agent: DreamerTPX) -> None:
         checks.append((name, value, value in choices, f"one of {', '.join(choices)}"))
     if not callable(agent.learning_rate):
         rate = agent.learning_rate
-        checks.append(("learning_rate", rate, 0 < rate < math.inf, "above 0"))
+        checks.append(("learning_rate", rate, is_above(rate, 0), "above 0"))
     for name, value, is_good, expected in checks:
         if not is_good:
             raise ValueError(f"{name} must be {expected}, got {value!r}")
     if "discount_head" in agent.policy_kwargs:
         raise ValueError("discount_head belongs to DreamerTPX: pass it there, not in policy_kwargs")
+    _check_estimator(agent)
     _check_spaces(agent)
+
+
+def _check_estimator(agent: DreamerTPX) -> None:
+    is_object = isinstance(agent.estimator, estimators.Estimator)
+    if is_object and agent.baseline != "leave-one-out":
+        raise ValueError(
+            "an Estimator brings its own baseline: pass baseline to estimators.make(...), not to "
+            "DreamerTPX"
+        )
+    entries = agent.sequence_length - agent.discount_head  # as DreamerUpdate.possible_starts
+    starts = possible = agent.batch_size * entries
+    if agent.imagination_starts > 0:
+        starts = min(agent.imagination_starts, possible)
+    try_estimator(resolve(agent), [starts], has_value=True)
+
+
+def resolve(agent: DreamerTPX) -> estimators.Estimator:
+    """The estimator, with the agent's baseline where that is not the default."""
+    if agent.baseline == "leave-one-out":
+        return estimators.make(agent.estimator)
+    return estimators.make(agent.estimator, baseline=BASELINES[agent.baseline])
 
 
 def _check_spaces(agent: DreamerTPX) -> None:
@@ -123,11 +143,8 @@ def _check_sequences(agent: DreamerTPX, env: VecEnv) -> None:
 
 def update_settings(agent: DreamerTPX) -> UpdateSettings:
     """The agent's arguments as the settings of a gradient step."""
-    estimator = estimators.make(agent.estimator)
-    if not isinstance(agent.estimator, estimators.Estimator):  # an object brings its own
-        estimator = replace(estimator, baseline=BASELINES[agent.baseline])
     return UpdateSettings(
-        estimator=estimator,
+        estimator=resolve(agent),
         imagination=ImaginationSettings(
             agent.gamma,
             agent.lam,

@@ -33,6 +33,17 @@ def new_replay(agent: DreamerTPX) -> SequenceReplay:
     )
 
 
+def load_replay(agent: DreamerTPX, path: Any) -> None:
+    """Read a saved replay in place of the agent's, whose episodes end with it."""
+    if agent.env is None:
+        raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
+    if agent.replay_buffer is not None:  # before it is lost
+        agent.replay_buffer.check(path)
+    agent._last_obs = agent._memory = agent.replay_buffer = None  # frees a GPU's before the next
+    agent.replay_buffer = new_replay(agent)
+    agent.replay_buffer.load(path)
+
+
 def take(agent: DreamerTPX, folder: Path) -> dict[str, Any]:
     """Generators, the filter's memory of the running episodes, and the replay's segments."""
     memory = None if agent._memory is None else [*agent._memory[0], agent._memory[1]]

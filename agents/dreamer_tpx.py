@@ -49,8 +49,8 @@ class DreamerTPX(SafeSaving):
         learning_rate: of actor and critic, or a schedule of the training's progress.
         estimator: a name of the registry ("rp", "lr", "tps", "tpx", "tpg", ...) or an
             `estimators.Estimator`. Rules that look at parameters see the actor's last layer.
-        baseline: of the LR leg: "leave-one-out" over the batch, or "critic", the state-value
-            baseline at the prior's mean (the future work of TPX 2023, Sec. 7).
+        baseline: of the LR leg: "leave-one-out" over the batch (or what an estimator of yours
+            has), or "critic", the state's value at the prior's mean (TPX 2023, Sec. 7).
         horizon: imagined states H of each trajectory.
         stop_grad_actor_input: block the gradient into the state an action was chosen in
             (DreamerV1). Biased, and RP's bias can explode with the horizon: above 15, try False.
@@ -171,7 +171,8 @@ class DreamerTPX(SafeSaving):
         self.bf16, self.compile, self.cuda_graph = bf16, compile, cuda_graph
         self.replay_buffer: SequenceReplay | None = None
         self._memory: tuple[State, Tensor] | None = None  # of the running episodes
-        self._since_round = 0  # steps; files hold it, so that rounds come where they would have
+        # Rounds of updates, and steps since: files hold them, so that rounds and logs go on alike.
+        self._rounds = self._since_round = 0
         if _init_setup_model:
             self._setup_model()
             if pretrained_world_model is not None:  # not in _setup_model: `load` has its own
@@ -198,9 +199,16 @@ class DreamerTPX(SafeSaving):
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._rng = np.random.default_rng(seed)
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        had_observation = self._last_obs
-        total, callback = super()._setup_learn(*args, **kwargs)
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True, *args: Any, **kwargs: Any,
+    ) -> tuple[int, BaseCallback]:  # fmt: skip
+        is_reset = reset_num_timesteps or self._last_obs is None
+        if reset_num_timesteps:
+            self._rounds = 0
+        total, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, *args, **kwargs
+        )
         assert self.env is not None and isinstance(self._last_obs, np.ndarray)
         if self.replay_buffer is None:  # not in the constructor: `load` must not allocate it
             self.replay_buffer = dreamer_state.new_replay(self)
@@ -209,15 +217,14 @@ class DreamerTPX(SafeSaving):
             if self.device.type == "cpu":
                 keep_freed_memory()
         check_finite(self.num_timesteps, self._last_obs, np.zeros(1))
-        if self._last_obs is not had_observation or self._memory is None:
+        if is_reset or self._memory is None:
             self.replay_buffer.start(self.policy.to_model(self._last_obs))
             self._memory = self.policy.initial_state(self.env.num_envs)
         return total, callback
 
     def _flat(self, info: dict[str, Any]) -> dict[str, Any]:
         """The info with its terminal observation as the model takes it; callbacks keep theirs."""
-        end = info.get("terminal_observation")
-        if end is None:
+        if (end := info.get("terminal_observation")) is None:
             return info
         return {**info, "terminal_observation": self.policy.to_model(end[None])[0]}
 
@@ -254,7 +261,6 @@ class DreamerTPX(SafeSaving):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         callback.on_training_start(locals(), globals())
-        rounds = 0
         while self.num_timesteps < total_timesteps:
             due = self.num_timesteps + self.train_freq - self._since_round
             due = max(due, self.learning_starts)
@@ -267,8 +273,8 @@ class DreamerTPX(SafeSaving):
             assert self.replay_buffer is not None
             if not self.replay_buffer.is_too_young(self.sequence_length):
                 self.train(self.gradient_steps)
-                rounds += 1
-                if log_interval and rounds % log_interval == 0:
+                self._rounds += 1
+                if log_interval and self._rounds % log_interval == 0:
                     self.dump_logs()
         callback.on_training_end()
         return self
@@ -370,11 +376,7 @@ class DreamerTPX(SafeSaving):
 
     def load_replay_buffer(self, path: Any) -> None:
         """Read a replay that `save_replay_buffer` wrote; the next `learn` starts new episodes."""
-        if self.env is None:
-            raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
-        self._last_obs = self._memory = self.replay_buffer = None  # frees a GPU's before the next
-        self.replay_buffer = dreamer_state.new_replay(self)
-        self.replay_buffer.load(path)
+        dreamer_state.load_replay(self, path)
 
     def training_state(self, folder: Path) -> dict[str, Any]:
         """Beside the rest: the generators, the filter's state, and the replay in segments."""

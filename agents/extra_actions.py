@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -269,8 +270,9 @@ class RewindSource:
         self, index: int, action: Tensor, start: Tensor, behaviour: Behaviour, returns: Returns
     ) -> Tensor:
         rewards, values = [], [start]
+        space: Any = self.env.action_space
         for _ in range(returns.horizon):
-            clipped = behaviour.clip(action).cpu().numpy().astype(self.env.action_space.dtype)
+            clipped = np.clip(action.cpu().numpy(), space.low, space.high).astype(space.dtype)
             state, reward, terminated, truncated, _ = self._call("extra_step", index, clipped)
             self.extra_steps += 1
             state = torch.as_tensor(state, device=start.device).unsqueeze(0)

@@ -26,6 +26,8 @@ def load_world_model(model: LatentModel, path: str | Path) -> None:
     """
     path = Path(path)
     file = path / "model.zip" if path.is_dir() else path
+    if not file.exists() and not file.suffix:
+        file = file.with_suffix(".zip")  # as `save` and `load`
     where = f"pretrained_world_model='{path}'"
     if not file.exists():
         raise ValueError(f"{where}: {file} does not exist; give a run folder or a saved DreamerTPX")

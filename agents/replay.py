@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from agents.array_home import allocate, room, size_text
+
 BLOCK_BYTES = 2**26  # a replay is saved and loaded in blocks, so neither needs it twice in memory
+PATIENCE = 20  # sequences' worth of entries without one of them before that is an error
 
 
 class SequenceBatch(NamedTuple):
@@ -96,14 +96,15 @@ class SequenceReplay:
         home, self._place, remedy = homes[storage]
         if isinstance(home, Path):
             home.mkdir(parents=True, exist_ok=True)
-        room = _room(home)
-        if room is not None and self.bytes > room:
+        free = room(home)
+        if free is not None and self.bytes > free:
             raise MemoryError(
-                f"a replay of {self.capacity:,} entries takes {_text(self.bytes)} {self._place}, "
-                f"which has {_text(room)}: take a smaller buffer_size or {remedy}"
+                f"a replay of {self.capacity:,} entries takes {size_text(self.bytes)} "
+                f"{self._place}, which has {size_text(free)}: "
+                f"take a smaller buffer_size or {remedy}"
             )
         self._arrays = {  # [n_envs, ring, ...]
-            name: _allocate((n_envs, self._ring, *shape), dtype, home)
+            name: allocate((n_envs, self._ring, *shape), dtype, home)
             for name, (shape, dtype) in self._kinds.items()
         }
         # t of each entry; on the host, where windows are chosen. It says which entries are first.
@@ -131,7 +132,7 @@ class SequenceReplay:
     def describe(self) -> str:
         """One line for the start of training: how much of what, and where."""
         shape, dtype = self._kinds["observation"]
-        size = f"{_text(self.bytes)} {self._place}"
+        size = f"{size_text(self.bytes)} {self._place}"
         return f"replay: {self.capacity:,} entries of {shape} {dtype}, {size}"
 
     def start(self, observations: np.ndarray) -> None:
@@ -197,14 +198,15 @@ class SequenceReplay:
     def is_too_young(self, length: int) -> bool:
         """Whether no window is stored yet, and more steps will give one.
 
-        2 `length` - 1 consecutive entries hold a window, unless an episode is shorter than one.
+        2 `length` - 1 consecutive entries hold a window, unless an episode is shorter than one;
+        after PATIENCE `length` entries all of them may be.
         """
-        has_few = min(self._count) < 2 * length - 1
-        return has_few and not len(self._window_ends(length))
+        return min(self._count) < PATIENCE * length and not len(self._window_ends(length))
 
     def save(self, path: Path | str) -> None:
         """Write the stored entries, oldest first, to one .npz file that replaces `path`."""
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         block = max(1, BLOCK_BYTES * self.capacity // self.bytes)
         try:
@@ -224,23 +226,30 @@ class SequenceReplay:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def check(self, path: Path | str) -> list[int]:
+        """Entries of each environment in a saved replay; ValueError as for `load`."""
+        try:
+            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+                layout, filled = file["layout"].item(), file["filled"].tolist()
+        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} is not a replay that `save` wrote ({error})") from error
+        if layout != self._layout():
+            raise ValueError(f"{path} holds a replay of {layout}, this one is of {self._layout()}")
+        if max(filled) > self._ring:
+            raise ValueError(
+                f"{path} holds {max(filled):,} entries of one environment, this replay has "
+                f"room for {self._ring:,}: raise buffer_size"
+            )
+        return list(filled)
+
     def load(self, path: Path | str) -> None:
         """Replace what is stored by a saved replay; the rings may be larger than they were.
 
         Raises:
-            ValueError: the file holds entries of another kind, or more than fit.
+            ValueError: not a replay, or it holds entries of another kind, or more than fit.
         """
+        filled = self.check(path)
         with np.load(path, allow_pickle=False) as file:
-            if (layout := file["layout"].item()) != self._layout():
-                raise ValueError(
-                    f"{path} holds a replay of {layout}, this one is of {self._layout()}"
-                )
-            filled = file["filled"].tolist()
-            if max(filled) > self._ring:
-                raise ValueError(
-                    f"{path} holds {max(filled):,} entries of one environment, this replay has "
-                    f"room for {self._ring:,}: raise buffer_size"
-                )
             # A load that fails half-way leaves an empty replay, not a mixed one.
             self._count, self._ends = [0] * self.n_envs, None
             arrays = {"position": torch.from_numpy(self._position), **self._arrays}
@@ -363,32 +372,6 @@ class SequenceReplay:
         return f"{self.n_envs} environment(s), observations {shape} {dtype}, actions {action_shape}"
 
 
-def _room(home: torch.device | Path) -> int | None:
-    """Bytes that a disk, a GPU or the host has for a replay; None where unknown."""
-    if isinstance(home, Path):
-        return shutil.disk_usage(home).free
-    if home.type != "cpu":
-        return torch.cuda.mem_get_info(home)[0] if home.type == "cuda" else None
-    limits = []
-    with suppress(AttributeError, ValueError, OSError):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with suppress(ValueError, OSError):  # of a container; "max" where there is no limit
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits, default=None)
-
-
-def _allocate(shape: tuple[int, ...], dtype: np.dtype, home: torch.device | Path) -> Tensor:
-    """An array whose pages are taken when they are first written."""
-    if isinstance(home, Path):
-        with tempfile.TemporaryFile(dir=home) as file:
-            return torch.from_numpy(np.memmap(file, dtype, "w+", shape=shape))
-    return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=home)
-
-
 def _write(file: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
     with file.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array(member, array, allow_pickle=False)
-
-
-def _text(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

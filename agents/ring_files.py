@@ -38,9 +38,16 @@ class RingFiles:
         Returns:
             The segments that together hold the ring.
         """
-        oldest = max(0, count - size)
-        kept = [s for s in self.segments if oldest < s[1] <= count and (folder / s[2]).exists()]
-        first = max(oldest, kept[-1][1] if kept else 0)
+        first = oldest = max(0, count - size)
+        kept = []
+        for segment in self.segments:  # up to the first that is missing: its rows and all newer
+            start, stop, file = segment
+            if stop <= oldest:
+                continue
+            if start > first or stop > count or not (folder / file).exists():
+                break
+            kept.append(segment)
+            first = stop
         if first < count:
             # Another training may have been here: its rows of these numbers are others.
             token = secrets.token_hex(4)
@@ -60,13 +67,20 @@ class RingFiles:
         """Read what `save` wrote; `put(first, arrays)` is called with the rows of the ring.
 
         Raises:
-            BadFileError: a segment is damaged, or does not hold the rows it is named after.
+            BadFileError: a segment is damaged, does not hold the rows it is named after, or does
+                not begin where the one before it ends.
         """
         self.segments = [(int(a), int(b), str(file)) for a, b, file in segments]
         count = self.segments[-1][1] if self.segments else 0
+        expected = min(self.segments[0][0], max(0, count - size)) if self.segments else 0
         for first, stop, file in self.segments:
             if Path(file).name != file:
                 raise safe_file.BadFileError(f"a segment is named {file!r}")
+            if first != expected:
+                raise safe_file.BadFileError(
+                    f"rows {expected} to {first} are in no file (was the buffer smaller?)"
+                )
+            expected = stop
             arrays = safe_file.read(folder / file, KIND)
             if any(len(array) != stop - first for array in arrays.values()):
                 raise safe_file.BadFileError(f"{file} does not hold {stop - first} rows")

@@ -28,7 +28,7 @@ _NOT_STATE = {
     *("env", "_action_space", "_observation_space", "_metadata", "_cached_spec"),
     "_max_episode_steps",
 }
-_PLAIN = (int, float, str, np.generic, type(None), RunningMeanStd)
+_PLAIN = (int, float, str, type(None), RunningMeanStd)
 
 
 class Stateful(Protocol):
@@ -295,13 +295,17 @@ def _check_rewindable(env: Any) -> None:
     )
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.dtype != object
-    if isinstance(value, deque) or type(value) in (list, tuple):
-        return all(map(_is_plain, value))
+def _is_plain(value: Any, *, is_inside: bool = False) -> bool:
+    """Whether a value can be put back, from a file too; a queue only if it is an attribute."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.dtype.kind in "biuf"
+    if (isinstance(value, deque) and not is_inside) or type(value) in (list, tuple):
+        return all(_is_plain(entry, is_inside=True) for entry in value)
     if type(value) is dict:
-        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+        inside = value.values()
+        return all(isinstance(key, str) for key in value) and all(
+            _is_plain(entry, is_inside=True) for entry in inside
+        )
     return isinstance(value, _PLAIN)
 
 

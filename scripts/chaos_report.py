@@ -40,8 +40,11 @@ class Measured:
 
     @property
     def variance(self) -> float:
-        """Of one gradient, from the repeats."""
-        return float(self.g.var(ddof=1))
+        """Of one gradient, from the repeats; infinite where one of them is not finite."""
+        if not np.isfinite(self.g).all():
+            return float("inf")
+        with np.errstate(over="ignore"):
+            return float(self.g.var(ddof=1))
 
     @property
     def relative_se(self) -> float:
@@ -79,6 +82,9 @@ def compare(point: dict[str, Measured], *, resamples: int = 2000) -> Comparison 
         return None
     best = min(others, key=lambda name: others[name].variance)
     ours, other = point[OURS].g, others[best].g
+    if not np.isfinite([point[OURS].variance, others[best].variance]).all():
+        ratio = 0.0 if np.isfinite(point[OURS].variance) else float("inf")
+        return Comparison(best, ratio, (ratio, ratio))
     n = len(ours)
     rows = np.random.default_rng(0).integers(n, size=(resamples, n))
     ratios = ours[rows].var(1) / np.maximum(other[rows].var(1), np.finfo(float).tiny)
@@ -206,10 +212,12 @@ def figure_of(study: Study) -> Figure:
             axis.grid(alpha=0.25)
         top.set_title(f"$\\beta_2 = {second[0]:g}$" if second else "one chain", fontsize=11)
         bottom.set_xlabel("$\\beta_1$" if second else "$\\beta$")
-    finite = [m.variance for p in study.values() for e, m in p.items() if e != "rp"]
+    shown = [m.variance for p in study.values() for e, m in p.items() if e != "rp"]
+    shown = [v for v in shown if np.isfinite(v)]
     lowest = min((m.variance for p in study.values() for m in p.values()), default=1.0)
+    lowest = min(max(lowest, 1e-12), 1.0)
     axes[0, 0].set(yscale="log", ylabel="variance of $dL/d\\beta_1$")
-    axes[0, 0].set_ylim(max(lowest, 1e-12) / 5, max([*finite, lowest], default=1.0) * 30)
+    axes[0, 0].set_ylim(lowest / 5, max([*shown, lowest]) * 30)
     axes[1, 0].set(yscale="log", ylabel=f"{OURS} / best other")
     ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10)
     axes[1, 0].set_yticks(ticks, [f"{t:g}" for t in ticks])

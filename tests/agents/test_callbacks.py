@@ -12,7 +12,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents import PIPPS, DreamerTPX
-from agents.callbacks import Evaluation
+from agents.callbacks import Evaluation, OpenLoopPictures
 
 LENGTH = 7
 TINY = {
@@ -131,3 +131,24 @@ def test_result_is_logged_and_printed(capsys):
     out = capsys.readouterr().out
     assert "eval/" in out and "mean_reward" in out
     assert "    20 real steps: return " in out and "    30 real steps: return " in out
+
+
+def test_a_second_learn_is_evaluated_on_the_way_too():
+    """It counts steps anew; what the first had evaluated last is more steps than it has."""
+    callback, agent = evaluation(every=15), make()
+    for _ in range(2):
+        agent.learn(50, callback=callback)
+    assert callback.timesteps == [20, 40, 50, 20, 40, 50]
+
+
+def test_pictures_come_again_in_a_second_learn_and_wait_for_a_sequence(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr("agents.open_loop.picture", lambda agent: drawn.append(agent.num_timesteps))
+    callback, agent = OpenLoopPictures(20), make()
+    for _ in range(2):
+        agent.learn(50, callback=callback)
+    assert drawn == [20, 40, 0, 20, 40]
+    agent.save(tmp_path / "model")
+    loaded, first = DreamerTPX.load(tmp_path / "model", env=CountingEnv()), len(drawn)
+    loaded.learn(30, callback=OpenLoopPictures(1), reset_num_timesteps=False)
+    assert drawn[first:] == [60, 70]  # at 50 no sequence was stored

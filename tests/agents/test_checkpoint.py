@@ -411,3 +411,25 @@ def test_a_segment_that_lies_is_refused(tmp_path):
     for segments in ([(0, 4, "a.zip")], [(0, 3, "../a.zip")]):
         with pytest.raises(safe_file.BadFileError):
             RingFiles("a").load(tmp_path, segments, 10, lambda *_: None)
+
+
+def test_a_segment_that_was_lost_is_written_again(tmp_path):
+    def rows(first, stop):
+        return {"x": np.arange(first, stop)}
+
+    files = RingFiles("ring")
+    for count in (4, 9, 13):
+        segments = files.save(tmp_path, count, 20, rows)
+    (tmp_path / segments[1][2]).unlink()
+    segments = files.save(tmp_path, 15, 20, rows)
+    assert [(a, b) for a, b, _ in segments] == [(0, 4), (4, 15)]
+
+
+def test_segments_with_a_gap_are_refused(tmp_path):
+    """The rows between would be whatever the memory held."""
+    files = RingFiles("ring")
+    for count in (4, 9, 13):
+        segments = files.save(tmp_path, count, 20, lambda a, b: {"x": np.arange(a, b)})
+    for gap in (segments[1:], [segments[0], segments[2]]):
+        with pytest.raises(safe_file.BadFileError, match="are in no file"):
+            RingFiles("ring").load(tmp_path, gap, 20, lambda *_: None)

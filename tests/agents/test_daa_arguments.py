@@ -4,9 +4,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
+import envs  # noqa: F401  (registers the cart-pole)
 import estimators
 from agents import DAAPPO
+from envs.rewind import Rewindable
 
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)
 
@@ -144,3 +149,48 @@ def test_load_checks_too(tmp_path):
     make().save(tmp_path / "agent")
     with pytest.raises(ValueError, match="n_extra_actions must be"):
         DAAPPO.load(tmp_path / "agent", n_extra_actions=0)
+
+
+class Louder(VecEnvWrapper):
+    """Ten times the observations."""
+
+    def reset(self):
+        return 10 * self.venv.reset()
+
+    def step_wait(self):
+        observations, *rest = self.venv.step_wait()
+        return 10 * observations, *rest
+
+
+@pytest.mark.parametrize("source", ["rewind", "dynamics"])
+def test_wrappers_whose_work_extra_actions_would_miss_are_refused(source):
+    env = make_vec_env("totalprop/CartPoleSwingUp-v0", 1, wrapper_class=Rewindable)
+    with pytest.raises(ValueError, match="do not know what Louder does"):
+        make(Louder(VecNormalize(env)), action_source=source)
+    make(VecMonitor(VecNormalize(env)), action_source=source)
+    if source == "dynamics":  # sees what the wrapper shows
+        make(Louder(env), action_source=source)
+    else:
+        with pytest.raises(ValueError, match="do not know what Louder does"):
+            make(Louder(env), action_source=source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "k"),
+    [
+        ({"estimator": estimators.make("lr"), "n_extra_actions": 1}, 1),
+        ({"estimator": estimators.make("tpx", baseline=estimators.baselines.critic)}, 4),
+        ({"estimator": estimators.make("tpx", cross_fit=True), "n_extra_actions": 2}, 2),
+        ({"estimator": estimators.make("lr", legs=(estimators.legs.biw,))}, 4),
+    ],
+    ids=["one action", "critic", "halves", "leg"],
+)
+def test_what_cannot_estimate_is_refused_before_the_first_step(changes, k):
+    with pytest.raises(ValueError, match=f"does not work with {k} extra action"):
+        make(**changes)
+
+
+@pytest.mark.parametrize("name", ["gamma", "dynamics_eps", "vf_coef", "learning_rate"])
+def test_values_of_another_type_are_named(name):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        make(**{name: "0.9"})

@@ -16,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback,
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import estimators
@@ -690,6 +691,70 @@ def test_a_callback_stops_the_training_and_it_can_go_on(stop):
     agent = make().learn(100, callback=trace)
     assert agent.num_timesteps == 23 and trace.events[-1] == "end"
     assert agent.learn(16, reset_num_timesteps=False).num_timesteps == 39
+
+
+def test_a_stop_does_not_lose_the_step_that_was_taken():
+    """The next learn goes on where the environment is; the recorded pairs are the true ones."""
+    agent = make().learn(100, callback=Trace(stop_at=5))
+    agent.learn(48, reset_num_timesteps=False)
+    rows = agent.transitions.rows(0, agent.transitions.count)
+    clocks = 7 * rows["states"][:, 2], 7 * rows["next_states"][:, 2]
+    np.testing.assert_allclose(clocks[1] - clocks[0], 1, atol=1e-5)
+    assert agent._last_episode_starts.shape == (1,)
+
+
+def test_logs_are_written_at_the_same_steps_however_the_training_is_cut():
+    def dumps(*budgets):
+        agent = make()
+        found = logged(agent)
+        for budget in budgets:
+            agent.learn(budget, log_interval=3, reset_num_timesteps=False)
+        return [dump["time/total_timesteps"] for dump in found]
+
+    assert dumps(160) == dumps(64, 96) == [48, 96, 144]
+    agent = make()
+    found = logged(agent)
+    agent.learn(32, log_interval=None)
+    assert not found
+    agent.dump_logs()
+    assert len(found) == 1
+
+
+def test_schedules_stay_in_their_range_where_the_last_rollout_overshoots(monkeypatch):
+    agent = make(learning_rate=lambda p: 1e-3 * p, clip_range=lambda p: 0.2 * p)
+    found = logged(agent)
+    before = parameters(agent)
+    agent.learn(10)  # of rollouts of 16
+    assert torch.equal(parameters(agent), before)
+    agent.dump_logs()
+    assert found[-1]["train/clip_range"] == 0 and found[-1]["train/learning_rate"] == 0
+
+
+def test_an_extractor_of_its_own_is_the_critics():
+    class Extractor(FlattenExtractor):
+        def __init__(self, space):
+            super().__init__(space)
+            self.layer = torch.nn.Linear(3, 3)
+
+    kwargs = {"features_extractor_class": Extractor, "share_features_extractor": False}
+    agent = make(separate_grad_clip=True, policy_kwargs={**SMALL["policy_kwargs"], **kwargs})
+    names = {id(p): name for name, p in agent.policy.named_parameters()}
+    policy, critic = ([names[id(p)] for p in group] for group in daa_update._clip_groups(agent))
+    assert {name for name in critic if "extractor.layer" in name} == {
+        "vf_features_extractor.layer.weight", "vf_features_extractor.layer.bias"
+    }  # fmt: skip
+    assert not any(name.startswith("vf_") or "value" in name for name in policy)
+
+
+def test_extra_actions_lie_in_a_space_whose_bounds_single_precision_has_not():
+    class Narrow(Point):
+        action_space = spaces.Box(np.array([-0.1, -0.3]), np.array([0.3, 0.1]), dtype=np.float64)
+
+        def step(self, action):
+            assert self.action_space.contains(action), action
+            return super().step(action)
+
+    make(Narrow(), action_source="rewind").learn(32)
 
 
 def test_function_and_list_callbacks():

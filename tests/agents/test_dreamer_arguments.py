@@ -121,8 +121,14 @@ def test_baseline_reaches_the_estimator(name):
 
 
 def test_an_estimator_object_is_used_as_it_is():
-    mine = estimators.make("tpx", cross_fit=True)
-    assert make(estimator=mine, baseline="critic")._update.settings.estimator == mine
+    mine = estimators.make("tpx", cross_fit=True, baseline=estimators.baselines.mean)
+    assert make(estimator=mine)._update.settings.estimator == mine
+
+
+def test_a_registered_estimator_keeps_its_baseline(monkeypatch):
+    mine = estimators.make("tpx", baseline=estimators.baselines.critic)
+    monkeypatch.setitem(estimators.registry._REGISTRY, "mine", mine)
+    assert make(estimator="mine")._update.settings.estimator == mine
 
 
 def test_arguments_reach_the_update():
@@ -317,3 +323,35 @@ def test_vec_normalize_is_refused_by_set_env(wrap):
     with pytest.raises(ValueError, match=r"VecNormalize.*pass the environment without"):
         agent.set_env(wrap(VecNormalize(DummyVecEnv([SpaceEnv]))))
     assert agent.get_env() is before
+
+
+def test_an_estimator_object_brings_its_own_baseline():
+    with pytest.raises(ValueError, match="brings its own baseline"):
+        make(estimator=estimators.make("tpx"), baseline="critic")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"estimator": estimators.make("tpg", legs=(estimators.legs.score, estimators.legs.biw))},
+        {"estimator": estimators.make("lr", cross_fit=True), "imagination_starts": 3},
+        {"batch_size": 1, "sequence_length": 2, "discount_head": True},
+        {"batch_size": 1, "sequence_length": 2, "baseline": "critic"},
+    ],
+    ids=["legs", "halves", "one start", "critic of two"],
+)
+def test_what_cannot_estimate_is_refused_before_the_first_step(changes):
+    with pytest.raises(ValueError, match=r"at least|takes one score leg"):
+        make(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("gamma", "0.9"), ("gradient_steps", True), ("entropy_scale", None)]
+)
+def test_values_of_another_type_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        make(**{name: value})
+
+
+def test_numpys_numbers_are_numbers():
+    assert make(horizon=np.int64(5), gamma=np.float64(0.9)).horizon == 5

@@ -461,9 +461,71 @@ def test_non_finite_values_of_the_environment_are_one_clear_sentence(where):
 
 def test_episodes_shorter_than_a_sequence_are_one_clear_sentence():
     with pytest.raises(ValueError, match=r"^no window of 5 entries.*take a smaller") as error:
-        make(CountingEnv(length=3)).learn(30)
+        make(CountingEnv(length=3)).learn(300)
     assert "\n" not in str(error.value)
     make(CountingEnv(length=4)).learn(30)  # 4 decisions are 5 observations
+
+
+def test_some_episodes_shorter_than_a_sequence_are_waited_through():
+    class Uneven(CountingEnv):
+        def reset(self, **kwargs):
+            found = super().reset(**kwargs)
+            self.length = 30 if self.episode % 5 == 0 else 3
+            return found
+
+    agent = make(Uneven(), learning_starts=2).learn(40)
+    assert agent._n_updates > 0
+
+
+def test_rounds_are_logged_alike_however_the_training_is_cut():
+    def dumps(*budgets):
+        agent, found = make(), []
+        agent.dump_logs = lambda: found.append(agent.num_timesteps)
+        for number, budget in enumerate(budgets):
+            agent.learn(budget, log_interval=3, reset_num_timesteps=number == 0)
+        return found
+
+    assert dumps(110) == dumps(57, 53) == [40, 70, 100]
+
+
+def test_an_environment_that_returns_its_own_buffer_begins_anew_too():
+    """Some vector environments write every observation into the same array."""
+
+    class InPlace(DummyVecEnv):
+        def reset(self):
+            self.shown = getattr(self, "shown", None)
+            if self.shown is None:
+                self.shown = super().reset()
+            else:
+                self.shown[...] = super().reset()
+            return self.shown
+
+        def step_wait(self):
+            observations, *rest = super().step_wait()
+            self.shown[...] = observations
+            return self.shown, *rest
+
+    agent = make(InPlace([CountingEnv])).learn(4)
+    agent.learn(4)
+    positions = agent.replay_buffer.rows(0, 0, 10)["position"]
+    np.testing.assert_array_equal(positions, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4])
+
+
+def test_a_replay_is_kept_until_the_file_is_known_to_be_one(tmp_path):
+    agent = make().learn(30)
+    entries = len(agent.replay_buffer)
+    (tmp_path / "text.npz").write_text("no replay")
+    np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
+    for name in ("text", "foreign"):
+        with pytest.raises(ValueError, match="is not a replay") as error:
+            agent.load_replay_buffer(tmp_path / f"{name}.npz")
+        assert "pickle" not in str(error.value)
+    with pytest.raises(FileNotFoundError):
+        agent.load_replay_buffer(tmp_path / "none.npz")
+    assert len(agent.replay_buffer) == entries
+    agent.save_replay_buffer(tmp_path / "new" / "folder" / "replay.npz")
+    agent.load_replay_buffer(tmp_path / "new" / "folder" / "replay.npz")
+    assert len(agent.replay_buffer) == entries
 
 
 # Acting

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents.replay import SequenceReplay
+from agents.replay import PATIENCE, SequenceReplay
 
 LENGTHS = [[7, 3, 12], [5], [1, 9]]  # decisions per episode, of three environments
 
@@ -188,8 +188,9 @@ def test_stored_windows_are_those_of_brute_force(lengths, ring, decisions, lengt
         histories = [env.history for env in loop.vec_env.envs]
         assert len(replay) == sum(min(ring, len(history)) for history in histories)
         expected = loop.windows(replay, length)
-        has_few = min(len(history) for history in histories) < 2 * length - 1
-        assert replay.is_too_young(length) == (has_few and not expected)
+        fewest = min(len(history) for history in histories)
+        assert replay.is_too_young(length) == (fewest < PATIENCE * length and not expected)
+        has_few = fewest < 2 * length - 1
         # What else lacks a window has an episode, of T + 1 entries, or a ring that is too short.
         if not expected and not has_few:
             assert min(map(min, lengths)) + 1 < length or ring < 2 * length - 1

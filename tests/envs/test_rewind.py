@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import pickle
 import re
+from collections import deque
 
 import gymnasium as gym
 import numpy as np
@@ -490,3 +491,26 @@ def test_a_snapshot_of_other_wrappers_is_refused():
 def test_the_checker_of_gymnasium_makes_no_difference():
     start = snapshot(begin(gym.make(CART_POLE, disable_env_checker=True), seed=0))
     restore(gym.make(CART_POLE), start)
+
+
+class Odd(gym.Wrapper):
+    """Attributes that a file, or `restore`, could not give back as they were, and some it can."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.queue, self.inside = deque([1], maxlen=2), {"a": deque([1], maxlen=2)}
+        self.word, self.words = np.str_("train"), np.array(["a"])
+        self.root, self.count = np.complex64(1j), np.int64(3)
+
+
+def test_attributes_that_cannot_be_put_back_are_left_alone():
+    env = Odd(gym.make("totalprop/CartPoleSwingUp-v0"))
+    env.reset(seed=0)
+    layers = dict(snapshot(env).layers)
+    assert set(layers["Odd"]) & set(vars(env)) == {"queue", "count"}
+    start = snapshot(env)
+    env.queue.append(5)
+    env.inside["a"].append(5)
+    restore(env, start)
+    assert env.queue == deque([1], maxlen=2) and env.queue.maxlen == 2
+    assert list(env.inside["a"]) == [1, 5] and env.inside["a"].maxlen == 2

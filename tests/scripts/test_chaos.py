@@ -236,3 +236,20 @@ def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, capsys):
     assert stop.value.code == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and shown.count("\n") == 1
+
+
+def test_an_estimator_that_overflows_is_the_worst_not_the_best():
+    rng = np.random.default_rng(0)
+    good, better = (chaos_report.Measured(s * rng.normal(size=8), 0.0) for s in (2.0, 1.0))
+    for bad in (np.inf, np.nan, 1e200):
+        overflowed = chaos_report.Measured(np.array([bad, *range(7)]), 0.0)
+        point = {"rp": overflowed, "tp": good, "tpg": better}
+        found = chaos_report.compare(point)
+        assert found.best == "tp" and found.ratio == better.variance / good.variance
+        found = chaos_report.compare({"tp": good, "tpg": overflowed})
+        assert found.ratio == np.inf and found.verdict == "> 1.1"
+        study = {(4.0,): point, (3.0,): {"rp": overflowed, "tpg": better}}
+        assert any(
+            "worst tpg / best other = 0." in line for line in chaos_report.summary("one", study)
+        )
+        chaos_report.figure_of(study)
