@@ -8,7 +8,7 @@ from gymnasium import spaces
 
 import estimators
 from agents import task
-from agents.checks import is_above, is_whole, is_within, try_estimator
+from agents.checks import check_common, is_above, is_whole, is_within, try_estimator
 from estimators import Estimator
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def resolve(agent: PIPPS) -> Estimator:
 
 def check_arguments(agent: PIPPS) -> None:
     """One sentence per wrong value, before any work is done."""
-    if getattr(agent, "observation_space", None) is None:
-        raise ValueError("PIPPS needs an environment to learn in: pass env=... (an id or instance)")
+    check_common(agent)
     has_halves = getattr(agent.estimator, "cross_fit", agent.cross_fit)
     checks: list[tuple[str, Any, bool, str]] = [
         ("leg", agent.leg, agent.leg in LEGS, f"one of {', '.join(LEGS)}"),

@@ -8,8 +8,21 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
 
 from estimators import ControlProbe, DenseJacobian, Estimator, assign_credit
+
+
+def check_common(agent: BaseAlgorithm) -> None:
+    """What stable-baselines3's constructor does not check; ValueError with one sentence."""
+    name = type(agent).__name__
+    if getattr(agent, "observation_space", None) is None:
+        raise ValueError(
+            f"{name} needs an environment to learn in: pass env=... (an id or instance)"
+        )
+    window = agent._stats_window_size
+    if not is_whole(window, 1):
+        raise ValueError(f"stats_window_size must be at least 1, a whole number, got {window!r}")
 
 
 def is_whole(value: Any, least: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from gymnasium import spaces
@@ -10,7 +11,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 import estimators
 from agents import env_state
-from agents.checks import is_above, is_whole, is_within, try_estimator
+from agents.checks import check_common, is_above, is_whole, is_within, try_estimator
 from estimators import Estimator
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ CHOICES = {
 
 def check_arguments(agent: DAAPPO) -> None:
     """One sentence per wrong value, before any work is done."""
+    check_common(agent)
     for name, choices in CHOICES.items():
         if getattr(agent, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {_of(agent, name)}")
@@ -51,6 +53,8 @@ def check_arguments(agent: DAAPPO) -> None:
         value = getattr(agent, name)
         if value is not None and not callable(value) and not is_above(value, 0):
             raise ValueError(f"{name} must be above 0, got {value!r}")
+    if not is_within(agent.ent_coef, -math.inf):
+        raise ValueError(f"ent_coef must be a finite number, got {agent.ent_coef!r}")
     if not is_within(agent.vf_coef, 0):
         raise ValueError(f"vf_coef must be at least 0, got {agent.vf_coef!r}")
     _check_estimator(agent)

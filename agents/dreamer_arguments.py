@@ -10,7 +10,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 
 import estimators
-from agents.checks import is_above, is_whole, is_within, try_estimator
+from agents.checks import check_common, is_above, is_whole, is_within, try_estimator
 from agents.dreamer_update import UpdateSettings
 from agents.imagination import ImaginationSettings
 from world_models.latent_model import ModelLossSettings
@@ -37,6 +37,7 @@ AT_LEAST_ZERO = ("exploration_noise", "entropy_scale", "kl_scale", "free_nats")
 
 def check_arguments(agent: DreamerTPX) -> None:
     """One sentence per wrong value, before any work is done."""
+    check_common(agent)
     checks = [
         (name, (value := getattr(agent, name)), is_whole(value, least),
          f"at least {least}, a whole number") for name, least in WHOLE.items()
@@ -93,11 +94,7 @@ def resolve(agent: DreamerTPX) -> estimators.Estimator:
 
 
 def _check_spaces(agent: DreamerTPX) -> None:
-    space = getattr(agent, "observation_space", None)
-    if space is None:
-        raise ValueError(
-            "DreamerTPX needs an environment to learn in: pass env=... (an id or instance)"
-        )
+    space = agent.observation_space
     if not isinstance(space, spaces.Box):
         raise ValueError(
             f"DreamerTPX needs a Box observation space, an image or a vector, got {space}; "

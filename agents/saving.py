@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar, cast
 
@@ -88,16 +88,14 @@ class SafeSaving(BaseAlgorithm):
         """
         if print_system_info:
             get_system_info()
-        values = cls._read(path)
+        values, passed = cls._read(path), {**(custom_objects or {}), **kwargs}
         try:
-            return cls.from_values(
-                values, env, device, {**(custom_objects or {}), **kwargs}, force_reset=force_reset
-            )
+            return cls.from_values(values, env, device, passed, force_reset=force_reset)
         except (
             ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError,
             MemoryError,
         ) as error:  # fmt: skip
-            raise cls._cannot_load(path, error) from error
+            raise cls._cannot_load(path, error, passed) from error
 
     @classmethod
     def from_values(
@@ -136,6 +134,9 @@ class SafeSaving(BaseAlgorithm):
         if not (isinstance(policy_class, type) and issubclass(policy_class, BasePolicy)):
             raise BadFileError(f"its policy_class is {policy_class!r}, not a policy")
         agent = cls(policy_class, env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
+        unknown = sorted(set(replaced) - set(vars(agent)) - set(cls._late_attributes))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown[:3])} passed to load is no argument of it")
         unknown = sorted(set(attributes) - set(vars(agent)) - set(cls._late_attributes))
         if unknown:
             raise BadFileError(f"it holds unknown attributes: {', '.join(unknown[:3])}")
@@ -230,12 +231,14 @@ class SafeSaving(BaseAlgorithm):
         return values
 
     @classmethod
-    def _cannot_load(cls, path: object, error: Exception) -> ValueError:
+    def _cannot_load(
+        cls, path: object, error: Exception, passed: Collection[str] = ()
+    ) -> ValueError:
         text = " ".join(str(error).split()) or type(error).__name__
-        return ValueError(
-            f"cannot load {path} as a {cls.__name__} model: {text}; "
-            f"expected a file written by {cls.__name__}.save (model.zip in a run folder)"
-        )
+        expected = f"expected a file written by {cls.__name__}.save (model.zip in a run folder)"
+        if passed:
+            expected += f", and arguments that fit it, here {', '.join(passed)}"
+        return ValueError(f"cannot load {path} as a {cls.__name__} model: {text}; {expected}")
 
 
 # Without these an agent cannot be set up; what else files do not hold is rebuilt or optional.

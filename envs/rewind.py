@@ -28,6 +28,9 @@ _NOT_STATE = {
     *("env", "_action_space", "_observation_space", "_metadata", "_cached_spec"),
     "_max_episode_steps",
 }
+# Of gymnasium's classic control: what reset and step assign, beside the generator.
+_CLASSIC_CONTROL = "gymnasium.envs.classic_control."
+_CLASSIC_STATE = ("state", "last_u", "steps_beyond_terminated")
 _PLAIN = (int, float, str, type(None), RunningMeanStd)
 
 
@@ -62,7 +65,9 @@ class Snapshot:
 
 def can_rewind(env: Any) -> bool:
     """Whether `snapshot` and `restore` support the environment inside all wrappers."""
-    return isinstance(env, gym.Env) and _is_rewindable(env.unwrapped)
+    return isinstance(env, gym.Env) and (
+        _is_rewindable(env.unwrapped) or _is_classic(env.unwrapped)
+    )
 
 
 def snapshot(env: gym.Env) -> Snapshot:
@@ -89,7 +94,10 @@ def snapshot(env: gym.Env) -> Snapshot:
         if _is_rewindable(layer):
             state = layer.get_state()
         else:
-            state = {name: value for name, value in vars(layer).items() if name not in _NOT_STATE}
+            names = vars(layer).keys() - _NOT_STATE
+            if _is_classic(layer):
+                names &= set(_CLASSIC_STATE)
+            state = {name: vars(layer)[name] for name in sorted(names)}
             state = {name: value for name, value in state.items() if _is_plain(value)}
         layers.append((type(layer).__name__, _copy(state, writeable=False)))
     inner = env.unwrapped
@@ -285,13 +293,19 @@ def _is_rewindable(layer: Any) -> bool:
     return all(callable(getattr(type(layer), name, None)) for name in ("get_state", "set_state"))
 
 
+def _is_classic(env: Any) -> bool:
+    # Not a subclass of one, which may have more state.
+    return type(env).__module__.startswith(_CLASSIC_CONTROL)
+
+
 def _check_rewindable(env: Any) -> None:
     if can_rewind(env):
         return
     name = type(env.unwrapped if isinstance(env, gym.Env) else env).__name__
     raise ValueError(
-        f"{name} cannot be rewound: pass one dmc/ environment, totalprop/CartPoleSwingUp-v0 or an "
-        'environment with get_state() and set_state(), or choose action_source="dynamics".'
+        f"{name} cannot be rewound: pass one dmc/ environment, totalprop/CartPoleSwingUp-v0, one "
+        "of gymnasium's classic control or an environment with get_state() and set_state(), or "
+        'choose action_source="dynamics".'
     )
 
 

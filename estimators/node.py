@@ -82,11 +82,17 @@ def stochastic_node(
     for name, x, own in (
         ("std", zeta[-1], "std.expand_as(mean)"), ("noise", noise, "torch.randn_like(mean)")
     ):  # fmt: skip
-        if x.shape != shape:
+        if not isinstance(x, Tensor) or x.shape != shape:
+            got = list(x.shape) if isinstance(x, Tensor) else repr(x)
             raise ValueError(
-                f"{name} must have the node's shape, {list(shape)}, got {list(x.shape)}; "
+                f"{name} must have the node's shape, {list(shape)}, got {got}; "
                 f"every entry needs its own: {own}"
             )
+    if credit.dtype != zeta[0].dtype:
+        raise ValueError(
+            f"credit must have the node's dtype, {zeta[0].dtype}, got {credit.dtype}; start a "
+            "rollout with credit = mean.new_zeros(N)"
+        )
     if tap is not None and probe is None:
         raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
     sample, credit = _Node.apply(estimator, probe, noise, credit, value, meter, tap, *zeta)
@@ -116,11 +122,28 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, g_sample: Tensor, returns: Tensor) -> tuple[Tensor | None, ...]:
         noise, value, *zeta = ctx.saved_tensors
         g_zeta, k = mix(ctx.estimator, tuple(zeta), noise, g_sample, returns, value, ctx.probe)
+        if torch.is_grad_enabled() and ctx.estimator.weight is not no_legs:
+            g_zeta = _Once.apply(*g_zeta, g_sample, returns, *zeta)[: len(g_zeta)]
         g_meter = None
         if ctx.meter_shape is not None:
             g_meter = torch.where(_has_pathwise(k), k, 1.0).mean(0).expand(ctx.meter_shape)
         g_tap = ctx.probe(g_zeta) if ctx.has_tap else None
         return (None, None, None, returns, None, g_meter, g_tap, *g_zeta)
+
+
+class _Once(torch.autograd.Function):
+    """The same tensors, which cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the derivative of a score leg is not that of the gradient it estimates: second "
+            "derivatives pass through the nodes of estimator 'rp' only"
+        )
 
 
 def mix(

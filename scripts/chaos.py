@@ -150,6 +150,10 @@ def measure(options: argparse.Namespace) -> None:
     asked = [e for e in asked if options.study == "double" or e != "tps"]
     jobs = {p: [e for e in asked if e not in study.get(p, {}) or e in options.redo] for p in points}
     todo = sum(map(len, jobs.values()))
+    if todo:  # the first gradient of a process pays for what PyTorch sets up
+        gradients(
+            make("rp"), points[0], draw_noise(points[0], repeats=1, samples=9, horizon=1, seed=0)
+        )
     with tqdm(total=todo, desc=options.study, unit="variance", disable=None) as bar:
         for betas, estimators in jobs.items():
             if not estimators:

@@ -14,7 +14,7 @@ import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from scripts.errors import UserError, ending_with_a_sentence
-from scripts.normalisation import normalise_like
+from scripts.normalisation import normalise_like, statistics_of
 from scripts.run_folder import RunFolder, make_env, record_gif
 
 
@@ -60,7 +60,8 @@ def evaluate(options: argparse.Namespace) -> None:
         config["env_id"], config["env_args"], seed=options.seed, n_envs=n_envs,
         rewindable=config["arguments"].get("action_source") == "rewind",
     )  # fmt: skip
-    env = normalise_like(env, folder.vec_normalize)
+    statistics = statistics_of(folder)
+    env = normalise_like(env, statistics)
     agent = folder.load_agent(env)
     env.seed(options.seed)
     returns, lengths = evaluate_policy(
@@ -74,7 +75,7 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     if not options.no_gif:
         render_env = make_env(config["env_id"], config["env_args"], seed=options.seed, render=True)
-        shown = record_gif(agent, normalise_like(render_env, folder.vec_normalize), path)
+        shown = record_gif(agent, normalise_like(render_env, statistics), path)
         print(f"GIF of one episode (return {shown:.2f}): {path}")
 
 

@@ -11,6 +11,8 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from agents.safe_file import write_text
+from scripts.errors import UserError
+from scripts.run_folder import RunFolder, read_json
 
 Normalised = Literal["none", "observations", "rewards", "both"]
 
@@ -28,13 +30,22 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
     """An environment to evaluate in: observations in the training's units, rewards as they are.
 
     Args:
-        statistics: of the training; None or a file that does not exist: nothing is normalised.
+        statistics: of the training; None: nothing is normalised.
+
+    Raises:
+        UserError: a file that does not exist, or holds something else.
     """
-    if statistics is None or (isinstance(statistics, Path) and not statistics.is_file()):
+    if statistics is None:
         return env
     if isinstance(statistics, Path):
-        record = json.loads(statistics.read_text())
-        norm_obs, obs_rms = record["norm_obs"], _from_json(record["observation"])
+        record = read_json(statistics)
+        try:
+            norm_obs, obs_rms = record["norm_obs"], _from_json(record["observation"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{statistics} holds no statistics of VecNormalize ({type(error).__name__}: "
+                f"{error}); the policy cannot see what it saw in training"
+            ) from error
     else:
         norm_obs = statistics.norm_obs
         obs_rms = statistics.obs_rms if norm_obs else None  # type: ignore[assignment]
@@ -42,6 +53,12 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
     if norm_obs:
         made.obs_rms = obs_rms.copy()  # type: ignore[union-attr]
     return made
+
+
+def statistics_of(folder: RunFolder) -> Path | None:
+    """The file of a run that was normalised, None of one that was not."""
+    options = folder.read_config().get("options", {})
+    return folder.vec_normalize if options.get("normalize", "none") != "none" else None
 
 
 def save_statistics(env: VecNormalize, path: Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,11 @@ class RunFolder:
     def model(self) -> Path:
         """The trained agent, for `load`."""
         return self.path / "model.zip"
+
+    @property
+    def quoted(self) -> str:
+        """As a shell takes it."""
+        return shlex.quote(str(self.path))
 
     @property
     def vec_normalize(self) -> Path:
@@ -96,6 +102,8 @@ class RunFolder:
 
         It appears with its config or not at all: a run killed before is begun again as it was.
         """
+        if name != Path(name).name:
+            raise UserError(f"--name is one folder's name, in the folder --runs, got '{name}'")
         path, number = root / name, 2
         while path.exists():
             path, number = root / f"{name}_{number}", number + 1
@@ -212,7 +220,7 @@ def make_env(
     """
     env_id = env_id.replace("dm_control/", "dmc/", 1)
     if env_id not in gym.registry and ":" not in env_id:
-        near = difflib.get_close_matches(env_id, list(gym.registry), 1, cutoff=0.5)
+        near = difflib.get_close_matches(env_id, list(gym.registry), 1, cutoff=0.6)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UserError(f"unknown environment '{env_id}'{hint}")
     kwargs = {**env_args, "render_mode": "rgb_array" if render else None}

@@ -71,6 +71,9 @@ class ResumableCSV(KVWriter):
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on after the checkpoint's last row: what was written later is written again."""
         self.keys, self.n_rows = list(state["keys"]), state["rows"]
+        if self.n_rows and not self.path.exists():
+            print(f"{self.path} is gone: its first {self.n_rows} rows are lost, others follow")
+            self.n_rows = 0
         if self.n_rows:
             self._replace(self._read())
 

@@ -206,8 +206,9 @@ def _table(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> st
 
 
 def _mean_and_error(values: np.ndarray) -> str:
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return f"{values.mean():.2f} ± {error:.2f}"
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{values.mean():.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}"
 
 
 def _curves(
@@ -239,7 +240,7 @@ def _curves(
     title = "thin: seeds, thick: their mean, band: 95 % interval of the mean"
     axis.set(xlabel=xlabel, ylabel=f"{quantity} of an episode", title=title)
     low, high = min(map(np.min, drawn)), max(map(np.max, drawn))
-    margin = 0.05 * (high - low)
+    margin = 0.05 * (high - min(low, 0)) or 1
     axis.set_ylim(0 if low >= 0 else low - margin, high + margin)  # by the runs, not the bands
     axis.legend(frameon=False, title=f"{varied.replace('-', ' ')} (seeds)")
     return figure

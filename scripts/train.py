@@ -158,8 +158,6 @@ def resume(path: Path, total_timesteps: int | None = None) -> RunFolder:
         if total_timesteps > own:
             options = dataclasses.replace(job.options, total_timesteps=total_timesteps)
             job = dataclasses.replace(job, options=options)
-            write_text(folder.config, job.config())
-            folder.summary.unlink(missing_ok=True)
         set_up_torch(job.options)
         env, eval_env = job.environments()
         learn(job, folder, None, eval_env, env)
@@ -168,7 +166,8 @@ def resume(path: Path, total_timesteps: int | None = None) -> RunFolder:
 
 def set_up_torch(options: RunOptions) -> None:
     """CPU threads; and on a GPU float32 products may take TF32's 10 bits of mantissa."""
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
@@ -211,6 +210,9 @@ def learn(
         also["pictures"] = pictures
     callbacks.append(checkpoints)
     checkpoints.restore(algorithm)
+    if env is not None and Job.read(folder) != job:  # more steps, and nothing stands in the way
+        write_text(folder.config, job.config())
+        folder.summary.unlink(missing_ok=True)
     if algorithm.n_cut_episodes:
         print(
             f"{algorithm.n_cut_episodes} running episode(s) could not be put back, and were cut: "
@@ -229,7 +231,7 @@ def learn(
         except TrainingStopped:
             print(
                 f"stopped after {algorithm.num_timesteps} of {options.total_timesteps} steps; go "
-                f"on with: {program('python')} -m scripts.train --resume {folder.path}",
+                f"on with: {program('python')} -m scripts.train --resume {folder.quoted}",
                 file=sys.stderr,
             )
             raise SystemExit(128 + signals[0]) from None

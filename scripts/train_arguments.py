@@ -80,7 +80,7 @@ class RunOptions:
     step_timeout: float = 600.0
     """Seconds that one call of the environment may take before the process ends; 0: any."""
     threads: int = 0
-    """CPU threads of PyTorch; 0: one per core."""
+    """CPU threads of PyTorch; 0: its own choice, one per core or OMP_NUM_THREADS."""
     tensorboard: bool = True
     """Write TensorBoard events (scalars and figures)."""
     progress: bool = True
@@ -225,11 +225,12 @@ class Job:
     def environments(self) -> tuple[VecEnv, VecEnv]:
         """To train in and to evaluate in."""
         env_id, is_rewound = self.options.env_id, self.arguments.get("action_source") == "rewind"
-        limit = self.options.step_timeout
+        limit, seed = self.options.step_timeout, self.arguments["seed"]
         env = make_env(env_id, self.env_args, seed=None, rewindable=is_rewound, step_timeout=limit)
         eval_env = make_env(
-            env_id, self.env_args, seed=1000 + self.arguments["seed"], n_envs=5, step_timeout=limit
-        )
+            env_id, self.env_args, seed=None if seed is None else 1000 + seed, n_envs=5,
+            step_timeout=limit,
+        )  # fmt: skip
         env = normalise(env, self.options.normalize, gamma=self.arguments.get("gamma", 1.0))
         return env, normalise_like(eval_env, unwrap_vec_normalize(env))
 

@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import sys
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,8 @@ def report(
         f"after {algorithm.num_timesteps} real steps, {seconds / 60:.1f} min, "
         f"{summary['peak_memory_gb']} GB of memory at most.\n"
         f"Look at {folder.path}/: {', '.join(pictures)}, progress.csv, TensorBoard.\n"
-        f"Next: {program('python')} -m scripts.evaluate {folder.path}"
-        f"   |   {program('tensorboard')} --logdir {folder.path.parent}"
+        f"Next: {program('python')} -m scripts.evaluate {folder.quoted}"
+        f"   |   {program('tensorboard')} --logdir {quote(str(folder.path.parent))}"
     )
 
 

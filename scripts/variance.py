@@ -32,7 +32,7 @@ from envs.rewind import Snapshot
 from estimators.many_actions import Advice, advise, optimal_actions, table
 from estimators.many_actions_data import ComponentEstimate, estimate_components
 from scripts.errors import UserError, ending_with_a_sentence
-from scripts.normalisation import normalise_like
+from scripts.normalisation import normalise_like, statistics_of
 from scripts.run_folder import RunFolder, make_env, parse_env_args
 
 PAPER_SHARE = "96.9 to 99.9 % on four of its six tasks, 61 and 82 % on two; about 90 % on average"
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace) -> None:
         env_id, env_args = config["env_id"], config["env_args"]
     env = make_env(env_id, env_args, seed=options.seed, rewindable=True)
     if options.run is not None:
-        env = normalise_like(env, RunFolder(options.run).vec_normalize)
+        env = normalise_like(env, statistics_of(RunFolder.open(options.run)))
     policy = _policy(options, env)
     sampler = Sampler(env, policy, options)
     for _ in range(options.updates if options.run is None else 0):
@@ -246,11 +246,12 @@ def report(
         f"{PAPER_SHARE}"
     )
     advice, best = advise(c, options.delta), optimal_actions(c, options.delta)
+    mean = 1 / c.n_parameters  # of traces, as in the table
     lines.append(
-        f"one more action per state changes the variance by {advice.delta_actions:.3g}, as much "
-        f"cost in states by {advice.delta_states:.3g}:"
+        f"one more action per state changes the variance by {advice.delta_actions * mean:.3g}, as "
+        f"much cost in states by {advice.delta_states * mean:.3g}:"
     )
-    low, high = found.interval(lambda c: _preference(advise(c, options.delta)))
+    low, high = found.interval(lambda c: mean * _preference(advise(c, options.delta)))
     if low < 0 < high:
         lines.append(
             f"that difference is within its noise, [{low:.3g}, {high:.3g}]: measure more "

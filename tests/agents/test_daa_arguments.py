@@ -194,3 +194,8 @@ def test_what_cannot_estimate_is_refused_before_the_first_step(changes, k):
 def test_values_of_another_type_are_named(name):
     with pytest.raises(ValueError, match=f"^{name} must be"):
         make(**{name: "0.9"})
+
+
+def test_an_environment_is_needed():
+    with pytest.raises(ValueError, match="DAAPPO needs an environment to learn in"):
+        DAAPPO("MlpPolicy", None)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agents import DAAPPO, DreamerTPX, checkpoint, saving
+from agents import DAAPPO, PIPPS, DreamerTPX, checkpoint, saving
 
 DREAMER = {"policy_kwargs": {"stoch": 3, "deter": 5, "hidden": 5, "width": 5}}
 DREAMER |= {"learning_starts": 20, "sequence_length": 6, "batch_size": 3, "gradient_steps": 1}
@@ -87,3 +87,12 @@ def test_an_optimiser_without_eps():
     optimizer = torch.optim.SGD([weight], 0.5)
     saving._set_step_sizes(optimizer, saving._step_sizes(torch.optim.SGD([weight], 0.25)))
     assert optimizer.param_groups[0]["lr"] == 0.25 and "eps" not in optimizer.param_groups[0]
+
+
+def test_an_argument_that_load_does_not_know_is_not_the_files_fault(tmp_path):
+    agent = PIPPS("LinearPolicy", "totalprop/CartPoleSwingUp-v0", device="cpu")
+    agent.save(tmp_path / "agent")
+    with pytest.raises(ValueError, match="bogus passed to load is no argument of it"):
+        PIPPS.load(tmp_path / "agent", bogus=3)
+    with pytest.raises(ValueError, match=r"arguments that fit it, here learning_rate"):
+        PIPPS.load(tmp_path / "agent", env="totalprop/CartPoleSwingUp-v0", learning_rate=-1.0)

@@ -30,7 +30,7 @@ FIXED_MODELS = [
     "fish-upright",
 ]
 IDS = [
-    CART_POLE,
+    *(CART_POLE, "Pendulum-v1", "MountainCarContinuous-v0"),
     *(
         pytest.param(f"dmc/{name}-v0", marks=needs_dm_control)
         for name in RANDOM_MODELS + FIXED_MODELS
@@ -418,16 +418,17 @@ def test_a_snapshot_holds_numbers_and_names_only(name):
 
 def refusal(name):
     return re.escape(
-        f"{name} cannot be rewound: pass one dmc/ environment, {CART_POLE} or an "
-        'environment with get_state() and set_state(), or choose action_source="dynamics".'
+        f"{name} cannot be rewound: pass one dmc/ environment, {CART_POLE}, one of gymnasium's "
+        "classic control or an environment with get_state() and set_state(), or choose "
+        'action_source="dynamics".'
     )
 
 
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: gym.make("Pendulum-v1"), "PendulumEnv"),
-        (lambda: Secretive(gym.make("Pendulum-v1")), "PendulumEnv"),  # the wrapper alone could
+        (lambda: gym.make("FrozenLake-v1"), "FrozenLakeEnv"),
+        (lambda: Secretive(gym.make("FrozenLake-v1")), "FrozenLakeEnv"),  # the wrapper alone could
         (lambda: DummyVecEnv([lambda: gym.make(CART_POLE)]), "DummyVecEnv"),
         (lambda: None, "NoneType"),
     ],
@@ -514,3 +515,28 @@ def test_attributes_that_cannot_be_put_back_are_left_alone():
     restore(env, start)
     assert env.queue == deque([1], maxlen=2) and env.queue.maxlen == 2
     assert list(env.inside["a"]) == [1, 5] and env.inside["a"].maxlen == 2
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"])
+def test_classic_control_of_discrete_actions_goes_on_from_a_snapshot_and_from_its_values(name):
+    def ahead(env):
+        steps = [env.step(action) for action in (0, 1, 1, 0)]
+        return np.concatenate([[*np.ravel(step[0]), step[1]] for step in steps])
+
+    env = Rewindable(gym.make(name))
+    env.reset(seed=3)
+    env.step(1)
+    values = env.get_snapshot_values()
+    expected = ahead(env)
+    other = Rewindable(gym.make(name))
+    other.reset(seed=4)
+    for candidate in (env, other):
+        candidate.set_snapshot_values(values)
+        np.testing.assert_array_equal(ahead(candidate), expected)
+
+
+def test_a_subclass_of_classic_control_may_have_more_state():
+    class Drifting(type(gym.make("Pendulum-v1").unwrapped)):
+        pass
+
+    assert can_rewind(gym.make("Pendulum-v1")) and not can_rewind(Drifting())

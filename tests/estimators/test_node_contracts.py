@@ -359,3 +359,32 @@ def test_a_cost_with_an_axis_of_its_own_is_refused():
     with pytest.raises(ValueError, match=r"cost of shape \[16, 1\] .* credit of shape \[16\]"):
         assign_credit(torch.ones(16, 1), torch.zeros(16))
     assert assign_credit(torch.ones(5, 16), torch.zeros(16)).shape == (5, 16)
+
+
+@pytest.mark.parametrize("name", ["lr", "tpx"])
+def test_second_derivatives_are_refused_where_they_would_be_wrong(name):
+    """Of a score leg they are not those of what it estimates: lr gave 0 here."""
+
+    def gradient(name):
+        mean = torch.tensor(0.5, dtype=F64, requires_grad=True)
+        x, credit = estimators.make(name)(
+            mean.expand(50, 2), torch.full((50, 2), 0.3, dtype=F64), randn(50, 2, seed=1),
+            torch.zeros(50, dtype=F64),
+        )  # fmt: skip
+        loss = assign_credit(x.pow(4).sum(-1), credit).mean()
+        return x, mean, torch.autograd.grad(loss, mean, create_graph=True)[0]
+
+    _, mean, g = gradient(name)
+    with pytest.raises(RuntimeError, match="second derivatives pass through"):
+        torch.autograd.grad(g, mean)
+    x, mean, g = gradient("rp")
+    expected = 12 * x.square().sum(-1).mean()
+    torch.testing.assert_close(torch.autograd.grad(g, mean)[0], expected.detach())
+
+
+def test_a_number_for_std_and_another_dtype_for_credit_are_named():
+    mean, noise = torch.zeros(5, 2), torch.randn(5, 2)
+    with pytest.raises(ValueError, match=r"std must have the node's shape, \[5, 2\], got 0.1"):
+        estimators.make("tpx")(mean, 0.1, noise, torch.zeros(5))
+    with pytest.raises(ValueError, match=r"dtype, torch.float32, got torch.float64"):
+        estimators.make("tpx")(mean, torch.ones(5, 2), noise, torch.zeros(5, dtype=F64))

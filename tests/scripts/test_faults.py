@@ -118,7 +118,7 @@ def test_everything_that_rewinding_calls_is_watched(monkeypatch):
     env.env_method("set_snapshot_values", *env.env_method("get_snapshot_values"))
     names = ["snapshot", "extra_step", "restore", "get_snapshot_values", "set_snapshot_values"]
     assert seen == [f"env.{name}" for name in ("reset", *names)]
-    plain = make_env("Pendulum-v1", {}, seed=0, step_timeout=100)
+    plain = make_env("InvertedPendulum-v5", {}, seed=0, step_timeout=100)
     with pytest.raises(AttributeError):  # how a checkpoint learns that it cannot be put back
         plain.env_method("get_snapshot_values")
 

@@ -153,3 +153,30 @@ def test_tensorboard_hides_what_is_written_again(tmp_path):
     events = event_file_loader.EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("x")] == [(1, 1), (2, 2), (3, 30), (4, 4)]
+
+
+def test_a_run_that_cannot_go_on_stays_finished(tmp_path, capsys):
+    train.main([*TINY, "--total-timesteps", "60", "--runs", str(tmp_path), "--name", "run"])
+    run = tmp_path / "run"
+    before = [(run / name).read_text() for name in ("summary.json", "config.json")]
+    for path in (run / "checkpoints").glob("*.zip"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(run), "--total-timesteps", "120"])
+    assert "can be read" in capsys.readouterr().err
+    assert [(run / name).read_text() for name in ("summary.json", "config.json")] == before
+
+
+def test_a_lost_table_does_not_stop_a_run(tmp_path, capsys):
+    train.main([*TINY, "--total-timesteps", "60", "--runs", str(tmp_path), "--name", "run"])
+    table = tmp_path / "run" / "progress.csv"
+    table.unlink()
+    train.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "120"])
+    assert "progress.csv is gone" in capsys.readouterr().out
+    assert "time/total_timesteps" in table.read_text()
+
+
+def test_a_run_needs_no_seed(tmp_path):
+    command = ["--total-timesteps", "30", "--seed", "None", "--runs", str(tmp_path)]
+    train.main([*TINY, *command, "--name", "run"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["arguments"]["seed"] is None

@@ -250,7 +250,7 @@ def test_variance_shows_a_trained_policy_what_it_was_trained_on(tmp_path, monkey
     [
         (["--delta", "0"], 2, "--delta must be above 0, got 0"),
         (["--rollouts", "1"], 2, "--rollouts must be at least 2, got 1"),
-        (["--env-id", "Pendulum-v1"], 1, "rewound"),
+        (["--env-id", "InvertedPendulum-v5"], 1, "rewound"),
         (["--env-id", "totalprop/CartPoleSwingUp-v0", "--steps", "31"], 1, "before --steps 31"),
         (["no/such/run"], 1, "no/such/run"),
     ],
@@ -342,3 +342,19 @@ def test_a_sweep_varies_any_flag_and_draws_any_column(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="1"):
         sweep.main()
     assert "no column 'train/los'; close to it: train/loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "foreign"])
+def test_a_normalised_run_without_its_statistics_is_not_evaluated(damage, tmp_path, capsys):
+    """The policy would see other numbers than in training, and the return would be another."""
+    train.main([*DAAPPO, "--runs", str(tmp_path), "--name", "n", "--normalize", "both"])
+    path = tmp_path / "n" / "vec_normalize.json"
+    text = {"gone": None, "cut": path.read_text()[:30], "foreign": '{"norm_obs": true}'}[damage]
+    path.unlink() if text is None else path.write_text(text)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(tmp_path / "n"), "--episodes", "2", "--no-gif"])
+    said = capsys.readouterr()
+    assert stop.value.code != 0 and "return" not in said.out
+    error = said.err + str(stop.value.code)
+    assert "vec_normalize.json" in error and "Traceback" not in error

@@ -49,7 +49,9 @@ OTHERS = [
     [*A, "--action-source", "states", "--estimator", "tpx"],
     [*A, "--extra-baseline", "leave-one-out", "--n-extra-actions", "1"],
     [*P, "--seed", "-1"], [*P, "--runs", "/dev/null/runs"], [*P, "--name", "a/../../b\0"],
-    ["daappo", "--env-id", "Pendulum-v1", "--action-source", "rewind"],
+    ["daappo", "--env-id", "InvertedPendulum-v5", "--action-source", "rewind"],
+    [*P, "--name", "../beside"], [*P, "--name", "."], [*P, "--stats-window-size", "0"],
+    [*A, "--ent-coef", "nan"],
 ]  # fmt: skip
 SCRIPTS = {
     "evaluate": evaluate.main, "diagnose": diagnose.main, "variance": variance.main,
