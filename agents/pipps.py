@@ -228,6 +228,8 @@ class PIPPS(SafeSaving):
         while self.num_timesteps < total_timesteps:
             # Before the trial: at its end the last search would have no progress left, and no step.
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            if self._n_trials >= self.random_trials and not self.policy.is_placed:
+                self._improve_policy(progress_bar)  # a callback's stop came before the first search
             if not self._collect_trial(callback, total_timesteps):
                 break
             if self._n_trials >= self.random_trials:

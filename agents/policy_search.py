@@ -103,7 +103,8 @@ def optimise_policy(
             log.k.append(result.k)
             if not settings.resample:  # which makes the particles depend on each other
                 variance = result.per_sample.var(0).sum() * len(result.per_sample)
-                log.signal_to_noise.append(float(flat.square().sum() / variance))
+                tiny = torch.finfo(variance.dtype).tiny  # a gradient of 0 has no noise
+                log.signal_to_noise.append(float(flat.square().sum() / variance.clamp_min(tiny)))
         on_step(number, log.losses[-1])
         return _Step(result, flat)
 

@@ -674,8 +674,8 @@ def test_a_stop_at_the_end_of_the_random_trial_ends_it():
 
     agent = make().learn(100, callback=Stop())
     assert agent.num_timesteps == LENGTH and agent._n_updates == 0
-    agent.learn(1, reset_num_timesteps=False)  # a step of the policy, then the search
-    assert agent._n_trials == 2 and agent._n_updates == 3
+    agent.learn(1, reset_num_timesteps=False)  # the search, a step of its policy, and another
+    assert agent._n_trials == 2 and agent._n_updates == 6
 
 
 def test_names_of_observations_may_be_an_array_and_must_fit(tmp_path):
