@@ -6,8 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv
 
 import estimators
 from agents import env_state
@@ -148,17 +147,18 @@ def _check_spaces(agent: DAAPPO) -> None:
 
 def _check_wrappers(agent: DAAPPO, env: VecEnv) -> None:
     """Extra actions see what VecNormalize does, and for `rewind` no other wrapper does anything."""
-    is_known = agent.get_vec_normalize_env() is None and agent.action_source != "rewind"
-    while isinstance(env, VecEnvWrapper) and not is_known:
-        if type(env) not in env_state.LAYERS:
+    layers, _ = env_state.layers_of(env)
+    if agent.action_source != "rewind":
+        normalizer = agent.get_vec_normalize_env()
+        layers = [] if normalizer is None else layers[: layers.index(normalizer)]
+    for layer in layers:
+        if type(layer) not in env_state.LAYERS:
             known = ", ".join(kind.__name__ for kind in env_state.LAYERS)
             raise ValueError(
-                f"extra actions do not know what {type(env).__name__} does to observations and "
+                f"extra actions do not know what {type(layer).__name__} does to observations and "
                 f"rewards: only {known} may be around VecNormalize, or around environments to "
                 "rewind; wrap the single environments, or use action_source='none'"
             )
-        is_known = isinstance(env, VecNormalize) and agent.action_source != "rewind"
-        env = env.venv
 
 
 def _check_rewindable(env: VecEnv) -> None:

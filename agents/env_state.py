@@ -32,7 +32,7 @@ def take(env: VecEnv | None) -> dict[str, Any]:
     "environments" is None where they cannot say it: each needs the methods of
     `envs.rewind.Rewindable`.
     """
-    layers, inner = _layers(env)
+    layers, inner = layers_of(env)
     found = []
     for layer in layers:
         names = LAYERS.get(type(layer), ())
@@ -64,7 +64,7 @@ def put(env: VecEnv | None, state: dict[str, Any]) -> bool:
     Raises:
         ValueError: the vector environment has other wrappers.
     """
-    layers, inner = _layers(env)
+    layers, inner = layers_of(env)
     if len(layers) != len(state["layers"]):
         raise ValueError(
             f"the checkpoint is of an environment in {len(state['layers'])} vector wrapper(s), env "
@@ -88,7 +88,8 @@ def put(env: VecEnv | None, state: dict[str, Any]) -> bool:
     return True
 
 
-def _layers(env: VecEnv | None) -> tuple[list[VecEnvWrapper], VecEnv | None]:
+def layers_of(env: VecEnv | None) -> tuple[list[VecEnvWrapper], VecEnv | None]:
+    """The wrappers of a vector environment, outermost first, and what is inside them."""
     layers = []
     while isinstance(env, VecEnvWrapper):
         layers.append(env)

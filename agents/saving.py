@@ -134,10 +134,9 @@ class SafeSaving(BaseAlgorithm):
         if not (isinstance(policy_class, type) and issubclass(policy_class, BasePolicy)):
             raise BadFileError(f"its policy_class is {policy_class!r}, not a policy")
         agent = cls(policy_class, env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
-        unknown = sorted(set(replaced) - set(vars(agent)) - set(cls._late_attributes))
-        if unknown:
-            raise ValueError(f"{', '.join(unknown[:3])} passed to load is no argument of it")
         unknown = sorted(set(attributes) - set(vars(agent)) - set(cls._late_attributes))
+        if mistaken := [name for name in unknown if name in replaced]:
+            raise ValueError(f"{', '.join(mistaken[:3])} passed to load is no argument of it")
         if unknown:
             raise BadFileError(f"it holds unknown attributes: {', '.join(unknown[:3])}")
         vars(agent).update(attributes)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from gymnasium import ObservationWrapper, RewardWrapper, Wrapper
 from gymnasium.wrappers import NormalizeReward
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from torch import Tensor
 
 from agents import env_state
@@ -142,12 +141,9 @@ def env_attribute(agent: PIPPS, name: str) -> Any:
     changing: list[type[Wrapper[Any, Any, Any, Any]]] = [ObservationWrapper]
     if name == "cost":
         changing += [RewardWrapper, NormalizeReward]
-    layer = agent.env
-    while isinstance(layer, VecEnvWrapper) and type(layer) in env_state.LAYERS:
-        layer = layer.venv
     inner = agent.env.get_attr("unwrapped", indices=0)[0]
     if (
-        isinstance(layer, VecEnvWrapper)
+        any(type(layer) not in env_state.LAYERS for layer in env_state.layers_of(agent.env)[0])
         or inner.observation_space != agent.observation_space
         or any(agent.env.env_is_wrapped(wrapper, indices=0)[0] for wrapper in changing)
     ):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from estimators.legs import Zeta, draw, pathwise
 from estimators.probes import Probe, restrict
+from estimators.weights import largest_usable
 from estimators.weights import pathwise as no_legs
 
 if TYPE_CHECKING:
@@ -192,8 +193,7 @@ def _borrowed(k: list[Tensor], own: list[Tensor], rp: Zeta, legs: list[Zeta]) ->
     """
     dims = tuple(range(rp[0].ndim - 1))  # all but the coordinates
     largest = torch.stack([leg[0].abs().amax(dims) for leg in legs]).amax(0)
-    limit = largest / (8 * torch.finfo(largest.dtype).eps) ** 0.5
-    is_usable = rp[0].abs().amax(dims) <= limit  # [D]
+    is_usable = rp[0].abs().amax(dims) <= largest_usable(largest)  # [D]
     return [torch.where(is_usable, *pair) for pair in zip(k, own, strict=True)]
 
 

@@ -112,8 +112,7 @@ def tpg(
         )
     # A pathwise leg so large that k would round to 1, or not finite, does not take part.
     spread_rp, spread_lr = rp[0].std(0), legs[0][0].std(0)
-    limit = spread_lr / (8 * torch.finfo(spread_lr.dtype).eps) ** 0.5
-    usable = torch.isfinite(spread_rp) & ~(spread_rp > limit)  # [D]
+    usable = torch.isfinite(spread_rp) & ~(spread_rp > largest_usable(spread_lr))  # [D]
     spread_rp = torch.where(usable, spread_rp, 0.0)
     pairs = [(torch.where(usable, g, 0.0), leg) for g, leg in zip(rp, legs[0], strict=True)]
     scale = torch.stack([torch.linalg.vector_norm(g, math.inf) for g in pairs[0]]).amax()
@@ -132,6 +131,11 @@ def tpg(
     # Solved for 1 - k, whose right-hand side holds no exploded number.
     pathwise_weight = _solve(system, size, c_lr.sum(1) + penalty, usable)
     return [(1 - pathwise_weight).clamp(0.0, 1.0).unsqueeze(0)]
+
+
+def largest_usable(size: Tensor) -> Tensor:
+    """The size of a pathwise leg, beside a score leg of that size, above which k rounds to 1."""
+    return size / (8 * torch.finfo(size.dtype).eps) ** 0.5
 
 
 def _solve(system: Tensor, size: Tensor, target: Tensor, usable: Tensor) -> Tensor:

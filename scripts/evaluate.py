@@ -60,7 +60,7 @@ def evaluate(options: argparse.Namespace) -> None:
         config["env_id"], config["env_args"], seed=options.seed, n_envs=n_envs,
         rewindable=config["arguments"].get("action_source") == "rewind",
     )  # fmt: skip
-    statistics = statistics_of(folder)
+    statistics = statistics_of(folder, config)
     env = normalise_like(env, statistics)
     agent = folder.load_agent(env)
     env.seed(options.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from stable_baselines3.common.running_mean_std import RunningMeanStd
@@ -55,9 +55,9 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
     return made
 
 
-def statistics_of(folder: RunFolder) -> Path | None:
+def statistics_of(folder: RunFolder, config: dict[str, Any]) -> Path | None:
     """The file of a run that was normalised, None of one that was not."""
-    options = folder.read_config().get("options", {})
+    options = config.get("options", {})
     return folder.vec_normalize if options.get("normalize", "none") != "none" else None
 
 

@@ -80,12 +80,14 @@ def measure(options: argparse.Namespace) -> None:
     if env_arg is None:
         env_arg = ["action_repeat=4"] if env_id.startswith(("dmc/", "dm_control/")) else []
     env_args = parse_env_args(tuple(env_arg))
+    statistics = None
     if options.run is not None:
-        config = RunFolder.open(options.run).read_config()
+        folder = RunFolder.open(options.run)
+        config = folder.read_config()
         env_id, env_args = config["env_id"], config["env_args"]
+        statistics = statistics_of(folder, config)
     env = make_env(env_id, env_args, seed=options.seed, rewindable=True)
-    if options.run is not None:
-        env = normalise_like(env, statistics_of(RunFolder.open(options.run)))
+    env = normalise_like(env, statistics)
     policy = _policy(options, env)
     sampler = Sampler(env, policy, options)
     for _ in range(options.updates if options.run is None else 0):
