@@ -149,6 +149,12 @@ class DreamerPolicy(BasePolicy):
         """Observations [n, ...] as the world model takes them: images as they are, others flat."""
         return observations.reshape(-1, *self.model_input_shape)
 
+    def info_to_model(self, info: dict[str, Any]) -> dict[str, Any]:
+        """The info with its terminal observation as the world model takes it; a copy."""
+        if (end := info.get("terminal_observation")) is None:
+            return info
+        return {**info, "terminal_observation": self.to_model(end[None])[0]}
+
     def predict(
         self,
         observation: np.ndarray | dict[str, np.ndarray],

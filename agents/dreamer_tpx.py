@@ -222,12 +222,6 @@ class DreamerTPX(SafeSaving):
             self._memory = self.policy.initial_state(self.env.num_envs)
         return total, callback
 
-    def _flat(self, info: dict[str, Any]) -> dict[str, Any]:
-        """The info with its terminal observation as the model takes it; callbacks keep theirs."""
-        if (end := info.get("terminal_observation")) is None:
-            return info
-        return {**info, "terminal_observation": self.policy.to_model(end[None])[0]}
-
     # ----------------------------------------------------------------------------------------
     # the loop
     # ----------------------------------------------------------------------------------------
@@ -293,7 +287,8 @@ class DreamerTPX(SafeSaving):
             self.num_timesteps += env.num_envs
             self._since_round += env.num_envs
             flat = self.policy.to_model(new_observations)
-            replay.step(actions, flat, rewards, dones, [self._flat(info) for info in infos])
+            ends = [self.policy.info_to_model(info) for info in infos]
+            replay.step(actions, flat, rewards, dones, ends)
             self._last_obs, self._last_episode_starts = new_observations, dones
             callback.update_locals(locals())
             if not callback.on_step():
