@@ -150,7 +150,7 @@ class DreamerPolicy(BasePolicy):
         return observations.reshape(-1, *self.model_input_shape)
 
     def info_to_model(self, info: dict[str, Any]) -> dict[str, Any]:
-        """The info with its terminal observation as the world model takes it; a copy."""
+        """The info, in a copy if it has a terminal observation: that as the model takes it."""
         if (end := info.get("terminal_observation")) is None:
             return info
         return {**info, "terminal_observation": self.to_model(end[None])[0]}
