@@ -1,18 +1,26 @@
 """Gymnasium environments; importing this package registers their ids."""
 
+from typing import Any
+
 import gymnasium as gym
 
-from envs.dm_control import TASKS
+from totalprop.envs.dm_control import TASKS
 
-gym.register(
+
+def _register(id: str, **spec: Any) -> None:
+    if id not in gym.registry:  # in a checkout this file is both `envs` and `totalprop.envs`
+        gym.register(id, **spec)
+
+
+_register(
     id="totalprop/CartPoleSwingUp-v0",
-    entry_point="envs.cartpole:CartPoleSwingUpEnv",
+    entry_point="totalprop.envs.cartpole:CartPoleSwingUpEnv",
     max_episode_steps=30,  # 3 s at 10 Hz: Parmas et al. 2018, Sec. 4.2
     reward_threshold=-15.0,  # INFERRED, see CartPoleSwingUpEnv
 )
 for _domain, _task in TASKS:
-    gym.register(
+    _register(
         id=f"dmc/{_domain}-{_task}-v0",
-        entry_point="envs.dm_control:DMControlEnv",
+        entry_point="totalprop.envs.dm_control:DMControlEnv",
         kwargs={"domain": _domain, "task": _task},  # the suite keeps its own time limit
     )

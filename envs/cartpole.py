@@ -16,7 +16,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 
-from envs.cartpole_render import draw
+from totalprop.envs.cartpole_render import draw
 
 CONTROL_STEP = 0.1  # s of constant force: 10 Hz, Parmas et al. 2018, Sec. 4.2
 SUBSTEPS = 10

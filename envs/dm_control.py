@@ -15,13 +15,13 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 
-from envs.mujoco_backend import (
+from totalprop.envs.mujoco_backend import (
     check_not_forked,
     check_rendering,
     load_dm_control,
     rendering_failed,
 )
-from envs.rewind import set_simulation_state, simulation_state
+from totalprop.envs.rewind import set_simulation_state, simulation_state
 
 _TASKS = {
     "acrobot": ("swingup", "swingup_sparse"),

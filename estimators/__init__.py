@@ -3,14 +3,15 @@
 >>> sample, credit = make("tpx")(mean, std, noise, credit)      # instead of mean + std * noise
 >>> loss = assign_credit(cost(sample), credit).mean()           # every cost downstream is credited
 
-Read `node.py` first, then `weights.py`. Nothing here imports another package of this project.
+Read `node.py` first, then `mixing.py`. Nothing here imports another package of this project.
 """
 
-from estimators import baselines, diagnostics, legs, weights
-from estimators.gradient import PolicyGradient, gradient
-from estimators.node import assign_credit, infer_noise
-from estimators.probes import ControlProbe, DenseJacobian, ParameterProbe
-from estimators.registry import Estimator, make, names, register, unknown_name
+from totalprop.estimators import baselines, legs, mixing, surrogates
+from totalprop.estimators.analysis import diagnostics
+from totalprop.estimators.gradient import PolicyGradient, gradient
+from totalprop.estimators.node import Estimator, assign_credit, infer_noise
+from totalprop.estimators.probes import ControlProbe, DenseJacobian, ParameterProbe
+from totalprop.estimators.registry import make, names, register, unknown_name
 
 __all__ = [
     "ControlProbe",
@@ -25,8 +26,9 @@ __all__ = [
     "infer_noise",
     "legs",
     "make",
+    "mixing",
     "names",
     "register",
+    "surrogates",
     "unknown_name",
-    "weights",
 ]

@@ -6,20 +6,29 @@ with the samples on axis 0. Only `mean` is (slightly) biased: it shrinks the leg
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from totalprop.estimators.declarations import without
 
+Baseline = Callable[[Tensor, "Tensor | None"], Tensor]
+
+
+@without("needs_value")
 def none(returns: Tensor, value: Tensor | None) -> Tensor:
     """b = 0: unbiased, and of high variance."""
     return torch.zeros_like(returns)
 
 
+@without("needs_value")
 def mean(returns: Tensor, value: Tensor | None) -> Tensor:
     """b = mean of the batch, as TPX 2023, Sec. 3 (LR's expectation shrinks by (N - 1) / N)."""
     return returns.mean(0, keepdim=True)
 
 
+@without("needs_value")
 def leave_one_out(returns: Tensor, value: Tensor | None) -> Tensor:
     """b_i = Σ_{j≠i} R_j / (N - 1). Mnih & Rezende 2016; Parmas et al. 2018, Sec. 2.2."""
     n = returns.shape[0]

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from estimators import weights
-from estimators.registry import Estimator
+from totalprop.estimators.mixing import likelihood_ratio, pathwise, whole_graph_ivw
+from totalprop.estimators.node import Estimator
 
 Rollout = Callable[[Estimator, "Tensor | None"], Tensor]
 
@@ -68,10 +68,10 @@ def gradient(
 
     if not estimator.whole_graph:
         return backward(estimator, per_sample)
-    rp = backward(replace(estimator, weight=weights.pathwise, whole_graph=False), True)
-    lr = backward(replace(estimator, weight=weights.likelihood_ratio, whole_graph=False), True)
+    rp = backward(replace(estimator, weight=pathwise, whole_graph=False), True)
+    lr = backward(replace(estimator, weight=likelihood_ratio, whole_graph=False), True)
     assert rp.per_sample is not None and lr.per_sample is not None
-    k = weights.whole_graph_ivw(rp.per_sample, lr.per_sample)
+    k = whole_graph_ivw(rp.per_sample, lr.per_sample)
 
     def mix(g_rp: Tensor, g_lr: Tensor) -> Tensor:
         return torch.where(k < 1, torch.lerp(g_rp, g_lr, k), g_lr)

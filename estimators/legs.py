@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from estimators import baselines
+from totalprop.estimators.baselines import Baseline, none
 
 Zeta = tuple[Tensor, ...]
-Baseline = Callable[[Tensor, Tensor | None], Tensor]
 Leg = Callable[[Zeta, Tensor, Tensor, Tensor | None, Baseline], Zeta]
 
 
@@ -88,7 +87,7 @@ def biw(
     z = (draw(zeta, noise) - mean.unsqueeze(1)) / std.unsqueeze(1)  # [i, j, D]
     log_p = -0.5 * z.square().sum(-1) - std.log().sum(-1, keepdim=True)
     c = torch.softmax(log_p, 0)  # over the mixture's components i, in log space
-    if baseline is baselines.none:
+    if baseline is none:
         b = torch.zeros_like(returns)
     else:
         others = c - torch.diag(c.diagonal())

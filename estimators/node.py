@@ -13,18 +13,17 @@ Schulman et al. 2015 (stochastic computation graphs); Parmas 2018 (total propaga
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from estimators.legs import Zeta, draw, pathwise
-from estimators.probes import Probe, restrict
-from estimators.weights import largest_usable
-from estimators.weights import pathwise as no_legs
-
-if TYPE_CHECKING:
-    from estimators.registry import Estimator
+from totalprop.estimators.baselines import Baseline, leave_one_out
+from totalprop.estimators.declarations import declared
+from totalprop.estimators.legs import Leg, Zeta, draw, pathwise, score
+from totalprop.estimators.mixing import Weight, largest_usable
+from totalprop.estimators.probes import Probe, restrict
 
 
 def assign_credit(cost: Tensor, credit: Tensor) -> Tensor:
@@ -55,6 +54,98 @@ def infer_noise(mean: Tensor, std: Tensor, sample: Tensor) -> Tensor:
     For nodes on real data: with it the node returns the data and differentiates as usual.
     """
     return ((sample - mean) / std).detach()
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A policy-gradient estimator: called at every stochastic node in place of `mean + std·noise`.
+
+    Attributes:
+        weight: rule for k (0 = pathwise, 1 = score legs), see `estimators.mixing`.
+        legs: the score legs, see `estimators.legs`; usually one.
+        baseline: what is subtracted from the returns, see `estimators.baselines`.
+        cross_fit: choose k for each half of the batch from the other half. At a single node this
+            makes a composite unbiased; in a chain what is left is of second order (the other
+            half's k depends on k's further down the chain, which depend on this half). A half
+            whose own pathwise leg explodes does without it.
+        probe: what the rule needs to know of policy-parameter space: nothing, all parameters, or a
+            subset of them (Dreamer, PIPPS: the policy's last layer). The caller builds the probe.
+        whole_graph: combine once, over the whole graph, with `estimators.gradient` (only `ivw`).
+        source: paper and equation.
+
+    Raises:
+        ValueError: cross_fit of a whole-graph estimator, which has one k for all samples.
+    """
+
+    weight: Weight
+    legs: tuple[Leg, ...] = (score,)
+    baseline: Baseline = leave_one_out
+    cross_fit: bool = False
+    probe: Literal["none", "all", "subset"] = "none"
+    whole_graph: bool = False
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.whole_graph and self.cross_fit:
+            raise ValueError(
+                "a whole-graph estimator combines once, with one k for all samples: cross_fit must "
+                "be False, or choose a nodewise estimator such as 'tpx'"
+            )
+
+    @property
+    def needs_pathwise(self) -> bool:
+        """Whether the rule may use the pathwise leg: the loss must be differentiable then."""
+        return declared(self.weight, "needs_pathwise")
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether the rule may use the score legs."""
+        return declared(self.weight, "needs_score")
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether the baseline asks for a critic's `value`."""
+        return declared(self.baseline, "needs_value")
+
+    def __call__(
+        self,
+        mean: Tensor,
+        std: Tensor | None,
+        noise: Tensor,
+        credit: Tensor,
+        *,
+        probe: Probe | None = None,
+        value: Tensor | None = None,
+        meter: Tensor | None = None,
+        tap: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sample the node; its backward mixes the legs.
+
+        Args:
+            mean: [N, ..., D], samples on axis 0; gradients flow. With `std=None`: the logits of a
+                one-hot categorical.
+            std: [N, ..., D], positive; gradients flow. None for a categorical.
+            noise: [N, ..., D] standard normal (categorical: Gumbel), or from `infer_noise`.
+            credit: [N, ...] the credit that left the previous node, or zeros at the start.
+            probe: needed by `tp`, `tps`, `tpg`, see `estimators.probes`.
+            value: [N, ...] critic's estimate of the return, for baselines.critic; no gradient.
+            meter: zeros broadcastable from [1, ..., D]; its gradient becomes k (mean over samples).
+            tap: zeros [N, P]; its gradient collects per-sample parameter gradients (with probe).
+        Returns:
+            sample [N, ..., D] and the credit for every cost and node downstream.
+        Raises:
+            ValueError: an argument of the wrong shape; whole-graph estimators, which cannot be
+                called.
+        """
+        if self.whole_graph:
+            raise ValueError(
+                "this estimator combines whole-graph gradients and has no node of its own; "
+                "call estimators.gradient(rollout, ...) instead"
+            )
+        zeta = (mean,) if std is None else (mean, std)
+        return stochastic_node(
+            self, zeta, noise, credit, probe=probe, value=value, meter=meter, tap=tap
+        )
 
 
 def stochastic_node(
@@ -123,7 +214,7 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, g_sample: Tensor, returns: Tensor) -> tuple[Tensor | None, ...]:
         noise, value, *zeta = ctx.saved_tensors
         g_zeta, k = mix(ctx.estimator, tuple(zeta), noise, g_sample, returns, value, ctx.probe)
-        if torch.is_grad_enabled() and ctx.estimator.weight is not no_legs:
+        if torch.is_grad_enabled() and ctx.estimator.needs_score:
             g_zeta = _Once.apply(*g_zeta, g_sample, returns, *zeta)[: len(g_zeta)]
         g_meter = None
         if ctx.meter_shape is not None:
@@ -163,7 +254,7 @@ def mix(
         the rule gave it.
     """
     rp = pathwise(zeta, noise, g_sample)
-    if estimator.weight is no_legs:
+    if not estimator.needs_score:
         return rp, torch.zeros_like(rp[0][:1])
     if not estimator.cross_fit:
         return _combine(rp, *_weigh(estimator, zeta, noise, rp, returns, value, probe))

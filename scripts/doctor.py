@@ -1,6 +1,6 @@
 """Check this machine and installation: one line per thing, with a remedy where one is needed.
 
-python -m scripts.doctor            # exit code 0 if everything that training needs is there
+totalprop doctor            # exit code 0 if everything that training needs is there
 """
 
 from __future__ import annotations
@@ -44,13 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def examine(runs: Path) -> list[Finding]:
     """All checks, in the order of the report; none of them raises."""
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "python": python,
+        "packages": packages,
+        "gpu": gpu,
+        "rendering": rendering,
+        "pictures": pictures,
+        "disk": lambda: disk(runs),
+        "runs_folder": lambda: runs_folder(runs),
+        "cores": cores,
+    }
     found = []
-    for check in (python, packages, gpu, rendering, pictures, disk, runs_folder, cores):
+    for name, check in checks.items():
         try:
-            found += check(runs) if check in (disk, runs_folder) else check()  # type: ignore[operator]
+            found += check()
         except Exception as error:  # a doctor does not faint
             text = " ".join(str(error).split())
-            found.append(Finding("BAD", f"{check.__name__}: {type(error).__name__}: {text}"))
+            found.append(Finding("BAD", f"{name}: {type(error).__name__}: {text}"))
     return found
 
 
@@ -102,7 +112,7 @@ def rendering() -> list[Finding]:
     """What MuJoCo draws with: pixels and videos of the control suite."""
     if importlib.util.find_spec("dm_control") is None:
         return []
-    from envs.mujoco_backend import check_rendering, choose_backend, draws
+    from totalprop.envs.mujoco_backend import check_rendering, choose_backend, draws
 
     chosen = os.environ.get("MUJOCO_GL", "")
     try:

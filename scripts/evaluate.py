@@ -1,6 +1,6 @@
 """Evaluate a trained run: mean and spread of its returns, and a GIF of the policy.
 
-python -m scripts.evaluate runs/pipps_CartPoleSwingUp-v0_tpx_seed0 --episodes 100
+totalprop evaluate runs/pipps_CartPoleSwingUp-v0_tpx_seed0 --episodes 100
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from scripts.errors import UserError, ending_with_a_sentence
-from scripts.normalisation import normalise_like, statistics_of
-from scripts.run_folder import RunFolder, make_env, record_gif
+from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.folder import RunFolder, make_env, record_gif
+from totalprop.scripts.run.normalisation import normalise_like, statistics_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

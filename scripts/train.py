@@ -1,14 +1,14 @@
 """Train an agent and leave a run folder: config, model, progress.csv, TensorBoard, PNG and GIF.
 
-python -m scripts.train pipps                                  # cart-pole swing-up, tpx, minutes
-python -m scripts.train pipps --estimator lr --seed 3
-python -m scripts.train pipps --preset pipps2018 --env-arg cost=tip --env-arg noise=4
-python -m scripts.train dreamer --preset laptop --env-id dm_control/cartpole-balance-v0
-python -m scripts.train dreamer --preset laptop --env-id dm_control/walker-walk-v0 --horizon 60
-python -m scripts.train dreamer --env-id dm_control/walker-walk-v0 --env-arg observation=pixels
-python -m scripts.train daappo --env-id dm_control/cartpole-swingup-v0 --env-arg action_repeat=4
-python -m scripts.train daappo --preset recommended --action-source rewind
-python -m scripts.train --resume runs/NAME                     # go on after a kill or Ctrl-C
+totalprop train pipps                                  # cart-pole swing-up, tpx, minutes
+totalprop train pipps --estimator lr --seed 3
+totalprop train pipps --preset pipps2018 --env-arg cost=tip --env-arg noise=4
+totalprop train dreamer --preset laptop --env-id dm_control/cartpole-balance-v0
+totalprop train dreamer --preset laptop --env-id dm_control/walker-walk-v0 --horizon 60
+totalprop train dreamer --env-id dm_control/walker-walk-v0 --env-arg observation=pixels
+totalprop train daappo --env-id dm_control/cartpole-swingup-v0 --env-arg action_repeat=4
+totalprop train daappo --preset recommended --action-source rewind
+totalprop train --resume runs/NAME                     # go on after a kill or Ctrl-C
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents import DreamerTPX
-from agents.callbacks import Evaluation, OpenLoopPictures
-from agents.checkpoint import Checkpoints, Stateful, TrainingStopped
-from agents.safe_file import write_text
-from agents.saving import SafeSaving
-from scripts.errors import UserError
-from scripts.interruption import locked, stopping_between_rollouts
-from scripts.normalisation import save_statistics
-from scripts.run_folder import AGENTS, RunFolder, program
-from scripts.run_log import make_logger
-from scripts.train_arguments import Job, RunOptions, parse, parse_resume
-from scripts.train_report import report
+from totalprop.agents import AGENTS, DreamerTPX
+from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.evaluation import Evaluation
+from totalprop.agents.dreamer.open_loop import OpenLoopPictures
+from totalprop.agents.persistence.checkpoint import Checkpoints, Stateful, TrainingStopped
+from totalprop.agents.persistence.safe_file import write_text
+from totalprop.scripts.run.arguments import Job, RunOptions, parse, parse_resume
+from totalprop.scripts.run.errors import UserError
+from totalprop.scripts.run.folder import RunFolder, program
+from totalprop.scripts.run.interruption import locked, stopping_between_rollouts
+from totalprop.scripts.run.log import make_logger
+from totalprop.scripts.run.normalisation import save_statistics
+from totalprop.scripts.run.report import report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,12 +69,12 @@ class Stopwatch:
         """So far."""
         return self._before + time.perf_counter() - self._started
 
-    def get_state(self) -> dict[str, Any]:
-        """For `agents.checkpoint`."""
+    def state_dict(self) -> dict[str, Any]:
+        """For `persistence.checkpoint`."""
         return {"seconds": self.seconds}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Put back what `get_state` returned."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self._before, self._started = state["seconds"], time.perf_counter()
 
 
@@ -174,7 +175,7 @@ def set_up_torch(options: RunOptions) -> None:
 def learn(
     job: Job,
     folder: RunFolder,
-    algorithm: SafeSaving | None,
+    algorithm: Algorithm | None,
     eval_env: VecEnv,
     env: VecEnv | None = None,
 ) -> None:
@@ -195,7 +196,7 @@ def learn(
     if algorithm is None:
         assert env is not None
         device = job.arguments["device"]
-        algorithm = checkpoints.load(AGENTS[job.agent], env, device) or job.algorithm(env)
+        algorithm = checkpoints.load(AGENTS[job.agent].cls, env, device) or job.algorithm(env)
         print(f"Going on with {folder.path} after {algorithm.num_timesteps} steps")
     logger, also["table"] = make_logger(
         folder.path, tensorboard=options.tensorboard, first_step=algorithm.num_timesteps
@@ -231,7 +232,7 @@ def learn(
         except TrainingStopped:
             print(
                 f"stopped after {algorithm.num_timesteps} of {options.total_timesteps} steps; go "
-                f"on with: {program('python')} -m scripts.train --resume {folder.quoted}",
+                f"on with: {program('python')} -m totalprop train --resume {folder.quoted}",
                 file=sys.stderr,
             )
             raise SystemExit(128 + signals[0]) from None

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import train, train_arguments
+from totalprop.scripts import train
+from totalprop.scripts.run import arguments as train_arguments
 
 README = Path(__file__).parents[1] / "README.md"
 CHANGE = r"(?:^<!-- readme-test: (?P<old>.+?) -> (?P<new>.+?) -->\n)?"
@@ -60,13 +61,13 @@ def test_a_block_can_be_shortened_for_the_test():
 
 
 def training_commands(text: str) -> list[list[str]]:
-    """The arguments of `make train` and `python -m scripts.train`, lines joined at their ends."""
+    """The arguments of `make train` and `totalprop train`, lines joined at their ends."""
     commands = []
     for line in text.replace("\\\n", " ").splitlines():
         if line.startswith("make train ARGS="):
             line = shlex.split(line, comments=True)[2].removeprefix("ARGS=")
-        elif line.startswith("python -m scripts.train "):
-            line = line.removeprefix("python -m scripts.train ")
+        elif line.startswith("totalprop train "):
+            line = line.removeprefix("totalprop train ")
         else:
             continue
         commands.append(shlex.split(line, comments=True))
@@ -77,9 +78,7 @@ COMMANDS = training_commands(README.read_text(encoding="utf-8") + (train.__doc__
 
 
 def test_training_commands_are_found():
-    text = (
-        'make train ARGS="pipps \\\n  --seed 3"   # x\npython -m scripts.train dreamer  # y\nls\n'
-    )
+    text = 'make train ARGS="pipps \\\n  --seed 3"   # x\ntotalprop train dreamer  # y\nls\n'
     assert training_commands(text) == [["pipps", "--seed", "3"], ["dreamer"]]
     assert len(COMMANDS) > 12
 

@@ -1,5 +1,5 @@
 """Learned models of the environment. Nothing here imports another package of this project."""
 
-from world_models.gp import GaussianProcess
+from totalprop.world_models.gp import GaussianProcess
 
 __all__ = ["GaussianProcess"]

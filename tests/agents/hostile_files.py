@@ -20,8 +20,8 @@ import safetensors.torch
 import torch
 from stable_baselines3 import PPO
 
-import envs  # noqa: F401
-from agents import PIPPS
+import totalprop.envs  # noqa: F401
+from totalprop.agents import PIPPS
 
 DAMAGED = "truncated or corrupted"
 Parts = tuple[dict[str, Any], dict[str, torch.Tensor]]

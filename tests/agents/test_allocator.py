@@ -7,7 +7,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from agents.allocator import keep_freed_memory
+from totalprop.agents.core.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

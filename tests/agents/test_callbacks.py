@@ -11,8 +11,9 @@ from stable_baselines3.common.callbacks import ConvertCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents import PIPPS, DreamerTPX
-from agents.callbacks import Evaluation, OpenLoopPictures
+from totalprop.agents import PIPPS, DreamerTPX
+from totalprop.agents.core.evaluation import Evaluation
+from totalprop.agents.dreamer.open_loop import OpenLoopPictures
 
 LENGTH = 7
 TINY = {
@@ -143,7 +144,10 @@ def test_a_second_learn_is_evaluated_on_the_way_too():
 
 def test_pictures_come_again_in_a_second_learn_and_wait_for_a_sequence(monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr("agents.open_loop.picture", lambda agent: drawn.append(agent.num_timesteps))
+    monkeypatch.setattr(
+        "totalprop.agents.dreamer.open_loop.picture",
+        lambda agent: drawn.append(agent.num_timesteps),
+    )
     callback, agent = OpenLoopPictures(20), make()
     for _ in range(2):
         agent.learn(50, callback=callback)

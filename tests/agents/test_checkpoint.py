@@ -10,12 +10,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-import envs  # noqa: F401
-from agents import DAAPPO, PIPPS, DreamerTPX, checkpoint, safe_file
-from agents.callbacks import Evaluation
-from agents.checkpoint import Checkpoints, TrainingStopped
-from agents.ring_files import RingFiles
-from envs.rewind import Rewindable
+import totalprop.envs  # noqa: F401
+from totalprop.agents import DAAPPO, PIPPS, DreamerTPX
+from totalprop.agents.core.evaluation import Evaluation
+from totalprop.agents.persistence import checkpoint, safe_file
+from totalprop.agents.persistence.checkpoint import Checkpoints, TrainingStopped
+from totalprop.agents.persistence.segments import RingFiles
+from totalprop.envs.rewind import Rewindable
 
 CART_POLE = "totalprop/CartPoleSwingUp-v0"
 SETTINGS = {
@@ -61,7 +62,7 @@ def make_env(cls, *, rewindable=True, n_envs=2, env_id=CART_POLE):
 
 def state_of(agent, folder):
     """Everything that a further step depends on, as a flat dict of comparable values."""
-    values = {"agent": agent.file_values(), "training": agent.training_state(folder)}
+    values = {"agent": agent.file_values(), "training": agent.state_dict(folder)}
     for key in ("start_time", "_num_timesteps_at_start", "ep_info_buffer"):
         values["agent"]["attributes"].pop(key)
     values["training"].pop("files", None)

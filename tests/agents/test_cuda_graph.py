@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from agents import cuda_graph
-from agents.cuda_graph import EAGER_CALLS, GraphedFunction
+from totalprop.agents.dreamer import cuda_graph
+from totalprop.agents.dreamer.cuda_graph import EAGER_CALLS, GraphedFunction
 
 
 class Input(NamedTuple):

@@ -8,10 +8,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
-import envs  # noqa: F401  (registers the cart-pole)
-import estimators
-from agents import DAAPPO
-from envs.rewind import Rewindable
+import totalprop.envs  # noqa: F401  (registers the cart-pole)
+from totalprop import estimators
+from totalprop.agents import DAAPPO
+from totalprop.envs.rewind import Rewindable
 
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)
 
@@ -130,12 +130,12 @@ def test_rewinding_needs_an_environment_that_can():
 
 
 def test_the_wrapper_that_the_message_names_exists():
-    import envs.rewind
+    from totalprop.envs import rewind
 
     with pytest.raises(ValueError, match="wrap it") as error:
         make(action_source="rewind")
     name = str(error.value).split("envs.rewind.")[1].split("(")[0]
-    wrapper = getattr(envs.rewind, name)
+    wrapper = getattr(rewind, name)
     assert all(callable(getattr(wrapper, x)) for x in ("snapshot", "restore", "extra_step"))
 
 

@@ -19,10 +19,11 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-import estimators
-from agents import DAAPPO, daa_update
-from agents.daa_policy import TanhMeanPolicy
-from agents.extra_actions import ExtraActions
+from totalprop import estimators
+from totalprop.agents import DAAPPO
+from totalprop.agents.daappo import loss as daa_update
+from totalprop.agents.daappo.policy import TanhMeanPolicy
+from totalprop.agents.daappo.sources import ExtraActions
 
 SOURCES = ["dynamics", "q", "rewind", "states"]
 PLAIN = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 0, "device": "cpu"}

@@ -8,11 +8,13 @@ from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 
-import envs  # noqa: F401
-import estimators
-from agents import DreamerTPX, dreamer_arguments, presets
-from agents.dreamer_policy import DreamerPolicy
-from world_models.networks import ImageEncoder, VectorEncoder
+import totalprop.envs  # noqa: F401
+from totalprop import estimators
+from totalprop.agents import DreamerTPX
+from totalprop.agents.dreamer import validation as dreamer_arguments
+from totalprop.agents.dreamer.policy import DreamerPolicy
+from totalprop.agents.dreamer.presets import PRESETS
+from totalprop.world_models.latent.networks import ImageEncoder, VectorEncoder
 
 TINY = {
     "policy_kwargs": {"deter": 8, "hidden": 8, "width": 8, "stoch": 4, "conv_depth": 2},
@@ -79,16 +81,16 @@ def test_policy_kwargs_reach_the_networks():
     assert policy.actor.out.in_features == 5 and rssm.input_layer.out_features == 6
 
 
-@pytest.mark.parametrize("name", presets.DREAMER)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_construct(name):
-    agent = DreamerTPX("DreamerPolicy", SpaceEnv(), **presets.DREAMER[name], device="cpu")
-    for key, value in presets.DREAMER[name].items():
+    agent = DreamerTPX("DreamerPolicy", SpaceEnv(), **PRESETS[name], device="cpu")
+    for key, value in PRESETS[name].items():
         assert getattr(agent, key) == value
 
 
 def test_defaults_are_dreamer_v1s():
     """The numbers of danijar/dreamer are the constructor's, the estimator and its name apart."""
-    agent, preset = DreamerTPX("DreamerPolicy", SpaceEnv()), presets.DREAMER["dreamer2020"]
+    agent, preset = DreamerTPX("DreamerPolicy", SpaceEnv()), PRESETS["dreamer2020"]
     different = [key for key, value in preset.items() if getattr(agent, key) != value]
     assert different == ["estimator"]
 
@@ -257,7 +259,7 @@ def test_time_limits_below_a_sequence_are_refused(kind):
 
 
 def test_the_cart_pole_of_30_steps_is_refused_by_the_laptop_preset():
-    settings = {**presets.DREAMER["laptop"], "device": "cpu"}
+    settings = {**PRESETS["laptop"], "device": "cpu"}
     with pytest.raises(ValueError, match=r"sequence_length must be at most 31, .*, got 32$"):
         DreamerTPX("DreamerPolicy", "totalprop/CartPoleSwingUp-v0", **settings)
     DreamerTPX(

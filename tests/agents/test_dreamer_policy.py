@@ -8,7 +8,7 @@ import torch
 from gymnasium import spaces
 from torch.distributions import Normal, TanhTransform
 
-from agents.dreamer_policy import Actor, DreamerPolicy
+from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([4.0, 1.0], np.float32)
 SIZES = {"deter": 8, "hidden": 8, "width": 8, "stoch": 4, "conv_depth": 2}

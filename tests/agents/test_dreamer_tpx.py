@@ -26,10 +26,10 @@ from stable_baselines3.common.logger import KVWriter, Logger, configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-import estimators
-from agents import PIPPS, DreamerTPX
-from agents.dreamer_log import Round
-from agents.dreamer_update import UpdateRecord
+from totalprop import estimators
+from totalprop.agents import PIPPS, DreamerTPX
+from totalprop.agents.dreamer.metrics import Round
+from totalprop.agents.dreamer.update import UpdateRecord
 
 LENGTH = 7
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([4.0, 1.0])

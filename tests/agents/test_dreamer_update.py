@@ -10,15 +10,20 @@ import torch
 from gymnasium import spaces
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import estimators
-from agents import dreamer_update
-from agents.cuda_graph import EAGER_CALLS, GraphedFunction
-from agents.dreamer_policy import DreamerPolicy
-from agents.dreamer_update import DreamerUpdate, UpdateSettings
-from agents.imagination import ImaginationNoise, ImaginationSettings, critic_loss, imagine
-from agents.replay import SequenceBatch, SequenceReplay
-from world_models.latent_model import ModelLossSettings
-from world_models.rssm import State
+from totalprop import estimators
+from totalprop.agents.dreamer import update as dreamer_update
+from totalprop.agents.dreamer.cuda_graph import EAGER_CALLS, GraphedFunction
+from totalprop.agents.dreamer.imagination import (
+    ImaginationNoise,
+    ImaginationSettings,
+    critic_loss,
+    imagine,
+)
+from totalprop.agents.dreamer.policy import DreamerPolicy
+from totalprop.agents.dreamer.replay import SequenceBatch, SequenceReplay
+from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings
+from totalprop.world_models.latent.model import ModelLossSettings
+from totalprop.world_models.latent.rssm import State
 
 T, B, A, H, OBSERVATION = 5, 4, 2, 3, 3
 SIZES = {"stoch": 3, "deter": 4, "hidden": 5, "width": 5}

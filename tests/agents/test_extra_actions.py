@@ -10,8 +10,8 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from agents import extra_actions
-from agents.extra_actions import (
+from totalprop.agents.daappo import sources as extra_actions
+from totalprop.agents.daappo.sources import (
     Behaviour,
     DynamicsSource,
     ExtraActions,
@@ -22,8 +22,8 @@ from agents.extra_actions import (
     StatesSource,
     Units,
 )
-from world_models.mlp import MLPDynamics
-from world_models.q_network import QNetworks
+from totalprop.world_models.mlp_dynamics import MLPDynamics
+from totalprop.world_models.q_networks import QNetworks
 
 CPU = torch.device("cpu")
 R, K, S, A = 6, 3, 3, 2

@@ -16,19 +16,19 @@ from torch.distributions import Normal
 from torch.distributions.transforms import TanhTransform
 from torch.nn.functional import elu, softplus
 
-import estimators
-from agents import imagination
-from agents.dreamer_policy import Actor, DreamerPolicy
-from agents.imagination import (
+from totalprop import estimators
+from totalprop.agents.dreamer import imagination
+from totalprop.agents.dreamer.imagination import (
     ImaginationNoise,
     ImaginationSettings,
     critic_loss,
     imagine,
     lambda_returns,
 )
-from estimators import baselines
-from estimators.probes import gram, restrict
-from world_models.rssm import State
+from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
+from totalprop.estimators import baselines
+from totalprop.estimators.probes import gram, restrict
+from totalprop.world_models.latent.rssm import State
 
 F64 = torch.float64
 H, N, A, STOCH, DETER = 4, 6, 2, 3, 4
@@ -593,7 +593,7 @@ def test_probe_equals_per_sample_autograd(settings):
 @pytest.mark.parametrize("min_work", [2**62, 0])
 def test_probe_in_float32(min_work, monkeypatch):
     """With the products of any size in PyTorch's own library, and in oneDNN's."""
-    monkeypatch.setattr("world_models.linear.MIN_WORK", min_work)
+    monkeypatch.setattr("totalprop.world_models.latent.linear.MIN_WORK", min_work)
     policy, start, noise = make(), starts(), draw(2)
     expected = estimated(policy, start, noise, estimators.make("tps"), UNBLOCKED).gradients
     policy, start = policy.float(), State(*(x.float() for x in start))

@@ -9,8 +9,9 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.logger import Figure, Image, KVWriter, Logger
 
-from agents import DreamerTPX, open_loop
-from agents.callbacks import OpenLoopPictures
+from totalprop.agents import DreamerTPX
+from totalprop.agents.dreamer import open_loop
+from totalprop.agents.dreamer.open_loop import OpenLoopPictures
 
 TINY = {
     "policy_kwargs": {"deter": 8, "hidden": 8, "width": 8, "stoch": 4, "conv_depth": 2},

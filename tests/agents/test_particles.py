@@ -8,11 +8,11 @@ from gymnasium import spaces
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-import estimators
-from agents.particles import Noise, ParticleModel, gaussian_resample, simulate
-from agents.policies import LinearPolicy, RBFPolicy, trig_features
-from estimators import ParameterProbe, assign_credit
-from world_models.gp import GaussianProcess
+from totalprop import estimators
+from totalprop.agents.pipps.particles import Noise, ParticleModel, gaussian_resample, simulate
+from totalprop.agents.trials.controllers import LinearPolicy, RBFPolicy, trig_features
+from totalprop.estimators import ParameterProbe, assign_credit
+from totalprop.world_models.gp import GaussianProcess
 
 F64 = torch.float64
 HORIZON, PARTICLES, STATES = 4, 6, 2

@@ -28,11 +28,13 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
-import envs  # noqa: F401  (registers the cart-pole)
-import estimators
-from agents import PIPPS, presets, task
-from agents.arguments import resolve
-from agents.policies import LinearPolicy, RBFPolicy
+import totalprop.envs  # noqa: F401  (registers the cart-pole)
+from totalprop import estimators
+from totalprop.agents import PIPPS
+from totalprop.agents.pipps import problem as task
+from totalprop.agents.pipps.presets import PRESETS
+from totalprop.agents.pipps.validation import resolve
+from totalprop.agents.trials.controllers import LinearPolicy, RBFPolicy
 
 CARTPOLE = "totalprop/CartPoleSwingUp-v0"
 LENGTH = 7
@@ -207,12 +209,12 @@ def test_constructor_without_an_environment_says_what_is_missing():
         PIPPS("RBFPolicy")
 
 
-@pytest.mark.parametrize("name", presets.PIPPS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_construct(name):
-    agent = PIPPS("RBFPolicy", CARTPOLE, **presets.PIPPS[name], device="cpu")
+    agent = PIPPS("RBFPolicy", CARTPOLE, **PRESETS[name], device="cpu")
     assert sum(p.numel() for p in agent.policy.parameters()) == 254
     assert agent.n_particles == 300 and agent.horizon == 30
-    for key, value in presets.PIPPS[name].items():
+    for key, value in PRESETS[name].items():
         assert getattr(agent, key) == value
 
 
@@ -550,7 +552,7 @@ def test_non_finite_values_of_the_environment_are_a_clear_error(where):
 
 def spy_on_search(monkeypatch):
     """Records the particle model and settings of every policy search."""
-    from agents import pipps
+    from totalprop.agents.pipps import agent as pipps
 
     seen, original = [], pipps.optimise_policy
 
@@ -626,7 +628,7 @@ def test_what_a_vector_wrapper_changes_is_not_the_environments(name):
 
 def test_a_registered_estimator_keeps_its_legs(monkeypatch):
     mine = estimators.Estimator(
-        estimators.weights.tpx, legs=(estimators.legs.score, estimators.legs.biw), cross_fit=True
+        estimators.mixing.tpx, legs=(estimators.legs.score, estimators.legs.biw), cross_fit=True
     )
     monkeypatch.setitem(estimators.registry._REGISTRY, "mine", mine)
     assert resolve(make(estimator="mine")) == mine
@@ -823,7 +825,7 @@ def test_variants_of_2018(name, resample, fixed, optimizer, monkeypatch):
     settings = seen[0][1]
     assert (settings.resample, settings.fixed_noise) == (resample, fixed)
     assert settings.optimizer == optimizer
-    assert (settings.estimator.weight is estimators.weights.pathwise) == (name != "tpx")
+    assert (settings.estimator.weight is estimators.mixing.pathwise) == (name != "tpx")
 
 
 @pytest.mark.parametrize("leg", ["score", "biw"])

@@ -8,8 +8,13 @@ import torch
 from gymnasium import spaces
 from torch.func import functional_call, jacrev, vmap
 
-from agents.controllers import saturate, saturate_slope
-from agents.policies import LinearPolicy, RBFPolicy, trig_features
+from totalprop.agents.trials.controllers import (
+    LinearPolicy,
+    RBFPolicy,
+    saturate,
+    saturate_slope,
+    trig_features,
+)
 
 F64 = torch.float64
 CARTPOLE = spaces.Box(-np.inf, np.inf, (4,), np.float32)

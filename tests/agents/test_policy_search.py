@@ -8,11 +8,11 @@ import torch
 from gymnasium import spaces
 from torch.nn.utils import parameters_to_vector
 
-import estimators
-from agents.particles import Noise, ParticleModel, simulate
-from agents.policies import LinearPolicy
-from agents.policy_search import DIAGNOSE_EVERY, SearchSettings, optimise_policy
-from world_models.gp import GaussianProcess
+from totalprop import estimators
+from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
+from totalprop.agents.pipps.search import DIAGNOSE_EVERY, SearchSettings, optimise_policy
+from totalprop.agents.trials.controllers import LinearPolicy
+from totalprop.world_models.gp import GaussianProcess
 
 F64 = torch.float64
 N, H, S = 20, 3, 2
@@ -138,7 +138,7 @@ def test_rmsprop2018_first_two_steps_by_hand():
 
 def test_rmsprop2018_step_in_numbers(monkeypatch):
     """Two particles (1, 3) and (2, -2): ḡ = 2, V/N = 1; ḡ = 0, V/N = 4; m = (2/√5, 0)."""
-    from agents import policy_search
+    from totalprop.agents.pipps import search as policy_search
 
     model, policy = make()
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_signal_to_noise_is_that_of_the_mean_over_particles():
 @pytest.mark.parametrize("name", ["rp", "tpx"])
 def test_measuring_does_not_change_the_search(name, monkeypatch):
     """Steps with a meter and a tap must give the same parameters as steps without."""
-    from agents import policy_search
+    from totalprop.agents.pipps import search as policy_search
 
     found = []
     for every in (1, 1000):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from agents import PIPPS, DreamerTPX
+from totalprop.agents import PIPPS, DreamerTPX
 
 TINY = {
     "policy_kwargs": {"deter": 8, "hidden": 8, "width": 8, "stoch": 4},

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents.replay import PATIENCE, SequenceReplay
+from totalprop.agents.dreamer.replay import PATIENCE, SequenceReplay
 
 LENGTHS = [[7, 3, 12], [5], [1, 9]]  # decisions per episode, of three environments
 
@@ -337,7 +337,7 @@ def test_a_disk_folder_is_left_empty_and_may_be_shared(tmp_path):
 def test_a_loaded_replay_continues_as_the_saved_one_would(
     decisions, storage, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("agents.replay.BLOCK_BYTES", 100)  # four entries
+    monkeypatch.setattr("totalprop.agents.dreamer.replay.BLOCK_BYTES", 100)  # four entries
     replay, loop = filled(decisions, 60)
     replay.save(tmp_path / "replay.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["replay.npz"]

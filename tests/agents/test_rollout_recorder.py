@@ -7,9 +7,10 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from agents import DAAPPO, daa_update
-from agents.extra_actions import ExtraActions
-from agents.rollout_recorder import ManyActionRolloutBuffer
+from totalprop.agents import DAAPPO
+from totalprop.agents.daappo import loss as daa_update
+from totalprop.agents.daappo.recorder import ManyActionRolloutBuffer
+from totalprop.agents.daappo.sources import ExtraActions
 
 LENGTH, STEPS = 5, 12
 TINY = {

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
-import envs  # noqa: F401
-import estimators
-from agents import PIPPS, safe_file
+import totalprop.envs  # noqa: F401
 from tests.agents import hostile_files
+from totalprop import estimators
+from totalprop.agents import PIPPS
+from totalprop.agents.persistence import safe_file
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(good, tmp_path, monkeyp
 
 
 def test_a_user_policy_is_passed_again(tmp_path):
-    from agents.policies import RBFPolicy
+    from totalprop.agents.trials.controllers import RBFPolicy
 
     class Mine(RBFPolicy):
         pass

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from agents import DAAPPO, PIPPS, DreamerTPX, checkpoint, saving
+from totalprop.agents import DAAPPO, PIPPS, DreamerTPX
+from totalprop.agents.core import algorithm as saving
+from totalprop.agents.persistence import checkpoint
 
 DREAMER = {"policy_kwargs": {"stoch": 3, "deter": 5, "hidden": 5, "width": 5}}
 DREAMER |= {"learning_starts": 20, "sequence_length": 6, "batch_size": 3, "gradient_steps": 1}

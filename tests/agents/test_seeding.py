@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agents import DAAPPO, PIPPS, DreamerTPX
+from totalprop.agents import DAAPPO, PIPPS, DreamerTPX
 
 SETTINGS = {
     PIPPS: {"n_particles": 10, "horizon": 3, "gradient_steps": 2, "gp_evaluations": 3},

@@ -19,8 +19,8 @@ import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-import envs
-from envs.cartpole import CartPoleSwingUpEnv, cartpole_derivatives, integrate
+from totalprop import envs
+from totalprop.envs.cartpole import CartPoleSwingUpEnv, cartpole_derivatives, integrate
 
 ENV_ID = "totalprop/CartPoleSwingUp-v0"
 HANGING = np.array([0.0, math.pi, 0.0, 0.0])
@@ -441,7 +441,9 @@ def test_integrate_refuses_an_unknown_integrator():
 
 
 def test_importing_envs_imports_neither_torch_nor_pillow():
-    code = "import sys, envs.cartpole; sys.exit(bool({'torch', 'PIL'} & set(sys.modules)))"
+    code = (
+        "import sys, totalprop.envs.cartpole; sys.exit(bool({'torch', 'PIL'} & set(sys.modules)))"
+    )
     root = str(Path(envs.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

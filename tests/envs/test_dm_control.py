@@ -17,10 +17,10 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-import envs
-from envs import mujoco_backend
-from envs.dm_control import FAST, TASKS, DMControlEnv
-from envs.mujoco_backend import load_dm_control
+from totalprop import envs
+from totalprop.envs import mujoco_backend
+from totalprop.envs.dm_control import FAST, TASKS, DMControlEnv
+from totalprop.envs.mujoco_backend import load_dm_control
 
 pytest.importorskip("dm_control")
 if importlib.util.find_spec("shimmy") is None:  # importing it here would fix the backend
@@ -82,7 +82,7 @@ def test_tasks_are_those_of_the_suite_and_all_are_registered():
 
 def test_importing_envs_imports_neither_dm_control_nor_mujoco():
     code = (
-        "import sys, envs.dm_control, envs.mujoco_backend;"
+        "import sys, totalprop.envs.dm_control, totalprop.envs.mujoco_backend;"
         "sys.exit(bool({'dm_control', 'mujoco', 'shimmy'} & set(sys.modules)))"
     )
     assert run(code).returncode == 0
@@ -480,8 +480,9 @@ def test_a_backend_that_fails_or_hangs_does_not_draw(monkeypatch):
 
 def test_without_a_backend_vectors_work_and_drawing_names_the_remedy():
     code = """
-import os, gymnasium, envs, envs.mujoco_backend
-envs.mujoco_backend.draws = lambda name: False
+import os, gymnasium
+from totalprop.envs import mujoco_backend
+mujoco_backend.draws = lambda name: False
 env = gymnasium.make("dmc/quadruped-escape-v0", render_mode="rgb_array")
 env.reset(seed=0)
 env.step(env.action_space.sample())
@@ -501,7 +502,9 @@ for draw in (env.render, lambda: gymnasium.make("dmc/cartpole-balance-v0", obser
 
 
 def test_a_backend_that_breaks_the_import_is_named():
-    done = run("import gymnasium, envs; gymnasium.make('dmc/walker-walk-v0')", MUJOCO_GL="bogus")
+    done = run(
+        "import gymnasium, totalprop.envs; gymnasium.make('dmc/walker-walk-v0')", MUJOCO_GL="bogus"
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: dm_control does not load with MUJOCO_GL='bogus'")
     assert "unset it" in last
@@ -509,7 +512,7 @@ def test_a_backend_that_breaks_the_import_is_named():
 
 def test_glfw_without_a_display_is_refused_before_it_aborts():
     code = """
-import shimmy, gymnasium, envs
+import shimmy, gymnasium, totalprop.envs
 env = gymnasium.make("dmc/quadruped-escape-v0", render_mode="rgb_array")
 for _ in range(2):
     env.reset(seed=0)

@@ -13,9 +13,9 @@ from gymnasium import wrappers
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-import envs  # noqa: F401, registers the ids
-from envs.dm_control import TASKS
-from envs.rewind import MODEL_FIELDS, Rewindable, can_rewind, restore, rewound, snapshot
+import totalprop.envs  # noqa: F401, registers the ids
+from totalprop.envs.dm_control import TASKS
+from totalprop.envs.rewind import MODEL_FIELDS, Rewindable, can_rewind, restore, rewound, snapshot
 
 HAS_DM_CONTROL = all(importlib.util.find_spec(name) for name in ("dm_control", "shimmy"))
 needs_dm_control = pytest.mark.skipif(not HAS_DM_CONTROL, reason="needs dm_control and shimmy")

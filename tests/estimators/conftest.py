@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from estimators import Estimator, ParameterProbe, assign_credit
+from totalprop.estimators import Estimator, ParameterProbe, assign_credit
 
 F64 = torch.float64
 STATE_TO_X = torch.tensor([[0.9, 0.2, 0.1, 0.0], [-0.3, 0.8, 0.0, 0.2]], dtype=F64)

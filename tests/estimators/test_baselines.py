@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from estimators import baselines, make
+from totalprop.estimators import baselines, make
 
 F64 = torch.float64
 RETURNS = torch.tensor([1.0, 3.0, 8.0], dtype=F64)

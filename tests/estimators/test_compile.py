@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.cpp_extension import get_cxx_compiler
 
-import estimators
-from estimators import ControlProbe, DenseJacobian, assign_credit
+from totalprop import estimators
+from totalprop.estimators import ControlProbe, DenseJacobian, assign_credit
 
 N, D, A, H = 12, 3, 2, 1
 NAMES = ("rp", "lr", "tpx", "tpx-ivw", "tp", "tpg")

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from estimators.diagnostics import GradientStatistics, gradient_statistics, statistics_of
+from totalprop.estimators.analysis.diagnostics import (
+    GradientStatistics,
+    gradient_statistics,
+    statistics_of,
+)
 
 F64 = torch.float64
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import estimators
-from estimators import Estimator, baselines, legs, weights
+from totalprop import estimators
+from totalprop.estimators import Estimator, baselines, legs, mixing
 
 F64 = torch.float64
 CASES = {name: estimators.make(name) for name in estimators.names()} | {
@@ -153,5 +153,5 @@ def test_a_whole_graph_estimator_keeps_its_own_legs_and_baseline(chain):
     plain = one_gradient(chain, estimators.make("ivw"))
     without = one_gradient(chain, estimators.make("ivw", baseline=baselines.none))
     assert (flat(plain.gradients) - flat(without.gradients)).abs().max() > 1e-3
-    lr = Estimator(weights.likelihood_ratio, baseline=baselines.none)
+    lr = Estimator(mixing.likelihood_ratio, baseline=baselines.none)
     assert replace(lr, source="x").baseline is baselines.none

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from estimators import baselines, legs, make, weights
+from totalprop.estimators import baselines, legs, make, mixing
 
 F64 = torch.float64
 
@@ -179,7 +179,7 @@ RULES = ("tpx", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar")
 @pytest.mark.parametrize("second", [legs.biw, antithetic])
 @pytest.mark.parametrize("name", ["lr", *RULES])
 def test_three_legs_mix_with_weights_that_sum_to_at_most_one(name, second):
-    """The gradient is Σ_l k_l leg_l + (1 - Σ k_l) RP with the rule's own weights."""
+    """The gradient is Σ_l k_l leg_l + (1 - Σ k_l) RP with the rule's own mixing."""
     n, d = 40, 3
     (mean, std), noise, _ = gaussian(n, d, seed=30)
     estimator = make(name, legs=(legs.score, second))
@@ -234,7 +234,7 @@ def test_three_legs_reach_the_generalised_least_squares_optimum(summed):
     inverse = torch.linalg.inv(covariance)
     assert (inverse.sum(0) > 0).all(), "all weights of the optimum are positive"
     rp, rest = jointly_gaussian(covariance, 20_000, 31)
-    k = (weights.tpx_scalar if summed else weights.tpx)(rp, rest, None)
+    k = (mixing.tpx_scalar if summed else mixing.tpx)(rp, rest, None)
     optimum = float(1 / inverse.sum())
     assert optimum < 0.75 * float(covariance.diagonal().min())
     assert exact_variance(k, covariance) == pytest.approx(optimum, rel=0.01)
@@ -244,7 +244,7 @@ def test_inverse_variances_of_three_legs():
     """N = 20000, seed 32: k_l = V_l⁻¹ / Σ V⁻¹; the relative SE of each variance is 1 %."""
     covariance = covariance_of((1.0, 1.5, 0.8), (0.0, 0.0, 0.0))
     rp, rest = jointly_gaussian(covariance, 20_000, 32)
-    k = weights.tpx_ivw(rp, rest, None)
+    k = mixing.tpx_ivw(rp, rest, None)
     precision = 1 / covariance.diagonal()
     expected = (precision / precision.sum())[1:]
     torch.testing.assert_close(torch.cat(k).flatten(), expected, rtol=0.04, atol=0)
@@ -266,7 +266,7 @@ def test_three_legs_are_never_worse_than_the_best_one(stds, correlations):
     assert torch.linalg.eigvalsh(covariance).min() > 0
     assert (torch.linalg.inv(covariance).sum(0) < 0).any()
     rp, rest = jointly_gaussian(covariance, 20_000, 33)
-    variance = exact_variance(weights.tpx(rp, rest, None), covariance)
+    variance = exact_variance(mixing.tpx(rp, rest, None), covariance)
     assert variance <= 1.01 * float(covariance.diagonal().min())
 
 
@@ -275,7 +275,7 @@ def test_collinear_legs_share_the_weight():
     zeta, noise, returns = gaussian(30, 2, seed=40)
     rp = (3 * randn(30, 2, seed=44), randn(30, 2, seed=45))
     g = legs.score(zeta, noise, returns, None, baselines.leave_one_out)
-    once, twice = weights.tpx(rp, [g], None), weights.tpx(rp, [g, g], None)
+    once, twice = mixing.tpx(rp, [g], None), mixing.tpx(rp, [g, g], None)
     assert ((once[0] > 0) & (once[0] < 1)).any()
     torch.testing.assert_close(sum(twice), once[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(twice[0], twice[1], rtol=1e-6, atol=1e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from estimators.many_actions import (
+from totalprop.estimators.analysis.many_actions import (
     VarianceComponents,
     advise,
     bandit_break_even,
@@ -20,8 +20,8 @@ from estimators.many_actions import (
     table,
     theorem_1,
 )
-from estimators.many_actions_data import direct_variance, estimate_components
-from estimators.many_actions_mdp import finite_mdp
+from totalprop.estimators.analysis.many_actions_data import direct_variance, estimate_components
+from totalprop.estimators.analysis.many_actions_mdp import finite_mdp
 
 F64 = torch.float64
 
@@ -550,7 +550,7 @@ def test_blocks_change_nothing(monkeypatch):
         return estimate_components(data, n_bootstrap=20, generator=torch.Generator().manual_seed(0))
 
     whole = run()
-    monkeypatch.setattr("estimators.many_actions_data.BLOCK", 50)
+    monkeypatch.setattr("totalprop.estimators.analysis.many_actions_data.BLOCK", 50)
     parts = run()
     torch.testing.assert_close(flat(parts.components), flat(whole.components))
     torch.testing.assert_close(parts.marginal, whole.marginal)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.func import jacrev, vmap
 
-import estimators
-from estimators import Estimator, ParameterProbe, assign_credit, weights
-from estimators.baselines import leave_one_out, none
+from totalprop import estimators
+from totalprop.estimators import Estimator, ParameterProbe, assign_credit, mixing
+from totalprop.estimators.baselines import leave_one_out, none
 
 F64 = torch.float64
 
@@ -136,7 +136,7 @@ def test_credit_gradient_is_the_return_to_go_in_the_scale_of_the_loss():
         seen.append(returns)
         return torch.zeros_like(noise), torch.zeros_like(noise)
 
-    spy = Estimator(weights.likelihood_ratio, legs=(leg,))
+    spy = Estimator(mixing.likelihood_ratio, legs=(leg,))
     mean = torch.zeros(3, 1, dtype=F64, requires_grad=True)
     credit, loss = mean.new_zeros(3), mean.new_zeros(())
     costs = randn(4, 3, seed=5)

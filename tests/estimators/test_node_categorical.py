@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import estimators
-from estimators import assign_credit
-from estimators.baselines import leave_one_out, none
+from totalprop import estimators
+from totalprop.estimators import assign_credit
+from totalprop.estimators.baselines import leave_one_out, none
 
 F64 = torch.float64
 

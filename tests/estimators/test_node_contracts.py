@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.func import vmap
 
-import estimators
-from estimators import Estimator, ParameterProbe, assign_credit, infer_noise
-from estimators.baselines import critic, leave_one_out, none
-from estimators.legs import biw, score
+from totalprop import estimators
+from totalprop.estimators import Estimator, ParameterProbe, assign_credit, infer_noise
+from totalprop.estimators.baselines import critic, leave_one_out, none
+from totalprop.estimators.legs import biw, score
 
 F64 = torch.float64
 

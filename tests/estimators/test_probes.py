@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from estimators import ControlProbe, DenseJacobian, ParameterProbe
-from estimators.probes import gram, restrict
+from totalprop.estimators import ControlProbe, DenseJacobian, ParameterProbe
+from totalprop.estimators.probes import gram, restrict
 
 F64 = torch.float64
 N, D, S = 7, 3, 4

@@ -6,11 +6,11 @@ from importlib.metadata import EntryPoint, EntryPoints
 import pytest
 import torch
 
-import estimators
-from estimators import Estimator, make, register, registry, weights
-from estimators.baselines import none
+from totalprop import estimators
+from totalprop.estimators import Estimator, make, mixing, register, registry
+from totalprop.estimators.baselines import none
 
-MINE = Estimator(weights.pathwise, source="a test")
+MINE = Estimator(mixing.pathwise, source="a test")
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_make_changes_fields_of_a_copy():
     changed = make("tpx", baseline=none, cross_fit=True)
     assert changed.baseline is none
     assert changed.cross_fit
-    assert changed.weight is weights.tpx
+    assert changed.weight is mixing.tpx
     assert make("tpx").baseline is not none
     with pytest.raises(TypeError, match="nonsense"):
         make("tpx", nonsense=1)
@@ -94,7 +94,7 @@ def test_register_refuses_duplicates_and_wrong_types():
     with pytest.raises(ValueError, match="'tpx' is registered already"):
         register("tpx", MINE)
     with pytest.raises(TypeError, match="expected an Estimator, got function"):
-        register("mine", weights.tpx)
+        register("mine", mixing.tpx)
     assert "mine" not in estimators.names()
 
 
@@ -115,7 +115,7 @@ def test_entry_point_that_names_no_estimator_is_refused():
 
 @pytest.mark.usefixtures("plugin")
 def test_ours_win_over_a_plugin_of_the_same_name(monkeypatch):
-    register("plugged", Estimator(weights.tpx, source="ours"))
+    register("plugged", Estimator(mixing.tpx, source="ours"))
     assert make("plugged").source == "ours"
 
 

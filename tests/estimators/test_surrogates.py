@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import estimators
-from estimators import surrogates
+from totalprop import estimators
+from totalprop.estimators import surrogates
 
 RATIOS = [0.3, 0.79, 0.81, 1.0, 1.19, 1.21, 2.5]
 ADVANTAGES = [-2.0, -0.5, 0.0, 0.5, 3.0]

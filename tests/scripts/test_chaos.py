@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from estimators import baselines, make, names
-from scripts import chaos, chaos_report
-from scripts.chaotic_rnn import START, STD, W, draw_noise, gradients
+from totalprop.estimators import baselines, make, names
+from totalprop.scripts.studies import chaos, chaos_report
+from totalprop.scripts.studies.chaotic_rnn import START, STD, W, draw_noise, gradients
 
 SMALL = ("--samples", "20", "--repeats", "3", "--horizon", "5", "--estimators", "rp", "tp", "tpg")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts import doctor
+from totalprop.scripts import doctor
 
 
 def test_a_healthy_machine(tmp_path, capsys):
@@ -50,9 +50,9 @@ def test_a_full_disk(tmp_path, monkeypatch):
 def test_a_wrong_backend_is_named(monkeypatch):
     pytest.importorskip("dm_control")
     monkeypatch.setenv("MUJOCO_GL", "egl")
-    monkeypatch.setattr("envs.mujoco_backend.choose_backend", lambda: "egl")
-    monkeypatch.setattr("envs.mujoco_backend.check_rendering", lambda: None)
-    monkeypatch.setattr("envs.mujoco_backend.draws", lambda backend: False)
+    monkeypatch.setattr("totalprop.envs.mujoco_backend.choose_backend", lambda: "egl")
+    monkeypatch.setattr("totalprop.envs.mujoco_backend.check_rendering", lambda: None)
+    monkeypatch.setattr("totalprop.envs.mujoco_backend.draws", lambda backend: False)
     (finding,) = doctor.rendering()
     assert finding.state == "BAD" and "unset MUJOCO_GL" in finding.remedy
 

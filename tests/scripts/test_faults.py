@@ -12,10 +12,11 @@ import pytest
 import torch
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecMonitor
 
-from agents import DAAPPO, PIPPS, DreamerTPX
-from scripts import kill_test, train
-from scripts.run_folder import make_env
-from scripts.watchdog import HUNG, Watchdog
+from totalprop.agents import DAAPPO, PIPPS, DreamerTPX
+from totalprop.scripts import train
+from totalprop.scripts.reliability import kill_test
+from totalprop.scripts.run.folder import make_env
+from totalprop.scripts.run.watchdog import HUNG, Watchdog
 
 BROKEN = textwrap.dedent("""
     import time
@@ -84,7 +85,7 @@ def broken(tmp_path, monkeypatch):
     ],
 )
 def test_a_broken_environment(fault, words, code, broken):
-    command = [sys.executable, "-m", "scripts.train", *TINY, "--total-timesteps", "100"]
+    command = [sys.executable, "-m", "totalprop.scripts.train", *TINY, "--total-timesteps", "100"]
     command += ["--env-arg", f"fault={fault}", "--runs", str(broken), "--name", "run"]
     done = subprocess.run(
         [*command, "--step-timeout", "1"], capture_output=True, text=True, timeout=120, check=False
@@ -96,7 +97,14 @@ def test_a_broken_environment(fault, words, code, broken):
 
 
 def test_an_extra_step_that_hangs(broken):
-    command = [sys.executable, "-m", "scripts.train", "daappo", "--action-source", "rewind"]
+    command = [
+        sys.executable,
+        "-m",
+        "totalprop.scripts.train",
+        "daappo",
+        "--action-source",
+        "rewind",
+    ]
     command += ["--n-steps", "10", "--batch-size", "10", "--n-epochs", "1", "--n-extra-actions"]
     command += ["1", "--simulation-horizon", "2", *COMMON, "--env-arg", "fault=extra"]
     command += ["--total-timesteps", "100", "--runs", str(broken), "--step-timeout", "1"]

@@ -9,10 +9,11 @@ import sys
 import pytest
 from stable_baselines3.common.logger import Logger
 
-from agents import PIPPS
-from scripts import kill_test, train
-from scripts.interruption import locked
-from scripts.run_log import ResumableCSV, make_logger
+from totalprop.agents import PIPPS
+from totalprop.scripts import train
+from totalprop.scripts.reliability import kill_test
+from totalprop.scripts.run.interruption import locked
+from totalprop.scripts.run.log import ResumableCSV, make_logger
 
 TINY = ["pipps", "--gradient-steps", "2", "--n-particles", "6", "--gp-evaluations", "3"]
 TINY += ["--threads", "1", "--no-progress", "--no-tensorboard", "--eval-episodes", "2"]
@@ -21,7 +22,7 @@ TINY += ["--checkpoint-seconds", "0"]
 
 @pytest.mark.parametrize("agent", list(kill_test.COMMANDS))
 def test_killed_runs_end_bit_for_bit_as_quiet_ones(agent, tmp_path):
-    """The short form of `python -m scripts.kill_test`, whose figures are in results/reliability."""
+    """The short form of `totalprop kill-test`, whose figures are in results/reliability."""
     record = kill_test.kill_test(agent, tmp_path, kills=2, kills_in_checkpoints=1, seed=1)
     assert record["differences"] == []
     assert record["kills"] >= 2
@@ -76,7 +77,13 @@ def test_a_second_process_on_a_run_is_refused(tmp_path, capsys):
     train.main([*TINY, "--total-timesteps", "30", "--runs", str(tmp_path), "--name", "run"])
     capsys.readouterr()
     with locked(tmp_path / "run"):
-        command = [sys.executable, "-m", "scripts.train", "--resume", str(tmp_path / "run")]
+        command = [
+            sys.executable,
+            "-m",
+            "totalprop.scripts.train",
+            "--resume",
+            str(tmp_path / "run"),
+        ]
         second = subprocess.run(
             [*command, "--total-timesteps", "60"], capture_output=True, text=True, check=False
         )
@@ -118,24 +125,24 @@ def test_the_table_of_a_resumed_run_has_neither_gaps_nor_doubles(tmp_path):
     path = tmp_path / "progress.csv"
     first = ResumableCSV(path)
     log(first, {"a": 1, "b": "x, y"}, {"a": 2})
-    state = first.get_state()
+    state = first.state_dict()
     log(first, {"a": 3, "c": 9.5})  # after the checkpoint, to be written again
     with open(path, "a") as file:
         file.write("4,")  # killed in the middle of a row
     second = ResumableCSV(path)
     assert "9.5" in path.read_text()  # nothing is lost before the state is known
-    second.set_state(state)
+    second.load_state_dict(state)
     log(second, {"a": 3, "d": 1})
     assert path.read_text() == 'a,b,d\n1,"x, y",\n2,,\n3,,1\n'
 
 
 def test_a_checkpoint_before_the_first_row_needs_no_table(tmp_path):
     path = tmp_path / "progress.csv"
-    state = ResumableCSV(path).get_state()
+    state = ResumableCSV(path).state_dict()
     table = ResumableCSV(path)
-    table.set_state(state)  # killed before there was a file
+    table.load_state_dict(state)  # killed before there was a file
     path.write_text("a,b\n1,")  # or in its first row
-    table.set_state(state)
+    table.load_state_dict(state)
     table.write({"a": 5}, {"a": ()})
     assert path.read_text() == "a\n5\n"
 

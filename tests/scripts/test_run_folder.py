@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from scripts import run_folder
-from scripts.run_folder import current_commit
+from totalprop.scripts.run import folder as run_folder
+from totalprop.scripts.run.folder import current_commit
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

@@ -1,4 +1,4 @@
-"""`scripts.soak`: what it calls flat and constant, and a minute fraction of the real thing."""
+"""The soak test: what it calls flat and constant, and a minute fraction of the real thing."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from scripts import soak
+from totalprop.scripts.reliability import soak
 
 TIMES = np.arange(0.0, 3600.0, 10.0)
 WARM_UP = 300 * (1 - np.exp(-TIMES / 200))  # MB, over within the first third

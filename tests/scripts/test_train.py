@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from scripts import evaluate, run_folder, sweep, train
+from totalprop.scripts import evaluate, train
+from totalprop.scripts.run import folder as run_folder
+from totalprop.scripts.studies import sweep
 
 TINY = ["pipps", "--total-timesteps", "60", "--gradient-steps", "3", "--n-particles", "20"]
 TINY += ["--eval-episodes", "5", "--threads", "1", "--no-progress"]

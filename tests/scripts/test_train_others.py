@@ -8,20 +8,15 @@ import numpy as np
 import pytest
 from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
-import estimators
-from agents import DreamerTPX
-from scripts import (
-    bench,
-    bench_ppo,
-    diagnose,
-    evaluate,
-    normalisation,
-    run_folder,
-    sweep,
-    train,
-    train_arguments,
-    variance,
-)
+from totalprop import estimators
+from totalprop.agents import AGENTS, DreamerTPX
+from totalprop.scripts import evaluate, train
+from totalprop.scripts.bench import pipps as bench
+from totalprop.scripts.bench import ppo as bench_ppo
+from totalprop.scripts.run import arguments as train_arguments
+from totalprop.scripts.run import folder as run_folder
+from totalprop.scripts.run import normalisation
+from totalprop.scripts.studies import diagnose, sweep, variance
 
 CART_POLE = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--threads", "1", "--no-progress"]
 DREAMER = ["dreamer", "--preset", "laptop", "--total-timesteps", "120", "--learning-starts", "60"]
@@ -299,7 +294,7 @@ def test_bench_writes_what_was_timed_where(tmp_path, monkeypatch):
 def test_bench_of_ppo_gives_ratios(monkeypatch):
     tiny = {"action_source": "dynamics", "n_steps": 16, "batch_size": 16, "n_epochs": 1,
             "dynamics_width": 8, "policy_kwargs": {"net_arch": [8]}}  # fmt: skip
-    monkeypatch.setitem(bench_ppo.presets.DAAPPO, "recommended", tiny)
+    monkeypatch.setitem(AGENTS["daappo"].presets, "recommended", tiny)
     row = bench_ppo.bench_ppo(1)
     assert len(row) == 6 and all(value > 0 for value in row.values())
 

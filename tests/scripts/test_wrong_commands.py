@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from scripts import bench, diagnose, evaluate, train, variance
+from totalprop.scripts import evaluate, train
+from totalprop.scripts.bench import pipps as bench
+from totalprop.scripts.studies import diagnose, variance
 
 CART = ["--env-id", "totalprop/CartPoleSwingUp-v0"]
 P, D, A = ["pipps"], ["dreamer", *CART], ["daappo", *CART]
@@ -105,7 +107,7 @@ def test_what_a_usage_error_says(arguments, message, capsys):
         train.main(["dreamer", *arguments])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
-    assert error.rstrip().endswith("python -m scripts.train dreamer --help lists the flags")
+    assert error.rstrip().endswith("totalprop train dreamer --help lists the flags")
 
 
 @pytest.mark.parametrize(

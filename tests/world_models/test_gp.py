@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from world_models.gp import GaussianProcess, negative_log_likelihood
+from totalprop.world_models.gp import GaussianProcess, negative_log_likelihood
 
 F64 = torch.float64
 N_DATA, N_INPUTS, N_OUTPUTS = 25, 3, 2

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from world_models.latent_model import LatentModel, ModelLossSettings
-from world_models.networks import symexp, symlog
-from world_models.rssm import State
+from totalprop.world_models.latent.model import LatentModel, ModelLossSettings
+from totalprop.world_models.latent.networks import symexp, symlog
+from totalprop.world_models.latent.rssm import State
 
 T, B, A, OBSERVATION, STOCH, DETER = 5, 3, 2, 4, 3, 4
 IMAGE = (3, 64, 64)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from world_models.mlp import MLPDynamics, TransitionBuffer, fit
+from totalprop.world_models.mlp_dynamics import MLPDynamics, fit
+from totalprop.world_models.transitions import TransitionBuffer
 
 A = np.array([[0.9, 0.2], [-0.1, 0.8]], np.float32)
 B = np.array([[0.0], [0.5]], np.float32)

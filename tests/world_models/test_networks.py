@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.distributions import Independent, Normal
 
-from world_models import networks
-from world_models.networks import (
+from totalprop.world_models.latent import networks
+from totalprop.world_models.latent.networks import (
     ImageDecoder,
     ImageEncoder,
     VectorDecoder,

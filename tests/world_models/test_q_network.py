@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from world_models.q_network import QNetworks
+from totalprop.world_models.q_networks import QNetworks
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

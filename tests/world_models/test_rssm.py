@@ -8,7 +8,7 @@ from torch.distributions import Independent, Normal
 from torch.distributions import kl_divergence as reference_kl
 from torch.nn.functional import elu, softplus
 
-from world_models.rssm import RSSM, Gaussian, State, kl_divergence
+from totalprop.world_models.latent.rssm import RSSM, Gaussian, State, kl_divergence
 
 F64 = torch.float64
 T, B, A, EMBED, STOCH, DETER, HIDDEN = 6, 3, 2, 7, 3, 4, 5
@@ -150,7 +150,7 @@ def test_observe_equals_an_explicit_loop(rssm, sequences):
 @pytest.mark.parametrize("min_work", [2**62, 0])
 def test_float32_equals_float64_in_either_library(rssm, sequences, min_work, monkeypatch):
     """Matrix products of any size by PyTorch's own choice of library, or by oneDNN."""
-    monkeypatch.setattr("world_models.linear.MIN_WORK", min_work)
+    monkeypatch.setattr("totalprop.world_models.latent.linear.MIN_WORK", min_work)
     outcomes = []
     for dtype in (F64, torch.float32):
         model, inputs = (

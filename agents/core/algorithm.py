@@ -1,0 +1,318 @@
+"""save and load of every agent: stable-baselines3's interface, on files without code."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import IO, Any, ClassVar, TypeVar, cast
+
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import recursive_getattr
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.utils import (
+    check_for_correct_spaces,
+    get_system_info,
+)
+from torch import Tensor, nn
+
+from totalprop.agents.persistence import safe_file
+from totalprop.agents.persistence.safe_file import BadFileError, NotInFile
+
+SelfAlgorithm = TypeVar("SelfAlgorithm", bound="Algorithm")
+
+
+class Algorithm(BaseAlgorithm):
+    """Base of the agents: `save`, `load`, `set_parameters` through `persistence.safe_file`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for policy_class in cls.policy_aliases.values():  # files may name them
+            safe_file.register_class(policy_class)
+
+    def save(
+        self,
+        path: str | Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Write the agent, atomically; without a suffix the path gets ".zip".
+
+        Functions and objects of a user's classes (a `cost_fn`, a schedule written as a function, a
+        policy class) are not in the file: pass them again to `load` by name.
+
+        Args:
+            exclude, include: attributes, as in stable-baselines3.
+        Raises:
+            OSError: the file cannot be written; what was there before is unchanged.
+        """
+        if isinstance(path, str | Path):
+            path = _with_suffix(Path(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+        target = cast("Path | IO[bytes]", path)
+        safe_file.write(target, self._file_kind(), self.file_values(exclude, include))
+
+    def file_values(
+        self, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
+    ) -> dict[str, Any]:
+        """What `save` writes: attributes, and the states of networks and optimisers."""
+        names = self._get_torch_save_params()[0]
+        left_out = {*(exclude or ()), *self._excluded_save_params()} - set(include or ())
+        left_out |= {name.split(".")[0] for name in names}
+        attributes = {k: v for k, v in vars(self).items() if k not in left_out}
+        return {"attributes": attributes, "parameters": self.get_parameters()}
+
+    @classmethod
+    def load(
+        cls: type[SelfAlgorithm],
+        path: str | Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfAlgorithm:
+        """As in stable-baselines3, but that nothing in the file is executed.
+
+        Args:
+            custom_objects, **kwargs: attributes that take the place of the file's, step sizes and
+                Adam's eps included; needed where they were functions or objects of your own
+                classes.
+        Raises:
+            ValueError: the file is damaged, foreign or hostile, holds another agent, or does not
+                fit the environment.
+            FileNotFoundError: there is no such file.
+        """
+        if print_system_info:
+            get_system_info()
+        values, passed = cls._read(path), {**(custom_objects or {}), **kwargs}
+        try:
+            return cls.from_values(values, env, device, passed, force_reset=force_reset)
+        except (
+            ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError,
+            MemoryError,
+        ) as error:  # fmt: skip
+            raise cls._cannot_load(path, error, passed) from error
+
+    @classmethod
+    def from_values(
+        cls: type[SelfAlgorithm],
+        values: dict[str, Any],
+        env: GymEnv | None,
+        device: torch.device | str,
+        replaced: dict[str, Any],
+        *,
+        force_reset: bool = True,
+    ) -> SelfAlgorithm:
+        """The agent that `file_values` describes, with some attributes replaced."""
+        attributes, parameters = values["attributes"], values["parameters"]
+        kwargs = attributes["policy_kwargs"]
+        passed = replaced.get("policy_kwargs", kwargs)
+        if passed != kwargs:
+            raise ValueError(f"the file's policy_kwargs are {kwargs}, you passed {passed}")
+        attributes = {**attributes, **replaced}
+        for name, value in list(attributes.items()):
+            if isinstance(value, NotInFile):
+                if name in _ESSENTIAL:
+                    raise ValueError(
+                        f"{name} was a {value.kind}, which files do not hold; pass it again: "
+                        f"load(path, custom_objects={{'{name}': ...}})"
+                    )
+                del attributes[name]
+        if env is not None:
+            env = cls._wrap_env(env, attributes["verbose"])
+            check_for_correct_spaces(
+                env, attributes["observation_space"], attributes["action_space"]
+            )
+            if force_reset:
+                attributes["_last_obs"] = None
+            attributes["n_envs"] = env.num_envs
+        policy_class = attributes["policy_class"]
+        if not (isinstance(policy_class, type) and issubclass(policy_class, BasePolicy)):
+            raise BadFileError(f"its policy_class is {policy_class!r}, not a policy")
+        agent = cls(policy_class, env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
+        unknown = sorted(set(attributes) - set(vars(agent)) - set(cls._late_attributes))
+        if mistaken := [name for name in unknown if name in replaced]:
+            raise ValueError(f"{', '.join(mistaken[:3])} passed to load is no argument of it")
+        if unknown:
+            raise BadFileError(f"it holds unknown attributes: {', '.join(unknown[:3])}")
+        vars(agent).update(attributes)
+        agent._setup_model()
+        own = [_step_sizes(optimizer) for optimizer in agent._optimizers()]
+        agent.set_parameters(parameters, exact_match=True, device=device)
+        if replaced:  # what was passed counts, not what the optimisers in the file had
+            for optimizer, sizes in zip(agent._optimizers(), own, strict=True):
+                _set_step_sizes(optimizer, sizes)
+        if agent.use_sde:
+            agent.policy.reset_noise()  # type: ignore[operator]
+        return agent
+
+    # Attributes that exist only after set-up or learning; files may hold them too.
+    _late_attributes: ClassVar[tuple[str, ...]] = (
+        "observation_space", "action_space", "n_envs", "lr_schedule", "rollout_buffer_class",
+        "rollout_buffer_kwargs", "start_time", "tensorboard_log", "n_cut_episodes",
+    )  # fmt: skip
+
+    def set_parameters(
+        self,
+        load_path_or_dict: Any,
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
+        """As in stable-baselines3, with names, shapes, types and finiteness checked first.
+
+        Raises:
+            ValueError: the parameters are not those of this agent; nothing has changed then.
+        """
+        given = load_path_or_dict
+        if not isinstance(given, dict):
+            given = self._read(given)["parameters"]
+        expected = set(self._get_torch_save_params()[0])
+        if set(given) - expected or (exact_match and set(given) != expected):
+            raise ValueError(f"it has parameters of {sorted(given)}, expected {sorted(expected)}")
+        for name, state in given.items():
+            target = recursive_getattr(self, name)
+            if isinstance(target, torch.optim.Optimizer):
+                _check_optimizer(name, target, state)
+            else:
+                check_state(name, target, state, exact_match=exact_match)
+        super().set_parameters(given, exact_match, device)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        found = [recursive_getattr(self, name) for name in self._get_torch_save_params()[0]]
+        return [thing for thing in found if isinstance(thing, torch.optim.Optimizer)]
+
+    # ----------------------------------------------------------------------------------------
+    # what a checkpoint needs beside the file, see totalprop.agents.persistence.checkpoint
+    # ----------------------------------------------------------------------------------------
+
+    n_cut_episodes = 0  # by resuming in environments that cannot be put back
+
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """What `learn` goes on from and `save` leaves out; only between rollouts.
+
+        Large parts may be files of their own in the folder; their names are under "files".
+        """
+        return {"action_space": self.action_space.np_random.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
+        """Restore what `state_dict` returned."""
+        self.action_space.np_random.bit_generator.state = state["action_space"]
+
+    def cut_episodes(self) -> None:
+        """Begin new episodes at the next `learn`; those that ran count as truncated."""
+        assert self.env is not None
+        self._last_obs = None
+        self.n_cut_episodes += self.env.num_envs
+        if self.seed is not None:  # not the first episodes again
+            self.env.seed(self.seed + self.num_timesteps)
+
+    @classmethod
+    def _file_kind(cls) -> str:
+        return f"{cls.__name__} model"
+
+    @classmethod
+    def _read(cls, path: str | Path | io.BufferedIOBase) -> dict[str, Any]:
+        if isinstance(path, str | Path):
+            path = Path(path)
+            path = path if path.exists() else _with_suffix(path)
+        try:
+            values = safe_file.read(cast("Path | IO[bytes]", path), cls._file_kind())
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} does not exist") from error
+        except (BadFileError, OSError) as error:
+            raise cls._cannot_load(path, error) from error
+        if not all(isinstance(values.get(key), dict) for key in ("attributes", "parameters")):
+            raise cls._cannot_load(path, BadFileError("it holds no attributes or no parameters"))
+        return values
+
+    @classmethod
+    def _cannot_load(
+        cls, path: object, error: Exception, passed: Collection[str] = ()
+    ) -> ValueError:
+        text = " ".join(str(error).split()) or type(error).__name__
+        expected = f"expected a file written by {cls.__name__}.save (model.zip in a run folder)"
+        if passed:
+            expected += f", and arguments that fit it, here {', '.join(passed)}"
+        return ValueError(f"cannot load {path} as a {cls.__name__} model: {text}; {expected}")
+
+
+# Without these an agent cannot be set up; what else files do not hold is rebuilt or optional.
+_ESSENTIAL = {
+    "learning_rate", "clip_range", "clip_range_vf", "policy_class", "policy_kwargs", "estimator",
+    "observation_space", "action_space",
+}  # fmt: skip
+
+
+def check_state(name: str, module: nn.Module, state: Any, *, exact_match: bool = True) -> None:
+    """Names, shapes, types and finiteness of a state dict against the module's own.
+
+    Raises:
+        ValueError: with the first entry that differs.
+    """
+    ours = module.state_dict()
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"'{name}' is no state dict")
+    for key in sorted(state.keys() ^ ours.keys()):
+        if exact_match or key in state:
+            side = "the file has" if key in state else "the file lacks"
+            raise ValueError(f"{side} '{key}' in '{name}'")
+    grows = getattr(module, "GROWING_BUFFERS", ())
+    for key, value in state.items():
+        shape, kind = ours[key].shape, ours[key].dtype
+        same = value.shape[1:] == shape[1:] if key in grows else value.shape == shape
+        if not same:
+            raise ValueError(
+                f"'{key}' in '{name}' is {list(value.shape)} in the file, {list(shape)} here"
+            )
+        if value.dtype != kind:
+            raise ValueError(f"'{key}' in '{name}' is {value.dtype} in the file, {kind} here")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"'{key}' in '{name}' holds a NaN or infinity")
+
+
+def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Group sizes, and shapes and finiteness of the moments."""
+    if not isinstance(state, dict) or set(state) != {"state", "param_groups"}:
+        raise ValueError(f"'{name}' is no optimiser state")
+    groups, ours = state["param_groups"], optimizer.param_groups
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in ours]:
+        raise ValueError(f"'{name}' in the file is for other parameters")
+    parameters = [p for group in ours for p in group["params"]]
+    for index, moments in state["state"].items():
+        if not (isinstance(index, int) and 0 <= index < len(parameters)):
+            raise ValueError(f"'{name}' in the file is for other parameters")
+        for key, value in moments.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"'{key}' in '{name}' is no tensor")
+            if value.dim() and value.shape != parameters[index].shape:
+                raise ValueError(
+                    f"'{key}' in '{name}' is {list(value.shape)} in the file, "
+                    f"{list(parameters[index].shape)} here"
+                )
+            if not torch.isfinite(value).all():
+                raise ValueError(f"'{key}' in '{name}' holds a NaN or infinity")
+
+
+def _step_sizes(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """Per group, and without "eps" for optimisers that have none."""
+    keys = ("lr", "eps")
+    return [{k: float(group[k]) for k in keys if k in group} for group in optimizer.param_groups]
+
+
+def _set_step_sizes(optimizer: torch.optim.Optimizer, sizes: list[dict[str, float]]) -> None:
+    for group, values in zip(optimizer.param_groups, sizes, strict=True):
+        for key, value in values.items():
+            if isinstance(
+                group[key], Tensor
+            ):  # of a CUDA graph, see `totalprop.agents.dreamer.update`
+                group[key].fill_(value)
+            else:
+                group[key] = value
+
+
+def _with_suffix(path: Path) -> Path:
+    return path if path.suffix else path.with_name(path.name + ".zip")

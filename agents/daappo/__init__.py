@@ -1,0 +1,20 @@
+"""DAAPPO: PPO with many actions per state. Read agent.py, then sources.py and loss.py."""
+
+from totalprop.agents.core.entry import AgentEntry
+from totalprop.agents.daappo.agent import DAAPPO
+from totalprop.agents.daappo.presets import PRESETS, RUNS
+
+ENTRY = AgentEntry(
+    DAAPPO,
+    run={
+        "env_id": "dmc/cartpole-swingup-v0",
+        "normalize": "both",
+        "total_timesteps": 100_000,
+        "eval_episodes": 5,
+        "eval_every": 5_000,
+    },
+    presets=PRESETS,
+    preset_runs=RUNS,
+)
+
+__all__ = ["DAAPPO", "ENTRY"]

@@ -1,0 +1,113 @@
+"""The settings of DAAPPO's papers and ours, by name: constructor arguments, each number cited.
+
+`DAAPPO("MlpPolicy", env, **PRESETS["recommended"])`, or `--preset recommended` on the command line.
+RUNS holds what of a run the constructor does not take; the command line sets that, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+# What the papers on many actions have in common: PPO of CleanRL, but no advantage normalisation.
+_MANY_ACTIONS: dict[str, Any] = {
+    "action_source": "dynamics",
+    "estimator": "lr",
+    "batch_size": 64,
+    "n_epochs": 10,
+    "learning_rate": 3e-4,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "clip_range": 0.2,
+    "clip_range_vf": 0.2,
+    "max_grad_norm": 0.5,
+    "vf_coef": 0.25,  # 0.5 of half the squared error: stable-baselines3 has no half
+    "ent_coef": 0.0,
+    "normalize_advantage": False,
+    "timeout_bootstrap": False,
+    "dynamics_target": "next",
+    "dynamics_normalise": False,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # Nauman & Cygan 2022, "On All-Action Policy Gradients", Table 2. Silent: steps of the model's
+    # fit (the rule of the 2023 paper's Alg. 1) and warm-up (none).
+    "daa2022": {
+        **_MANY_ACTIONS,
+        "n_steps": 1024,  # the text and all captions; Table 2 says 2048
+        "n_extra_actions": 4,
+        "simulation_horizon": 8,
+        "dynamics_width": 512,
+        "dynamics_learning_rate": 7e-4,
+        "dynamics_eps": 1e-5,
+        "dynamics_batch_size": 256,
+        "dynamics_buffer_size": 50_000,
+        "n_q": 1,  # Sec. 4.2: one Q-network
+        "policy_kwargs": {"net_arch": [512, 512], "activation_fn": nn.ReLU},
+    },
+    # Nauman & Cygan 2023, "On Many-Actions Policy Gradient", App. C.5. Silent: the model's warm-up
+    # (none) and the activation (ReLU).
+    "mbma2023": {
+        **_MANY_ACTIONS,
+        "n_steps": 2048,
+        "n_extra_actions": 8,
+        "simulation_horizon": 10,
+        "grow_fraction": 0.15,  # "until 150k step" of 1M
+        "dynamics_width": 1024,
+        "dynamics_learning_rate": 3e-4,
+        "dynamics_eps": 1e-5,
+        "dynamics_batch_size": 128,
+        "dynamics_buffer_size": 25_000,
+        "dynamics_steps": 320,  # Alg. 1: epochs x minibatches
+        "n_q": 2,  # the least of two
+        "policy_kwargs": {
+            "net_arch": {"pi": [512, 512], "vf": [1024, 1024]},
+            "activation_fn": nn.ReLU,
+        },
+    },
+    # The authors' code of the 2023 paper: mbma/args.py and mbma/mbma.py. Differs from it: it fits
+    # the model from the end of the warm-up on, the first time in 8 x 640 steps, here every rollout
+    # fits it; its learning rate begins at the full value and ends above 0, here each update's is
+    # that of the next; and it evaluates actions that are sampled.
+    "mbma_code": {
+        **_MANY_ACTIONS,
+        "policy": "TanhMeanPolicy",
+        "n_steps": 2048,
+        "n_extra_actions": 8,
+        "simulation_horizon": 8,
+        "grow_fraction": 0.15,
+        "dynamics_width": 1024,
+        "dynamics_activation": "leaky_relu",
+        "dynamics_learning_rate": 3e-4,
+        "dynamics_eps": 1e-8,
+        "dynamics_batch_size": 128,
+        "dynamics_buffer_size": 200_000,
+        "dynamics_steps": 640,
+        "dynamics_warmup": 40_000,
+        "policy_kwargs": {"net_arch": [512, 512], "activation_fn": nn.LeakyReLU},
+    },
+    # Ours (results/daa_ppo/), with observations and rewards normalised (VecNormalize).
+    "recommended": {
+        "action_source": "dynamics",
+        "estimator": "lr",
+        "n_steps": 1024,
+        "n_extra_actions": 4,
+        "simulation_horizon": 8,
+        # What critic and model get wrong about a state is the same for all its actions.
+        "extra_baseline": "leave-one-out",
+        "normalize_advantage": True,
+        "clip_range_vf": None,  # 0.2 of a raw return is too little to learn from
+        "timeout_bootstrap": True,
+        "dynamics_target": "delta",
+        "dynamics_normalise": True,
+        "dynamics_width": 256,
+        "policy_kwargs": {"net_arch": [256, 256], "activation_fn": nn.ReLU},
+    },
+}
+RUNS: dict[str, dict[str, Any]] = {
+    # "Slight modifications" of CleanRL's PPO, which normalises and anneals; Table 2: repeat 4
+    "daa2022": {"normalize": "both", "learning_rate_schedule": "linear", "action_repeat": 4},
+    # Silent on normalisation: off, as in the authors' code
+    "mbma2023": {"normalize": "none", "learning_rate_schedule": "linear", "action_repeat": 4},
+    "mbma_code": {"normalize": "none", "learning_rate_schedule": "linear", "action_repeat": 4},
+}

@@ -1,0 +1,111 @@
+"""What DAAPPO keeps of a rollout beside stable-baselines3's own buffer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import Tensor
+
+from totalprop.agents.core.validation import check_finite
+from totalprop.agents.daappo.sources import ExtraActions, RewindSource
+
+if TYPE_CHECKING:
+    from totalprop.agents.daappo.agent import DAAPPO
+
+
+class ManyActionSamples(NamedTuple):
+    """stable-baselines3's `RolloutBufferSamples` and the extra actions of the same states."""
+
+    observations: Tensor
+    actions: Tensor
+    old_values: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    returns: Tensor
+    extra: ExtraActions | None
+
+
+class ManyActionRolloutBuffer(RolloutBuffer):
+    """A rollout buffer whose minibatches carry the extra actions of their states."""
+
+    extra: ExtraActions | None = None
+
+    def _get_samples(  # type: ignore[override]
+        self, batch_inds: np.ndarray, env: VecNormalize | None = None
+    ) -> ManyActionSamples:
+        samples = super()._get_samples(batch_inds, env)
+        extra = None
+        if self.extra is not None:
+            extra = self.extra.rows(torch.as_tensor(batch_inds, device=self.device))
+        return ManyActionSamples(*samples[:6], extra)
+
+
+class RolloutRecorder(BaseCallback):
+    """Records transitions in the environment's units, and snapshots for rewinding.
+
+    VecNormalize keeps an episode's last state only as the policy would see it: where its clip_obs
+    cut that, the true state is lost, and the transition is not recorded.
+
+    It runs after the user's callbacks, inside stable-baselines3's own collection loop.
+    """
+
+    model: DAAPPO
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[np.ndarray] = []  # of each step, [n_envs, S]
+
+    def _on_rollout_start(self) -> None:
+        if self.model.action_source == "none":
+            return
+        self.states = []
+        normalizer = self.model.get_vec_normalize_env()
+        last = self.model._last_obs if normalizer is None else normalizer.get_original_obs()
+        self._last = self._flat(last)
+        source = self.model.source
+        if isinstance(source, RewindSource):
+            source.snapshots = [[x] for x in self.training_env.env_method("snapshot")]
+
+    def _on_step(self) -> bool:
+        if not self.model.timeout_bootstrap:  # the time limit counts as an end
+            for i in np.flatnonzero(self.locals["dones"]):
+                self.locals["infos"][i]["TimeLimit.truncated"] = False
+        if self.model.action_source == "none":
+            return True
+        normalizer = self.model.get_vec_normalize_env()
+        observations, rewards = self.locals["new_obs"], self.locals["rewards"]
+        infos, dones = self.locals["infos"], self.locals["dones"]
+        if normalizer is not None:
+            observations, rewards = normalizer.get_original_obs(), normalizer.get_original_reward()
+        observations = self._flat(observations)
+        check_finite(self.num_timesteps, observations, rewards, infos)
+        ends, is_known = observations.copy(), np.ones(len(dones), dtype=bool)
+        for i in np.flatnonzero(dones):
+            end = infos[i]["terminal_observation"]
+            if normalizer is not None and normalizer.norm_obs:
+                is_known[i] = (np.abs(end) < np.float32(normalizer.clip_obs)).all()
+                end = normalizer.unnormalize_obs(end)
+            ends[i] = self._flat(end)
+        actions = self.locals["clipped_actions"]
+        self.model.transitions.add(
+            self._last[is_known], actions[is_known], rewards[is_known], ends[is_known]
+        )
+        self.states.append(self._last)
+        self._last = observations
+        source = self.model.source
+        if isinstance(source, RewindSource):
+            for kept, now in zip(source.snapshots, self.training_env.env_method("snapshot")):
+                kept.append(now)
+        return True
+
+    def flat_states(self) -> np.ndarray:
+        """[n_envs T, S] in the rollout buffer's flat order: environment by environment."""
+        return np.concatenate(np.stack(self.states, 1))
+
+    def _flat(self, observations: Any) -> np.ndarray:
+        return np.asarray(observations, np.float32).reshape(-1, self.model.state_size)

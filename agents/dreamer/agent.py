@@ -1,0 +1,397 @@
+"""DreamerTPX: DreamerV1 with a plug-in policy gradient.
+
+Loop: act and store -> learn the world model from stored sequences -> imagine from every state of
+the batch and improve actor and critic -> act. Hafner et al. 2020 (DreamerV1); Parmas, Seno & Aoki
+2023 (TPX), Sec. 6. The model is world_models/latent_model.py, the imagination imagination.py, one
+gradient step dreamer_update.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from torch import Tensor
+
+from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.memory import keep_freed_memory
+from totalprop.agents.core.validation import check_finite, check_gradients
+from totalprop.agents.core.workers import explain_dead_workers
+from totalprop.agents.dreamer import metrics as dreamer_log
+from totalprop.agents.dreamer import state as dreamer_state
+from totalprop.agents.dreamer import validation as dreamer_arguments
+from totalprop.agents.dreamer.policy import DreamerPolicy, RecurrentState
+from totalprop.agents.dreamer.pretrained import load_world_model
+from totalprop.agents.dreamer.replay import SequenceReplay
+from totalprop.agents.dreamer.update import DreamerUpdate
+from totalprop.agents.persistence.segments import RingFiles
+from totalprop.estimators import Estimator
+from totalprop.world_models.latent.model import State
+
+OPTIMIZED = ("model", "actor", "critic")
+SelfDreamerTPX = TypeVar("SelfDreamerTPX", bound="DreamerTPX")
+
+
+class DreamerTPX(Algorithm):
+    """Latent world model with imagined policy gradients, on Box observations and actions.
+
+    Steps are decisions: `total_timesteps`, `learning_starts` and `train_freq` count calls of
+    `env.step`, whatever the environment's action repeat; logs show frames too.
+
+    Args:
+        policy: "DreamerPolicy", or a subclass of it.
+        env: environment or id; observations are images of 64x64 (uint8) or vectors.
+        learning_rate: of actor and critic, or a schedule of the training's progress.
+        estimator: a name of the registry ("rp", "lr", "tps", "tpx", "tpg", ...) or an
+            `estimators.Estimator`. Rules that look at parameters see the actor's last layer.
+        baseline: of the LR leg: "leave-one-out" over the batch (or what an estimator of yours
+            has), or "critic", the state's value at the prior's mean (TPX 2023, Sec. 7).
+        horizon: imagined states H of each trajectory.
+        stop_grad_actor_input: block the gradient into the state an action was chosen in
+            (DreamerV1). Biased, and RP's bias can explode with the horizon: above 15, try False.
+        gamma: discount. lam: λ of the returns.
+        discount_weights: weight imagined step t by γᵗ in actor and critic loss.
+        entropy_scale: weight of the policy's entropy in the actor's loss; 0 in DreamerV1. It keeps
+            actions off the bounds, where the tanh passes no gradient.
+        model_learning_rate: step size of the world model.
+        adam_eps: Adam's epsilon.
+        max_grad_norm: global-norm clip of each of the three optimisers.
+        batch_size: sequences of a batch. sequence_length: their entries, L; an episode of T steps
+            has T + 1.
+        imagination_starts: states of a batch that imagination starts from; 0 for all of them.
+        buffer_size: entries the replay holds, at least 2 L of each environment.
+        storage: of the replay: "ram", "disk" or "device".
+        learning_starts: steps of uniformly random actions before learning.
+        train_freq: steps between rounds of updates. gradient_steps: updates of each round.
+        exploration_noise: standard deviation added to actions in [-1, 1] while training.
+        kl_scale: weight of the KL term. free_nats: below which it has no gradient.
+        free_nats_per_step: apply the free nats to every step rather than to the mean.
+        discount_head: learn where episodes end; for tasks with early termination. Imagination then
+            starts from no sequence's last state, which may be terminal (danijar/dreamer).
+        discount_scale: weight of its loss.
+        pretrained_world_model: run folder or saved DreamerTPX whose world model this one starts
+            from, with a fresh actor and critic (TPX 2023, App. C.3). It goes on learning.
+        nonfinite: of a gradient that is not finite: "stop" the training, or "skip" the step and
+            count it (train/skipped_steps).
+        bf16: run the networks in bfloat16 (losses stay float32).
+        compile: compile the step of the imagination and of the filter with torch.compile.
+        cuda_graph: on a GPU, launch an update as one CUDA graph.
+        policy_kwargs: sizes of the networks, for example {"deter": 200, "width": 400}.
+        stats_window_size: episodes that rollout/ep_rew_mean averages over.
+        tensorboard_log: folder for TensorBoard events, or None.
+        verbose: 1 prints the logged scalars.
+        seed: of everything random; the same seed gives the same run on the same CPU.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+
+    Raises:
+        ValueError: a value out of range, with what was expected.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"DreamerPolicy": DreamerPolicy}
+    policy: DreamerPolicy
+    _replay_files: list[RingFiles]
+
+    def __init__(
+        self,
+        policy: str | type[DreamerPolicy] = "DreamerPolicy",
+        env: GymEnv | str | None = None,
+        learning_rate: float | Schedule = 8e-5,
+        estimator: str | Estimator = "tpx",
+        *,
+        baseline: Literal["leave-one-out", "critic"] = "leave-one-out",
+        horizon: int = 15,
+        stop_grad_actor_input: bool = True,
+        gamma: float = 0.99,
+        lam: float = 0.95,
+        discount_weights: bool = True,
+        entropy_scale: float = 0.0,
+        model_learning_rate: float = 6e-4,
+        adam_eps: float = 1e-7,
+        max_grad_norm: float = 100.0,
+        batch_size: int = 50,
+        sequence_length: int = 50,
+        imagination_starts: int = 0,
+        buffer_size: int = 1_000_000,
+        storage: Literal["ram", "disk", "device"] = "ram",
+        learning_starts: int = 2500,
+        train_freq: int = 500,
+        gradient_steps: int = 100,
+        exploration_noise: float = 0.3,
+        kl_scale: float = 1.0,
+        free_nats: float = 3.0,
+        free_nats_per_step: bool = False,
+        discount_head: bool = False,
+        discount_scale: float = 10.0,
+        pretrained_world_model: str | None = None,
+        nonfinite: Literal["stop", "skip"] = "stop",
+        bf16: bool = False,
+        compile: bool = False,
+        cuda_graph: bool = False,
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy=policy,
+            env=env,
+            learning_rate=learning_rate,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+            supported_action_spaces=(spaces.Box,),
+        )
+        self.estimator, self.baseline = estimator, baseline
+        self.horizon, self.stop_grad_actor_input = horizon, stop_grad_actor_input
+        self.gamma, self.lam, self.discount_weights = gamma, lam, discount_weights
+        self.entropy_scale = entropy_scale
+        self.model_learning_rate, self.adam_eps = model_learning_rate, adam_eps
+        self.max_grad_norm = max_grad_norm
+        self.batch_size, self.sequence_length = batch_size, sequence_length
+        self.imagination_starts = imagination_starts
+        self.buffer_size, self.storage = buffer_size, storage
+        self.learning_starts, self.train_freq = learning_starts, train_freq
+        self.gradient_steps, self.exploration_noise = gradient_steps, exploration_noise
+        self.kl_scale, self.discount_scale = kl_scale, discount_scale
+        self.free_nats, self.free_nats_per_step = free_nats, free_nats_per_step
+        self.discount_head, self.pretrained_world_model = discount_head, pretrained_world_model
+        self.nonfinite = nonfinite
+        self.bf16, self.compile, self.cuda_graph = bf16, compile, cuda_graph
+        self.replay_buffer: SequenceReplay | None = None
+        self._memory: tuple[State, Tensor] | None = None  # of the running episodes
+        # Rounds of updates, and steps since: files hold them, so that rounds and logs go on alike.
+        self._rounds = self._since_round = 0
+        if _init_setup_model:
+            self._setup_model()
+            if pretrained_world_model is not None:  # not in _setup_model: `load` has its own
+                load_world_model(self.policy.model, pretrained_world_model)
+
+    # ----------------------------------------------------------------------------------------
+    # set-up
+    # ----------------------------------------------------------------------------------------
+
+    def _setup_model(self) -> None:
+        dreamer_arguments.check_arguments(self)
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        kwargs = {"discount_head": self.discount_head, **self.policy_kwargs}
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.lr_schedule, **kwargs
+        ).to(self.device)
+        self._update = DreamerUpdate(self.policy, dreamer_arguments.update_settings(self))
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """As in stable-baselines3; the noise of acting and learning, too."""
+        super().set_random_seed(seed)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._rng = np.random.default_rng(seed)
+
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True, *args: Any, **kwargs: Any,
+    ) -> tuple[int, BaseCallback]:  # fmt: skip
+        is_reset = reset_num_timesteps or self._last_obs is None
+        if reset_num_timesteps:
+            self._rounds = 0
+        total, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, *args, **kwargs
+        )
+        assert self.env is not None and isinstance(self._last_obs, np.ndarray)
+        if self.replay_buffer is None:  # not in the constructor: `load` must not allocate it
+            self.replay_buffer = dreamer_state.new_replay(self)
+            if self.verbose:
+                print(self.replay_buffer.describe())
+            if self.device.type == "cpu":
+                keep_freed_memory()
+        check_finite(self.num_timesteps, self._last_obs, np.zeros(1))
+        if is_reset or self._memory is None:
+            self.replay_buffer.start(self.policy.to_model(self._last_obs))
+            self._memory = self.policy.initial_state(self.env.num_envs)
+        return total, callback
+
+    # ----------------------------------------------------------------------------------------
+    # the loop
+    # ----------------------------------------------------------------------------------------
+
+    @explain_dead_workers
+    def learn(
+        self: SelfDreamerTPX,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "DreamerTPX",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfDreamerTPX:
+        """Collect and learn until `total_timesteps` decisions are done.
+
+        A round of updates follows every `train_freq` steps, however many calls they take. It is
+        left out until a window of `sequence_length` entries is stored: an agent that was loaded
+        without its replay first acts with its policy, then learns on.
+
+        Args:
+            total_timesteps: decisions; exact up to the number of environments. Imagined steps
+                neither count nor trigger callbacks.
+            log_interval: rounds of updates between log dumps.
+            callback, tb_log_name, reset_num_timesteps, progress_bar: as in stable-baselines3.
+        Raises:
+            ValueError: not a finite observation or reward; episodes shorter than a sequence.
+            RuntimeError: an environment's process died.
+        """
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        while self.num_timesteps < total_timesteps:
+            due = self.num_timesteps + self.train_freq - self._since_round
+            due = max(due, self.learning_starts)
+            if not self._collect(callback, min(due, total_timesteps)):
+                break
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            if self.num_timesteps < due:  # the rest of the round is the next call's
+                break
+            self._since_round = 0
+            assert self.replay_buffer is not None
+            if not self.replay_buffer.is_too_young(self.sequence_length):
+                self.train(self.gradient_steps)
+                self._rounds += 1
+                if log_interval and self._rounds % log_interval == 0:
+                    self.dump_logs()
+        callback.on_training_end()
+        return self
+
+    def _collect(self, callback: BaseCallback, until: int) -> bool:
+        """Act until `until` steps are done; False if a callback stopped the training."""
+        env, replay = self.env, self.replay_buffer
+        assert env is not None and replay is not None
+        callback.on_rollout_start()
+        while self.num_timesteps < until:
+            assert isinstance(self._last_obs, np.ndarray)
+            actions = self._act(self._last_obs)
+            new_observations, rewards, dones, infos = env.step(self.policy.to_env(actions))
+            assert isinstance(new_observations, np.ndarray)
+            check_finite(self.num_timesteps, new_observations, rewards, infos)
+            self.num_timesteps += env.num_envs
+            self._since_round += env.num_envs
+            flat = self.policy.to_model(new_observations)
+            ends = [self.policy.info_to_model(info) for info in infos]
+            replay.step(actions, flat, rewards, dones, ends)
+            self._last_obs, self._last_episode_starts = new_observations, dones
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            self._update_info_buffer(infos, dones)
+        callback.on_rollout_end()
+        return True
+
+    def _act(self, observations: np.ndarray) -> np.ndarray:
+        """Scaled actions [n, A]: random at first, then the policy's with exploration noise."""
+        assert self._memory is not None
+        is_random = self.num_timesteps < self.learning_starts
+        state, previous = self._memory
+        starts = torch.as_tensor(np.asarray(self._last_episode_starts), device=self.device)
+        if is_random:  # the filter need not run: sequences begin with a state of zeros anyway
+            shape = (len(observations), self.policy.n_actions)
+            actions = self._rng.uniform(-1.0, 1.0, shape).astype(np.float32)
+            self._memory = state, torch.as_tensor(actions, device=self.device)
+            return actions
+        tensor = torch.as_tensor(observations, device=self.device)
+        action, state = self.policy.step(
+            tensor, state, previous, starts.bool(), deterministic=False, generator=self._generator
+        )
+        noise = torch.randn(action.shape, generator=self._generator, device=self.device)
+        action = (action + self.exploration_noise * noise).clamp(-1.0, 1.0)
+        self._memory = state, action
+        return action.cpu().numpy()
+
+    def train(self, gradient_steps: int) -> None:
+        """`gradient_steps` updates of world model, actor and critic."""
+        assert self.replay_buffer is not None
+        self.policy.set_training_mode(True)
+        # Several environments may overshoot the budget: no negative rate then.
+        rate = self.lr_schedule(max(self._current_progress_remaining, 0.0))
+        self._update.set_learning_rate(rate)
+        self.logger.record("train/learning_rate", rate)
+        with dreamer_log.Round(self) as log:
+            for _ in range(gradient_steps):
+                batch = self.replay_buffer.sample(self.batch_size, self.sequence_length, self._rng)
+                record = self._update(batch, self._generator)
+                self._n_updates += 1
+                if self.nonfinite == "stop":
+                    norms = {n: record.scalars[f"{n}_gradient_norm"] for n in OPTIMIZED}
+                    check_gradients(self.num_timesteps, self._n_updates, norms)
+                log.add(record)
+        self.policy.set_training_mode(False)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: RecurrentState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, RecurrentState | None]:
+        """Actions and the recurrent state for the next call; see `DreamerPolicy.predict`."""
+        return self.policy.predict(observation, state, episode_start, deterministic)
+
+    def dump_logs(self) -> None:
+        """Write everything recorded since the last dump; called every `log_interval` rounds."""
+        dreamer_log.record_progress(self)
+        self.logger.dump(step=self.num_timesteps)
+
+    # ----------------------------------------------------------------------------------------
+    # environments and files
+    # ----------------------------------------------------------------------------------------
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """As in stable-baselines3; raises ValueError for VecNormalize."""
+        if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
+            raise ValueError(dreamer_arguments.NO_VEC_NORMALIZE)
+        super().set_env(env, force_reset)
+        if force_reset:
+            self._memory = None
+
+    def save_replay_buffer(self, path: Any) -> None:
+        """Write the replay to a file (.npz)."""
+        if self.replay_buffer is None:
+            raise ValueError("there is no replay yet: it is made by the first call of learn")
+        self.replay_buffer.save(path)
+
+    def load_replay_buffer(self, path: Any) -> None:
+        """Read a replay that `save_replay_buffer` wrote; the next `learn` starts new episodes."""
+        dreamer_state.load_replay(self, path)
+
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """Beside the rest: the generators, the filter's state, and the replay in segments."""
+        return {**super().state_dict(folder), **dreamer_state.take(self, folder)}
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
+        """Restore what `state_dict` returned."""
+        super().load_state_dict(state, folder)
+        dreamer_state.put(self, state, folder)
+
+    def cut_episodes(self) -> None:
+        """Begin new episodes at the next `learn`; those that ran count as truncated."""
+        super().cut_episodes()
+        self._memory = None
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ["replay_buffer", "_replay_files", "_update", "_generator", "_rng", "_memory"]
+        return [*super()._excluded_save_params(), *own]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", *(f"_update.{name}_optimizer" for name in OPTIMIZED)], []

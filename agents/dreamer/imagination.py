@@ -1,0 +1,237 @@
+"""Behaviour learning in a latent model: imagined rollouts, λ-returns, and the actor's loss.
+
+    h_t = GRU(h_{t-1}, [z_{t-1}, a_{t-1}]),  a_{t-1} ~ π(s_{t-1}),  z_t ~ p(z_t | h_t)
+
+z_t is the stochastic node whose gradient the estimator takes; the path through h bypasses it.
+Hafner et al. 2020 (DreamerV1), Sec. 3; Parmas et al. 2023 (TPX), Sec. 6 and App. C.1. Pure
+functions: nothing here knows stable-baselines3 or an environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
+from totalprop.estimators import ControlProbe, Estimator, assign_credit, baselines
+from totalprop.estimators.probes import covariance
+from totalprop.world_models.latent.model import State
+
+# Any other baseline, a user's too, is given the critic's value.
+VALUE_FREE = (baselines.none, baselines.mean, baselines.leave_one_out)
+
+
+@dataclass(frozen=True)
+class ImaginationSettings:
+    """What the actor's loss is.
+
+    Attributes:
+        gamma, lam: of the λ-return.
+        stop_grad_actor_input: block the gradient from an action to the state it was chosen in
+            (DreamerV1). It biases both RP and LR (whose path through h it cuts too), and gives
+            them different means. RP's is that of actions which never react: what an unstable
+            system makes of them grows with every step, in the mean and not only in the noise
+            (results/dreamer/README.md, "The long horizon").
+        discount_weights: weight step t's return by γᵗ (danijar/dreamer), or all alike (TPX 2023,
+            Eq. 17). With a discount head RP does not see what the weights learn, LR does.
+        entropy_scale: weight of the policy's entropy in the loss; 0 in DreamerV1.
+    """
+
+    gamma: float = 0.99
+    lam: float = 0.95
+    stop_grad_actor_input: bool = True
+    discount_weights: bool = True
+    entropy_scale: float = 0.0
+
+
+class ImaginationNoise(NamedTuple):
+    """Every random number of one imagination."""
+
+    action: Tensor  # [H, N, A]
+    latent: Tensor  # [H, N, D]
+
+    @staticmethod
+    def draw(
+        horizon: int, n: int, actions: int, latents: int, generator: torch.Generator
+    ) -> ImaginationNoise:
+        """Standard normal noise."""
+
+        def normal(size: int) -> Tensor:
+            return torch.randn((horizon, n, size), generator=generator, device=generator.device)
+
+        return ImaginationNoise(normal(actions), normal(latents))
+
+
+class Imagined(NamedTuple):
+    """One imagination; everything but the loss is detached."""
+
+    actor_loss: Tensor  # []
+    features: Tensor  # [H, N, F] of the imagined states
+    returns: Tensor  # [H - 1, N] λ-returns
+    weights: Tensor  # [H - 1, N] of the steps in both losses
+    entropy: Tensor  # [] of the actions, nats per step
+
+
+def imagine(
+    policy: DreamerPolicy,
+    start: State,
+    noise: ImaginationNoise,
+    estimator: Estimator,
+    settings: ImaginationSettings,
+    *,
+    tap: Tensor | None = None,
+    meter: Tensor | None = None,
+) -> Imagined:
+    """Imagine from N states; the actor loss's gradient is the estimator's policy gradient.
+
+    loss = -mean w_t (R_t + entropy_scale·H(a_{t-1})), t = 1 .. H - 1, with
+    R_t = r_t + γ ((1 - λ) V_{t+1} + λ R_{t+1}) and R_H = V_H.
+
+    Args:
+        start: states of [N, ...], no gradient. noise: sets the horizon H.
+        tap: zeros [N, P'] for per-sample gradients of the actor's last layer. meter: [H, D] for k.
+    """
+    rssm, actor = policy.model.rssm, policy.actor
+    needs_probe = estimator.probe != "none" or tap is not None
+    needs_value = estimator.baseline not in VALUE_FREE
+    meters = [None] * len(noise.latent) if meter is None else meter.unbind(0)
+    credit = start.stoch.new_zeros(len(start.stoch))
+    state, features, credits, entropies = start, [], [], []
+    for action_noise, latent_noise, step_meter in zip(noise.action, noise.latent, meters):
+        seen = state.features
+        hidden = actor.hidden(seen.detach() if settings.stop_grad_actor_input else seen)
+        raw = actor.output(hidden)
+        action, entropy = actor.act(raw, action_noise)
+        entropies.append(assign_credit(entropy, credit))  # of the node before
+        deter = rssm.recur(state, action)
+        prior = rssm.prior(deter)
+        probe = value = None
+        if needs_probe:
+            probe = _last_layer_probe(policy, state, hidden, raw, action_noise)
+        if needs_value:
+            with torch.no_grad():
+                value = policy.value(State(deter, prior.mean).features)
+        stoch, credit = estimator(
+            prior.mean, prior.std, latent_noise, credit,
+            probe=probe, value=value, tap=tap, meter=step_meter,
+        )  # fmt: skip
+        state = State(deter, stoch)
+        features.append(state.features)
+        credits.append(credit)
+    return _losses(
+        policy, torch.stack(features), torch.stack(credits), torch.stack(entropies), settings
+    )
+
+
+def _losses(
+    policy: DreamerPolicy,
+    features: Tensor,
+    credits: Tensor,
+    entropies: Tensor,
+    settings: ImaginationSettings,
+) -> Imagined:
+    values = policy.value(features)  # [H, N]
+    rewards = policy.model.reward(features)
+    gamma = policy.model.discount(features)
+    if gamma is None:
+        gamma = torch.full_like(values, settings.gamma)
+    returns = lambda_returns(
+        assign_credit(rewards, credits), assign_credit(values, credits), gamma, settings.lam
+    )
+    weights = torch.ones_like(returns)
+    if settings.discount_weights:
+        # Detached, as in danijar/dreamer: RP does not see what a learned discount does to them.
+        weights = torch.cat((torch.ones_like(values[:1]), gamma[:-2].detach())).cumprod(0)
+    return Imagined(
+        -(weights * returns).mean() - settings.entropy_scale * (weights * entropies[:-1]).mean(),
+        features.detach(),
+        returns.detach(),
+        weights,
+        entropies.detach().mean(),
+    )
+
+
+def critic_loss(policy: DreamerPolicy, imagined: Imagined) -> tuple[Tensor, Tensor]:
+    """mean w_t ½ (V_t - R_t)² with R_t held fixed, and the values [H - 1, N] (detached)."""
+    values = policy.value(imagined.features[:-1])
+    loss = (imagined.weights * 0.5 * (values - imagined.returns).square()).mean()
+    return loss, values.detach()
+
+
+def lambda_returns(rewards: Tensor, values: Tensor, gamma: Tensor | float, lam: float) -> Tensor:
+    """R_t = r_t + γ_t ((1 - λ) V_{t+1} + λ R_{t+1}) with R_H = V_H. Hafner et al. 2020, Eq. 6.
+
+    Rewards belong to the state they are predicted from, and V(s_t) includes r(s_t).
+
+    Args:
+        rewards, values: [H, N]; gradients flow. gamma: a number, or [H, N] from a discount head.
+    Returns:
+        [H - 1, N].
+    """
+    if len(rewards) < 2:
+        raise ValueError(f"a λ-return needs at least 2 imagined states, got {len(rewards)}")
+    if not isinstance(gamma, Tensor):
+        gamma = torch.full_like(values, gamma)
+    inputs = rewards[:-1] + gamma[:-1] * (1 - lam) * values[1:]
+    returns, last = [], values[-1]
+    for t in reversed(range(len(inputs))):
+        last = inputs[t] + gamma[t] * lam * last
+        returns.append(last)
+    return torch.stack(returns[::-1])
+
+
+@torch.no_grad()
+def _last_layer_probe(
+    policy: DreamerPolicy, state: State, hidden: Tensor, raw: Tensor, action_noise: Tensor
+) -> ControlProbe:
+    """How the actor's last layer moves (mean, std): through the action alone (TPX 2023, Sec. 4).
+
+    Forward-mode: the Jacobian w.r.t. the 2A outputs of the layer, 2A products with a tangent.
+    """
+    rssm, raw = policy.model.rssm, raw.detach()
+    state = state.detach()
+
+    def zeta(raw: Tensor) -> tuple[Tensor, Tensor]:
+        action, _ = policy.actor.act(raw, action_noise)
+        mean, std = rssm.prior(rssm.recur(state, action))
+        return mean, std
+
+    def column(tangent: Tensor) -> tuple[Tensor, Tensor]:
+        return jvp(zeta, (raw,), (tangent.expand_as(raw),))[1]
+
+    columns = vmap(column)(torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device))
+    layer = LayerJacobian(hidden.detach().to(raw.dtype))
+    return ControlProbe([c.movedim(0, -1) for c in columns], lambda: layer)
+
+
+class LayerJacobian(NamedTuple):
+    """d output / d (weight [F, K], bias [F]) of a linear layer: an outer product, never stored."""
+
+    inputs: Tensor  # [N, K]
+
+    def rows(self, rows: slice) -> LayerJacobian:
+        """The same for some of the samples."""
+        return LayerJacobian(self.inputs[rows])
+
+    def gram(self, alpha: Tensor) -> Tensor:
+        """[M, M] covariances Σ_i <α_ai J_i, α_bi J_i> less the mean's part, from α [M, N, F].
+
+        J Jᵀ is (|x|² + 1) times the identity.
+        """
+        norm = self.inputs.square().sum(1, keepdim=True) + 1
+        total = torch.cat(((alpha.mT @ self.inputs).flatten(1), alpha.sum(1)), 1)
+        return covariance(alpha * norm, alpha, total)
+
+    def per_sample(self, alpha: Tensor) -> Tensor:
+        """[N, F K + F], from α [N, F]."""
+        weight = alpha.unsqueeze(-1) * self.inputs.unsqueeze(1)
+        return torch.cat((weight.flatten(1), alpha), 1)
+
+
+def last_layer_size(actor: Actor) -> int:
+    """Parameters of the actor's last layer: what the probes know of."""
+    return sum(p.numel() for p in actor.out.parameters())

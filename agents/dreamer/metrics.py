@@ -1,0 +1,103 @@
+"""What DreamerTPX writes to its logger after each round of updates."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from stable_baselines3.common.logger import Figure
+from stable_baselines3.common.utils import safe_mean
+from torch import Tensor
+
+from totalprop.agents.core import figures
+from totalprop.agents.core.metrics import PICTURE, QUIET
+from totalprop.agents.dreamer.update import UpdateRecord
+
+if TYPE_CHECKING:
+    from totalprop.agents.dreamer.agent import DreamerTPX
+
+COUNTED = "skipped_steps"  # in a round; the rest are means
+
+
+class Round:
+    """Averages over a round of updates, kept on the device until its end.
+
+    The gradient's signal-to-noise ratio is |mean|² / Σ variance of the actor's gradient over the
+    updates of the round: a batch's gradient, as the optimiser sees it.
+    """
+
+    def __init__(self, agent: DreamerTPX) -> None:
+        self.agent, self.count = agent, 0
+        self.scalars: dict[str, Tensor] = {}
+        self.gradient: list[Tensor] = []
+        self.square = torch.zeros((), device=agent.device)
+        self.k = torch.zeros((), device=agent.device)
+
+    def __enter__(self) -> Round:
+        self.started = time.perf_counter()
+        return self
+
+    def add(self, record: UpdateRecord) -> None:
+        """Take in one update."""
+        self.count += 1
+        zero = torch.zeros((), device=self.agent.device)
+        for name, value in record.scalars.items():
+            self.scalars[name] = self.scalars.get(name, zero) + value
+        if not self.gradient:
+            self.gradient = [torch.zeros_like(g) for g in record.actor_gradient]
+        torch._foreach_add_(self.gradient, list(record.actor_gradient))
+        norms = torch._foreach_norm(list(record.actor_gradient))
+        self.square = self.square + torch.stack(norms).square().sum()
+        self.k = self.k + record.k
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None or self.count == 0:
+            return
+        record = self.agent.logger.record
+        for name, value in self.scalars.items():
+            record(f"train/{name}", float(value if name == COUNTED else value / self.count))
+        n = self.count
+        if n > 1:
+            mean_square = sum(float((g / n).square().sum()) for g in self.gradient)
+            variance = (float(self.square) / n - mean_square) * n / (n - 1)
+            record("train/gradient_snr", (mean_square - variance / n) / max(variance, 1e-30))
+        k = self.k / n  # [H, D]
+        record("train/k", float(k.mean()))
+        for t, value in enumerate(k.mean(1).tolist(), 1):
+            record(f"k/step_{t:02d}", value, exclude=QUIET)
+        for d, value in enumerate(k.mean(0).tolist()):
+            record(f"k/coordinate_{d:02d}", value, exclude=QUIET)
+        if self.agent.tensorboard_log is not None:
+            record("figures/k", Figure(figures.weights(k.cpu().numpy()), close=True), PICTURE)
+        record("time/updates_per_second", n / (time.perf_counter() - self.started))
+        record("train/n_updates", self.agent._n_updates, exclude=QUIET)
+
+
+def record_progress(agent: DreamerTPX) -> None:
+    """Episode statistics and clocks; decisions and frames, which differ by the action repeat."""
+    record = agent.logger.record
+    if agent.ep_info_buffer:
+        record("rollout/ep_rew_mean", safe_mean([info["r"] for info in agent.ep_info_buffer]))
+        record("rollout/ep_len_mean", safe_mean([info["l"] for info in agent.ep_info_buffer]))
+    seconds = max((time.time_ns() - agent.start_time) / 1e9, 1e-9)
+    done = agent.num_timesteps - agent._num_timesteps_at_start
+    record("time/fps", int(done / seconds))
+    record("time/time_elapsed", int(seconds), exclude="tensorboard")
+    record("time/total_timesteps", agent.num_timesteps, exclude="tensorboard")
+    record("time/decisions", agent.num_timesteps)
+    record("time/frames", agent.num_timesteps * action_repeat(agent))
+
+
+def action_repeat(agent: DreamerTPX) -> int:
+    """Frames per decision, from the environment's `action_repeat`; 1 where it has none."""
+    env = agent.get_env()
+    if env is None or not env.has_attr("action_repeat"):
+        return 1
+    return int(env.get_attr("action_repeat", indices=0)[0])

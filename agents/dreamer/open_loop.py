@@ -1,0 +1,106 @@
+"""What a world model predicts when it no longer sees: the truth, the model and its error.
+
+The first steps of stored sequences are filtered, the rest is imagined with the stored actions
+(Hafner et al. 2020, Fig. 4).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Figure, Image
+
+from totalprop.agents.core import figures
+from totalprop.agents.core.metrics import PICTURE
+from totalprop.world_models.latent.networks import normalise
+
+if TYPE_CHECKING:
+    from totalprop.agents.dreamer.agent import DreamerTPX
+
+CONTEXT = 5  # danijar/dreamer: filtered steps
+SEED = 0  # own generators: looking must not change training
+
+
+def predict_sequences(agent: DreamerTPX, sequences: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Stored observations and their open-loop predictions, [T, B, ...] each.
+
+    Images are float in [0, 1], channel last; vectors are as the environment gives them.
+
+    Raises:
+        ValueError: the agent has no replay yet.
+    """
+    if agent.replay_buffer is None:
+        raise ValueError("there is no replay to take sequences from; call learn first")
+    batch = agent.replay_buffer.sample(
+        sequences, agent.sequence_length, np.random.default_rng(SEED)
+    )
+    generator = torch.Generator(agent.device).manual_seed(SEED)
+    context = min(CONTEXT, agent.sequence_length)
+    model = agent.policy.model.open_loop(
+        batch.observation, batch.action, batch.is_first, context=context, generator=generator
+    )
+    if batch.observation.ndim < 5:
+        return batch.observation.cpu().numpy(), model.cpu().numpy()
+    truth = normalise(batch.observation)
+    pair = [(x + 0.5).clamp(0, 1).movedim(2, -1).cpu().numpy() for x in (truth, model)]
+    return pair[0], pair[1]
+
+
+def video(truth: np.ndarray, model: np.ndarray) -> np.ndarray:
+    """Rows truth, model, error; one column per sequence: [T, B, H, W, C] -> [T, 3 H, B W, 3]."""
+    error = (model - truth + 1) / 2
+    rows = [np.concatenate(list(x.swapaxes(0, 1)), axis=2) for x in (truth, model, error)]
+    frames = (np.concatenate(rows, axis=1) * 255).round().astype(np.uint8)
+    return frames if frames.shape[-1] == 3 else frames[..., :1].repeat(3, -1)
+
+
+def film_strip(truth: np.ndarray, model: np.ndarray, every: int = 5) -> np.ndarray:
+    """The first sequence of `video` as one picture, time to the right: [3 H, frames W, 3]."""
+    return np.concatenate(list(video(truth[:, :1], model[:, :1])[::every]), axis=1)
+
+
+def picture(agent: DreamerTPX) -> Figure | Image:
+    """One sequence's prediction for a logger: a film strip of images, curves of vectors."""
+    truth, model = predict_sequences(agent, 1)
+    if truth.ndim == 3:
+        return Figure(figures.traces(truth[:, 0], model[:, 0], CONTEXT), close=True)
+    return Image(film_strip(truth, model), "HWC")
+
+
+class OpenLoopPictures(BaseCallback):
+    """Log what DreamerTPX's world model predicts without seeing: truth, model and error.
+
+    Args:
+        every: steps between pictures, the first after the first updates.
+    """
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.every, self._last = every, -every
+
+    def _on_training_start(self) -> None:
+        if self._last > self.num_timesteps:  # steps are counted anew
+            self._last = -self.every
+
+    def _on_step(self) -> bool:
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `persistence.checkpoint`."""
+        return {"last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._last = state["last"]
+
+    def _on_rollout_start(self) -> None:
+        model: DreamerTPX = self.model  # type: ignore[assignment]
+        if model._n_updates == 0 or self.num_timesteps - self._last < self.every:
+            return
+        if model.replay_buffer is None or model.replay_buffer.is_too_young(model.sequence_length):
+            return  # loaded without its replay
+        self._last = self.num_timesteps
+        self.logger.record("figures/open_loop", picture(model), PICTURE)

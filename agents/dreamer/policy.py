@@ -1,0 +1,232 @@
+"""DreamerTPX's networks as one stable-baselines3 policy: world model, actor and critic.
+
+`predict` is recurrent: its state is (deter, stoch, previous action), a tuple of arrays with one row
+per environment, and `episode_start` resets rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from totalprop.world_models.latent.model import LatentModel, State
+from totalprop.world_models.latent.networks import at_least_float32, initialise, mlp
+
+MEAN_SCALE, INIT_STD, MIN_STD = 5.0, 5.0, 1e-4  # danijar/dreamer, models.ActionDecoder
+GAUSSIAN_ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal, nats
+RecurrentState = tuple[np.ndarray, ...]
+Observations = TypeVar("Observations", np.ndarray, Tensor)
+
+
+class Actor(nn.Module):
+    """tanh-Gaussian policy: 4 hidden layers, mean 5 tanh(raw / 5), std softplus(raw + c) + 1e-4.
+
+    Args:
+        features: width of the state's features. actions: A. width: of the hidden layers.
+    """
+
+    def __init__(self, features: int, actions: int, *, width: int = 400, layers: int = 4) -> None:
+        super().__init__()
+        *hidden, out = mlp(features, width, layers, 2 * actions)
+        self.hidden = nn.Sequential(*hidden)
+        assert isinstance(out, nn.Linear)
+        self.out = out
+        initialise(self)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., 2 A] raw outputs, for `act`."""
+        return self.output(self.hidden(features))
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The last layer, [..., width] -> [..., 2 A]."""
+        return at_least_float32(self.out(hidden))
+
+    def act(self, raw: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Action [..., A] in [-1, 1], without noise tanh(mean), and its entropy [...] in nats.
+
+        The entropy is a one-sample estimate: that of the Gaussian plus the tanh's log-slope at the
+        sample. It keeps actions from saturating, where the policy gradient vanishes.
+        """
+        raw_mean, raw_std = raw.chunk(2, -1)
+        mean = MEAN_SCALE * (raw_mean / MEAN_SCALE).tanh()
+        std = softplus(raw_std + math.log(math.expm1(INIT_STD))) + MIN_STD
+        u = mean if noise is None else mean + std * noise
+        log_slope = 2 * (math.log(2) - u - softplus(-2 * u))  # log(1 - tanh² u), without cancelling
+        return u.tanh(), (std.log() + log_slope + GAUSSIAN_ENTROPY).sum(-1)
+
+
+class DreamerPolicy(BasePolicy):
+    """World model, actor and critic, and how they act.
+
+    Args:
+        observation_space: Box, image [C, 64, 64] uint8 or vector [S]. action_space: bounded Box.
+        stoch, deter, hidden: of the RSSM. width: units of all dense heads.
+        conv_depth: feature maps of the first convolution.
+        vector_std: standard deviation of the decoder of vector observations.
+        discount_head: learn where episodes end.
+    """
+
+    file_name: ClassVar[str] = "totalprop.DreamerPolicy"
+    former_file_names: ClassVar[tuple[str, ...]] = ("agents.dreamer_policy.DreamerPolicy",)
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        action_space: spaces.Box,
+        lr_schedule: Schedule | None = None,
+        *,
+        stoch: int = 30,
+        deter: int = 200,
+        hidden: int = 200,
+        width: int = 400,
+        conv_depth: int = 32,
+        vector_std: float = 1.0,
+        discount_head: bool = False,
+    ) -> None:
+        super().__init__(observation_space, action_space, squash_output=True)
+        self.sizes: dict[str, Any] = {
+            "stoch": stoch, "deter": deter, "hidden": hidden, "width": width,
+            "conv_depth": conv_depth, "vector_std": vector_std, "discount_head": discount_head,
+        }  # fmt: skip
+        shape = observation_space.shape
+        if not is_image_space(observation_space):
+            shape = (int(np.prod(shape)),)
+        self.model_input_shape = shape
+        self.n_actions = int(np.prod(action_space.shape))
+        self.model = LatentModel(shape, self.n_actions, **self.sizes)
+        features = self.model.rssm.feature_size
+        self.actor = Actor(features, self.n_actions, width=width)
+        self.critic = mlp(features, width, 3, 1)
+        initialise(self.critic)
+
+    def value(self, features: Tensor) -> Tensor:
+        """V(s), [..., F] -> [...]."""
+        return at_least_float32(self.critic(features)).squeeze(-1)
+
+    def initial_state(self, n: int) -> tuple[State, Tensor]:
+        """State and previous action of n sequences that have not begun."""
+        state = self.model.rssm.initial(n)
+        return state, state.stoch.new_zeros(n, self.n_actions)
+
+    @torch.no_grad()
+    def step(
+        self,
+        observations: Tensor,
+        state: State,
+        action: Tensor,
+        is_first: Tensor,
+        *,
+        deterministic: bool,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, State]:
+        """Filter one observation and act.
+
+        Args:
+            observations: [n, ...]. state, action: of the step before. is_first: [n] bool.
+            deterministic: posterior mean and tanh(mean), and no random number is drawn.
+        Returns:
+            scaled actions [n, A] in [-1, 1], and the new state.
+        """
+        keep = (~is_first).to(action.dtype).unsqueeze(-1)
+        state, action = State(state.deter * keep, state.stoch * keep), action * keep
+
+        def noise(like: Tensor) -> Tensor | None:
+            if deterministic:
+                return None
+            return torch.randn(like.shape, generator=generator, device=like.device)
+
+        state = self.model.filter(state, action, self.to_model(observations), noise(state.stoch))
+        action, _ = self.actor.act(self.actor(state.features), noise(action))
+        return action, state
+
+    def to_model(self, observations: Observations) -> Observations:
+        """Observations [n, ...] as the world model takes them: images as they are, others flat."""
+        return observations.reshape(-1, *self.model_input_shape)
+
+    def info_to_model(self, info: dict[str, Any]) -> dict[str, Any]:
+        """The info, in a copy if it has a terminal observation: that as the model takes it."""
+        if (end := info.get("terminal_observation")) is None:
+            return info
+        return {**info, "terminal_observation": self.to_model(end[None])[0]}
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: RecurrentState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, RecurrentState | None]:
+        """Actions in the environment's units, and the recurrent state for the next call.
+
+        Args:
+            observation: one or a batch, images channel first or last.
+            state: what the last call returned; None at the start.
+            episode_start: [n] True where an episode begins: that row's state is reset.
+            deterministic: no random number is drawn.
+        Raises:
+            ValueError: a Gym-style (observation, info) tuple was passed, or a state of another
+                batch size.
+        """
+        self.set_training_mode(False)
+        if isinstance(observation, tuple) and len(observation) == 2:
+            raise ValueError(
+                "predict got a tuple: Gymnasium's reset() returns (observation, info); "
+                "pass the observation alone"
+            )
+        if isinstance(observation, np.ndarray):  # renderers return flipped views
+            observation = np.asarray(observation, order="C")
+        tensor, is_batch = self.obs_to_tensor(observation)
+        assert isinstance(tensor, Tensor)
+        n = len(tensor)
+        latent, action = self.initial_state(n)
+        if state is not None:
+            if any(len(part) != n for part in state):
+                raise ValueError(
+                    f"state is of {len(state[0])} environments, observation of {n}; "
+                    "pass state=None when the number of environments changes"
+                )
+            deter, stoch, action = (
+                torch.as_tensor(np.array(part), dtype=torch.float32, device=self.device)
+                for part in state
+            )
+            latent = State(deter, stoch)
+        is_first = torch.zeros(n, dtype=torch.bool, device=self.device)
+        if episode_start is not None:
+            is_first |= torch.as_tensor(np.asarray(episode_start, dtype=bool), device=self.device)
+        action, latent = self.step(tensor, latent, action, is_first, deterministic=deterministic)
+        scaled = action.cpu().numpy()
+        actions = self.to_env(scaled)
+        memory = (latent.deter.cpu().numpy(), latent.stoch.cpu().numpy(), scaled)
+        return (actions if is_batch else actions[0]), memory
+
+    def to_env(self, scaled: np.ndarray) -> np.ndarray:
+        """Actions [n, A] in [-1, 1] -> the action space's units, shape and dtype."""
+        space = self.action_space
+        assert isinstance(space, spaces.Box)
+        actions = self.unscale_action(scaled.reshape(-1, *space.shape))
+        if np.issubdtype(space.dtype, np.integer):  # a cast alone would never give the highest
+            actions = np.rint(actions)
+        return np.clip(actions, space.low, space.high).astype(space.dtype)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        raise NotImplementedError("the policy is recurrent: call predict, which keeps its state")
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """Not defined for a recurrent policy."""
+        return self._predict(observation)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            **self.sizes,
+        }

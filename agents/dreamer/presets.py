@@ -1,0 +1,78 @@
+"""The settings of DreamerTPX's papers and ours, by name: constructor arguments, each number cited.
+
+`DreamerTPX("DreamerPolicy", env, **PRESETS["laptop"])`, or `--preset laptop` on the command line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Hafner et al. 2020, "Dream to control" (DreamerV1); numbers of danijar/dreamer, dreamer.py.
+    # Its frames are decisions x action repeat 2: 1000 frames are 500 decisions.
+    "dreamer2020": {
+        "estimator": "rp",  # Hafner et al. 2020, Sec. 3: analytic gradients
+        "horizon": 15,
+        "gamma": 0.99,
+        "lam": 0.95,
+        "discount_weights": True,
+        "stop_grad_actor_input": True,
+        "learning_rate": 8e-5,
+        "model_learning_rate": 6e-4,
+        "adam_eps": 1e-7,  # TensorFlow's default
+        "max_grad_norm": 100.0,
+        "batch_size": 50,
+        "sequence_length": 50,
+        "imagination_starts": 0,
+        "learning_starts": 2500,  # prefill of 5000 frames
+        "train_freq": 500,  # train_every 1000 frames
+        "gradient_steps": 100,
+        "exploration_noise": 0.3,
+        "kl_scale": 1.0,
+        "free_nats": 3.0,
+        "free_nats_per_step": False,
+    },
+    # Parmas et al. 2023 (TPX), Sec. 6: "a greatly modified version" of yusukeurakami's PyTorch
+    # Dreamer. Its 5-bit images and its replay across episode ends are not reproduced.
+    "tpx2023": {
+        "estimator": "tpx",  # Sec. 4
+        "horizon": 15,  # Sec. 6.2: H in {15, 60}
+        "discount_weights": False,  # App. C.1, Eq. 17: all returns are averaged alike
+        "stop_grad_actor_input": True,  # App. C.1
+        "learning_rate": 8e-5,  # yusukeurakami/dreamer-pytorch, main.py
+        "model_learning_rate": 1e-3,  # same
+        "free_nats_per_step": True,  # same, main.py:384
+        "policy_kwargs": {"width": 200},  # same: hidden-size
+        "learning_starts": 2500,  # same: 5 seed episodes
+        "train_freq": 500,  # same: once per episode
+        "gradient_steps": 100,  # Sec. 6: "repeat the process for 100 iterations"
+    },
+    # Ours: small networks and batches, more updates per step, for 2 CPU cores (results/dreamer/).
+    "laptop": {
+        "learning_rate": 3e-4,
+        "model_learning_rate": 1e-3,
+        "adam_eps": 1e-5,
+        # A handful of state entries carry little information: 3 free nats a step would leave the
+        # prior, which imagination runs on, all but untrained.
+        "free_nats": 0.0,
+        "entropy_scale": 0.03,  # or the actor saturates before the model has learned anything
+        "batch_size": 16,
+        "sequence_length": 32,
+        "imagination_starts": 256,
+        "buffer_size": 100_000,
+        "learning_starts": 1000,
+        "train_freq": 20,
+        "gradient_steps": 10,
+        "policy_kwargs": {
+            "stoch": 16,
+            "deter": 100,
+            "hidden": 100,
+            "width": 100,
+            "conv_depth": 8,
+            "vector_std": 0.1,
+        },
+    },
+}
+
+# Images carry more than the state, and the KL term may keep Hafner et al.'s allowance.
+PRESETS["laptop-pixels"] = {**PRESETS["laptop"], "free_nats": 3.0}

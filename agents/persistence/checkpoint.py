@@ -1,0 +1,261 @@
+"""Checkpoints of a training: killed at any moment it goes on bit for bit (on CPU).
+
+Between two rollouts a checkpoint takes the agent with its optimisers and generators, the replay
+(only what is new), the environments where they can be put back, the global generators, the
+logger's pending values, and the callbacks it is told of. Files are numbered in the order of their
+writing, whatever steps they are of; the newest is kept and the one before.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import GymEnv
+
+from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.persistence import env_state, safe_file
+from totalprop.agents.persistence.segments import SEGMENT
+
+Agent = TypeVar("Agent", bound=Algorithm)
+
+KIND = "checkpoint"
+KEPT = 2  # checkpoints in the folder: the newest, and the one before
+MOST_OF_THE_TIME = 0.02  # what checkpoints may cost, by waiting long enough between them
+
+# Number of the checkpoint in its folder (older files have none) and the agent's steps.
+_CHECKPOINT = re.compile(r"checkpoint_(?:(\d+)_)?(\d+)\.zip")
+# Of a write that was killed, see `safe_file.atomic_write`.
+_TEMPORARY = re.compile(rf"\.({_CHECKPOINT.pattern}|{SEGMENT.pattern})\.\d+\.tmp")
+
+
+class Stateful(Protocol):
+    """What a checkpoint can keep beside the agent: plain values, arrays and tensors."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class TrainingStopped(Exception):
+    """Raised between two rollouts, after a checkpoint, once `request_stop` was called."""
+
+
+class Checkpoints(BaseCallback):
+    """Writes checkpoints while an agent learns. The last callback of the list.
+
+        checkpoints = Checkpoints(folder)
+        agent = checkpoints.load(PIPPS, env) or PIPPS("RBFPolicy", env)
+        checkpoints.restore(agent)
+        agent.learn(450 - agent.num_timesteps, callback=checkpoints, reset_num_timesteps=False)
+
+    Args:
+        folder: where the checkpoints go; made if need be. Other files in it are left alone.
+        every_seconds: least time between checkpoints. They wait longer where saving takes more than
+            2 % of the time.
+        also: what else a checkpoint keeps, by name: callbacks with a state, a log file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every_seconds: float = 60.0,
+        also: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        super().__init__()
+        self.folder, self.every_seconds, self.also = Path(folder), every_seconds, dict(also or {})
+        self.cost = 0.0  # s of the last save
+        self._last = time.monotonic()
+        self._values: dict[str, Any] | None = None
+        self._pending: dict[str, tuple[float, int, tuple[str, ...]]] = {}
+        self._files: dict[str, list[str]] = {}  # that a checkpoint needs, by its name
+        self._stop = False
+
+    # ----------------------------------------------------------------------------------------
+    # writing
+    # ----------------------------------------------------------------------------------------
+
+    def request_stop(self) -> None:
+        """Checkpoint before the next rollout and raise TrainingStopped; for signal handlers."""
+        self._stop = True
+
+    def _on_training_start(self) -> None:
+        self._last = time.monotonic()
+        pending, self._pending = self._pending, {}
+        for name, (value, count, excluded) in pending.items():
+            self.logger.record(name, value, excluded)
+            self.logger.name_to_count[name] = count
+
+    def _on_rollout_start(self) -> None:
+        waited = time.monotonic() - self._last
+        if self._stop or waited >= max(self.every_seconds, self.cost / MOST_OF_THE_TIME):
+            self.save()
+        if self._stop:
+            raise TrainingStopped
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint now; only between rollouts."""
+        started = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        agent: Algorithm = self.model  # type: ignore[assignment]
+        state = agent.state_dict(self.folder)
+        files = state.pop("files", [])
+        values = {
+            "agent": agent.file_values(),
+            "training": state,
+            "files": files,
+            "environments": env_state.take(agent.env),
+            "generators": _generators(),
+            "pending": _pending(agent),
+            "also": {name: thing.state_dict() for name, thing in self.also.items()},
+        }
+        paths = self.paths()  # by a number: a second `learn` may begin at step 0 again
+        number = _number_and_steps(paths[-1])[0] + 1 if paths else 1
+        path = self.folder / f"checkpoint_{number:06d}_{agent.num_timesteps:012d}.zip"
+        safe_file.write(path, f"{type(agent).__name__} {KIND}", values)
+        self._files[path.name] = list(files)
+        self._clean()
+        self._last = time.monotonic()
+        self.cost = self._last - started
+
+    def _clean(self) -> None:
+        """Remove checkpoints but the last two, and segments that neither needs.
+
+        Whatever else is in the folder is someone else's, and stays.
+        """
+        paths = self.paths()
+        for path in paths[:-KEPT]:
+            path.unlink()
+        self._files = {path.name: self._needed(path) for path in paths[-KEPT:]}
+        needed = {name for files in self._files.values() for name in files}
+        for path in self.folder.iterdir():
+            is_segment = SEGMENT.fullmatch(path.name) and path.name not in needed
+            if (is_segment or _TEMPORARY.fullmatch(path.name)) and path.is_file():
+                path.unlink()
+
+    def _needed(self, path: Path) -> list[str]:
+        """The segments of a checkpoint; read from it where another object wrote it."""
+        if path.name not in self._files:
+            try:
+                return list(safe_file.read(path)["files"])
+            except (ValueError, OSError, KeyError):  # `load` cannot read it either
+                return []
+        return self._files[path.name]
+
+    # ----------------------------------------------------------------------------------------
+    # reading
+    # ----------------------------------------------------------------------------------------
+
+    def paths(self) -> list[Path]:
+        """The checkpoints in the folder, in the order in which they were written."""
+        found = self.folder.glob("checkpoint_*.zip")
+        return sorted((p for p in found if _CHECKPOINT.fullmatch(p.name)), key=_number_and_steps)
+
+    def newest_step(self) -> int:
+        """Steps of the newest checkpoint; -1 where there is none."""
+        paths = self.paths()
+        return _number_and_steps(paths[-1])[1] if paths else -1
+
+    def load(
+        self, cls: type[Agent], env: GymEnv, device: torch.device | str = "auto", **replaced: Any
+    ) -> Agent | None:
+        """The agent of the newest readable checkpoint, or None where there is none.
+
+        Args:
+            **replaced: what files do not hold, as for the agent's `load`.
+        Raises:
+            ValueError: checkpoints are there, but none can be read; or the newest is of another
+                number of environments.
+        """
+        problems: dict[Path, str] = {}
+        for path in reversed(self.paths()):
+            try:
+                values = safe_file.read(path, f"{cls.__name__} {KIND}")
+                n_envs = int(values["agent"]["attributes"]["n_envs"])
+            except (ValueError, OSError, KeyError, TypeError) as error:
+                problems[path] = _reason(path, error)
+                continue
+            env_state.check_number(n_envs, env)  # the caller's error, not the file's
+            try:
+                agent = cls.from_values(values["agent"], env, device, replaced, force_reset=False)
+                agent.load_state_dict(values["training"], self.folder)
+            except (ValueError, OSError, KeyError) as error:
+                problems[path] = _reason(path, error)
+                continue
+            for broken in problems:  # or it would stay the newest
+                broken.rename(broken.with_name(f"unreadable_{broken.name}"))
+                print(f"skipped {problems[broken]}", file=sys.stderr)
+            self._values, self._files[path.name] = values, list(values["files"])
+            return agent
+        if problems:
+            reasons = "; ".join(problems.values())
+            raise ValueError(f"no checkpoint in {self.folder} can be read; {reasons}")
+        return None
+
+    def restore(self, agent: Algorithm) -> None:
+        """Put everything around a loaded agent back; the last call before `learn`."""
+        if self._values is None:
+            return
+        values, self._values = self._values, None
+        for name, state in values["also"].items():
+            if name in self.also:
+                self.also[name].load_state_dict(state)
+        self._pending = values["pending"]  # `learn` makes the logger
+        if not env_state.put(agent.env, values["environments"]):
+            agent.cut_episodes()
+        _set_generators(values["generators"])
+
+
+def _reason(path: Path, error: Exception) -> str:
+    return f"{path.name}: {' '.join(str(error).split())}"
+
+
+def _number_and_steps(path: Path) -> tuple[int, int]:
+    """Of a checkpoint's name; files without a number are older than those with one."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    assert match is not None
+    return int(match[1] or 0), int(match[2])
+
+
+def _pending(agent: Algorithm) -> dict[str, tuple[float, int, tuple[str, ...]]]:
+    """Scalars recorded since the logger's last dump; pictures are not kept."""
+    logger = agent.logger
+    return {
+        name: (value, logger.name_to_count[name], logger.name_to_excluded[name])
+        for name, value in logger.name_to_value.items()
+        if isinstance(value, int | float | np.number)
+    }
+
+
+def _generators() -> dict[str, Any]:
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002  (stable-baselines3 draws from it)
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,368 @@
+"""Files without code: a zip of one JSON document and one safetensors member.
+
+Plain values, arrays, tensors, spaces and named classes go in; reading builds these and nothing
+else, so a file of a stranger executes nothing. Writing is atomic: the file is there whole, or as
+it was before. What the values mean is the caller's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from gymnasium import spaces
+from safetensors import SafetensorError
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
+from torch import Tensor, nn
+
+from totalprop import estimators
+from totalprop.estimators import Estimator
+
+FORMAT = 2  # 1 was stable-baselines3's, with pickles
+DOCUMENT, TENSORS = "data", "tensors.safetensors"  # "data" is stable-baselines3's name for it
+MAX_DOCUMENT_BYTES = 2**26
+MAX_DEPTH = 64
+
+# Classes that a file may name: reading looks the name up here, it imports nothing.
+_CLASSES: dict[str, type] = {
+    f"torch.nn.{kind.__name__}": kind
+    for kind in (nn.ReLU, nn.Tanh, nn.ELU, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Sigmoid, nn.Softplus,
+                 nn.Mish, nn.SELU, nn.Identity)
+} | {
+    f"torch.optim.{kind.__name__}": kind
+    for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.SGD)
+} | {
+    f"stable_baselines3.{kind.__name__}": kind
+    for kind in (FlattenExtractor, NatureCNN, CombinedExtractor)
+}  # fmt: skip
+_FORMER_NAMES: dict[str, type] = {}  # in older files
+_LEGS: dict[Any, str] = {estimators.legs.score: "score", estimators.legs.biw: "biw"}
+_BASELINES: dict[Any, str] = {
+    getattr(estimators.baselines, name): name
+    for name in ("none", "mean", "leave_one_out", "critic")
+}
+
+
+class NotInFile:
+    """Stands for a value that files do not hold: a function, an object of a user's class."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return f"NotInFile({self.kind!r})"
+
+
+class BadFileError(ValueError):
+    """The file is not what it should be; the message says what is wrong with it."""
+
+
+def register_class(kind: type) -> type:
+    """Let files name a class. Only the name is stored; reading finds the class that is here.
+
+    Its attribute `file_name` is what files call it, whatever module it moves to, and
+    `former_file_names` what older files call it; by default its module and qualified name.
+    """
+    own = vars(kind)  # not a parent's: a subclass is another class
+    _CLASSES[own.get("file_name", f"{kind.__module__}.{kind.__qualname__}")] = kind
+    _FORMER_NAMES.update(dict.fromkeys(own.get("former_file_names", ()), kind))
+    return kind
+
+
+def write(target: Path | IO[bytes], kind: str, values: Mapping[str, Any]) -> None:
+    """Write values under string keys; a path is replaced atomically and durably.
+
+    Args:
+        kind: what the file is, compared when it is read.
+    """
+    tensors: dict[str, Tensor] = {}
+    document = {"format": FORMAT, "kind": kind, "values": _encode(dict(values), tensors)}
+    if not isinstance(target, Path):
+        _write_zip(target, document, tensors)
+        return
+    with atomic_write(target) as file:
+        _write_zip(file, document, tensors)
+
+
+class atomic_write:
+    """`with atomic_write(path) as file:` the path holds all of it at the end, or what it held.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> IO[bytes]:
+        self.file = open(self.temporary, "wb")
+        return self.file
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            with self.file:
+                if kind is None:
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
+            if kind is None:
+                os.replace(self.temporary, self.path)
+                sync_folder(self.path.parent)
+        finally:
+            self.temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(source: Path | IO[bytes], kind: str | None = None) -> dict[str, Any]:
+    """What `write` wrote; tensors on the CPU.
+
+    Args:
+        kind: what the file has to be; None: anything.
+    Raises:
+        BadFileError: truncated, corrupted, foreign, hostile, of a newer format or of another kind.
+        OSError: the file cannot be read; FileNotFoundError: there is none.
+    """
+    try:
+        with zipfile.ZipFile(source) as file:
+            document, tensors = _read_zip(file)
+            if kind is not None and document.get("kind") != kind:
+                raise BadFileError(f"it holds a {document.get('kind')}, not a {kind}")
+            values = _decode(document["values"], tensors, 0)
+    except BadFileError:
+        raise
+    except (
+        zipfile.BadZipFile, zipfile.LargeZipFile, SafetensorError, EOFError, ValueError,
+        LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError,
+    ) as error:  # fmt: skip
+        raise BadFileError(f"it is truncated or corrupted ({_one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise BadFileError("it is truncated or corrupted (no values)")
+    return values
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:150]}"
+
+
+def _write_zip(target: IO[bytes], document: object, tensors: dict[str, Tensor]) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as file:
+        file.writestr(DOCUMENT, json.dumps(document, indent=1))
+        file.writestr(TENSORS, safetensors.torch.save(tensors))
+
+
+def _read_zip(file: zipfile.ZipFile) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    members = file.infolist()
+    names = [member.filename for member in members]
+    if any(name.endswith((".pth", ".pkl", ".pickle")) for name in names):
+        raise BadFileError(
+            "it holds pickles, which can execute code: it was written by stable-baselines3, or by "
+            "totalprop before format 2 (up to commit edf8eef); load it with what wrote it and "
+            "save it again"
+        )
+    if sorted(names) != sorted((DOCUMENT, TENSORS)):
+        shown = ", ".join(map(repr, names[:5]))
+        raise BadFileError(f"its members are {shown}; expected '{DOCUMENT}' and '{TENSORS}'")
+    # Stored, not compressed: nothing unpacks to more than the file itself.
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise BadFileError("its members are compressed, which this project never writes")
+    sizes = dict(zip(names, (member.file_size for member in members), strict=True))
+    if sizes[DOCUMENT] > MAX_DOCUMENT_BYTES:
+        raise BadFileError(f"its JSON takes {sizes[DOCUMENT]:,} bytes, more than any model needs")
+    if any(m.file_size != m.compress_size for m in members):
+        raise BadFileError("it is truncated or corrupted (sizes disagree)")
+    document = json.loads(file.read(DOCUMENT))
+    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
+        raise BadFileError("it is not a file of this project (its JSON names no format)")
+    if document["format"] > FORMAT:
+        raise BadFileError(
+            f"it has format {document['format']}, this version reads up to {FORMAT}: upgrade "
+            "totalprop"
+        )
+    if document["format"] < FORMAT:
+        raise BadFileError(f"it has the unknown format {document['format']}")
+    return document, safetensors.torch.load(file.read(TENSORS))
+
+
+# --------------------------------------------------------------------------------------------
+# values <-> JSON; what JSON has no word for is {"$kind": ...}
+# --------------------------------------------------------------------------------------------
+
+
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    def keep(tensor: Tensor) -> str:
+        name = str(len(tensors))
+        tensors[name] = tensor.detach().cpu().contiguous().clone()
+        return name
+
+    if value is None or (isinstance(value, bool | int | float | str) and _is_builtin(value)):
+        return value
+    if isinstance(value, Tensor):
+        return {"$tensor": keep(value)}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        # from_numpy needs positive strides and native byte order
+        return {"$array": keep(torch.from_numpy(np.array(value, value.dtype.newbyteorder("="))))}
+    if isinstance(value, np.bool_ | np.integer | np.floating):
+        return {"$number": [value.dtype.str, value.item()]}
+    if isinstance(value, list):
+        return [_encode(entry, tensors) for entry in value]
+    if isinstance(value, tuple):
+        return {"$tuple": [_encode(entry, tensors) for entry in value]}
+    if isinstance(value, deque):
+        return {"$deque": [_encode(entry, tensors) for entry in value], "maxlen": value.maxlen}
+    if isinstance(value, spaces.Space):
+        return _encode_space(value, tensors)
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: _encode(entry, tensors) for key, entry in value.items()}
+        return {"$items": [[_encode(k, tensors), _encode(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, torch.device):
+        return {"$device": str(value)}
+    if isinstance(value, type):
+        known = {kind: name for name, kind in _CLASSES.items()}
+        return {"$class": known[value]} if value in known else _missing(value)
+    if isinstance(value, Estimator):
+        return _encode_estimator(value)
+    if isinstance(value, FloatSchedule | ConstantSchedule | LinearSchedule):
+        return _encode_schedule(value)
+    return _missing(value)
+
+
+def _is_builtin(value: object) -> bool:
+    return type(value) in (bool, int, float, str)
+
+
+def _missing(value: object) -> dict[str, str]:
+    kind = value if isinstance(value, type) else type(value)
+    return {"$missing": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _encode_estimator(value: Estimator) -> Any:
+    """By its names; one whose parts have none (a user's own, unregistered) is not in files."""
+    parts = [_LEGS.get(leg) for leg in value.legs], _BASELINES.get(value.baseline)
+    for name in estimators.names():
+        plain = estimators.make(name)
+        if replace(plain, legs=value.legs, baseline=value.baseline, cross_fit=value.cross_fit) == (
+            value
+        ):
+            if None in parts[0] or parts[1] is None:
+                return _missing(value)
+            return {"$estimator": [name, *parts, value.cross_fit]}
+    return _missing(value)
+
+
+def _decode_estimator(content: list[Any]) -> Estimator:
+    name, leg_names, baseline, cross_fit = content
+    by_name = {text: part for part, text in (*_LEGS.items(), *_BASELINES.items())}
+    return estimators.make(
+        name,
+        legs=tuple(by_name[leg] for leg in leg_names),
+        baseline=by_name[baseline],
+        cross_fit=bool(cross_fit),
+    )
+
+
+def _encode_schedule(value: Any) -> Any:
+    if isinstance(value, FloatSchedule):
+        return _encode_schedule(value.value_schedule)
+    if isinstance(value, ConstantSchedule):
+        return float(value.val)
+    if isinstance(value, LinearSchedule):
+        return {"$linear": [float(value.start), float(value.end), float(value.end_fraction)]}
+    return _missing(value)
+
+
+def _encode_space(space: spaces.Space, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(space, spaces.Box):
+        bounds = [_encode(bound, tensors) for bound in (space.low, space.high)]
+        return {"$box": [*bounds, np.dtype(space.dtype).str]}
+    if isinstance(space, spaces.Discrete):
+        return {"$discrete": [int(space.n), int(space.start)]}
+    if isinstance(space, spaces.MultiDiscrete):
+        return {"$multidiscrete": _encode(space.nvec, tensors)}
+    if isinstance(space, spaces.MultiBinary):
+        return {"$multibinary": _encode(space.n, tensors)}
+    if isinstance(space, spaces.Dict):
+        return {"$dict": {k: _encode_space(s, tensors) for k, s in space.spaces.items()}}
+    return _missing(space)
+
+
+def _decode(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise BadFileError(f"its JSON is nested more than {MAX_DEPTH} deep")
+
+    def inner(entry: Any) -> Any:
+        return _decode(entry, tensors, depth + 1)
+
+    if isinstance(value, list):
+        return [inner(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    tags = [key for key in value if key.startswith("$")]
+    if not tags:
+        return {key: inner(entry) for key, entry in value.items()}
+    (tag,) = tags
+    content = value[tag]
+    match tag:
+        case "$tensor":
+            return tensors[content]
+        case "$array":
+            return tensors[content].numpy()
+        case "$number":
+            return np.dtype(content[0]).type(content[1])
+        case "$tuple":
+            return tuple(inner(entry) for entry in content)
+        case "$deque":
+            return deque([inner(entry) for entry in content], maxlen=value["maxlen"])
+        case "$items":
+            return {inner(key): inner(entry) for key, entry in content}
+        case "$device":
+            return torch.device(content)
+        case "$class":
+            classes = {**_FORMER_NAMES, **_CLASSES}
+            if content not in classes:
+                raise BadFileError(f"it names the class '{content}', which is not known here")
+            return classes[content]
+        case "$estimator":
+            return _decode_estimator(content)
+        case "$linear":
+            start, end, fraction = map(float, content)
+            return LinearSchedule(start, end, fraction)
+        case "$missing":
+            return NotInFile(str(content))
+        case "$box":
+            low, high = inner(content[0]), inner(content[1])
+            return spaces.Box(low, high, dtype=np.dtype(content[2]).type)
+        case "$discrete":
+            return spaces.Discrete(content[0], start=content[1])
+        case "$multidiscrete":
+            return spaces.MultiDiscrete(inner(content))
+        case "$multibinary":
+            return spaces.MultiBinary(inner(content))
+        case "$dict":
+            return spaces.Dict({key: inner(entry) for key, entry in content.items()})
+    raise BadFileError(f"its JSON holds the unknown '{tag}'")

@@ -1,0 +1,35 @@
+"""The settings of PIPPS's papers, by name: constructor arguments, each number cited.
+
+`PIPPS("RBFPolicy", env, **PRESETS["tpx2023"])`, or `--preset tpx2023` on the command line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Parmas et al. 2023, "Model-based RL with scalable composite policy gradient estimators" (TPX)
+    "tpx2023": {
+        "n_particles": 300,  # App. B.1: "number of particles [...] was N = 300"
+        "horizon": 30,  # App. B.1: "prediction horizon was 30 steps"
+        "gradient_steps": 250,  # App. B.1: "policy gradient steps per episode was 250"
+        "optimizer": "adam",  # App. B.1: Adam instead of the RMSprop-like optimiser
+        "learning_rate": 0.01,  # App. B.1: plotted rate, the best of RP; the best of TP: 0.03-0.06
+        "adam_eps": 1e-4,  # the authors' demo code, not in the paper
+        "random_trials": 1,  # App. B.1: "starts by collecting 1 episode with random actions"
+        "policy_kwargs": {"n_centres": 50},  # App. B.1: "about 250 parameters": 50 centres give 254
+        "leg": "score",  # App. B.1: no batch importance weighting
+    },
+    # Parmas et al. 2018, "PIPPS: flexible model-based policy search robust to the curse of chaos"
+    "pipps2018": {
+        "n_particles": 300,  # Sec. 4.2: P = 300
+        "horizon": 30,  # Sec. 4.2: 3 s at 10 Hz
+        "gradient_steps": 600,  # Sec. 4.2: 600 policy evaluations between trials
+        "optimizer": "rmsprop2018",  # Sec. 3.3
+        "learning_rate": 5e-4,  # Sec. 4.2: alpha
+        "momentum": 0.9,  # Sec. 4.2: gamma
+        "random_trials": 1,  # Sec. 4.2: 1 random trial (cart-pole), then 15 learned ones
+        "policy_kwargs": {"n_centres": 50},  # Sec. 4.2.1: 50 basis functions
+        "leg": "biw",  # Sec. 3.2: batch importance weighting in LR and TP
+    },
+}

@@ -1,0 +1,252 @@
+"""Weight rules: how much of each score leg enters, k, the rest being the pathwise leg.
+
+Every rule is a function (rp, legs, probe) -> [k, ...], one k per leg, broadcastable to [N, ..., D].
+`rp` is the pathwise cotangent of zeta, `legs` the score legs' cotangents (usually one), both in the
+scale of the loss; `probe` see `estimators.probes`. The node uses
+rp + Σ_l k_l (leg_l - rp), and where k is 1 (or not a number) the leg alone, so an exploding or
+non-finite pathwise leg never reaches the result.
+
+With delta = leg - rp, minimising Var(rp + k·delta) is the regression of -rp on delta: that is TPX
+2023, Eq. 6 and 8, and `tpx`, `tpg` and the sum over several legs are this one regression, in other
+spaces.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from totalprop.estimators.declarations import without
+from totalprop.estimators.probes import Probe, gram
+
+Zeta = tuple[Tensor, ...]
+Weight = Callable[[Zeta, Sequence[Zeta], "Probe | None"], list[Tensor]]
+
+COTANGENT_SHARE = 1e-2  # of `tpg`'s objective is `tpx-ivw`'s, where parameter space is silent
+RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
+
+
+@without("needs_score")
+def pathwise(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """k = 0: RP, plain backpropagation."""
+    return [torch.zeros_like(rp[0][:1])] * len(legs)
+
+
+@without("needs_pathwise")
+def likelihood_ratio(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """k = 1: LR."""
+    return [torch.full_like(rp[0][:1], 1 / len(legs))] * len(legs)
+
+
+def tpx(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """One k per coordinate, with covariance, from the mean's cotangents.
+
+    k = (V_RP - cov) / (V_LR + V_RP - 2 cov); the same k for the std.
+    Parmas et al. 2023 (TPX), Eq. 8 and footnote 4; clipped to [0, 1].
+    """
+    return _regress(rp[0], [leg[0] for leg in legs], summed=False)
+
+
+def tpx_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """`tpx` with numerator and denominator summed over coordinates. TPX 2023, Sec. 4, App. D."""
+    return _regress(rp[0], [leg[0] for leg in legs], summed=True)
+
+
+def tpx_ivw(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """`tpx` without the covariance: inverse variances. TPX 2023, Sec. 4, App. D."""
+    return _inverse_variance(rp[0], [leg[0] for leg in legs], summed=False)
+
+
+def tpx_ivw_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """`tpx-ivw` with the variances summed over the coordinates. TPX 2023, App. D."""
+    return _inverse_variance(rp[0], [leg[0] for leg in legs], summed=True)
+
+
+def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """One scalar k per node from the variances of the per-sample policy-parameter gradients.
+
+    k = V_RP / (V_RP + V_LR), V = Σ_p Var_i. Parmas et al. 2018 (PIPPS), Alg. 2; TPX 2023, Eq. 5.
+    `tps` is the same rule with a probe of fewer parameters (TPX 2023, Sec. 4).
+    """
+    fields = [torch.stack(member) for member in zip(rp, *legs, strict=True)]  # [1 + L, N, ..., D]
+    if len(legs) == 1:
+        scale = torch.linalg.vector_norm(fields[0], math.inf)
+    else:  # each its own: none is to lose its digits beside an exploded one
+        scale = torch.linalg.vector_norm(fields[0].flatten(1), math.inf, dim=1)
+        scale = scale[(...,) + (None,) * rp[0].ndim]
+    scale = scale.clamp_min(_tiny(fields[0]))
+    covariance = gram(_require(probe, "tp"), tuple(f / scale for f in fields))
+    variances = covariance.diagonal().clamp_min(0.0)
+    if len(legs) == 1:
+        return [_share(*variances.unbind()).view((1,) * rp[0].ndim)]
+    return _shares(variances[(...,) + (None,) * rp[0].ndim].sqrt() * scale)
+
+
+def tpg(
+    rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, carried: float = 1.0
+) -> list[Tensor]:
+    """One k per coordinate, chosen jointly by the variance in policy-parameter space.
+
+    With J_id the per-sample Jacobian of coordinate d w.r.t. the parameters, and C_RP, C_LR the
+    [D, D] covariances tr Cov_i(J_id g_id, J_ie g_ie) of each leg, minimises over k in [0, 1]^D
+
+        (1 - k)ᵀ C_RP (1 - k) + kᵀ C_LR k + carried Σ_d k_d² C_LR,dd,
+
+    without the bounds, and clips k to them. This project; no paper. With one coordinate and
+    carried = 0 it is `tp`, where J keeps the coordinates apart `tpx-ivw` in parameter space, but
+    for a hundredth of `tpx-ivw`'s own objective, in the same unit: a coordinate that the parameters
+    do not reach in this step (a position, in a model of explicit Euler steps) has no say above, but
+    its k decides what earlier nodes receive, and gets that rule's.
+
+    Three choices are empirical (results/chaos/table.md): that hundredth, chosen on another seed.
+    The covariance between the legs is left out: over a long chain the noise of its estimate costs
+    more than it gains. And LR's own variance counts `carried` times more: at the edge of chaos that
+    lowers the variance of the whole gradient several-fold, though not at a single node, where
+    `functools.partial(tpg, carried=0.0)` is the better rule.
+    """
+    if len(legs) != 1 or rp[0].ndim != 2:
+        raise ValueError(
+            f"weight rule 'tpg' takes one score leg and nodes [N, D], got {len(legs)} legs and a "
+            f"node of shape {list(rp[0].shape)}; use weight=tpx"
+        )
+    # A pathwise leg so large that k would round to 1, or not finite, does not take part.
+    spread_rp, spread_lr = rp[0].std(0), legs[0][0].std(0)
+    usable = torch.isfinite(spread_rp) & ~(spread_rp > largest_usable(spread_lr))  # [D]
+    spread_rp = torch.where(usable, spread_rp, 0.0)
+    pairs = [(torch.where(usable, g, 0.0), leg) for g, leg in zip(rp, legs[0], strict=True)]
+    scale = torch.stack([torch.linalg.vector_norm(g, math.inf) for g in pairs[0]]).amax()
+    scale = scale.clamp_min(_tiny(scale))
+    # Fields [2 D, N, D]: each coordinate of each leg by itself.
+    fields = [torch.cat([torch.diag_embed(g / scale) for g in pair], 1) for pair in pairs]
+    covariance = gram(_require(probe, "tpg"), tuple(f.movedim(1, 0) for f in fields))
+    d = rp[0].shape[1]
+    c_rp, c_lr = covariance[:d, :d], covariance[d:, d:]
+    penalty = carried * c_lr.diagonal()
+    v_rp, v_lr = (spread_rp / scale).square(), (spread_lr / scale).square()
+    unit = COTANGENT_SHARE * c_lr.trace() / v_lr.sum().clamp_min(_tiny(scale))
+    penalty = penalty + unit * v_lr
+    system = c_rp + c_lr + torch.diag(penalty + unit * v_rp)
+    size = system.diagonal().clamp_min(_tiny(scale)).sqrt()
+    # Solved for 1 - k, whose right-hand side holds no exploded number.
+    pathwise_weight = _solve(system, size, c_lr.sum(1) + penalty, usable)
+    return [(1 - pathwise_weight).clamp(0.0, 1.0).unsqueeze(0)]
+
+
+def largest_usable(size: Tensor) -> Tensor:
+    """The size of a pathwise leg, beside a score leg of that size, above which k rounds to 1."""
+    return size / (8 * torch.finfo(size.dtype).eps) ** 0.5
+
+
+def _solve(system: Tensor, size: Tensor, target: Tensor, usable: Tensor) -> Tensor:
+    """Solve a small symmetric system in units of its diagonal; unusable unknowns are 0."""
+    both = usable & usable.unsqueeze(1)
+    eye = torch.eye(len(size), dtype=size.dtype, device=size.device)
+    scaled = torch.where(both, system / size / size.unsqueeze(1), 0.0) * (1 - eye)
+    target = torch.where(usable, target / size, 0.0)
+    # The ridge makes it solvable, and `solve` would wait for a GPU to say so.
+    return torch.linalg.solve_ex(scaled + (1 + RIDGE) * eye, target)[0] / size
+
+
+def whole_graph_ivw(rp: Tensor, lr: Tensor) -> Tensor:
+    """k = V_RP / (V_RP + V_LR), once, from per-sample gradients [N, P]. TPX 2023, Eq. 5."""
+    return _inverse_variance(rp, [lr], summed=True)[0].squeeze().nan_to_num(nan=1.0)
+
+
+def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
+    """k of least Var_i(rp + Σ_l k_l (leg_l - rp)), per coordinate or summed over the last axis."""
+    if len(legs) > 1:
+        return _simplex([rp, *legs], summed=summed)[1:]
+    delta = legs[0] - rp
+    dims = (0, -1) if summed else (0,)
+    # Largest entry per regression: makes k independent of the loss's scale, without overflow.
+    scale = torch.linalg.vector_norm(delta, math.inf, dim=dims, keepdim=True)
+    scale = scale.clamp_min(_tiny(scale))
+    rp, delta = rp / scale, delta / scale
+    rp = rp - rp.mean(0, keepdim=True)  # else a large mean's round-off keeps k from 1
+    delta = delta - delta.mean(0, keepdim=True)
+    numerator = (delta * rp).sum(dims, keepdim=True)
+    k = numerator / (delta * delta).sum(dims, keepdim=True).clamp_min(_tiny(scale))
+    return [k.neg_().clamp_(0.0, 1.0)]
+
+
+def _simplex(legs: list[Tensor], *, summed: bool) -> list[Tensor]:
+    """Weights of least variance, each >= 0, together 1: generalised least squares on a simplex.
+
+    Within a face of the simplex w ∝ S⁻¹ 1 with variance 1 / (1ᵀ S⁻¹ 1); with two or three legs the
+    faces can be tried one by one, which is exact where clipping is not. The covariance S is used in
+    units of its diagonal, so that legs may differ by many orders of magnitude.
+    """
+    x, last = torch.stack(legs), (-1,) if summed else ()
+    largest = torch.linalg.vector_norm(x, math.inf, dim=(1, *last), keepdim=True)
+    x = x / largest.clamp_min(_tiny(largest))
+    x = x - x.mean(1, keepdim=True)
+    s = torch.einsum("an...,bn...->...ab", x, x)
+    if summed:
+        s = s.sum(-3, keepdim=True)
+    deviation = s.diagonal(dim1=-2, dim2=-1).sqrt()
+    inverse = 1 / deviation.clamp_min(_tiny(s))
+    correlation = s * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    correlation = correlation + RIDGE * torch.eye(len(legs), dtype=s.dtype, device=s.device)
+    deviation = deviation * largest.squeeze(1).movedim(0, -1)
+    unit = deviation.nan_to_num(nan=math.inf).amin(-1, keepdim=True)
+    precision = 1 / (deviation / unit.clamp_min(_tiny(unit))).clamp_min(1e-6)  # [..., M]
+    best = torch.full_like(deviation[..., :1], math.inf)
+    weights = torch.zeros_like(deviation)
+    for size in range(1, len(legs) + 1):
+        for face in itertools.combinations(range(len(legs)), size):
+            index = list(face)
+            block = correlation[..., index, :][..., index]
+            w = torch.linalg.solve_ex(block, precision[..., index].unsqueeze(-1))[0].squeeze(-1)
+            w = w * precision[..., index]
+            variance = 1 / w.sum(-1, keepdim=True)
+            inside = (w >= 0).all(-1, keepdim=True) & torch.isfinite(variance)
+            better = inside & (variance < best)
+            full = torch.zeros_like(weights)
+            full[..., index] = w * variance
+            best, weights = torch.where(better, variance, best), torch.where(better, full, weights)
+    return list(weights.movedim(-1, 0).unsqueeze(1))
+
+
+def _inverse_variance(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
+    """k_l = V_l⁻¹ / (V_RP⁻¹ + Σ_m V_m⁻¹), per coordinate or summed over the last axis."""
+    dims = (0, -1) if summed else (0,)
+    gradients = [rp, *legs]
+    norms = [torch.linalg.vector_norm(g, math.inf, dim=dims, keepdim=True) for g in gradients]
+    if len(legs) == 1:  # one scale for both: RP alone may be 0
+        norms = [torch.maximum(*norms)] * 2
+    scales = [norm.clamp_min(_tiny(rp)) for norm in norms]
+    variances = [(g / scale).var(0, keepdim=True) for g, scale in zip(gradients, scales)]
+    if summed:
+        variances = [v.sum(-1, keepdim=True) for v in variances]
+    if len(legs) == 1:
+        return [_share(*variances)]
+    return _shares(torch.stack([v.sqrt() * scale for v, scale in zip(variances, scales)]))
+
+
+def _share(rp: Tensor, leg: Tensor) -> Tensor:
+    """k = V_RP / (V_RP + V_LR); 0 where both are 0."""
+    return rp / (leg + rp).clamp_min(_tiny(rp))
+
+
+def _shares(deviations: Tensor) -> list[Tensor]:
+    """Inverse-variance weights of several legs [1 + L, ...]; one that is not finite has none."""
+    deviations = deviations.nan_to_num(nan=math.inf, posinf=math.inf).clamp_min(_tiny(deviations))
+    precisions = (deviations.amin(0) / deviations).square()
+    return list(precisions[1:] / precisions.sum(0))
+
+
+def _require(probe: Probe | None, name: str) -> Probe:
+    if probe is None:
+        raise ValueError(
+            f"weight rule '{name}' works in policy-parameter space and needs probe=...; pass one "
+            "(estimators.ParameterProbe) or choose estimator 'tpx', which needs none"
+        )
+    return probe
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny

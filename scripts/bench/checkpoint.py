@@ -1,0 +1,78 @@
+"""What a checkpoint costs: seconds, bytes, and its share of the training time."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.logger import configure
+
+from totalprop.agents import AGENTS, DAAPPO, PIPPS, DreamerTPX
+from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.persistence.checkpoint import MOST_OF_THE_TIME, Checkpoints
+from totalprop.envs.rewind import Rewindable
+
+
+def bench_checkpoint(repeats: int) -> list[dict[str, float]]:
+    """A column per agent: PIPPS with 450 points, DreamerTPX on vectors and pixels, DAAPPO.
+
+    Timed are checkpoints after new steps, as many as a minute of training brings at most.
+    """
+    return [_column(make, steps, repeats) for make, steps in TRAINED]
+
+
+def _column(make: Callable[[], Algorithm], steps: int, repeats: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        agent = make()
+        agent.set_logger(configure(name, []))
+        checkpoints = Checkpoints(folder / "checkpoints")
+        checkpoints.init_callback(agent)
+        agent.learn(2 * steps)
+        checkpoints.save()
+        seconds, sizes = [], []
+        for _ in range(repeats):
+            agent.learn(steps, reset_num_timesteps=False)
+            before = {path.name for path in checkpoints.folder.iterdir()}
+            started = time.perf_counter()
+            checkpoints.save()
+            seconds.append(time.perf_counter() - started)
+            new = [path for path in checkpoints.folder.iterdir() if path.name not in before]
+            sizes.append(sum(path.stat().st_size for path in new))
+    cost = float(np.median(seconds))
+    interval = max(checkpoints.every_seconds, cost / MOST_OF_THE_TIME)
+    return {
+        "new steps": steps,
+        "seconds": cost,
+        "MB written": float(np.median(sizes)) / 1e6,
+        "% of the time at the default": 100 * cost / interval,
+    }
+
+
+def _pipps() -> Algorithm:
+    env = Rewindable(gym.make("totalprop/CartPoleSwingUp-v0"))
+    return PIPPS("RBFPolicy", env, gradient_steps=1, gp_evaluations=2, seed=0, device="cpu")
+
+
+def _dreamer(observation: str) -> Algorithm:
+    env = Rewindable(gym.make("dmc/cartpole-balance-v0", observation=observation, render="fast"))
+    settings = {**AGENTS["dreamer"].presets["laptop"], "train_freq": 500, "gradient_steps": 1}
+    return DreamerTPX("DreamerPolicy", env, seed=0, device="cpu", **settings)
+
+
+def _daappo() -> Algorithm:
+    env = Rewindable(gym.make("dmc/cartpole-swingup-v0", action_repeat=4))
+    settings = {**AGENTS["daappo"].presets["recommended"], "n_epochs": 1}
+    return DAAPPO("MlpPolicy", env, seed=0, device="cpu", **settings)
+
+
+TRAINED: list[tuple[Callable[[], Algorithm], int]] = [
+    (_pipps, 150),
+    (lambda: _dreamer("vector"), 1500),
+    (lambda: _dreamer("pixels"), 500),
+    (_daappo, 10_240),
+]

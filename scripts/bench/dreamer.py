@@ -1,0 +1,132 @@
+"""One full DreamerV1 update (model, actor, critic) against sheeprl's, and the estimators' cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from totalprop import estimators
+from totalprop.agents.core.memory import keep_freed_memory
+from totalprop.agents.dreamer.cuda_graph import EAGER_CALLS
+from totalprop.agents.dreamer.imagination import ImaginationSettings
+from totalprop.agents.dreamer.policy import DreamerPolicy
+from totalprop.agents.dreamer.replay import SequenceBatch
+from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings
+from totalprop.scripts.bench import sheeprl_peer
+from totalprop.scripts.bench.timing import interleaved_medians
+from totalprop.world_models.latent.model import ModelLossSettings
+
+ACTIONS = 6
+MODES = ("compile", "cuda_graph")  # fields of `UpdateSettings`
+# Multiply-accumulates of one frame through encoder and decoder, forward; of one imagined step
+# through RSSM, actor, reward and critic (specified sizes, 6 actions). Backward counts twice.
+FRAME_MACS, STEP_MACS = 38.9e6, 1.56e6
+
+
+def bench_dreamer(
+    repeats: int,
+    *,
+    batch: int = 50,
+    length: int = 50,
+    horizons: tuple[int, ...] = (15, 60),
+    device: str = "cpu",
+    modes: Sequence[str] = (),
+    peer: bool = True,
+) -> dict[str, float]:
+    """Seconds per update, and ratios measured in the same run.
+
+    Args:
+        repeats: rounds; the medians are compared.
+        batch, length: B sequences of T steps of 64x64 images. horizons: imagined steps H; the peer
+            is compared at the first.
+        device: "cpu" or "cuda".
+        modes: of `MODES`; `rp` and, where it has it, sheeprl at the first horizon with each.
+        peer: time sheeprl too (left out where it is not installed).
+    """
+    data = _batch(batch, length, device)
+    if device == "cpu":
+        keep_freed_memory()  # as DreamerTPX does
+    generator = torch.Generator(device).manual_seed(0)
+
+    def update(name: str, horizon: int, mode: str = "") -> Callable[[], object]:
+        settings = _settings(name, horizon)
+        if mode:
+            changes: dict[str, Any] = {mode: True}
+            settings = dataclasses.replace(settings, **changes)
+        step = DreamerUpdate(_policy(device), settings)
+        return lambda: step(data, generator)
+
+    tasks: dict[str, Callable[[], object]] = {}
+    for horizon in horizons:
+        tasks |= {f"{name} H={horizon}": update(name, horizon) for name in ("rp", "tpx")}
+    first = horizons[0]
+    tasks |= {f"rp H={first}, {mode}": update("rp", first, mode) for mode in modes}
+    if peer:
+        try:
+            peer_sizes: dict[str, Any] = {
+                "batch": batch, "length": length, "horizon": first, "actions": ACTIONS,
+            }  # fmt: skip
+            tasks["sheeprl"] = sheeprl_peer.start_update(**peer_sizes, device=device)
+            if device == "cpu":
+                tasks["sheeprl, our allocator"] = sheeprl_peer.start_update(
+                    **peer_sizes, keep_memory=True
+                )
+            if "compile" in modes:
+                tasks["sheeprl, compile"] = sheeprl_peer.start_update(
+                    **peer_sizes, device=device, compile=True
+                )
+        except ImportError as error:
+            print(error)
+    warm_up = EAGER_CALLS + 1 if "cuda_graph" in modes else 1  # the graph is recorded then
+    seconds = interleaved_medians(tasks, repeats, device=device, warm_up=warm_up)
+    row = {f"seconds (rp, H={h})": seconds[f"rp H={h}"] for h in horizons}
+    row |= {f"tpx / rp at H={h}": seconds[f"tpx H={h}"] / seconds[f"rp H={h}"] for h in horizons}
+    ours = [f"rp H={first}, {mode}" for mode in modes]
+    for name in (*ours, "sheeprl", "sheeprl, our allocator", "sheeprl, compile"):
+        if name in seconds:
+            row[f"seconds ({name})"] = seconds[name]
+            row[f"{name} / rp H={first}"] = seconds[name] / seconds[f"rp H={first}"]
+    frames = batch * length
+    work = 2 * 3 * frames * (FRAME_MACS + first * STEP_MACS)
+    row["TFLOP/s"] = work / seconds[f"rp H={first}"] / 1e12
+    return row
+
+
+def _policy(device: str) -> DreamerPolicy:
+    torch.manual_seed(0)
+    images = spaces.Box(0, 255, (3, 64, 64), np.uint8)
+    actions = spaces.Box(-1, 1, (ACTIONS,), np.float32)
+    return DreamerPolicy(images, actions).to(device)
+
+
+def _settings(name: str, horizon: int) -> UpdateSettings:
+    return UpdateSettings(
+        estimator=estimators.make(name),
+        imagination=ImaginationSettings(),
+        model=ModelLossSettings(),
+        horizon=horizon,
+        imagination_starts=0,
+        learning_rate=8e-5,
+        model_learning_rate=6e-4,
+        adam_eps=1e-7,
+        max_grad_norm=100.0,
+        bf16=False,
+    )
+
+
+def _batch(batch: int, length: int, device: str) -> SequenceBatch:
+    torch.manual_seed(0)
+    lead = (length, batch)
+    data = SequenceBatch(
+        torch.randint(0, 256, (*lead, 3, 64, 64), dtype=torch.uint8),
+        torch.rand(*lead, ACTIONS) * 2 - 1,
+        torch.rand(*lead),
+        torch.zeros(lead, dtype=torch.bool),
+        torch.zeros(lead, dtype=torch.bool),
+    )
+    return SequenceBatch(*(x.to(device) for x in data))

@@ -1,0 +1,226 @@
+"""Speed as ratios, measured against a named peer or floor in the same run.
+
+    totalprop bench pipps                  # seconds per policy gradient
+    totalprop bench pipps --json bench.json
+    totalprop bench dreamer                # seconds per update, against sheeprl
+    totalprop bench dreamer --device cuda --modes compile cuda_graph
+    totalprop bench ppo                    # DAAPPO against stable-baselines3's PPO
+    totalprop bench checkpoint             # what a checkpoint costs
+
+Every figure is the median over interleaved repeats, so that a slow moment of the machine hits all
+of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+import totalprop.envs  # noqa: F401  (registers our environments)
+from totalprop import estimators
+from totalprop.agents.core.memory import keep_freed_memory
+from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
+from totalprop.agents.trials.controllers import RBFPolicy
+from totalprop.scripts.bench.checkpoint import bench_checkpoint
+from totalprop.scripts.bench.dreamer import MODES, bench_dreamer
+from totalprop.scripts.bench.ppo import ENV_ID, bench_ppo
+from totalprop.scripts.bench.timing import interleaved_medians
+from totalprop.world_models.gp import GaussianProcess, Posterior
+
+WHAT = ("pipps", "dreamer", "ppo", "checkpoint")
+HORIZON, PARTICLES = 30, 300  # Parmas et al. 2023, App. B.1
+ESTIMATORS = ("rp", "lr", "tpx", "tp", "tpg")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", default="pipps", choices=list(WHAT))
+    parser.add_argument("--points", type=int, nargs="+", default=[30, 150, 450], help="GP data")
+    parser.add_argument(
+        "--repeats", type=int, help="medians of this many (default: pipps 11, others 5)"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="of dreamer: cpu or cuda")
+    parser.add_argument("--batch", type=int, default=50, help="dreamer's sequences")
+    parser.add_argument("--length", type=int, default=50, help="dreamer's steps of a sequence")
+    parser.add_argument("--horizons", type=int, nargs="+", default=[15, 60], help="of dreamer")
+    parser.add_argument(
+        "--modes", nargs="+", default=[], choices=MODES, help="of dreamer: time these too"
+    )
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    options = parser.parse_args(arguments)
+    check(parser, options)
+    torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as scripts.train
+    if options.what == "pipps":
+        rows = [bench_pipps(n, options.repeats) for n in options.points]
+        title = f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}"
+    elif options.what == "checkpoint":
+        rows = bench_checkpoint(options.repeats)
+        title = "checkpoints of PIPPS, DreamerTPX on vectors, on pixels, and DAAPPO"
+    elif options.what == "ppo":
+        rows = [bench_ppo(options.repeats)]
+        title = f"rollouts and updates on {ENV_ID}"
+    else:
+        rows = [
+            bench_dreamer(
+                options.repeats,
+                batch=options.batch,
+                length=options.length,
+                horizons=tuple(options.horizons),
+                device=options.device,
+                modes=options.modes,
+            )
+        ]
+        title = f"one update: {options.batch} sequences of {options.length} images"
+    print(f"{title}, {options.device}, {options.threads} threads")
+    for name in rows[0]:
+        print(f"{name:>36} " + " ".join(f"{row[name]:9.4g}" for row in rows))
+    if options.json is not None:
+        record = {"what": options.what, "device": options.device, "threads": options.threads}
+        record |= {"torch": torch.__version__, "rows": rows}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"written to {options.json}")
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """One sentence per wrong value, before anything is timed."""
+    if options.repeats is None:
+        options.repeats = 11 if options.what == "pipps" else 5
+    for name, least in (
+        ("points", 1), ("repeats", 1), ("threads", 1), ("batch", 1), ("length", 2), ("horizons", 2)
+    ):  # fmt: skip
+        value = getattr(options, name)
+        if min(value if isinstance(value, list) else [value]) < least:
+            given = " ".join(map(str, value)) if isinstance(value, list) else value
+            parser.error(f"--{name} must be at least {least}, got {given}")
+    if options.what != "dreamer" and (options.device != "cpu" or options.modes):
+        parser.error(f"--device and --modes are dreamer's: {options.what} is timed on the CPU")
+    try:
+        kind = torch.empty(0, device=options.device).device.type
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:100]
+        parser.error(
+            f"--device must be cpu or a GPU that PyTorch sees, got '{options.device}' ({reason})"
+        )
+    if kind not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got '{options.device}'")
+    if kind == "cpu" and "cuda_graph" in options.modes:
+        parser.error("--modes cuda_graph needs --device cuda")
+
+
+def bench_pipps(points: int, repeats: int) -> dict[str, float]:
+    """Ratios of one policy gradient to `rp`, to GPyTorch and to the matrix-product floor."""
+    keep_freed_memory()  # as PIPPS does
+    model, policy = _problem(points)
+    noise = Noise.draw(HORIZON, PARTICLES, 4, torch.Generator().manual_seed(0), resample=False)
+    parameters = list(policy.parameters())
+
+    def policy_gradient(name: str, model: ParticleModel = model) -> Callable[[], object]:
+        estimator = estimators.make(name)
+        return lambda: estimators.gradient(
+            lambda estimator, tap: simulate(model, policy, noise, estimator, tap=tap)[0],
+            parameters,
+            estimator,
+            samples=PARTICLES,
+        )
+
+    k, precision = torch.rand(4, PARTICLES, points).double(), torch.rand(4, points, points).double()
+
+    def floor() -> None:
+        for _ in range(HORIZON):
+            torch.bmm(k, precision)
+
+    tasks = {name: policy_gradient(name) for name in ESTIMATORS}
+    tasks["floor"] = floor
+    gpytorch_model = _gpytorch_model(model)
+    if gpytorch_model is not None:
+        tasks["gpytorch"] = policy_gradient("rp", gpytorch_model)
+    seconds = interleaved_medians(tasks, repeats)
+    ratios = {f"{name} / rp": seconds[name] / seconds["rp"] for name in ESTIMATORS[1:]}
+    row = {"GP data points": points, "seconds (rp)": seconds["rp"], **ratios}
+    row["rp / matrix-product floor"] = seconds["rp"] / seconds["floor"]
+    if "gpytorch" in seconds:
+        row["GPyTorch / rp (speed-up)"] = seconds["gpytorch"] / seconds["rp"]
+    return row
+
+
+def _problem(points: int) -> tuple[ParticleModel, RBFPolicy]:
+    """Cart-pole data of a random controller, a fitted model and a random policy."""
+    env = gym.make("totalprop/CartPoleSwingUp-v0")
+    env.action_space.seed(0)
+    inputs: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    observation, _ = env.reset(seed=0)
+    while len(inputs) < points:
+        action = env.action_space.sample()
+        new, _, _, truncated, _ = env.step(action)
+        inputs.append(np.concatenate((observation, action)))
+        targets.append(new - observation)
+        observation = env.reset()[0] if truncated else new
+    gp = GaussianProcess(5, 4)
+    gp.set_data(torch.as_tensor(np.array(inputs)), torch.as_tensor(np.array(targets)))
+    gp.fit()
+    torch.manual_seed(0)
+    policy = RBFPolicy(env.observation_space, env.action_space)  # type: ignore[arg-type]
+    mean, std = map(torch.as_tensor, env.get_wrapper_attr("initial_distribution"))
+    policy.place(mean, torch.ones_like(mean))
+    own_cost = env.get_wrapper_attr("cost")
+    return ParticleModel(gp, mean, std, lambda states, actions: own_cost(states)), policy
+
+
+def _gpytorch_model(model: ParticleModel) -> ParticleModel | None:
+    """The same GP in GPyTorch's own classes, or None where GPyTorch is not installed."""
+    try:
+        import gpytorch
+    except ImportError:
+        print("GPyTorch is not installed, its row is left out: pip install gpytorch")
+        return None
+    ours = model.dynamics
+    batch = torch.Size([ours.targets.shape[1]])
+
+    class Exact(gpytorch.models.ExactGP):
+        def __init__(self, x: Tensor, y: Tensor, likelihood: object) -> None:
+            super().__init__(x, y, likelihood)
+            self.mean_module = gpytorch.means.ZeroMean(batch_shape=batch)
+            kernel = gpytorch.kernels.RBFKernel(ard_num_dims=x.shape[-1], batch_shape=batch)
+            self.covar_module = gpytorch.kernels.ScaleKernel(kernel, batch_shape=batch)
+
+        def forward(self, x: Tensor) -> object:
+            mean, covariance = self.mean_module(x), self.covar_module(x)
+            return gpytorch.distributions.MultivariateNormal(mean, covariance)
+
+    likelihood = gpytorch.likelihoods.GaussianLikelihood(
+        batch_shape=batch, noise_constraint=gpytorch.constraints.GreaterThan(1e-12)
+    ).double()
+    inputs = ours.inputs.expand(*batch, *ours.inputs.shape)
+    exact = Exact(inputs, ours.targets.T.contiguous(), likelihood).double()
+    exact.covar_module.base_kernel.lengthscale = ours.log_lengthscale.exp().unsqueeze(1)
+    exact.covar_module.outputscale = (2 * ours.log_signal).exp()
+    likelihood.noise = (2 * ours.log_noise).exp().unsqueeze(1)
+    exact.eval()
+    likelihood.eval()
+
+    class Peer:
+        noise = ours.noise
+
+        def posterior(self, x: Tensor) -> Posterior:
+            prediction = exact(x.expand(*batch, *x.shape))
+            variance = prediction.variance.T
+            return Posterior(prediction.mean.T, variance, variance, variance)
+
+    return ParticleModel(Peer(), model.start_mean, model.start_std, model.cost)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Kill a training again and again, resume it each time, and compare its end with a quiet run's.
+
+    totalprop kill-test --agents pipps dreamer daappo --kills 20 --out results/reliability
+
+SIGKILL comes at random moments, and inside the writing of checkpoints (before a file is synced).
+Compared are all parameters, optimiser states, counters, generators, environments and replays of the
+last checkpoint, evaluations.json, and progress.csv but for its times: everything bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
+
+from totalprop.agents import AGENTS
+from totalprop.agents.persistence import safe_file
+from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.scripts.run.folder import RunFolder, current_commit
+
+COMMON = ["--threads", "1", "--no-progress", "--no-tensorboard", "--checkpoint-seconds", "0"]
+COMMON += ["--eval-episodes", "2"]
+CART_POLE = ["--env-id", "totalprop/CartPoleSwingUp-v0"]
+COMMANDS = {  # small, but with everything that a run has
+    "pipps": ["pipps", "--total-timesteps", "300", "--gradient-steps", "5", "--n-particles", "20",
+              "--gp-evaluations", "20"],
+    "dreamer": [
+        "dreamer", "--preset", "laptop", "--total-timesteps", "300", "--learning-starts", "60",
+        "--sequence-length", "8", "--batch-size", "4", "--imagination-starts", "8",
+        "--gradient-steps", "2", "--eval-every", "40", "--buffer-size", "200", *CART_POLE,
+    ],
+    "daappo": [
+        "daappo", "--total-timesteps", "1200", "--n-steps", "60", "--batch-size", "30",
+        "--dynamics-width", "16", "--n-extra-actions", "2", "--simulation-horizon", "2",
+        "--eval-every", "120", "--n-epochs", "2", "--dynamics-buffer-size", "500",
+        "--normalize", "both", *CART_POLE,
+    ],
+}  # fmt: skip
+LENGTHS = {"pipps": 4, "dreamer": 16, "daappo": 8}  # times those steps: room for 20 and more kills
+RING = 200  # rows of a ring that are compared: the smallest ring of COMMANDS
+WHILE_TRAINING = 0.8  # share of the kills that come after the first checkpoint of a process
+# Keys of what the clock decides, or of where a process began.
+TIMES = {
+    "start_time", "stopwatch", "t", "_num_timesteps_at_start", "time/fps", "time/time_elapsed",
+    "time/updates_per_second",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--agents", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
+    parser.add_argument("--kills", type=int, default=20, help="at random moments, per agent")
+    parser.add_argument("--kills-in-checkpoints", type=int, default=5, help="per agent")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, default=None, help="folder for kill_test.json")
+    options = parser.parse_args()
+    records = []
+    for agent in options.agents:
+        with tempfile.TemporaryDirectory() as folder:
+            record = kill_test(
+                agent, Path(folder), options.kills, options.kills_in_checkpoints, options.seed,
+                length=LENGTHS[agent],
+            )  # fmt: skip
+        records.append(record)
+        print(json.dumps(record), flush=True)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        report = {"commit": current_commit(), "seed": options.seed, "agents": records}
+        (options.out / "kill_test.json").write_text(json.dumps(report, indent=1) + "\n")
+    if any(record["differences"] for record in records):
+        raise SystemExit(1)
+
+
+def kill_test(
+    agent: str,
+    folder: Path,
+    kills: int,
+    kills_in_checkpoints: int,
+    seed: int,
+    *,
+    length: int = 1,
+) -> dict[str, Any]:
+    """One quiet and one killed run of an agent; what differs at the end, and what happened.
+
+    Args:
+        folder: for both runs. length: factor on the number of steps.
+    """
+    moments = random.Random(seed)
+    arguments = [*COMMANDS[agent], *COMMON, "--runs", str(folder)]
+    place = arguments.index("--total-timesteps") + 1
+    arguments[place] = str(length * int(arguments[place]))
+    quiet, killed = folder / "quiet", folder / "killed"
+    process = _start([*arguments, "--name", "quiet"])
+    _wait_for_checkpoint(process, quiet, -1)
+    started = time.perf_counter()
+    _wait(process)
+    life = time.perf_counter() - started
+    plan = ["moment"] * kills + ["checkpoint"] * kills_in_checkpoints
+    moments.shuffle(plan)
+    deaths: list[tuple[str, int]] = []
+
+    def command() -> list[str]:
+        if (killed / "config.json").exists():
+            return ["--resume", str(killed)]
+        return [*arguments, "--name", "killed"]
+
+    for kind in plan:
+        if (killed / "summary.json").exists():
+            break
+        process = _start(command(), moments.randrange(2, 12) if kind == "checkpoint" else 0)
+        if kind == "moment":
+            if moments.random() < WHILE_TRAINING:  # else perhaps while it starts or resumes
+                _wait_for_checkpoint(process, killed, _newest(killed))
+            process.join(moments.random() * life / len(plan))
+        else:
+            process.join()
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if process.exitcode == -signal.SIGKILL:
+            deaths.append((kind, _newest(killed)))
+        elif process.exitcode:
+            raise RuntimeError(f"a training ended with {process.exitcode}")
+    if not (killed / "summary.json").exists():
+        _wait(_start(command()))
+    return {
+        "agent": agent,
+        "steps": int(arguments[place]),
+        "kills": len(deaths),
+        "kinds_and_newest_checkpoints": deaths,
+        "seconds_of_the_quiet_run": round(life, 1),
+        "differences": differences(agent, quiet, killed),
+    }
+
+
+def _newest(run: Path) -> int:
+    """Steps of a run's newest checkpoint; -1 before there is one."""
+    return Checkpoints(RunFolder(run).checkpoints).newest_step()
+
+
+def _wait_for_checkpoint(process: BaseProcess, run: Path, after: int) -> None:
+    while process.is_alive() and _newest(run) <= after:
+        time.sleep(0.01)
+
+
+def _start(arguments: list[str], die_at_sync: int = 0) -> BaseProcess:
+    """Train in a process of its own, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["totalprop.scripts.train"])
+    process = context.Process(target=_train, args=(arguments, die_at_sync))
+    process.start()
+    return process
+
+
+def _train(arguments: list[str], die_at_sync: int) -> None:
+    from totalprop.scripts import train
+
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    if die_at_sync:
+        os.fsync = _dying(os.fsync, die_at_sync)  # type: ignore[assignment]
+    train.main(arguments)
+
+
+def _dying(sync: Callable[[int], None], at: int) -> Callable[[int], None]:
+    """An fsync that kills its process at the n-th call, before anything is synced."""
+    calls = 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    return fsync
+
+
+def _wait(process: BaseProcess) -> None:
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"a training ended with {process.exitcode}")
+
+
+# --------------------------------------------------------------------------------------------
+# comparison
+# --------------------------------------------------------------------------------------------
+
+
+def differences(agent: str, first: Path, second: Path) -> list[str]:
+    """Where two runs' ends are not the same, bit for bit."""
+    ends = []
+    for path in (first, second):
+        folder = RunFolder(path)
+        newest = Checkpoints(folder.checkpoints).paths()[-1]
+        name = AGENTS[agent].cls.__name__
+        state = safe_file.read(newest, f"{name} checkpoint")
+        state["training"] |= _joined(state["training"], folder.checkpoints)
+        state.pop("files")
+        ends.append(
+            {
+                "checkpoint": state,
+                "model": safe_file.read(folder.model, f"{name} model"),
+                "evaluations": json.loads(folder.evaluations.read_text()),
+                "progress": _progress(path / "progress.csv"),
+            }
+        )
+    found: list[str] = []
+    _compare(ends[0], ends[1], "", found)
+    return found
+
+
+def _joined(training: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Rings of segments as whole arrays: how they were cut depends on when checkpoints came."""
+
+    def ring(segments: list[Any]) -> dict[str, Any]:
+        parts = [safe_file.read(folder / name, "replay segment") for *_, name in segments]
+        oldest = max(0, segments[-1][1] - RING)
+        whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        first = segments[0][0]
+        return {key: value[max(0, oldest - first) :] for key, value in whole.items()}
+
+    joined: dict[str, Any] = {}
+    if training.get("replay"):
+        joined["replay"] = [ring(segments) for segments in training["replay"]]
+    if training.get("transitions"):
+        joined["transitions"] = ring(training["transitions"])
+    return joined
+
+
+def _progress(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _compare(a: Any, b: Any, where: str, found: list[str]) -> None:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in a.keys() | b.keys():
+            if key in TIMES:
+                continue
+            if key not in a or key not in b:
+                found.append(f"{where}/{key} is in one only")
+            else:
+                _compare(a[key], b[key], f"{where}/{key}", found)
+        return
+    if hasattr(a, "__len__") and hasattr(a, "__iter__") and not isinstance(a, str | torch.Tensor):
+        if isinstance(a, np.ndarray):
+            same = a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+            if not same:
+                found.append(where)
+        elif type(a) is not type(b) or len(a) != len(b):
+            found.append(f"{where}: {len(a)} and {len(b)} entries")
+        else:
+            for i, (x, y) in enumerate(zip(a, b)):
+                _compare(x, y, f"{where}/{i}", found)
+        return
+    if isinstance(a, torch.Tensor):
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            found.append(where)
+    elif isinstance(a, safe_file.NotInFile):
+        pass
+    elif isinstance(a, FloatSchedule | LinearSchedule) and type(a) is type(b):
+        _compare(vars(a), vars(b), where, found)
+    elif a != b and not (a != a and b != b):
+        found.append(f"{where}: {a!r} and {b!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Train each agent for an hour and watch its memory and its open files.
+
+    totalprop soak --minutes 60 --out results/reliability
+    totalprop soak --agents dreamer --minutes 5
+
+All agents train at once, one thread each, as `totalprop train` does, with evaluations,
+TensorBoard and a checkpoint every minute, until SIGTERM. The first third is warm-up. After it the
+resident memory's straight line must rise by no more than 2 %, and the number of open files must
+stay what it is (counted between the seconds in which a file is written). Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.scripts.run.folder import RunFolder, current_commit
+
+COMMANDS = {  # what grows by design is bounded: replays and the GP's data are full within minutes
+    "pipps": ["pipps", "--total-timesteps", "300000", "--max-points", "90"],
+    "dreamer": [
+        "dreamer", "--preset", "laptop", "--env-id", "dm_control/cheetah-run-v0",
+        "--env-arg", "observation=pixels", "--env-arg", "render=fast",
+        "--env-arg", "action_repeat=4", "--total-timesteps", "1000000", "--buffer-size", "1000",
+        "--learning-starts", "500", "--eval-every", "1000", "--eval-episodes", "2",
+    ],
+    "daappo": [
+        "daappo", "--preset", "recommended", "--env-id", "dm_control/cartpole-swingup-v0",
+        "--env-arg", "action_repeat=4", "--total-timesteps", "10000000",
+        "--dynamics-buffer-size", "10000", "--eval-every", "10000",
+    ],
+}  # fmt: skip
+WARM_UP = 1 / 3  # of the time
+MOST_GROWTH = 0.02  # of the memory, over the rest
+MEGABYTE = 2**20
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--agents", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--every", type=float, default=10, help="seconds between samples")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of soak.json and soak.png, which are updated"
+    )
+    options = parser.parse_args()
+    seconds = 60 * options.minutes
+    if options.every <= 0 or seconds * (1 - WARM_UP) < 8 * options.every:
+        parser.error("--minutes must leave at least 8 samples after the warm-up (its first third)")
+    with tempfile.TemporaryDirectory() as folder:
+        records = soak(options.agents, Path(folder), seconds, options.every)
+    for record in records:
+        print(sentence(record))
+    if options.out is not None:
+        path = options.out / "soak.json"
+        before = json.loads(path.read_text()) if path.exists() else []  # of agents not asked for
+        everything = {record["agent"]: record for record in [*before, *records]}
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(list(everything.values())) + "\n")
+        draw(list(everything.values())).savefig(options.out / "soak.png", dpi=120)
+        print(f"wrote {path} and soak.png")
+    if not all(record["is_flat"] and record["is_constant"] for record in records):
+        raise SystemExit(1)
+
+
+def soak(agents: Sequence[str], folder: Path, seconds: float, every: float) -> list[dict[str, Any]]:
+    """Train, sample, stop, and judge; one record per agent."""
+    trainings = {agent: _start(agent, folder) for agent in agents}
+    samples: dict[str, list[tuple[float, float, int]]] = {agent: [] for agent in agents}
+    started = time.monotonic()
+    try:
+        while (now := time.monotonic() - started) < seconds:
+            for agent, process in trainings.items():
+                if process.poll() is not None:
+                    raise SystemExit(f"error: {agent} ended after {now:.0f} s: see above")
+                samples[agent].append((now, *_usage(process.pid)))
+            time.sleep(every)
+    finally:
+        for process in trainings.values():
+            process.send_signal(signal.SIGTERM)
+        ends = {agent: process.wait() for agent, process in trainings.items()}
+    records = []
+    for agent in agents:
+        if ends[agent] != 128 + signal.SIGTERM:
+            raise SystemExit(f"error: {agent} ended with exit code {ends[agent]} on SIGTERM")
+        steps = Checkpoints(RunFolder(folder / agent).checkpoints).newest_step()
+        command = " ".join(["totalprop train", *COMMANDS[agent]])
+        about = {"agent": agent, "command": command, "commit": current_commit(), "steps": steps}
+        records.append(about | judge(samples[agent]))
+    return records
+
+
+def judge(samples: Sequence[tuple[float, float, int]]) -> dict[str, Any]:
+    """Is the memory flat and the number of open files constant after the warm-up?
+
+    Args:
+        samples: (seconds, resident MB, open files).
+    """
+    times, memory, files = (np.array(column) for column in zip(*samples))
+    later = times >= WARM_UP * times[-1]
+    slope = float(np.polyfit(times[later], memory[later], 1)[0])  # MB/s
+    level = float(memory[later].mean())
+    growth = slope * float(times[-1] - times[later][0]) / level
+    quarters = [statistics.mode(part.tolist()) for part in np.array_split(files[later], 4)]
+    return {
+        "seconds": round(float(times[-1])),
+        "megabytes": round(level, 1),
+        "megabytes_per_hour": round(3600 * slope, 2),
+        "growth": round(growth, 5),
+        "open_files": int(quarters[-1]),
+        "most_open_files": int(files[later].max()),
+        "is_flat": growth <= MOST_GROWTH,
+        "is_constant": len(set(quarters)) == 1,
+        "samples": [[round(t), round(m, 1), f] for t, m, f in samples],
+    }
+
+
+def sentence(record: dict[str, Any]) -> str:
+    """A record's line."""
+    flat = "flat" if record["is_flat"] else "NOT FLAT"
+    constant = "constant" if record["is_constant"] else "NOT CONSTANT"
+    return (
+        f"{record['agent']}: {record['steps']} steps in {record['seconds']} s, "
+        f"{record['megabytes']:.0f} MB ({record['megabytes_per_hour']:+.1f} MB/h, {flat}), "
+        f"{record['open_files']} open files ({constant}, at most {record['most_open_files']})"
+    )
+
+
+def draw(records: Sequence[dict[str, Any]]) -> Figure:
+    """Memory and open files over time."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    memory, files = figure.subplots(1, 2)
+    for record in records:
+        times, megabytes, counts = zip(*record["samples"])
+        minutes = np.array(times) / 60
+        memory.plot(minutes, megabytes, label=record["agent"])
+        files.plot(minutes, counts, label=record["agent"], drawstyle="steps-post")
+    for axes, name in ((memory, "resident memory [MB]"), (files, "open files")):
+        axes.set(xlabel="minutes", ylabel=name, ylim=(0, None))
+        axes.axvspan(0, WARM_UP * minutes[-1], color="0.93", label="warm-up")
+        axes.spines[["top", "right"]].set_visible(False)
+    memory.legend(frameon=False)
+    return figure
+
+
+def _start(agent: str, folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "totalprop.scripts.train", *COMMANDS[agent], "--threads", "1"]
+    command += ["--no-progress", "--runs", str(folder), "--name", agent]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def _usage(pid: int) -> tuple[float, int]:
+    """(resident MB, open files) of a process."""
+    process = Path(f"/proc/{pid}")
+    pages = int((process / "statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / MEGABYTE, len(list((process / "fd").iterdir()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The logs of a run: a CSV that a resumed run goes on with, and TensorBoard beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.logger import (
+    KVWriter,
+    Logger,
+    TensorBoardOutputFormat,
+    filter_excluded_keys,
+)
+
+from totalprop.agents.persistence.safe_file import write_text
+
+
+class ResumableCSV(KVWriter):
+    """progress.csv: a row per dump, a column per key, and nothing that a kill can spoil.
+
+    Differs from stable-baselines3's: an existing file is kept until `load_state_dict` or the first
+    row says what of it counts, new columns are added by replacing the file, and their order is
+    fixed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.keys: list[str] = []
+        self.n_rows = 0
+
+    def write(
+        self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
+    ) -> None:
+        """Append a row."""
+        values = filter_excluded_keys(key_values, key_excluded, "csv")
+        row = {key: str(value) for key, value in values.items() if value is not None}
+        new = sorted(row.keys() - set(self.keys))
+        if new or not self.n_rows:
+            rows = self._read()
+            self.keys.extend(new)
+            self._replace([*rows, row])
+        else:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.keys, lineterminator="\n").writerow(row)
+        self.n_rows += 1
+
+    def _read(self) -> list[dict[str, str]]:
+        """The rows that count."""
+        if not self.n_rows:  # there may be no file yet
+            return []
+        with open(self.path, newline="") as file:
+            rows = itertools.islice(csv.DictReader(file), self.n_rows)
+            return [{key: row[key] for key in self.keys} for row in rows]
+
+    def _replace(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.keys, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `persistence.checkpoint`: how many rows there are, under which columns."""
+        return {"rows": self.n_rows, "keys": list(self.keys)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the checkpoint's last row: what was written later is written again."""
+        self.keys, self.n_rows = list(state["keys"]), state["rows"]
+        if self.n_rows and not self.path.exists():
+            print(f"{self.path} is gone: its first {self.n_rows} rows are lost, others follow")
+            self.n_rows = 0
+        if self.n_rows:
+            self._replace(self._read())
+
+
+def make_logger(
+    folder: Path, *, tensorboard: bool, first_step: int = 0
+) -> tuple[Logger, ResumableCSV]:
+    """The logger of a run.
+
+    Args:
+        first_step: of a resumed run: TensorBoard hides what an earlier process wrote after it.
+    """
+    table = ResumableCSV(folder / "progress.csv")
+    formats: list[KVWriter] = [table]
+    if tensorboard:
+        events = TensorBoardOutputFormat(str(folder))
+        if first_step:
+            from torch.utils.tensorboard import SummaryWriter
+
+            events.writer.close()
+            events.writer = SummaryWriter(str(folder), purge_step=first_step)
+        formats.append(events)
+    return Logger(str(folder), formats), table

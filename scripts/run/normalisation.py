@@ -1,0 +1,95 @@
+"""VecNormalize on the command line: what is normalised, and its statistics as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from totalprop.agents.persistence.safe_file import write_text
+from totalprop.scripts.run.errors import UserError
+from totalprop.scripts.run.folder import RunFolder, read_json
+
+Normalised = Literal["none", "observations", "rewards", "both"]
+
+
+def normalise(env: VecEnv, what: Normalised, *, gamma: float) -> VecEnv:
+    """The environment in running units; its rewards are divided by the deviation of the return."""
+    if what == "none":
+        return env
+    return VecNormalize(
+        env, norm_obs=what != "rewards", norm_reward=what != "observations", gamma=gamma
+    )
+
+
+def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEnv:
+    """An environment to evaluate in: observations in the training's units, rewards as they are.
+
+    Args:
+        statistics: of the training; None: nothing is normalised.
+
+    Raises:
+        UserError: a file that does not exist, or holds something else.
+    """
+    if statistics is None:
+        return env
+    if isinstance(statistics, Path):
+        record = read_json(statistics)
+        try:
+            norm_obs, obs_rms = record["norm_obs"], _from_json(record["observation"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{statistics} holds no statistics of VecNormalize ({type(error).__name__}: "
+                f"{error}); the policy cannot see what it saw in training"
+            ) from error
+    else:
+        norm_obs = statistics.norm_obs
+        obs_rms = _rms(statistics.obs_rms) if norm_obs else None
+    made = VecNormalize(env, training=False, norm_obs=norm_obs, norm_reward=False)
+    if norm_obs:
+        assert obs_rms is not None
+        made.obs_rms = obs_rms.copy()  # type: ignore[assignment]  # a dict for dict spaces
+    return made
+
+
+def statistics_of(folder: RunFolder, config: dict[str, Any]) -> Path | None:
+    """The file of a run that was normalised, None of one that was not."""
+    options = config.get("options", {})
+    return folder.vec_normalize if options.get("normalize", "none") != "none" else None
+
+
+def save_statistics(env: VecNormalize, path: Path) -> None:
+    """Write what `normalise_like` reads."""
+    record = {"norm_obs": env.norm_obs, "norm_reward": env.norm_reward}
+    statistics = {
+        "observation": _rms(env.obs_rms) if env.norm_obs else None,
+        "return": env.ret_rms,
+    }
+    parts = {name: _to_json(rms) for name, rms in statistics.items()}
+    write_text(path, json.dumps({**record, **parts}) + "\n")
+
+
+def _rms(statistics: RunningMeanStd | dict[str, RunningMeanStd]) -> RunningMeanStd:
+    """stable-baselines3 has a dict for dict observations, which no agent here takes."""
+    assert isinstance(statistics, RunningMeanStd)
+    return statistics
+
+
+def _to_json(rms: RunningMeanStd | None) -> dict[str, object] | None:
+    if rms is None:
+        return None
+    mean, var = np.asarray(rms.mean), np.asarray(rms.var)
+    return {"mean": mean.tolist(), "var": var.tolist(), "count": float(rms.count)}
+
+
+def _from_json(record: dict[str, object] | None) -> RunningMeanStd | None:
+    if record is None:
+        return None
+    rms = RunningMeanStd()
+    rms.mean, rms.var = np.array(record["mean"]), np.array(record["var"])
+    rms.count = float(record["count"])  # type: ignore[arg-type]
+    return rms

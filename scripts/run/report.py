@@ -1,0 +1,119 @@
+"""What a finished run leaves to look at: curve, videos, summary.json and the summary line."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from shlex import quote
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+
+from totalprop.agents import AGENTS, DreamerTPX
+from totalprop.agents.core import figures
+from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.evaluation import Evaluation
+from totalprop.agents.dreamer import open_loop
+from totalprop.agents.persistence import safe_file
+from totalprop.scripts.run.arguments import RunOptions
+from totalprop.scripts.run.errors import UserError
+from totalprop.scripts.run.folder import RunFolder, make_env, program, record_gif, save_gif
+from totalprop.scripts.run.normalisation import normalise_like
+
+
+def report(
+    algorithm: Algorithm,
+    folder: RunFolder,
+    evaluation: Evaluation,
+    options: RunOptions,
+    env_args: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Curve, videos and the summary line."""
+    # An agent that minimises a cost counts trials, as its papers do; others count steps.
+    is_cost = AGENTS[folder.read_config()["agent"]].quantity == "cost"
+    sign, quantity = (-1, "cost") if is_cost else (1, "return")
+    values = sign * np.array(evaluation.returns)
+    threshold = reward_threshold(evaluation.eval_env)
+    limit = None if threshold is None else sign * threshold
+    figures.learning_curve(
+        np.arange(1, len(values) + 1) if is_cost else np.array(evaluation.timesteps),
+        values,
+        xlabel="trial (real episodes seen)" if is_cost else "decisions (calls of env.step)",
+        ylabel=f"{quantity} of an episode",
+        threshold=limit,
+        title=f"{type(algorithm).__name__}, {options.env_id}",
+    ).savefig(folder.learning_curve, dpi=150)
+    mean, std = float(values[-1].mean()), float(values[-1].std())
+    success = None if limit is None else bool(sign * mean > sign * limit)
+    summary = {
+        f"final_{quantity}": mean,
+        f"final_{quantity}_std": std,
+        "success": success,
+        "success_threshold": limit,
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    pictures = [
+        folder.learning_curve.name,
+        *_replay_and_pictures(algorithm, folder, options, env_args),
+    ]
+    safe_file.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")  # it is finished
+    verdict = {True: "SUCCESS", False: "NO SUCCESS", None: "DONE"}[success]
+    side = "below" if is_cost else "above"
+    bound = "" if limit is None else f" (success {side} {limit:g})"
+    print(
+        f"{verdict}: {quantity} {mean:.2f} ± {std:.2f} over {values.shape[1]} rollouts{bound} "
+        f"after {algorithm.num_timesteps} real steps, {seconds / 60:.1f} min, "
+        f"{summary['peak_memory_gb']} GB of memory at most.\n"
+        f"Look at {folder.path}/: {', '.join(pictures)}, progress.csv, TensorBoard.\n"
+        f"Next: {program('python')} -m totalprop evaluate {folder.quoted}"
+        f"   |   {program('tensorboard')} --logdir {quote(str(folder.path.parent))}"
+    )
+
+
+def _replay_and_pictures(
+    algorithm: Algorithm, folder: RunFolder, options: RunOptions, env_args: dict[str, Any]
+) -> list[str]:
+    """Replay if wanted, GIF of the policy, a world model's open-loop prediction; their names."""
+    written = []
+    dreamer = algorithm if isinstance(algorithm, DreamerTPX) else None
+    if dreamer is not None and dreamer.replay_buffer is None:
+        dreamer = None
+    if dreamer is not None and options.save_replay:
+        dreamer.save_replay_buffer(folder.replay)
+        written.append(folder.replay.name)
+    try:
+        render_env = make_env(options.env_id, env_args, seed=0, render=True)
+        render_env = normalise_like(render_env, algorithm.get_vec_normalize_env())
+        record_gif(algorithm, render_env, folder.video)
+        written.append(folder.video.name)
+    except UserError as error:  # the training is done: a missing picture must not hide it
+        print(f"no video: {error}", file=sys.stderr)
+    if dreamer is not None:
+        try:
+            truth, model = open_loop.predict_sequences(dreamer)
+        except ValueError as error:
+            print(f"no open-loop prediction: {error}", file=sys.stderr)
+            return written
+        if truth.ndim == 3:
+            path = folder.open_loop.with_suffix(".png")
+            figure = figures.traces(truth[:, 0], model[:, 0], open_loop.CONTEXT)
+            figure.savefig(path, dpi=120)
+        else:
+            path = folder.open_loop.with_suffix(".gif")
+            save_gif(list(open_loop.video(truth, model)), path, fps=10)
+        written.append(path.name)
+    return written
+
+
+def reward_threshold(env: VecEnv) -> float | None:
+    """Return that counts as solved, from the environment's registration, or None."""
+    spec = env.get_attr("spec")[0]
+    threshold = None if spec is None else spec.reward_threshold
+    return None if threshold is None or not math.isfinite(threshold) else float(threshold)

@@ -1,0 +1,223 @@
+"""Gradient variance on chaotic RNNs: which estimator is best where, and is tpg ever the worse?
+
+    totalprop chaos                     # one chain: variance of dL/dβ_1 against β_1
+    totalprop chaos --study double      # two chains: Fig. 3 of Parmas et al. 2023 (TPX)
+    totalprop chaos --report-only       # figures and table again, from the CSV files
+
+A grid point is R repeats of the gradient w.r.t. β_1, each from N samples; at one point all
+estimators see the same noise, at another point other noise. Rules with a probe (tp, tpg, ivw) count
+the gradients w.r.t. all β; tps counts β_1 only (with one chain it is tp). Results go into --out:
+<study>.csv, <study>.png and table.md. A stopped study goes on where it stopped: points that are in
+the CSV file already are not repeated. Every row says which command and commit it is of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from totalprop.estimators import make, names
+from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.folder import current_commit
+from totalprop.scripts.studies.chaos_report import Measured, Study, figure_of, rank, summary, table
+from totalprop.scripts.studies.chaotic_rnn import STD, draw_noise, gradients
+
+GRIDS = {
+    "single": (
+        *(1.0, 1.25, 1.5, 1.75, 2.0, 2.15, 2.25, 2.3, 2.35, 2.4, 2.45, 2.5, 2.55, 2.6, 2.65),
+        *(2.7, 2.85, 3.0, 3.25, 3.5, 3.75, 4.0),
+    ),
+    "double": (1.0, 1.5, 2.0, 2.2, 2.35, 2.45, 2.5, 2.6, 2.75, 3.0, 3.5, 4.0),
+}
+SECOND_BETAS = (1.5, 2.5, 3.5)
+COLUMNS = (
+    "beta_1", "beta_2", "estimator", "variance", "relative_se", "mean", "se", "ms", "run", "g"
+)  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    options = parse(arguments)
+    torch.set_num_threads(1)
+    try:
+        with ending_with_a_sentence():
+            if not options.report_only:
+                measure(options)
+            report(options.out)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; wrong usage ends with one sentence and code 2."""
+    parser = _Parser(
+        prog="totalprop chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--study", choices=list(GRIDS), default="single", help="default: single")
+    add("--betas", nargs="+", type=float, help="grid of β_1; default: 22 (single), 12 (double)")
+    add(
+        "--second-betas",
+        nargs="+",
+        type=float,
+        default=SECOND_BETAS,
+        help="β_2; default: 1.5 2.5 3.5",
+    )
+    add("--estimators", nargs="+", default=names(), help="default: all that are registered")
+    add("--samples", type=int, default=1000, help="N per gradient; default: 1000")
+    add("--repeats", type=int, default=40, help="R per grid point; default: 40")
+    add("--horizon", type=int, default=100, help="H steps; default: 100")
+    add("--seed", type=int, default=0, help="of the noise; default: 0")
+    add("--out", type=Path, default=Path("results/chaos"), help="folder; default: results/chaos")
+    add("--redo", nargs="+", default=[], metavar="ESTIMATOR", help="measure these again")
+    add("--report-only", action="store_true", help="measure nothing, only write figures and table")
+    options = parser.parse_args(arguments)
+    options.command = shlex.join(sys.argv[1:] if arguments is None else list(arguments))
+    options.betas = options.betas or GRIDS[options.study]
+    for name, least in (("samples", 3), ("repeats", 3), ("horizon", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    for beta in (*options.betas, *options.second_betas):
+        if not 0 < beta <= 10:
+            parser.error(f"every β must be in (0, 10], got {beta:g}")
+    for name in (*options.estimators, *options.redo):
+        try:
+            make(name)
+        except ValueError as error:
+            parser.error(str(error))
+    return options
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure the grid points that the CSV file does not have, and write it after each."""
+    path = options.out / f"{options.study}.csv"
+    keys = ("study", "samples", "repeats", "horizon", "seed")
+    settings: dict[str, Any] = {**{k: getattr(options, k) for k in keys}, "noise_std": STD}
+    study: Study = {}
+    runs: list[dict[str, str]] = []
+    if path.exists():
+        found, study = read(path)
+        runs = found["runs"]
+        for key, value in settings.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"{path} was measured with {key} = {found.get(key)}, not {value}: "
+                    "choose another --out, or delete the file"
+                )
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {options.out}: {error.strerror}") from error
+    own = {"command": f"totalprop chaos {options.command}".strip()}
+    own |= {"commit": current_commit(), "torch": torch.__version__}
+    settings["runs"] = runs if own in runs else [*runs, own]
+    run = settings["runs"].index(own)
+
+    seconds = options.second_betas if options.study == "double" else [None]
+    points = [(b,) if c is None else (b, c) for c in seconds for b in options.betas]
+    # With one chain tps is tp: both count the only β.
+    asked = list(dict.fromkeys([*options.estimators, *options.redo]))
+    asked = [e for e in asked if options.study == "double" or e != "tps"]
+    jobs = {p: [e for e in asked if e not in study.get(p, {}) or e in options.redo] for p in points}
+    todo = sum(map(len, jobs.values()))
+    if todo:  # the first gradient of a process pays for what PyTorch sets up
+        gradients(
+            make("rp"), points[0], draw_noise(points[0], repeats=1, samples=9, horizon=1, seed=0)
+        )
+    with tqdm(total=todo, desc=options.study, unit="variance", disable=None) as bar:
+        for betas, estimators in jobs.items():
+            if not estimators:
+                continue
+            sizes = {k: getattr(options, k) for k in ("repeats", "samples", "horizon", "seed")}
+            noise = draw_noise(betas, **sizes)
+            for name in estimators:
+                bar.set_postfix_str(f"β = {', '.join(map(str, betas))}: {name}")
+                began = time.process_time()
+                g = gradients(make(name), betas, noise)[:, 0].numpy()
+                ms = 1000 * (time.process_time() - began) / options.repeats
+                study.setdefault(betas, {})[name] = Measured(g, ms, run)
+                bar.update()
+            write(path, settings, study)
+
+
+def write(path: Path, settings: dict[str, Any], study: Study) -> None:
+    """CSV below the settings (a comment, JSON); replaced at once, so never half-written."""
+    new = path.with_suffix(".tmp")
+    with open(new, "w", newline="") as file:
+        file.write(f"# {json.dumps(settings)}\n")
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        for betas in sorted(study, key=lambda b: (b[1:], b)):
+            for name, m in sorted(study[betas].items(), key=lambda item: rank(item[0])):
+                se = m.g.std(ddof=1) / len(m.g) ** 0.5
+                shown = [f"{v:.4g}" for v in (m.variance, m.relative_se, m.g.mean(), se, m.ms)]
+                second = betas[1] if len(betas) > 1 else ""
+                each = " ".join(f"{g:.8g}" for g in m.g)
+                rows.writerow([betas[0], second, name, *shown, m.run, each])
+    os.replace(new, path)
+
+
+def read(path: Path) -> tuple[dict[str, Any], Study]:
+    """Settings, with the "runs" that rows are of, and measurements of a CSV file."""
+    study: Study = {}
+    try:
+        with open(path, newline="") as file:
+            settings = json.loads(file.readline().removeprefix("#"))
+            if "runs" not in settings:  # older files know their last command only
+                settings["runs"] = [{k: settings.pop(k) for k in ("command", "commit", "torch")}]
+            for row in csv.DictReader(file):
+                betas = tuple(float(row[b]) for b in ("beta_1", "beta_2") if row[b])
+                g = np.array(row["g"].split(), float)
+                run = int(row.get("run") or 0)
+                settings["runs"][run]  # IndexError: a row of no run
+                study.setdefault(betas, {})[row["estimator"]] = Measured(g, float(row["ms"]), run)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error!r}; delete it to measure again") from error
+    return settings, study
+
+
+# ---------------------------------------------------------------------------- reporting
+
+
+def report(out: Path) -> None:
+    """Figures, table.md and a summary of every study in the folder."""
+    studies = {s: read(out / f"{s}.csv") for s in GRIDS if (out / f"{s}.csv").exists()}
+    if not studies:
+        raise UserError(f"no single.csv or double.csv in {out}; run without --report-only first")
+    text, lines = [], []
+    for name, (settings, study) in studies.items():
+        figure_of(study).savefig(out / f"{name}.png", dpi=150)
+        text.append(table(name, settings, study))
+        lines += summary(name, study)
+    shown = "\n".join(f"- {line}" for line in lines)
+    page = "# Variance of dL/dβ_1 on chaotic RNNs\n\n" + shown + "\n\n" + "\n".join(text)
+    (out / "table.md").write_text(page)
+    written = ", ".join([*(f"{s}.csv, {s}.png" for s in studies), "table.md"])
+    print(f"{page}\n{shown}\nwritten to {out}: {written}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+r"""Train several estimators and seeds, and write the numbers, a table and learning curves.
+
+    totalprop sweep pipps --estimators tpx lr rp --seeds 0 1 2 3 4 --out results/pipps
+    totalprop sweep daappo --vary action-source --values none dynamics --seeds 0 1 2 \
+        --out results/daa_ppo/cartpole -- --preset recommended
+    totalprop sweep dreamer --estimators rp tpx --seeds 0 1 2 --out results/dreamer/h60 \
+        --watch train/actor_gradient_norm -- --preset laptop --horizon 60
+
+Every run is a `scripts.train` of its own, so a killed sweep goes on where it stopped: finished runs
+are not repeated, others are resumed; runs with other flags are an error. Flags of scripts.train
+follow after `--`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import t as student_t
+
+from totalprop.agents import AGENTS
+from totalprop.scripts.run.arguments import Job, parse
+from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.folder import RunFolder, read_json
+
+THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("agent", choices=list(AGENTS))
+    parser.add_argument("--vary", default="estimator", help="flag of scripts.train to vary")
+    parser.add_argument("--values", "--estimators", nargs="+", required=True, help="its values")
+    parser.add_argument("--seeds", nargs="+", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=None,
+        help="folder of the runs (default: runs/ and --out's name)",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at a time, 1 thread each"
+    )
+    parser.add_argument(
+        "--watch", default="", metavar="COLUMN", help="a column of progress.csv to draw, too"
+    )
+    parser.add_argument("--report-only", action="store_true", help="no training, only the report")
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    default = Path("runs") / options.out.resolve().name
+    options.is_default, options.runs = options.runs in (None, default), options.runs or default
+    with ending_with_a_sentence():
+        for value in options.values:
+            for seed in options.seeds:
+                check_run(options, extra, value, seed)
+        failed = 0 if options.report_only else train_all(options, extra)
+        report(options, extra)
+    if failed:
+        raise SystemExit(f"error: {failed} of the runs failed, the report is of the others")
+
+
+def run_name(value: str, seed: int) -> str:
+    """Of a run's folder and log; values may be paths or environments' ids."""
+    return f"{value.replace('/', '_')}_seed{seed}"
+
+
+def check_run(options: argparse.Namespace, extra: list[str], value: str, seed: int) -> None:
+    """Raise UserError if the run's folder holds one of other flags, however it got there."""
+    folder = RunFolder(options.runs / run_name(value, seed))
+    command = [options.agent, f"--{options.vary}", value, "--seed", str(seed), *extra]
+    wanted = Job.of(*parse(command, usage="")).flags()
+    if not folder.config.exists():
+        return
+    found = Job.read(folder).flags()
+    for name in sorted(wanted.keys() & found.keys()):  # older runs know fewer flags
+        if wanted[name] != found[name]:
+            raise UserError(
+                f"{folder.path} is a run with {name}={found[name]!r}, not {wanted[name]!r}; choose "
+                "another folder with --runs"
+            )
+
+
+def train_all(options: argparse.Namespace, extra: list[str]) -> int:
+    """Run what is not finished; seeds outside, so that a stopped sweep is balanced.
+
+    Returns:
+        How many failed.
+    """
+    jobs = [(value, seed) for seed in options.seeds for value in options.values]
+
+    def run(job: tuple[str, int]) -> bool:
+        value, seed = job
+        name = run_name(value, seed)
+        folder = RunFolder(options.runs / name)
+        if folder.summary.exists():
+            return True
+        command = [sys.executable, "-m", "totalprop.scripts.train"]
+        if folder.config.exists():
+            command += ["--resume", str(folder.path)]
+        else:
+            command += [options.agent, f"--{options.vary}", value, "--seed", str(seed)]
+            command += ["--runs", str(options.runs), "--name", name]
+            command += ["--threads", "1", "--no-progress", "--no-tensorboard", *extra]
+        options.runs.mkdir(parents=True, exist_ok=True)
+        with open(options.runs / f"{name}.log", "a") as log:
+            code = subprocess.run(
+                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            ).returncode
+        print(f"{name}: {'done' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
+        return code == 0
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return list(pool.map(run, jobs)).count(False)
+
+
+def report(options: argparse.Namespace, extra: list[str]) -> None:
+    """results.json (raw numbers per seed), table.md and learning_curves.png."""
+    quantity, sign = ("cost", -1) if options.agent == "pipps" else ("return", 1)
+    results: dict[str, dict[str, Any]] = {}
+    commits = set()
+    for value in options.values:
+        for seed in options.seeds:
+            folder = RunFolder(options.runs / run_name(value, seed))
+            if folder.summary.exists():
+                summary, evaluations = read_json(folder.summary), read_json(folder.evaluations)
+                commits.add(read_json(folder.config).get("commit", "unknown"))
+                means = sign * np.array(evaluations["returns"]).mean(1)
+                curve = {
+                    "timesteps": evaluations["timesteps"],
+                    f"{quantity}s": means.round(3).tolist(),
+                }
+                entry = {**summary, **curve}
+                if options.watch:
+                    entry[options.watch] = _watched(folder, options.watch)
+                results.setdefault(value, {})[str(seed)] = entry
+    if not results:
+        raise UserError(f"no finished run in {options.runs}; look at the .log files there")
+    options.out.mkdir(parents=True, exist_ok=True)
+    varied = "--estimators" if options.vary == "estimator" else f"--vary {options.vary} --values"
+    command = f"totalprop sweep {options.agent} {varied} {' '.join(options.values)} "
+    command += f"--seeds {' '.join(map(str, options.seeds))} --out {options.out}"
+    command += "" if options.is_default else f" --runs {options.runs}"
+    command += f" --watch {options.watch}" if options.watch else ""
+    command += f" -- {' '.join(extra)}" if extra else ""
+    record = {"command": command, "commit": ", ".join(sorted(commits)), "results": results}
+    (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    table = _table(results, quantity, options.vary)
+    (options.out / "table.md").write_text(table)
+    picture = _curves(results, quantity, options.vary, options.watch)
+    picture.savefig(options.out / "learning_curves.png", dpi=150)
+    print(f"{table}\nwritten to {options.out}: results.json, table.md, learning_curves.png")
+
+
+def _watched(folder: RunFolder, column: str) -> dict[str, list[float]]:
+    """What a run logged of one quantity."""
+    with open(folder.path / "progress.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    known = rows[0].keys() if rows else ()
+    if column not in known:
+        near = difflib.get_close_matches(column, known, cutoff=0.3)
+        raise UserError(
+            f"{folder.path}/progress.csv has no column {column!r}; close to it: {', '.join(near)}"
+        )
+    rows = [row for row in rows if row[column]]
+    return {
+        "timesteps": [float(row["time/total_timesteps"]) for row in rows],
+        "values": [float(f"{float(row[column]):.4g}") for row in rows],
+    }
+
+
+def _table(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> str:
+    thresholds = THRESHOLDS if quantity == "cost" else ()
+    limits = "".join(f" success < {t:g} |" for t in thresholds)
+    lines = [
+        f"| {varied} | seeds | final {quantity}, mean ± SE | average over training, mean ± SE "
+        f"| final per seed |{limits}"
+    ]
+    lines.append("|---" * (5 + len(thresholds)) + "|")
+    for value, seeds in results.items():
+        final = np.array([seed[f"final_{quantity}"] for seed in seeds.values()])
+        average = np.array([np.mean(seed[f"{quantity}s"]) for seed in seeds.values()])
+        success = "".join(f" {(final < t).sum()}/{len(final)} |" for t in thresholds)
+        each = ", ".join(f"{c:.1f}" for c in final)
+        lines.append(
+            f"| `{value}` | {len(final)} | {_mean_and_error(final)} | {_mean_and_error(average)} "
+            f"| {each} |{success}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_error(values: np.ndarray) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{values.mean():.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}"
+
+
+def _curves(
+    results: dict[str, dict[str, Any]], quantity: str, varied: str, watched: str = ""
+) -> Figure:
+    figure = Figure(figsize=(12 if watched else 7, 4), layout="constrained")
+    axis, *beside = figure.subplots(1, 2 if watched else 1, squeeze=False)[0]
+    if watched:
+        _draw_watched(beside[0], results, watched)
+    drawn = []
+    for i, (value, seeds) in enumerate(results.items()):
+        curves = [np.array(seed[f"{quantity}s"]) for seed in seeds.values()]
+        times = [np.arange(1, len(curve) + 1) for curve in curves]
+        if quantity == "return":
+            times = [np.array(seed["timesteps"]) for seed in seeds.values()]
+        for time, curve in zip(times, curves):
+            axis.plot(time, curve, color=f"C{i}", lw=0.6, alpha=0.4)
+        drawn.extend(curves)
+        x = min(times, key=len)  # as far as all of them went
+        values = np.array([curve[: len(x)] for curve in curves])
+        mean, n = values.mean(0), len(values)
+        if n > 1:  # Student's t: a few seeds do not know their deviation
+            error = student_t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
+            axis.fill_between(x, mean - error, mean + error, color=f"C{i}", alpha=0.1, lw=0)
+        axis.plot(x, mean, color=f"C{i}", lw=2, label=f"{value} ({len(values)})")
+    if quantity == "cost":
+        axis.axhline(THRESHOLDS[1], color="0.4", ls="--", lw=1)
+    xlabel = "trial" if quantity == "cost" else "decisions (calls of env.step)"
+    title = "thin: seeds, thick: their mean, band: 95 % interval of the mean"
+    axis.set(xlabel=xlabel, ylabel=f"{quantity} of an episode", title=title)
+    low, high = min(map(np.min, drawn)), max(map(np.max, drawn))
+    margin = 0.05 * (high - min(low, 0)) or 1
+    axis.set_ylim(0 if low >= 0 else low - margin, high + margin)  # by the runs, not the bands
+    axis.legend(frameon=False, title=f"{varied.replace('-', ' ')} (seeds)")
+    return figure
+
+
+def _draw_watched(axis: Axes, results: dict[str, dict[str, Any]], watched: str) -> None:
+    """Every seed's line; no mean, as the runs did not log at the same steps."""
+    lowest = np.inf
+    for i, seeds in enumerate(results.values()):
+        for seed in seeds.values():
+            series = seed[watched]
+            axis.plot(series["timesteps"], series["values"], color=f"C{i}", lw=0.8, alpha=0.7)
+            lowest = min(lowest, *series["values"])
+    axis.set(xlabel="steps", ylabel=watched, yscale="log" if lowest > 0 else "linear")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""More actions or more states? The variance of a policy gradient, taken apart (Lemma 1, Table 1).
+
+    totalprop variance --env-id dm_control/cartpole-swingup-v0
+    totalprop variance runs/daappo_cartpole-swingup-v0_dynamics_lr_seed0 --trajectories 200
+
+At every state of real trajectories two actions are drawn; the second one is tried in the
+environment rewound. Each is valued by independent rollouts, with noise of their own where the
+environment is stochastic, so that the noise of their returns does not count as variance of the
+action. Nauman & Cygan 2022, "On All-Action Policy Gradients", Sec. 3.
+Without a run folder the policy is a new one, after --updates updates of plain policy gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from tqdm import tqdm
+
+from totalprop.envs.rewind import Snapshot
+from totalprop.estimators.analysis.many_actions import Advice, advise, optimal_actions, table
+from totalprop.estimators.analysis.many_actions_data import ComponentEstimate, estimate_components
+from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.folder import RunFolder, make_env, parse_env_args
+from totalprop.scripts.run.normalisation import normalise_like, statistics_of
+
+PAPER_SHARE = "96.9 to 99.9 % on four of its six tasks, 61 and 82 % on two; about 90 % on average"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, nargs="?", help="run folder of scripts.train daappo")
+    parser.add_argument("--env-id", default="dmc/cartpole-swingup-v0")
+    parser.add_argument(
+        "--env-arg",
+        action="append",
+        metavar="NAME=VALUE",
+        help="default: the paper's action repeat of 4 for the control suite",
+    )
+    parser.add_argument("--trajectories", type=int, default=40, help="(the paper: 1100)")
+    parser.add_argument("--steps", type=int, default=50, help="T of each (the paper: 100)")
+    parser.add_argument("--rollouts", type=int, default=2, help="K per action (the paper: 100)")
+    parser.add_argument("--horizon", type=int, default=25, help="steps of each rollout")
+    parser.add_argument("--updates", type=int, default=0, help="of a new policy (the paper: 20)")
+    parser.add_argument("--learning-rate", type=float, default=0.1)
+    parser.add_argument("--gamma", type=float, default=0.99)
+    parser.add_argument("--delta", type=float, default=1.0, help="cost of an action / of a state")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    options = parser.parse_args(arguments)
+    for name, least in (
+        ("trajectories", 2), ("steps", 1), ("rollouts", 2), ("horizon", 1), ("updates", 0)
+    ):  # fmt: skip
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    if options.delta <= 0:
+        parser.error(f"--delta must be above 0, got {options.delta}")
+    with ending_with_a_sentence(ValueError):
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Sample, estimate, print."""
+    torch.set_num_threads(1)  # one state at a time: threads would only wait
+    env_id, env_arg = options.env_id, options.env_arg
+    if env_arg is None:
+        env_arg = ["action_repeat=4"] if env_id.startswith(("dmc/", "dm_control/")) else []
+    env_args = parse_env_args(tuple(env_arg))
+    statistics = None
+    if options.run is not None:
+        folder = RunFolder.open(options.run)
+        config = folder.read_config()
+        env_id, env_args = config["env_id"], config["env_args"]
+        statistics = statistics_of(folder, config)
+    env = make_env(env_id, env_args, seed=options.seed, rewindable=True)
+    env = normalise_like(env, statistics)
+    policy = _policy(options, env)
+    sampler = Sampler(env, policy, options)
+    for _ in range(options.updates if options.run is None else 0):
+        sampler.update(options.learning_rate)
+    gradients = torch.stack(
+        [
+            sampler.trajectory()
+            for _ in tqdm(range(options.trajectories), desc="trajectories", leave=False)
+        ]
+    )
+    generator = torch.Generator().manual_seed(options.seed)
+    found = estimate_components(gradients, generator=generator)
+    print(report(found, options, env_id, sampler.interactions))
+    if options.json is not None:
+        c = found.components
+        record = {**table(c), "policy_share": c.policy_share, "options": vars(options)}
+        options.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
+        print(f"written to {options.json}")
+
+
+class Sampler:
+    """Trajectories with two valued actions per state.
+
+    Υ = Q ∇ log π of the policy's Gaussian, w.r.t. all parameters of mean and deviation.
+    """
+
+    def __init__(self, env: VecEnv, policy: ActorCriticPolicy, options: argparse.Namespace) -> None:
+        self.env, self.options = env, options
+        self.normalised = unwrap_vec_normalize(env)
+        space: Any = env.action_space
+        self.low, self.high = space.low, space.high
+        self.actor = _Actor(policy)
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.noise = np.random.default_rng(options.seed)  # seeds of the environment's own
+        self.interactions = 0
+
+        def score(parameters: dict[str, Tensor], state: Tensor, action: Tensor) -> Tensor:
+            mean, log_std = functional_call(self.actor, parameters, (state.unsqueeze(0),))
+            z = (action - mean[0]) * (-log_std).exp()
+            return (-0.5 * z.square() - log_std).sum()
+
+        self.score = vmap(grad(score), in_dims=(None, 0, 0))
+
+    def trajectory(self) -> Tensor:
+        """[T, 2, K, P] of Υ; action 0 drives the transition."""
+        o = self.options
+        observation = self._method("reset", seed=int(self._integer()))[0]
+        states, actions, values = [], [], []
+        for _ in range(o.steps):
+            snapshot = self._method("snapshot")
+            state = self._state(observation)
+            pair = [self._draw(state) for _ in range(2)]
+            q = [[self._value(snapshot, action) for _ in range(o.rollouts)] for action in pair]
+            self._method("restore", snapshot)
+            observation, _, terminated, truncated, _ = self._step(pair[0])
+            states.append(state)
+            actions.append(torch.stack(pair))
+            values.append(q)
+            if (terminated or truncated) and len(states) < o.steps:
+                raise UserError(
+                    f"an episode ended after {len(states)} steps, before --steps {o.steps}; choose "
+                    "fewer steps"
+                )
+        parameters = {name: p.detach() for name, p in self.actor.named_parameters()}
+        x = torch.stack(states).repeat_interleave(2, 0)
+        scores = self.score(parameters, x, torch.stack(actions).flatten(0, 1))
+        flat = torch.cat([g.flatten(1) for g in scores.values()], 1).unflatten(0, (-1, 2))
+        return torch.tensor(values).unsqueeze(-1) * flat.unsqueeze(2)
+
+    def update(self, rate: float) -> None:
+        """One step of plain policy gradient, on one trajectory per ten that are measured."""
+        n = max(self.options.trajectories // 10, 1)
+        mean = torch.stack([self.trajectory().mean((0, 1, 2)) for _ in range(n)]).mean(0)
+        with torch.no_grad():
+            flat = nn.utils.parameters_to_vector(self.actor.parameters())
+            nn.utils.vector_to_parameters(flat + rate * mean, self.actor.parameters())
+
+    def _value(self, snapshot: Snapshot, action: Tensor) -> float:
+        self._method("restore", self._with_new_noise(snapshot))
+        total, weight = 0.0, 1.0
+        for _ in range(self.options.horizon):
+            observation, reward, terminated, truncated, _ = self._step(action)
+            total += weight * float(reward)
+            weight *= self.options.gamma
+            if terminated or truncated:
+                break
+            action = self._draw(self._state(observation))
+        return total
+
+    def _with_new_noise(self, snapshot: Snapshot) -> Snapshot:
+        """The same state before other random numbers; a snapshot alone repeats its own."""
+        kind = getattr(np.random, snapshot.np_random["bit_generator"])
+        return dataclasses.replace(snapshot, np_random=kind(self.noise.integers(2**63)).state)
+
+    def _state(self, observation: np.ndarray) -> Tensor:
+        """What the policy sees: the environments are stepped one by one, past VecNormalize."""
+        if self.normalised is not None:
+            normalised: Any = self.normalised.normalize_obs(observation)
+            observation = normalised
+        return torch.as_tensor(np.asarray(observation, np.float32).ravel())
+
+    @torch.no_grad()
+    def _draw(self, state: Tensor) -> Tensor:
+        mean, log_std = self.actor(state.unsqueeze(0))
+        return mean[0] + log_std.exp() * torch.randn(mean[0].shape, generator=self.generator)
+
+    def _step(self, action: Tensor) -> Any:
+        self.interactions += 1
+        return self._method("extra_step", np.clip(action.numpy(), self.low, self.high))
+
+    def _method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self.env.env_method(name, *args, **kwargs)[0]
+
+    def _integer(self) -> Tensor:
+        return torch.randint(2**31, (), generator=self.generator)
+
+
+class _Actor(nn.Module):
+    """Mean and log-deviation of a stable-baselines3 policy, without its critic."""
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        super().__init__()
+        self.body, self.head = policy.mlp_extractor.policy_net, policy.action_net
+        self.log_std = policy.log_std
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(self.body(states)), self.log_std
+
+
+def _policy(options: argparse.Namespace, env: VecEnv) -> ActorCriticPolicy:
+    if options.run is not None:
+        policy = RunFolder.open(options.run).load_agent(env).policy
+        if not isinstance(policy, ActorCriticPolicy):
+            raise UserError(f"{options.run} holds no actor-critic policy; give a run of daappo")
+        return policy
+    torch.manual_seed(options.seed)
+    kwargs = {"net_arch": {"pi": [128], "vf": []}}  # App. B: one hidden layer of 128
+    return ActorCriticPolicy(env.observation_space, env.action_space, lambda _: 0.0, **kwargs)  # type: ignore[arg-type]
+
+
+def report(
+    found: ComponentEstimate, options: argparse.Namespace, env_id: str, interactions: int
+) -> str:
+    """Table 1 with 95 % intervals, the share, and the advice."""
+    lines = [
+        f"{env_id}: {options.trajectories} trajectories of {options.steps} steps, 2 actions x "
+        f"{options.rollouts} rollouts of {options.horizon} steps each; {interactions} steps in all",
+        "",
+        f"{'component (mean over the parameters)':<40} {'estimate':>11}   95 % interval",
+    ]
+    for name, value in table(found.components).items():
+        low, high = found.interval(lambda c, name=name: table(c)[name])  # type: ignore[misc]
+        lines.append(f"{name:<40} {value:11.4g}   [{low:.4g}, {high:.4g}]")
+    c = found.components
+    low, high = found.interval(lambda c: c.policy_share)
+    lines.append("")
+    lines.append(
+        f"policy-dependent share: {c.policy_share:.1%} [{low:.1%}, {high:.1%}]; the paper: "
+        f"{PAPER_SHARE}"
+    )
+    advice, best = advise(c, options.delta), optimal_actions(c, options.delta)
+    mean = 1 / c.n_parameters  # of traces, as in the table
+    lines.append(
+        f"one more action per state changes the variance by {advice.delta_actions * mean:.3g}, as "
+        f"much cost in states by {advice.delta_states * mean:.3g}:"
+    )
+    low, high = found.interval(lambda c: mean * _preference(advise(c, options.delta)))
+    if low < 0 < high:
+        lines.append(
+            f"that difference is within its noise, [{low:.3g}, {high:.3g}]: measure more "
+            "--trajectories before you choose."
+        )
+    else:
+        lines.append(
+            f"{advice.choice}. Best at the cost of {options.steps} states and delta = "
+            f"{options.delta:g}: {best.n_actions} actions in each of {best.n_steps:.0f} states."
+        )
+    return "\n".join(lines)
+
+
+def _preference(advice: Advice) -> float:
+    """Below 0: actions lower the variance by more than states do."""
+    return advice.delta_actions - advice.delta_states
+
+
+if __name__ == "__main__":
+    gym.logger.min_level = gym.logger.ERROR
+    main()

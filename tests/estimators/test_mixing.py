@@ -1,0 +1,305 @@
+"""Weight rules: TPX 2023's worked example, cross-fitting, and what `tpg` minimises."""
+
+import pytest
+import torch
+
+from totalprop import estimators
+from totalprop.estimators import (
+    ControlProbe,
+    DenseJacobian,
+    ParameterProbe,
+    assign_credit,
+    make,
+    mixing,
+)
+from totalprop.estimators.probes import restrict
+
+F64 = torch.float64
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# TPX 2023, App. A: R = x² / 2, x ~ N(0, 1): V_LR = 5/2, V_RP = 1, cov = 1 (Eq. 15).
+
+N_QUADRATIC = 1_000_000
+
+
+def quadratic(name):
+    """Per-sample gradients w.r.t. the mean [N], and k; N = 1e6, seed 0."""
+    noise = torch.randn(N_QUADRATIC, 1, dtype=F64, generator=generator(0))
+    mean = torch.zeros_like(noise).requires_grad_()
+    meter = torch.zeros(1, 1, dtype=F64, requires_grad=True)
+    sample, credit = make(name)(
+        mean, torch.ones_like(noise), noise, noise.new_zeros(N_QUADRATIC), meter=meter
+    )
+    cost = 0.5 * sample.square().squeeze(1)
+    g, k = torch.autograd.grad((cost * (1 + credit)).sum(), [mean, meter])
+    return g.squeeze(1), float(k)
+
+
+def variance_and_error(g):
+    """Sample variance and its standard error, from the fourth moment."""
+    centred = g - g.mean()
+    variance = centred.square().mean()
+    return float(variance), float(((centred**4).mean() - variance**2) / len(g)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "variance"), [("rp", 1.0), ("lr", 2.5), ("tpx", 1.0), ("tpx-ivw", 55 / 49)]
+)
+def test_variances_of_the_quadratic_example(name, variance):
+    """Eq. 15; Eq. 9 at k = 1 / 3.5 gives 55 / 49 = 1.122. Within 4 SE, and 4 SE below 4 %."""
+    g, _ = quadratic(name)
+    found, standard_error = variance_and_error(g)
+    assert standard_error < 0.01 * variance
+    assert abs(found - variance) <= 4 * standard_error
+
+
+def test_covariance_of_the_quadratic_example():
+    """cov(LR, RP) = 1, within 4 SE."""
+    (rp, _), (lr, _) = quadratic("rp"), quadratic("lr")
+    products = (rp - rp.mean()) * (lr - lr.mean())
+    assert abs(products.mean() - 1) <= 4 * products.std() / N_QUADRATIC**0.5
+
+
+@pytest.mark.parametrize("name", ["tpx", "tpx-scalar"])
+def test_k_of_the_quadratic_example_with_covariance(name):
+    """k* = 0. The regression's estimate has a standard error of sqrt(8 / N) / 1.5 before clipping:
+    its influence function is (-x⁴/2 + 2x² - 1/2) / 1.5, the baseline's error included.
+    """
+    _, k = quadratic(name)
+    assert 0 <= k <= 4 * (8 / N_QUADRATIC) ** 0.5 / 1.5
+
+
+@pytest.mark.parametrize("name", ["tpx-ivw", "tpx-ivw-scalar"])
+def test_k_of_the_quadratic_example_without_covariance(name):
+    """k = 1 / 3.5; standard error by the delta method from the variances' influence functions."""
+    _, k = quadratic(name)
+    (rp, _), (lr, _) = quadratic("rp"), quadratic("lr")
+    influence = (2.5 * rp.square() - lr.square()) / 3.5**2  # dk = (V_LR dV_RP - V_RP dV_LR) / V²
+    # The baseline's error moves V_LR by 2 cov(lr, x) δb = 2 δb with cov = 1, δb = 1/2 - mean R.
+    influence = influence - 2 * (0.5 - 0.5 * rp.square()) / 3.5**2
+    standard_error = float(influence.std()) / N_QUADRATIC**0.5
+    assert standard_error < 2e-3
+    assert abs(k - 1 / 3.5) <= 4 * standard_error
+
+
+# Cross-fitting. R = exp(x), x ~ N(m, 1): d E[R] / dm = exp(m + 1/2).
+
+
+def exponential_gradients(name, cross_fit, *, n, repeats, seed=1):
+    """[R] gradients of independent batches of n samples, m = 0; exact: exp(1/2)."""
+    noise = torch.randn(n, repeats, 1, dtype=F64, generator=generator(seed))
+    mean = torch.zeros_like(noise).requires_grad_()
+    sample, credit = make(name, cross_fit=cross_fit)(
+        mean, torch.ones_like(noise), noise, noise.new_zeros(n, repeats)
+    )
+    loss = (sample.exp().squeeze(-1) * (1 + credit)).mean(0).sum()
+    return torch.autograd.grad(loss, mean)[0].sum((0, 2))
+
+
+def exponential_gradients_with_probe(name, cross_fit, *, n, repeats, seed=2):
+    """The same for rules in parameter space: the mean of each sample is the one parameter."""
+    one = torch.ones(n, 1, 1, dtype=F64)
+    probe = ControlProbe([one, torch.zeros_like(one)], lambda: DenseJacobian(one))
+    estimator, source, found = make(name, cross_fit=cross_fit), generator(seed), []
+    for _ in range(repeats):
+        noise = torch.randn(n, 1, dtype=F64, generator=source)
+        mean = torch.zeros_like(noise).requires_grad_()
+        sample, credit = estimator(
+            mean, torch.ones_like(noise), noise, noise.new_zeros(n), probe=probe
+        )
+        loss = (sample.exp().squeeze(-1) * (1 + credit)).mean()
+        found.append(torch.autograd.grad(loss, mean)[0].sum())
+    return torch.stack(found)
+
+
+CROSS_FITTED = {
+    "tpx": (exponential_gradients, 100_000),
+    "tpx-ivw": (exponential_gradients, 100_000),
+    "tpg": (exponential_gradients_with_probe, 3_000),
+}
+
+
+def bias_in_standard_errors(g):
+    exact = torch.tensor(0.5, dtype=F64).exp()
+    return float((g.mean() - exact) / (g.std() / len(g) ** 0.5))
+
+
+@pytest.mark.parametrize("name", CROSS_FITTED)
+def test_k_of_the_same_samples_biases_a_small_batch(name):
+    """N = 6: the in-sample k is more than 6 SE off (100000 repeats; tpg: 3000)."""
+    gradients, repeats = CROSS_FITTED[name]
+    g = gradients(name, False, n=6, repeats=repeats)
+    assert abs(bias_in_standard_errors(g)) > 6
+
+
+@pytest.mark.parametrize("name", CROSS_FITTED)
+def test_cross_fit_is_unbiased_at_a_single_node(name):
+    """The same batches, with k from the other half: within 4 SE (half as many)."""
+    gradients, repeats = CROSS_FITTED[name]
+    g = gradients(name, True, n=6, repeats=repeats // 2)
+    assert abs(bias_in_standard_errors(g)) <= 4
+
+
+@pytest.mark.parametrize("name", ["tp", "tpx", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar", "tpg"])
+@pytest.mark.parametrize("n", [12, 13])
+def test_cross_fit_uses_the_other_half(name, n):
+    """Explicitly: each half's legs with its own baseline, and the k of the other half."""
+    rp, lr, probe = toy_legs(n=n)
+    halves = slice(0, n // 2), slice(n // 2, n)
+    legs_and_k = []
+    for rows in halves:
+        part = tuple(g[rows] for g in rp), tuple(g[rows] for g in lr)
+        k = make(name).weight(part[0], [part[1]], restrict(probe, rows, n))[0]
+        legs_and_k.append((*part, k))
+    expected = []
+    for (g_rp, g_lr, _), (*_, k) in zip(legs_and_k, legs_and_k[::-1], strict=True):
+        expected.append(g_rp[0] + k * (g_lr[0] - g_rp[0]))
+
+    def leg(zeta, noise, returns, value, baseline):
+        return tuple(g[int(returns[0]) : int(returns[0]) + len(returns)] for g in lr)
+
+    estimator = make(name, cross_fit=True, legs=(leg,))
+    mean = torch.zeros(n, 3, dtype=F64, requires_grad=True)
+    std = torch.zeros(n, 3, dtype=F64, requires_grad=True)
+    noise = rp[1] / rp[0]
+    sample, credit = estimator(mean, std, noise, mean.new_zeros(n), probe=probe)
+    row = torch.arange(n, dtype=F64)  # as the return, it tells the leg which rows it is given
+    found = torch.autograd.grad((sample, credit), mean, (rp[0], row))[0]
+    torch.testing.assert_close(found, torch.cat(expected))
+
+
+# The rules on given legs.
+
+
+def toy_legs(n=200, d=3, seed=3, correlation=0.5):
+    """Legs [N, D] of unlike spreads and a probe; `correlation` 0: the legs are independent."""
+    source = generator(seed)
+    spread = torch.tensor([0.5, 1.0, 3.0], dtype=F64)
+    common = torch.randn(n, d, dtype=F64, generator=source)
+    g_rp = 1 + spread * (common + torch.randn(n, d, dtype=F64, generator=source))
+    g_lr = 1 + spread.flip(0) * (
+        correlation * common + torch.randn(n, d, dtype=F64, generator=source)
+    )
+    noise = torch.randn(n, d, dtype=F64, generator=source)
+    features = torch.randn(n, 4, dtype=F64, generator=source)
+    parameters = {"w": torch.randn(d, 4, dtype=F64, generator=source)}
+
+    def zeta(p, f):
+        mean = torch.sin(p["w"] @ f)
+        return mean + mean.sum(), mean.exp()
+
+    return (g_rp, g_rp * noise), (g_lr, g_lr * noise), ParameterProbe(zeta, parameters, features)
+
+
+def parameter_variance(rp, lr, probe, k):
+    """tr Var_i of the per-sample parameter gradients of the mixture."""
+    g = probe(tuple(one + k * (other - one) for one, other in zip(rp, lr, strict=True)))
+    return float(g.var(0).sum())
+
+
+@pytest.mark.parametrize("name", [n for n in estimators.names() if n.startswith("t")])
+def test_k_is_broadcastable_and_between_zero_and_one(name):
+    rp, lr, probe = toy_legs()
+    (k,) = make(name).weight(rp, [lr], probe)
+    assert torch.broadcast_shapes(k.shape, rp[0].shape) == rp[0].shape
+    assert ((k >= 0) & (k <= 1)).all()
+    assert ((k > 0) & (k < 1)).any()
+
+
+def variances_in_parameter_space(rp, lr, probe):
+    """tr Var_i under each rule's k: no noise, they are those of the samples k was chosen on."""
+    rules = ("rp", "lr", "tp", "tpx", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar", "tpg")
+    ks = {name: make(name).weight(rp, [lr], probe)[0] for name in rules}
+    return {name: parameter_variance(rp, lr, probe, k) for name, k in ks.items()}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tpg_follows_the_best_rule_where_the_legs_are_independent(seed):
+    variance = variances_in_parameter_space(*toy_legs(seed=seed, n=2000, correlation=0.0))
+    best = min(v for name, v in variance.items() if name != "tpg")
+    assert variance["tpg"] <= 1.1 * best
+    assert variance["tpg"] < 0.8 * min(variance["rp"], variance["lr"])
+
+
+def test_tpg_keeps_a_calm_coordinate_from_a_chaotic_one():
+    """RP is 1e6 times worse in one coordinate: `tp` has one k for both and loses the calm one."""
+    rp, lr, probe = toy_legs(seed=6)
+    factor = torch.tensor([1e-3, 1e6, 1e-3], dtype=F64)
+    rp = tuple(g * factor for g in rp)
+    (k,) = mixing.tpg(rp, [lr], probe)
+    assert k[0, 1] > 0.999
+    assert (k[0, [0, 2]] < 0.01).all()
+    assert (mixing.tp(rp, [lr], probe)[0] > 0.999).all()
+
+
+def test_tpx_minimises_the_variance_of_each_coordinate():
+    source = generator(7)
+    rp, lr = (
+        (1 + s * torch.randn(50, 3, dtype=F64, generator=source), torch.zeros(50, 3, dtype=F64))
+        for s in (torch.ones(3, dtype=F64), torch.tensor([0.5, 1.0, 2.0], dtype=F64))
+    )
+    (k,) = mixing.tpx(rp, [lr], None)
+
+    def variance(k):
+        return (rp[0] + k * (lr[0] - rp[0])).var(0)
+
+    assert ((k > 0) & (k < 1)).all()
+    for step in (-0.01, 0.01):
+        assert (variance(k + step) > variance(k)).all()
+
+
+@pytest.mark.parametrize("name", ["tp", "tpx", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar"])
+def test_swapping_the_legs_gives_one_minus_k(name):
+    """Eq. 5, 6 and 8 are symmetric in the two estimators."""
+    rp, lr, probe = toy_legs(seed=9)
+    (k,), (swapped,) = (make(name).weight(a, [b], probe) for a, b in ((rp, lr), (lr, rp)))
+    torch.testing.assert_close(swapped, 1 - k, rtol=1e-6, atol=1e-7)
+
+
+def test_tpg_refuses_what_it_cannot_do():
+    rp, lr, probe = toy_legs()
+    with pytest.raises(ValueError, match=r"one score leg.*2 legs.*weight=tpx"):
+        mixing.tpg(rp, [lr, lr], probe)
+    deep = tuple(g.unsqueeze(1) for g in rp)
+    with pytest.raises(ValueError, match=r"\[N, D\]"):
+        mixing.tpg(deep, [deep], probe)
+
+
+@pytest.mark.parametrize("reach", [0.0, 1e-6, 1e-3, 1e-2])
+def test_tpg_keeps_a_coordinate_that_parameters_do_not_reach(reach):
+    """A double integrator by Euler steps: its position is moved by the velocity alone.
+
+    RP is precise there. A k of 1 for the position would cost nothing at its own node, and put LR
+    on the path to all earlier ones (variance 10 times that of the other rules).
+    """
+    n, horizon, dt = 200, 20, 0.1
+
+    def variance(name):
+        found = []
+        for seed in range(20):
+            g = torch.Generator().manual_seed(seed)
+            theta = torch.tensor([-1.0, -0.5], dtype=F64, requires_grad=True)
+            start = torch.tensor([1.0, 0.0], dtype=F64)
+            x = start + 0.1 * torch.randn(n, 2, dtype=F64, generator=g)
+            one = torch.tensor([reach, dt], dtype=F64).expand(n, 2).unsqueeze(-1)
+            credit, loss = x.new_zeros(n), 0.0
+            for _ in range(horizon):
+                state = x.detach()
+                probe = ControlProbe(
+                    [one, torch.zeros_like(one)], lambda s=state: DenseJacobian(s.unsqueeze(1))
+                )
+                u = x @ theta
+                mean = torch.stack((x[:, 0] + dt * x[:, 1] + reach * u, x[:, 1] + dt * u), 1)
+                noise = torch.randn(n, 2, dtype=F64, generator=g)
+                x, credit = make(name)(
+                    mean, torch.full_like(mean, 0.05), noise, credit, probe=probe
+                )
+                loss = loss + assign_credit(x.square().sum(-1), credit).mean()
+            found.append(torch.autograd.grad(loss, theta)[0])
+        return float(torch.stack(found).var(0).sum())
+
+    assert variance("tpg") < 1.1 * min(variance("rp"), variance("tp"), variance("tpx"))

@@ -1,0 +1,43 @@
+"""Model-based reinforcement-learning agents whose policy-gradient estimator is a plug-in.
+
+>>> model = totalprop.PIPPS("RBFPolicy", "totalprop/CartPoleSwingUp-v0", estimator="tpx").learn(450)
+>>> sample, credit = totalprop.estimators.make("tpx")(mean, std, noise, credit)
+
+The packages in here are links to the folders at the repository's root. Names load when they are
+first used, so that `totalprop.estimators` needs neither Gymnasium nor stable-baselines3.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from totalprop import agents, envs, estimators, world_models
+    from totalprop.agents import AGENTS, DAAPPO, PIPPS, DreamerTPX
+
+__all__ = [
+    "AGENTS",
+    "DAAPPO",
+    "PIPPS",
+    "DreamerTPX",
+    "agents",
+    "envs",
+    "estimators",
+    "world_models",
+]
+
+_PACKAGES = ("agents", "envs", "estimators", "world_models")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"totalprop.{name}")
+    if name in __all__:
+        import_module("totalprop.envs")  # an agent's environment may be one of ours, by its id
+        return getattr(import_module("totalprop.agents"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
