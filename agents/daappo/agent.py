@@ -8,6 +8,8 @@ the same states and values them; the clipped loss runs over real and extra actio
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -18,20 +20,60 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
+from totalprop import estimators
 from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.validation import (
+    check_common,
+    is_above,
+    is_whole,
+    is_within,
+    try_estimator,
+)
 from totalprop.agents.core.workers import explain_dead_workers
-from totalprop.agents.daappo import loss as daa_update
-from totalprop.agents.daappo import sources
+from totalprop.agents.daappo.loss import extra_loss, normalised, truncated_advantages
 from totalprop.agents.daappo.policy import TanhMeanPolicy
 from totalprop.agents.daappo.recorder import ManyActionRolloutBuffer, RolloutRecorder
-from totalprop.agents.daappo.sources import Behaviour, Returns, RewindSource, Rollout, Source, Units
-from totalprop.agents.daappo.validation import check_arguments, compares_actions, least_actions
+from totalprop.agents.daappo.sources import (
+    Behaviour,
+    DynamicsSource,
+    ExtraActions,
+    QSource,
+    Returns,
+    RewindSource,
+    Rollout,
+    Source,
+    StatesSource,
+    Units,
+    ValueModel,
+)
+from totalprop.agents.persistence import env_state
 from totalprop.agents.persistence.segments import RingFiles
 from totalprop.estimators import Estimator
-from totalprop.world_models.mlp_dynamics import Activation, Target
+from totalprop.world_models.mlp_dynamics import Activation, MLPDynamics, Target
+from totalprop.world_models.mlp_dynamics import fit as fit_dynamics
+from totalprop.world_models.q_networks import QNetworks
 from totalprop.world_models.transitions import TransitionBuffer
+
+SOURCES = ("none", "dynamics", "q", "rewind", "states")
+DIFFERENTIABLE = ("dynamics", "q")  # whose advantage has a gradient in the action
+WHOLE = {  # name: least value
+    "n_epochs": 1, "n_extra_actions": 1, "simulation_horizon": 1, "dynamics_width": 1,
+    "dynamics_batch_size": 1, "dynamics_steps": 0, "dynamics_buffer_size": 1, "dynamics_warmup": 0,
+    "n_q": 1,
+}  # fmt: skip
+CHOICES = {
+    "action_source": SOURCES,
+    "extra_baseline": ("critic", "leave-one-out"),
+    "real_advantage": ("gae", "matched_horizon"),
+    "dynamics_target": ("next", "delta"),
+    "dynamics_activation": ("relu", "leaky_relu"),
+}
+
 
 SelfDAAPPO = TypeVar("SelfDAAPPO", bound="DAAPPO")
 FIRST_HORIZON = 2  # where a growing horizon starts (the authors' code)
@@ -146,7 +188,7 @@ class DAAPPO(Algorithm, PPO):
         self.dynamics_steps, self.dynamics_buffer_size = dynamics_steps, dynamics_buffer_size
         self.dynamics_warmup, self.n_q = dynamics_warmup, n_q
         self.source: Source | None = None
-        self.value_model: sources.ValueModel | None = None
+        self.value_model: ValueModel | None = None
         self.value_optimizer: torch.optim.Optimizer | None = None
         if _init_setup_model:
             self._setup_model()
@@ -156,7 +198,7 @@ class DAAPPO(Algorithm, PPO):
     # ----------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
-        check_arguments(self)
+        self._check_arguments()
         is_ppo = self.action_source == "none" and not self.separate_grad_clip
         self.rollout_buffer_class = None if is_ppo else ManyActionRolloutBuffer
         super()._setup_model()
@@ -167,12 +209,12 @@ class DAAPPO(Algorithm, PPO):
         self._transition_files = RingFiles("transitions")
         with torch.random.fork_rng():
             torch.manual_seed(self._generator.initial_seed())
-            self.value_model = sources.new_value_model(self)
+            self.value_model = self._new_value_model()
         if self.value_model is not None:
             self.value_optimizer = torch.optim.Adam(
                 self.value_model.parameters(), self.dynamics_learning_rate, eps=self.dynamics_eps
             )
-        self.source = sources.new_source(self)
+        self.source = self._new_source()
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """As in stable-baselines3; what extra actions and models draw, too."""
@@ -193,7 +235,10 @@ class DAAPPO(Algorithm, PPO):
         total, callbacks = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
         if self.action_source == "none" and self.timeout_bootstrap:
             return total, callbacks
-        self._recorder = RolloutRecorder()
+        transitions = None if self.action_source == "none" else self.transitions
+        self._recorder = RolloutRecorder(
+            self.source, transitions, timeout_bootstrap=self.timeout_bootstrap
+        )
         both = CallbackList([callbacks, self._recorder])
         both.model = self  # not init_callback: the user's callbacks have been through it
         self._recorder.init_callback(self)
@@ -220,7 +265,7 @@ class DAAPPO(Algorithm, PPO):
     def _train(self) -> None:
         if self.action_source == "none":
             if self.separate_grad_clip:
-                daa_update.train(self)
+                self._train_epochs()
             else:
                 super().train()
             return
@@ -229,7 +274,7 @@ class DAAPPO(Algorithm, PPO):
         buffer.extra = self._extra_actions()
         self.logger.record("train/extra_actions", self.k if buffer.extra is not None else 0)
         self.logger.record("train/simulation_horizon", self.horizon)
-        daa_update.train(self)
+        self._train_epochs()
 
     def _extra_actions(self) -> Any:
         """None while the model is not used yet."""
@@ -246,15 +291,15 @@ class DAAPPO(Algorithm, PPO):
             self.policy, Units(self.get_vec_normalize_env(), self.device), self._generator
         )
         actions, targets = flat(buffer.actions).float(), flat(buffer.returns)[:, 0]
-        sources.fit(self, rollout, behaviour, actions, targets)
+        self._fit_value_model(rollout, behaviour, actions, targets)
         if self.num_timesteps < self.dynamics_warmup:
             return None
         returns = Returns(self.gamma, self.gae_lambda, self.horizon)
         if self.real_advantage == "matched_horizon":
-            buffer.advantages[:] = daa_update.truncated_advantages(buffer, self.horizon)
-        gradient = daa_update.needs_action_gradient(self)
+            buffer.advantages[:] = truncated_advantages(buffer, self.horizon)
+        gradient = self._needs_action_gradient()
         extra = self.source(rollout, behaviour, self.k, returns, gradient=gradient)
-        if compares_actions(self):
+        if self._compares_actions():
             extra = extra.against_the_others()
         if isinstance(self.source, RewindSource):
             self.logger.record("time/extra_env_steps", self.source.extra_steps)
@@ -264,7 +309,7 @@ class DAAPPO(Algorithm, PPO):
     def k(self) -> int:
         """Extra actions per state now."""
         grown = int(self._grown * self.n_extra_actions) + 1
-        return min(self.n_extra_actions, max(grown, least_actions(self)))
+        return min(self.n_extra_actions, max(grown, self._least_actions()))
 
     @property
     def horizon(self) -> int:
@@ -314,9 +359,9 @@ class DAAPPO(Algorithm, PPO):
         """As in stable-baselines3."""
         super().set_env(env, force_reset)
         if self.action_source == "rewind":
-            check_arguments(self)
+            self._check_arguments()
             steps = self.source.extra_steps if isinstance(self.source, RewindSource) else 0
-            self.source = sources.new_source(self)
+            self.source = self._new_source()
             if isinstance(self.source, RewindSource):
                 self.source.extra_steps = steps
 
@@ -371,3 +416,324 @@ class DAAPPO(Algorithm, PPO):
         if self.value_model is not None:
             names = [*names, "value_model", "value_optimizer"]
         return names, tensors
+
+    # ----------------------------------------------------------------------------------------
+    # the epochs
+    # ----------------------------------------------------------------------------------------
+
+    def _needs_action_gradient(self) -> bool:
+        """Whether the estimator has a pathwise leg."""
+        return self._resolved_estimator().weight is not estimators.mixing.likelihood_ratio
+
+    def _train_epochs(self) -> None:
+        """One round of epochs on the rollout buffer, as `stable_baselines3.PPO.train`."""
+        policy, buffer = self.policy, self.rollout_buffer
+        policy.set_training_mode(True)
+        # The last rollout may overshoot the budget: no negative rate then.
+        progress = self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+        self._update_learning_rate(policy.optimizer)
+        clip_range = self.clip_range(progress)  # type: ignore[operator]
+        clip_range_vf = None
+        if self.clip_range_vf is not None:
+            clip_range_vf = self.clip_range_vf(progress)  # type: ignore[operator]
+        estimator = self._resolved_estimator()
+        log: dict[str, list[float]] = defaultdict(list)
+        stop = False
+        for epoch in range(self.n_epochs):
+            log["approx_kl"] = []  # of the last epoch, as stable-baselines3 logs it
+            batches: Any = buffer.get(self.batch_size)
+            for batch in batches:
+                distribution: Any = policy.get_distribution(batch.observations)
+                values = policy.predict_values(batch.observations).flatten()
+                log_prob = distribution.log_prob(batch.actions)
+                advantages, extra = batch.advantages, batch.extra
+                if self.normalize_advantage:
+                    advantages, extra = normalised(advantages, extra)
+                ratio = (log_prob - batch.old_log_prob).exp()
+                bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
+                terms = -torch.min(advantages * ratio, advantages * bounded)
+                total, count = terms.sum(), terms.numel()
+                if extra is not None:
+                    zeta = self._zeta(distribution, extra)
+                    losses = extra_loss(estimator, zeta, extra, clip_range)
+                    total, count = total + losses.sum(), count + losses.numel()
+                    log["extra_policy_gradient_loss"].append(float(losses.detach().mean()))
+                policy_loss = total / count
+                predicted = values
+                if clip_range_vf is not None:
+                    change = (values - batch.old_values).clamp(-clip_range_vf, clip_range_vf)
+                    predicted = batch.old_values + change
+                value_loss = mse_loss(batch.returns, predicted)
+                entropy_loss = -distribution.entropy().mean()
+                loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+                with torch.no_grad():
+                    log_ratio = log_prob - batch.old_log_prob
+                    kl = float((log_ratio.exp() - 1 - log_ratio).mean())
+                log["approx_kl"].append(kl)
+                log["clip_fraction"].append(float(((ratio - 1).abs() > clip_range).float().mean()))
+                for name, value in (
+                    ("policy_gradient_loss", policy_loss), ("value_loss", value_loss),
+                    ("entropy_loss", entropy_loss),
+                ):  # fmt: skip
+                    log[name].append(float(value.detach()))
+                log["loss"] = [float(loss.detach())]  # the last, likewise
+                stop = self.target_kl is not None and kl > 1.5 * self.target_kl
+                if stop:
+                    if self.verbose:
+                        print(f"Early stopping at step {epoch} due to reaching max kl: {kl:.2f}")
+                    break
+                policy.optimizer.zero_grad()
+                loss.backward()
+                for parameters in self._clip_groups():
+                    nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+                policy.optimizer.step()
+            self._n_updates += 1
+            if stop:
+                break
+        for name, entries in log.items():
+            self.logger.record(f"train/{name}", np.mean(entries))
+        fit = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        self.logger.record("train/explained_variance", fit)
+        self.logger.record("train/std", float(policy.log_std.detach().exp().mean()))
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/clip_range", clip_range)
+        if clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", clip_range_vf)
+
+    def _zeta(self, distribution: Any, extra: ExtraActions) -> tuple[Tensor, Tensor]:
+        """Mean and deviation [K, B, A] of the policy at the extra samples' states."""
+        k = extra.actions.shape[1]
+        if extra.observations is None:
+            gaussian = distribution.distribution
+            mean, std = gaussian.mean, gaussian.stddev
+            return mean.expand(k, *mean.shape), std.expand(k, *std.shape)
+        observations = extra.observations.transpose(0, 1)  # [K, B, S]
+        simulated: Any = self.policy.get_distribution(observations.flatten(0, 1))
+        gaussian = simulated.distribution
+        shape = observations.shape[:2]
+        return gaussian.mean.unflatten(0, shape), gaussian.stddev.unflatten(0, shape)
+
+    def _clip_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters whose gradient norms are clipped together."""
+        everything = list(self.policy.parameters())
+        if not self.separate_grad_clip:
+            return [everything]
+        policy: Any = self.policy
+        parts = [policy.mlp_extractor.value_net, policy.value_net]
+        if not policy.share_features_extractor:
+            parts.append(policy.vf_features_extractor)
+        critic = [parameter for part in parts for parameter in part.parameters()]
+        ids = {id(p) for p in critic}
+        return [[p for p in everything if id(p) not in ids], critic]
+
+    # ----------------------------------------------------------------------------------------
+    # what values the extra actions
+    # ----------------------------------------------------------------------------------------
+
+    def _new_value_model(self) -> ValueModel | None:
+        """What `action_source` learns, untrained; None for one that learns nothing."""
+        n_states = spaces.utils.flatdim(self.observation_space)
+        n_actions = spaces.utils.flatdim(self.action_space)
+        sizes: dict[str, Any] = {
+            "width": self.dynamics_width, "activation": self.dynamics_activation
+        }  # fmt: skip
+        if self.action_source in ("dynamics", "states"):
+            return MLPDynamics(
+                n_states, n_actions, target=self.dynamics_target,
+                normalise=self.dynamics_normalise, **sizes,
+            ).to(self.device)  # fmt: skip
+        if self.action_source == "q":
+            return QNetworks(n_states, n_actions, n=self.n_q, **sizes).to(self.device)
+        return None
+
+    def _new_source(self) -> Source | None:
+        """Where the extra actions come from; None if that is an environment not set yet."""
+        if isinstance(self.value_model, QNetworks):
+            return QSource(self.value_model)
+        if isinstance(self.value_model, MLPDynamics):
+            is_states = self.action_source == "states"
+            return (StatesSource if is_states else DynamicsSource)(self.value_model)
+        if self.env is None:  # `load` without an environment: made when one is set
+            return None
+        return RewindSource(self.env, timeout_bootstrap=self.timeout_bootstrap)
+
+    def _fit_value_model(
+        self,
+        rollout: Rollout,
+        behaviour: Behaviour,
+        actions: torch.Tensor,
+        returns: torch.Tensor,
+    ) -> None:
+        """Fit what is learned: a model to all transitions, Q-networks to this rollout's returns.
+
+        Args:
+            actions: [R, A] of the rollout, as the policy drew them. returns: [R].
+        Raises:
+            ValueError: there is no transition to fit a model to.
+        """
+        if self.value_model is None:
+            return
+        assert self.value_optimizer is not None
+        batches = -(-len(rollout.states) // self.batch_size)
+        steps = self.dynamics_steps or self.n_epochs * batches
+        if isinstance(self.value_model, QNetworks):
+            loss = self.value_model.fit(
+                self.value_optimizer, rollout.observations, behaviour.clip(actions), returns,
+                steps=steps, batch_size=self.batch_size, rng=self._rng,
+            )  # fmt: skip
+            self.logger.record("dynamics/q_loss", loss)
+        else:
+            if not len(self.transitions):
+                raise ValueError(
+                    "no transition is known: every step is an episode's last, and "
+                    "VecNormalize clips "
+                    "its state; give VecNormalize a larger clip_obs"
+                )
+            transition, reward = fit_dynamics(
+                self.value_model, self.value_optimizer, self.transitions,
+                steps=steps, batch_size=self.dynamics_batch_size, rng=self._rng,
+            )  # fmt: skip
+            self.logger.record("dynamics/transition_loss", transition)
+            self.logger.record("dynamics/reward_loss", reward)
+
+    # ----------------------------------------------------------------------------------------
+    # arguments
+    # ----------------------------------------------------------------------------------------
+
+    def _check_arguments(self) -> None:
+        """One sentence per wrong value, before any work is done."""
+        check_common(self)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {self._of(name)}"
+                )
+        for name, least in WHOLE.items():
+            value = getattr(self, name)
+            if not is_whole(value, least):
+                raise ValueError(f"{name} must be at least {least}, a whole number, got {value!r}")
+        for name in ("dynamics_learning_rate", "dynamics_eps"):
+            if not is_above(getattr(self, name), 0):
+                raise ValueError(f"{name} must be above 0, got {self._of(name)}")
+        for name in ("grow_fraction", "gamma", "gae_lambda"):
+            if not is_within(getattr(self, name), 0, 1):
+                raise ValueError(f"{name} must be in [0, 1], got {self._of(name)}")
+        for name in ("learning_rate", "clip_range", "clip_range_vf", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not callable(value) and not is_above(value, 0):
+                raise ValueError(f"{name} must be above 0, got {value!r}")
+        if not is_within(self.ent_coef, -math.inf):
+            raise ValueError(f"ent_coef must be a finite number, got {self.ent_coef!r}")
+        if not is_within(self.vf_coef, 0):
+            raise ValueError(f"vf_coef must be at least 0, got {self.vf_coef!r}")
+        self._check_estimator()
+        if self._compares_actions() and self.n_extra_actions < 2:
+            raise ValueError(
+                "extra_baseline 'leave-one-out' compares the actions of a state: "
+                "n_extra_actions must "
+                f"be at least 2, got {self.n_extra_actions}"
+            )
+        self._try_estimator()
+        if self.action_source != "none" or self.separate_grad_clip:
+            self._check_spaces()
+        if self.action_source != "none" and self.env is not None:
+            self._check_wrappers(self.env)
+        if self.action_source == "rewind" and self.env is not None:
+            _check_rewindable(self.env)
+
+    def _resolved_estimator(self) -> Estimator:
+        """The estimator; a name's has no baseline, which the advantages have already."""
+        if isinstance(self.estimator, Estimator):
+            return self.estimator
+        return estimators.make(self.estimator, baseline=estimators.baselines.none)
+
+    def _compares_actions(self) -> bool:
+        """Whether extra actions are set against the others of their state."""
+        has_several = self.action_source in ("dynamics", "q", "rewind")
+        return self.extra_baseline == "leave-one-out" and has_several
+
+    def _least_actions(self) -> int:
+        """Extra actions that are needed: two, if legs are weighed or actions compared."""
+        if self._compares_actions():
+            return 2
+        weights = estimators.mixing
+        is_one_leg = estimators.make(self.estimator).weight in (
+            weights.pathwise, weights.likelihood_ratio
+        )  # fmt: skip
+        return 1 if is_one_leg else 2
+
+    def _check_estimator(self) -> None:
+        estimator = estimators.make(self.estimator)
+        if estimator.weight is estimators.mixing.likelihood_ratio:
+            return
+        if self.action_source not in DIFFERENTIABLE:
+            raise ValueError(
+                f"estimator {self.estimator!r} needs the advantage's gradient in the action, which "
+                f"action_source={self.action_source!r} has not; use estimator='lr', or "
+                f"action_source in {', '.join(DIFFERENTIABLE)}"
+            )
+        if estimator.probe != "none" or estimator.whole_graph:
+            raise ValueError(
+                f"estimator {self.estimator!r} weighs in parameter space, over the samples of one "
+                "rollout; with many actions per state use 'lr', 'rp', 'tpx' or an ablation of 'tpx'"
+            )
+        if self.n_extra_actions < self._least_actions():
+            raise ValueError(
+                f"estimator {self.estimator!r} compares the actions of a state: "
+                "n_extra_actions must "
+                f"be at least 2, got {self.n_extra_actions}"
+            )
+
+    def _try_estimator(self) -> None:
+        """With as many actions as a state has when they are fewest."""
+        if self.action_source == "none":
+            return
+        k = self.n_extra_actions
+        if self.grow_fraction > 0:
+            k = min(k, self._least_actions())
+        try:
+            try_estimator(self._resolved_estimator(), [k, 1])
+        except ValueError as error:
+            raise ValueError(
+                f"estimator {self.estimator!r} does not work with {k} extra action(s) per state "
+                f"({error}); use a name of the registry, or raise n_extra_actions"
+            ) from error
+
+    def _check_spaces(self) -> None:
+        for name in ("observation_space", "action_space"):
+            space = getattr(self, name)
+            if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+                raise ValueError(
+                    f"extra actions and separate_grad_clip need a vector {name} (Box), got "
+                    f"{space}; "
+                    "use action_source='none' and separate_grad_clip=False"
+                )
+        if self.use_sde:
+            raise ValueError("extra actions need a plain Gaussian policy: use_sde must be False")
+
+    def _check_wrappers(self, env: VecEnv) -> None:
+        """Extra actions know of VecNormalize; any other wrapper must change nothing."""
+        layers, _ = env_state.layers_of(env)
+        if self.action_source != "rewind":
+            normalizer = self.get_vec_normalize_env()
+            layers = [] if normalizer is None else layers[: layers.index(normalizer)]
+        for layer in layers:
+            if type(layer) not in env_state.LAYERS:
+                known = ", ".join(kind.__name__ for kind in env_state.LAYERS)
+                raise ValueError(
+                    f"extra actions do not know what {type(layer).__name__} does to "
+                    "observations and "
+                    f"rewards: only {known} may be around VecNormalize, or around environments to "
+                    "rewind; wrap the single environments, or use action_source='none'"
+                )
+
+    def _of(self, name: str) -> str:
+        return repr(getattr(self, name))
+
+
+def _check_rewindable(env: VecEnv) -> None:
+    if not all(env.has_attr(name) for name in ("snapshot", "restore", "extra_step")):
+        raise ValueError(
+            "action_source='rewind' needs an environment with snapshot, restore and extra_step; "
+            "wrap it: envs.rewind.Rewindable(env), or use action_source='dynamics'"
+        )

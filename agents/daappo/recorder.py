@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from totalprop.agents.core.validation import check_finite
-from totalprop.agents.daappo.sources import ExtraActions, RewindSource
-
-if TYPE_CHECKING:
-    from totalprop.agents.daappo.agent import DAAPPO
+from totalprop.agents.daappo.sources import ExtraActions, RewindSource, Source
+from totalprop.world_models.transitions import TransitionBuffer
 
 
 class ManyActionSamples(NamedTuple):
@@ -52,30 +51,43 @@ class RolloutRecorder(BaseCallback):
     cut that, the true state is lost, and the transition is not recorded.
 
     It runs after the user's callbacks, inside stable-baselines3's own collection loop.
+
+    Args:
+        source: of the extra actions; a `RewindSource` is given snapshots.
+        transitions: where transitions go; None: only time limits are handled.
+        timeout_bootstrap: as in DAAPPO.
     """
 
-    model: DAAPPO
+    model: OnPolicyAlgorithm
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        source: Source | None,
+        transitions: TransitionBuffer | None,
+        *,
+        timeout_bootstrap: bool,
+    ) -> None:
         super().__init__()
+        self.source, self.transitions = source, transitions
+        self.timeout_bootstrap = timeout_bootstrap
         self.states: list[np.ndarray] = []  # of each step, [n_envs, S]
 
     def _on_rollout_start(self) -> None:
-        if self.model.action_source == "none":
+        if self.transitions is None:
             return
         self.states = []
         normalizer = self.model.get_vec_normalize_env()
         last = self.model._last_obs if normalizer is None else normalizer.get_original_obs()
         self._last = self._flat(last)
-        source = self.model.source
+        source = self.source
         if isinstance(source, RewindSource):
             source.snapshots = [[x] for x in self.training_env.env_method("snapshot")]
 
     def _on_step(self) -> bool:
-        if not self.model.timeout_bootstrap:  # the time limit counts as an end
+        if not self.timeout_bootstrap:  # the time limit counts as an end
             for i in np.flatnonzero(self.locals["dones"]):
                 self.locals["infos"][i]["TimeLimit.truncated"] = False
-        if self.model.action_source == "none":
+        if self.transitions is None:
             return True
         normalizer = self.model.get_vec_normalize_env()
         observations, rewards = self.locals["new_obs"], self.locals["rewards"]
@@ -90,14 +102,14 @@ class RolloutRecorder(BaseCallback):
             if normalizer is not None and normalizer.norm_obs:
                 is_known[i] = (np.abs(end) < np.float32(normalizer.clip_obs)).all()
                 end = normalizer.unnormalize_obs(end)
-            ends[i] = self._flat(end)
+            ends[i] = self._flat(end[None])[0]
         actions = self.locals["clipped_actions"]
-        self.model.transitions.add(
+        self.transitions.add(
             self._last[is_known], actions[is_known], rewards[is_known], ends[is_known]
         )
         self.states.append(self._last)
         self._last = observations
-        source = self.model.source
+        source = self.source
         if isinstance(source, RewindSource):
             for kept, now in zip(source.snapshots, self.training_env.env_method("snapshot")):
                 kept.append(now)
@@ -107,5 +119,7 @@ class RolloutRecorder(BaseCallback):
         """[n_envs T, S] in the rollout buffer's flat order: environment by environment."""
         return np.concatenate(np.stack(self.states, 1))
 
-    def _flat(self, observations: Any) -> np.ndarray:
-        return np.asarray(observations, np.float32).reshape(-1, self.model.state_size)
+    @staticmethod
+    def _flat(observations: Any) -> np.ndarray:
+        """[n_envs, ...] -> [n_envs, S]."""
+        return np.asarray(observations, np.float32).reshape(len(observations), -1)

@@ -8,6 +8,8 @@ gradient step dreamer_update.py.
 
 from __future__ import annotations
 
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -16,24 +18,50 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
+from totalprop import estimators
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
-from totalprop.agents.core.validation import check_finite, check_gradients
+from totalprop.agents.core.validation import (
+    check_common,
+    check_finite,
+    check_gradients,
+    is_above,
+    is_whole,
+    is_within,
+    try_estimator,
+)
 from totalprop.agents.core.workers import explain_dead_workers
-from totalprop.agents.dreamer import metrics as dreamer_log
-from totalprop.agents.dreamer import state as dreamer_state
-from totalprop.agents.dreamer import validation as dreamer_arguments
+from totalprop.agents.dreamer.imagination import ImaginationSettings
+from totalprop.agents.dreamer.metrics import Round, record_progress
 from totalprop.agents.dreamer.policy import DreamerPolicy, RecurrentState
 from totalprop.agents.dreamer.pretrained import load_world_model
 from totalprop.agents.dreamer.replay import SequenceReplay
-from totalprop.agents.dreamer.update import DreamerUpdate
+from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings
 from totalprop.agents.persistence.segments import RingFiles
 from totalprop.estimators import Estimator
-from totalprop.world_models.latent.model import State
+from totalprop.world_models.latent.model import ModelLossSettings, State
+from totalprop.world_models.latent.networks import IMAGE_SIZE
+
+BASELINES = {
+    "leave-one-out": estimators.baselines.leave_one_out,
+    "critic": estimators.baselines.critic,
+}
+NO_VEC_NORMALIZE = (
+    "DreamerTPX learns to reconstruct raw observations, whose scale VecNormalize keeps changing; "
+    "pass the environment without VecNormalize"
+)
+WHOLE = {  # name: least value
+    "horizon": 2, "batch_size": 1, "sequence_length": 2, "imagination_starts": 0, "buffer_size": 2,
+    "learning_starts": 1, "train_freq": 1, "gradient_steps": 1,
+}  # fmt: skip
+ABOVE_ZERO = ("model_learning_rate", "adam_eps", "max_grad_norm", "discount_scale")
+AT_LEAST_ZERO = ("exploration_noise", "entropy_scale", "kl_scale", "free_nats")
+
 
 OPTIMIZED = ("model", "actor", "critic")
 SelfDreamerTPX = TypeVar("SelfDreamerTPX", bound="DreamerTPX")
@@ -185,14 +213,14 @@ class DreamerTPX(Algorithm):
     # ----------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
-        dreamer_arguments.check_arguments(self)
+        self._check_arguments()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         kwargs = {"discount_head": self.discount_head, **self.policy_kwargs}
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, **kwargs
         ).to(self.device)
-        self._update = DreamerUpdate(self.policy, dreamer_arguments.update_settings(self))
+        self._update = DreamerUpdate(self.policy, self._update_settings())
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """As in stable-baselines3; the noise of acting and learning, too."""
@@ -213,7 +241,7 @@ class DreamerTPX(Algorithm):
         )
         assert self.env is not None and isinstance(self._last_obs, np.ndarray)
         if self.replay_buffer is None:  # not in the constructor: `load` must not allocate it
-            self.replay_buffer = dreamer_state.new_replay(self)
+            self.replay_buffer = self._new_replay()
             if self.verbose:
                 print(self.replay_buffer.describe())
             if self.device.type == "cpu":
@@ -327,7 +355,7 @@ class DreamerTPX(Algorithm):
         rate = self.lr_schedule(max(self._current_progress_remaining, 0.0))
         self._update.set_learning_rate(rate)
         self.logger.record("train/learning_rate", rate)
-        with dreamer_log.Round(self) as log:
+        with Round(self) as log:
             for _ in range(gradient_steps):
                 batch = self.replay_buffer.sample(self.batch_size, self.sequence_length, self._rng)
                 record = self._update(batch, self._generator)
@@ -350,7 +378,7 @@ class DreamerTPX(Algorithm):
 
     def dump_logs(self) -> None:
         """Write everything recorded since the last dump; called every `log_interval` rounds."""
-        dreamer_log.record_progress(self)
+        record_progress(self)
         self.logger.dump(step=self.num_timesteps)
 
     # ----------------------------------------------------------------------------------------
@@ -360,7 +388,7 @@ class DreamerTPX(Algorithm):
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """As in stable-baselines3; raises ValueError for VecNormalize."""
         if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
-            raise ValueError(dreamer_arguments.NO_VEC_NORMALIZE)
+            raise ValueError(NO_VEC_NORMALIZE)
         super().set_env(env, force_reset)
         if force_reset:
             self._memory = None
@@ -373,16 +401,16 @@ class DreamerTPX(Algorithm):
 
     def load_replay_buffer(self, path: Any) -> None:
         """Read a replay that `save_replay_buffer` wrote; the next `learn` starts new episodes."""
-        dreamer_state.load_replay(self, path)
+        self._load_replay(path)
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Beside the rest: the generators, the filter's state, and the replay in segments."""
-        return {**super().state_dict(folder), **dreamer_state.take(self, folder)}
+        return {**super().state_dict(folder), **self._own_state(folder)}
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state, folder)
-        dreamer_state.put(self, state, folder)
+        self._restore_own_state(state, folder)
 
     def cut_episodes(self) -> None:
         """Begin new episodes at the next `learn`; those that ran count as truncated."""
@@ -395,3 +423,205 @@ class DreamerTPX(Algorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", *(f"_update.{name}_optimizer" for name in OPTIMIZED)], []
+
+    # ----------------------------------------------------------------------------------------
+    # the replay, and the state of a checkpoint
+    # ----------------------------------------------------------------------------------------
+
+    def _new_replay(self) -> SequenceReplay:
+        """An empty replay for the environments, and the files that checkpoints keep it in."""
+        assert self.env is not None
+        n_envs, dtype = self.env.num_envs, self.observation_space.dtype
+        assert dtype is not None
+        self._replay_files = [RingFiles(f"replay{env}") for env in range(n_envs)]
+        return SequenceReplay(
+            self.buffer_size,
+            self.policy.model_input_shape,
+            dtype,
+            self.policy.n_actions,
+            n_envs,
+            device=self.device,
+            storage=self.storage,
+            folder=tempfile.gettempdir(),
+        )
+
+    def _load_replay(self, path: Any) -> None:
+        """Read a saved replay in place of the agent's, whose episodes end with it."""
+        if self.env is None:
+            raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
+        if self.replay_buffer is not None:  # before it is lost
+            self.replay_buffer.check(path)
+        self._last_obs = self._memory = self.replay_buffer = None  # frees a GPU's before the next
+        self.replay_buffer = self._new_replay()
+        self.replay_buffer.load(path)
+
+    def _own_state(self, folder: Path) -> dict[str, Any]:
+        """Generators, the filter's memory of the running episodes, and the replay's segments."""
+        memory = None if self._memory is None else [*self._memory[0], self._memory[1]]
+        state: dict[str, Any] = {
+            "generator": self._generator.get_state(),
+            "rng": self._rng.bit_generator.state,
+            "memory": memory,
+            "replay": None,
+        }
+        replay = self.replay_buffer
+        if replay is not None:
+            state["replay"] = [
+                files.save(folder, count, replay.ring, partial(replay.rows, env))
+                for env, (files, count) in enumerate(zip(self._replay_files, replay.counts))
+            ]
+            state["files"] = [name for segments in state["replay"] for *_, name in segments]
+        return state
+
+    def _restore_own_state(self, state: dict[str, Any], folder: Path) -> None:
+        """Put back what `take` returned."""
+        self._generator.set_state(state["generator"])
+        self._rng.bit_generator.state = state["rng"]
+        if state["memory"] is not None:
+            deter, stoch, action = (tensor.to(self.device) for tensor in state["memory"])
+            self._memory = State(deter, stoch), action
+        if state["replay"] is None:
+            return
+        replay = self.replay_buffer = self._new_replay()
+        if len(state["replay"]) != replay.n_envs:
+            raise ValueError(
+                f"the checkpoint is of {len(state['replay'])} environments, here are "
+                f"{replay.n_envs}"
+            )
+        for env, (files, segments) in enumerate(zip(self._replay_files, state["replay"])):
+            files.load(folder, segments, replay.ring, partial(replay.put_rows, env))
+
+    # ----------------------------------------------------------------------------------------
+    # arguments
+    # ----------------------------------------------------------------------------------------
+
+    def _check_arguments(self) -> None:
+        """One sentence per wrong value, before any work is done."""
+        check_common(self)
+        checks = [
+            (name, (value := getattr(self, name)), is_whole(value, least),
+             f"at least {least}, a whole number") for name, least in WHOLE.items()
+        ]  # fmt: skip
+        starts = self.imagination_starts  # one trajectory has no baseline, two no regression
+        checks.append(
+            ("imagination_starts", starts, starts not in (1, 2), "0 for all, or at least 3")
+        )
+        for name in ABOVE_ZERO:
+            value = getattr(self, name)
+            checks.append((name, value, is_above(value, 0), "above 0"))
+        for name in AT_LEAST_ZERO:
+            value = getattr(self, name)
+            checks.append((name, value, is_within(value, 0), "at least 0"))
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            checks.append((name, value, is_within(value, 0, 1), "in [0, 1]"))
+        for name, choices in (
+            ("baseline", list(BASELINES)),
+            ("storage", ["ram", "disk", "device"]),
+            ("nonfinite", ["stop", "skip"]),
+        ):
+            value = getattr(self, name)
+            checks.append((name, value, value in choices, f"one of {', '.join(choices)}"))
+        if not callable(self.learning_rate):
+            rate = self.learning_rate
+            checks.append(("learning_rate", rate, is_above(rate, 0), "above 0"))
+        for name, value, is_good, expected in checks:
+            if not is_good:
+                raise ValueError(f"{name} must be {expected}, got {value!r}")
+        if "discount_head" in self.policy_kwargs:
+            raise ValueError(
+                "discount_head belongs to DreamerTPX: pass it there, not in policy_kwargs"
+            )
+        self._check_estimator()
+        self._check_spaces()
+
+    def _check_estimator(self) -> None:
+        is_object = isinstance(self.estimator, estimators.Estimator)
+        if is_object and self.baseline != "leave-one-out":
+            raise ValueError(
+                "an Estimator brings its own baseline: pass baseline to "
+                "estimators.make(...), not to "
+                "DreamerTPX"
+            )
+        entries = self.sequence_length - self.discount_head  # as DreamerUpdate.possible_starts
+        starts = possible = self.batch_size * entries
+        if self.imagination_starts > 0:
+            starts = min(self.imagination_starts, possible)
+        try_estimator(self._resolved_estimator(), [starts], has_value=True)
+
+    def _resolved_estimator(self) -> estimators.Estimator:
+        """The estimator, with the agent's baseline where that is not the default."""
+        if self.baseline == "leave-one-out":
+            return estimators.make(self.estimator)
+        return estimators.make(self.estimator, baseline=BASELINES[self.baseline])
+
+    def _check_spaces(self) -> None:
+        space = self.observation_space
+        if not isinstance(space, spaces.Box):
+            raise ValueError(
+                f"DreamerTPX needs a Box observation space, an image or a vector, got {space}; "
+                "wrap the environment in gymnasium.wrappers.FlattenObservation"
+            )
+        is_picture = len(space.shape) > 2 or (len(space.shape) == 2 and space.dtype == np.uint8)
+        if is_picture and not is_image_space(space):
+            raise ValueError(
+                "images must be uint8 in [0, 255] of shape [height, width, channels], "
+                f"got {space}; "
+                "if it is a vector, wrap the environment in gymnasium.wrappers.FlattenObservation"
+            )
+        if is_image_space(space) and space.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(
+                f"images must be {IMAGE_SIZE}x{IMAGE_SIZE}, got {space.shape} (channel "
+                "first); wrap "
+                "the environment in gymnasium.wrappers.ResizeObservation(env, "
+                f"({IMAGE_SIZE}, {IMAGE_SIZE}))"
+            )
+        if self.get_vec_normalize_env() is not None:
+            raise ValueError(NO_VEC_NORMALIZE)
+        if self.env is not None:
+            self._check_sequences(self.env)
+        assert np.isfinite(self.action_space.low).all()  # type: ignore[attr-defined]
+
+    def _check_sequences(self, env: VecEnv) -> None:
+        """Windows of `sequence_length` entries must come about, and must not be lost again."""
+        length = self.sequence_length
+        # Where an episode ends in the ring, half of it and more still belongs to one episode.
+        if self.buffer_size // env.num_envs < 2 * length:
+            raise ValueError(
+                f"buffer_size must hold two sequences of every environment, at least "
+                f"2 x {length} x {env.num_envs}, got {self.buffer_size}"
+            )
+        if not env.has_attr("_max_episode_steps"):  # of gymnasium's TimeLimit
+            return
+        longest = 1 + max(env.get_attr("_max_episode_steps"))
+        if longest < length:
+            raise ValueError(
+                f"sequence_length must be at most {longest}, the observations of an episode of "
+                f"{longest - 1} steps (the environment's time limit), got {length}"
+            )
+
+    def _update_settings(self) -> UpdateSettings:
+        """The agent's arguments as the settings of a gradient step."""
+        return UpdateSettings(
+            estimator=self._resolved_estimator(),
+            imagination=ImaginationSettings(
+                self.gamma,
+                self.lam,
+                self.stop_grad_actor_input,
+                self.discount_weights,
+                self.entropy_scale,
+            ),
+            model=ModelLossSettings(
+                self.kl_scale, self.free_nats, self.free_nats_per_step, self.gamma,
+                self.discount_scale,
+            ),
+            horizon=self.horizon,
+            imagination_starts=self.imagination_starts,
+            learning_rate=self.lr_schedule(1.0),
+            model_learning_rate=self.model_learning_rate,
+            adam_eps=self.adam_eps,
+            max_grad_norm=self.max_grad_norm,
+            bf16=self.bf16,
+            compile=self.compile,
+            cuda_graph=self.cuda_graph and self.device.type == "cuda",  # or a model could not move
+        )  # fmt: skip

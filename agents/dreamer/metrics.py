@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from stable_baselines3.common.logger import Figure
@@ -12,11 +11,9 @@ from stable_baselines3.common.utils import safe_mean
 from torch import Tensor
 
 from totalprop.agents.core import figures
+from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.metrics import PICTURE, QUIET
 from totalprop.agents.dreamer.update import UpdateRecord
-
-if TYPE_CHECKING:
-    from totalprop.agents.dreamer.agent import DreamerTPX
 
 COUNTED = "skipped_steps"  # in a round; the rest are means
 
@@ -28,7 +25,7 @@ class Round:
     updates of the round: a batch's gradient, as the optimiser sees it.
     """
 
-    def __init__(self, agent: DreamerTPX) -> None:
+    def __init__(self, agent: Algorithm) -> None:
         self.agent, self.count = agent, 0
         self.scalars: dict[str, Tensor] = {}
         self.gradient: list[Tensor] = []
@@ -80,7 +77,7 @@ class Round:
         record("train/n_updates", self.agent._n_updates, exclude=QUIET)
 
 
-def record_progress(agent: DreamerTPX) -> None:
+def record_progress(agent: Algorithm) -> None:
     """Episode statistics and clocks; decisions and frames, which differ by the action repeat."""
     record = agent.logger.record
     if agent.ep_info_buffer:
@@ -95,7 +92,7 @@ def record_progress(agent: DreamerTPX) -> None:
     record("time/frames", agent.num_timesteps * action_repeat(agent))
 
 
-def action_repeat(agent: DreamerTPX) -> int:
+def action_repeat(agent: Algorithm) -> int:
     """Frames per decision, from the environment's `action_repeat`; 1 where it has none."""
     env = agent.get_env()
     if env is None or not env.has_attr("action_repeat"):

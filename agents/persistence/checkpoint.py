@@ -19,13 +19,44 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv
 
-from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.persistence import env_state, safe_file
 from totalprop.agents.persistence.segments import SEGMENT
 
-Agent = TypeVar("Agent", bound=Algorithm)
+
+class Resumable(Protocol):
+    """What a checkpoint asks of an agent; `agents.core.algorithm.Algorithm` has it."""
+
+    num_timesteps: int
+    env: VecEnv | None
+
+    @property
+    def logger(self) -> Logger: ...
+
+    def file_values(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_values(
+        cls: type[Agent],
+        values: dict[str, Any],
+        env: GymEnv | None,
+        device: torch.device | str,
+        replaced: dict[str, Any],
+        *,
+        force_reset: bool = True,
+    ) -> Agent: ...
+
+    def state_dict(self, folder: Path) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None: ...
+
+    def cut_episodes(self) -> None: ...
+
+
+Agent = TypeVar("Agent", bound=Resumable)
 
 KIND = "checkpoint"
 KEPT = 2  # checkpoints in the folder: the newest, and the one before
@@ -112,7 +143,7 @@ class Checkpoints(BaseCallback):
         """Write a checkpoint now; only between rollouts."""
         started = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
-        agent: Algorithm = self.model  # type: ignore[assignment]
+        agent: Resumable = self.model  # type: ignore[assignment]
         state = agent.state_dict(self.folder)
         files = state.pop("files", [])
         values = {
@@ -207,7 +238,7 @@ class Checkpoints(BaseCallback):
             raise ValueError(f"no checkpoint in {self.folder} can be read; {reasons}")
         return None
 
-    def restore(self, agent: Algorithm) -> None:
+    def restore(self, agent: Resumable) -> None:
         """Put everything around a loaded agent back; the last call before `learn`."""
         if self._values is None:
             return
@@ -232,7 +263,7 @@ def _number_and_steps(path: Path) -> tuple[int, int]:
     return int(match[1] or 0), int(match[2])
 
 
-def _pending(agent: Algorithm) -> dict[str, tuple[float, int, tuple[str, ...]]]:
+def _pending(agent: Resumable) -> dict[str, tuple[float, int, tuple[str, ...]]]:
     """Scalars recorded since the logger's last dump; pictures are not kept."""
     logger = agent.logger
     return {

@@ -7,38 +7,60 @@ Aoki 2023 (TPX), App. B. The simulation is in particles.py, the optimiser in pol
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
-from gymnasium import spaces
+from gymnasium import ObservationWrapper, RewardWrapper, Wrapper, spaces
+from gymnasium.wrappers import NormalizeReward
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Figure
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 from tqdm import tqdm
 
 from totalprop import estimators
+from totalprop.agents.core import figures
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
-from totalprop.agents.core.validation import check_finite
+from totalprop.agents.core.metrics import PICTURE, QUIET
+from totalprop.agents.core.validation import (
+    check_common,
+    check_finite,
+    is_above,
+    is_whole,
+    is_within,
+    try_estimator,
+)
 from totalprop.agents.core.workers import explain_dead_workers
-from totalprop.agents.pipps import metrics as trial_log
-from totalprop.agents.pipps import problem as task
-from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
-from totalprop.agents.pipps.search import OptimizerName, SearchSettings, optimise_policy
-from totalprop.agents.pipps.validation import NO_VEC_NORMALIZE, check_arguments, resolve, variant
+from totalprop.agents.persistence import env_state
+from totalprop.agents.pipps.particles import Cost, Noise, ParticleModel, simulate
+from totalprop.agents.pipps.search import OptimizerName, SearchLog, SearchSettings, optimise_policy
 from totalprop.agents.trials.controllers import (
     ControllerPolicy,
     LinearPolicy,
     RBFPolicy,
     trig_features,
 )
+from totalprop.agents.trials.problem import cost_problem, warn_unused
 from totalprop.estimators import Estimator
 from totalprop.world_models.gp import GaussianProcess
+
+LEGS = {"score": estimators.legs.score, "biw": estimators.legs.biw}
+NO_VEC_NORMALIZE = (
+    "PIPPS fits its model to raw observations, whose scale VecNormalize keeps changing; "
+    "pass the environment without VecNormalize (the GP scales its inputs itself)"
+)
+# Variants of the 2018 paper that are not estimators of a node: (resample, fixed noise).
+VARIANTS = {"gr": (True, False), "rp-fs": (False, True), "gr-fs": (True, True)}
+
 
 SelfPIPPS = TypeVar("SelfPIPPS", bound="PIPPS")
 
@@ -163,7 +185,7 @@ class PIPPS(Algorithm):
 
     def _setup_model(self) -> None:
         self.angle_dims = tuple(self.angle_dims)  # a list where it comes from a file
-        check_arguments(self)
+        self._check_arguments()
         self._needs_cost_fn |= self.cost_fn is not None  # or it was given to `load`
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -183,9 +205,9 @@ class PIPPS(Algorithm):
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
     def _settings(self) -> SearchSettings:
-        resample, fixed_noise = variant(self)
+        resample, fixed_noise = self._variant()
         return SearchSettings(
-            estimator=resolve(self),
+            estimator=self._resolved_estimator(),
             optimizer="quasi-newton" if fixed_noise else self.optimizer,
             learning_rate=self.lr_schedule(self._current_progress_remaining),
             gradient_steps=self.gradient_steps,
@@ -283,7 +305,7 @@ class PIPPS(Algorithm):
         self._n_trials += 1
         self._store(transitions)
         if self._predicted is not None and from_start:
-            trial_log.record_prediction(self, np.stack(path)[:, 0])
+            self._record_prediction(np.stack(path)[:, 0])
         callback.on_rollout_end()
         return True
 
@@ -298,16 +320,16 @@ class PIPPS(Algorithm):
         before = torch.cat((trig_features(x, self.angle_dims), u), -1)
         after = torch.cat((trig_features(x_next, self.angle_dims), u), -1)
         if self.dynamics.is_fitted:
-            trial_log.record_model_fit(self, before, x_next - x)
+            self._record_model_fit(before, x_next - x)
         self.dynamics.add_data(before, x_next - x, keep=self.max_points)
         self.reward_model.add_data(after, reward.unsqueeze(-1), keep=self.max_points)
 
     def _improve_policy(self, show_progress: bool) -> None:
         """Fit the model and search the policy; the two phases of a trial that take time."""
         likelihoods = self.dynamics.fit(max_evaluations=self.gp_evaluations)
-        model = task.particle_model(self)
+        model = self._particle_model()
         if not self.policy.is_placed:
-            task.place_policy(self, model)
+            self._place_policy(model)
         settings = self._settings()
         with tqdm(
             total=settings.gradient_steps,
@@ -323,7 +345,7 @@ class PIPPS(Algorithm):
             log = optimise_policy(self.policy, model, settings, self._generator, on_step)
         self._n_updates += len(log.losses)
         self._remember_prediction(model)
-        trial_log.record_search(self, log, likelihoods)
+        self._record_search(log, likelihoods)
 
     def _remember_prediction(self, model: ParticleModel) -> None:
         """Simulate the new policy once more, to be compared with the next trial."""
@@ -341,7 +363,7 @@ class PIPPS(Algorithm):
 
     def dump_logs(self) -> None:
         """Write everything recorded since the last dump; called once per `log_interval` trials."""
-        trial_log.record_progress(self)
+        self._record_progress()
         self.logger.dump(step=self.num_timesteps)
 
     # ----------------------------------------------------------------------------------------
@@ -365,3 +387,290 @@ class PIPPS(Algorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "dynamics", "reward_model"], []
+
+    # ----------------------------------------------------------------------------------------
+    # what is simulated: where particles start and what a step costs
+    # ----------------------------------------------------------------------------------------
+
+    def _particle_model(self) -> ParticleModel:
+        """The model that policies are searched in."""
+        mean, std = self._start_distribution()
+        return ParticleModel(
+            dynamics=self.dynamics,
+            start_mean=torch.as_tensor(mean, dtype=torch.float64, device=self.device),
+            start_std=torch.as_tensor(std, dtype=torch.float64, device=self.device),
+            cost=self._cost(),
+            model_uncertainty=self.model_uncertainty,
+            noise_multiplier=self.noise_multiplier,
+        )
+
+    def _cost(self) -> Cost:
+        """The given cost, the environment's own, or a GP on the rewards seen so far."""
+        if self._needs_cost_fn and self.cost_fn is None:
+            raise ValueError(
+                "this agent was made with a cost_fn, which is not in its file; "
+                "pass it again: PIPPS.load(path, env=env, cost_fn=...)"
+            )
+        own = self.cost_fn or self._own_cost()
+        if own is not None:
+            return lambda states, actions: own(states)
+        self.reward_model.fit(max_evaluations=self.gp_evaluations)
+
+        def negative_reward(states: Tensor, actions: Tensor) -> Tensor:
+            inputs = torch.cat((trig_features(states, self.angle_dims), actions), -1)
+            mean = self.reward_model.posterior(inputs.flatten(0, -2)).mean
+            return -mean.reshape(states.shape[:-1])
+
+        return negative_reward
+
+    def _own_cost(self) -> Callable[[Tensor], Tensor] | None:
+        """The environment's `cost(states)`; None, with a warning, if PIPPS cannot use it."""
+        own = self._env_attribute("cost")
+        if own is None:
+            return None
+        problem = cost_problem(own, self.observation_space.shape[0], self.device)  # type: ignore[index]
+        if problem is not None:
+            warn_unused("cost", problem)
+            return None
+        return own
+
+    def _start_distribution(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and std [S] of the particles' start: the environment's own, or from its resets."""
+        given = self._own_start()
+        if given is not None:
+            return given
+        starts = np.stack(self._start_observations).astype(np.float64)
+        # One reset says nothing of the spread: assume that of one noisy observation at least.
+        noise = self.dynamics.noise.cpu().numpy() / math.sqrt(2)
+        return starts.mean(0), np.maximum(starts.std(0), noise)
+
+    def _own_start(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The environment's `initial_distribution`, a mean and std [S], or None."""
+        given = self._env_attribute("initial_distribution")
+        if given is None:
+            return None
+        try:
+            mean, std = (np.asarray(part, np.float64) for part in given)
+        except (TypeError, ValueError):
+            mean = std = np.zeros(0)
+        shape = self.observation_space.shape
+        if mean.shape != shape or std.shape != shape:
+            warn_unused("initial_distribution", f"it must be a mean and a std of shape {shape}")
+            return None
+        return mean, std
+
+    def _place_policy(self, model: ParticleModel) -> None:
+        """Put the controller over the start state (unit scale), or over the first data."""
+        if self._own_start() is not None:
+            mean = trig_features(model.start_mean, self.angle_dims)
+            std = torch.ones_like(mean)
+        else:
+            features = self.dynamics.inputs[:, : self.policy.n_features]
+            mean, std = features.mean(0), features.std(0, correction=0)
+            std = torch.where(std > 1e-6 * mean.abs().clamp_min(1.0), std, torch.ones_like(std))
+        self.policy.place(mean, std)
+
+    def _env_attribute(self, name: str) -> Any:
+        """An attribute of the (first) environment, or None.
+
+        It speaks of the environment's own observations and rewards. Where an ObservationWrapper or
+        RewardWrapper (or NormalizeReward, or an unknown vector wrapper) changes them, it is not
+        used, with a warning. A wrapper that does so in a `step` of its own is not noticed.
+        """
+        if self.env is None or not self.env.has_attr(name):
+            return None
+        changing: list[type[Wrapper[Any, Any, Any, Any]]] = [ObservationWrapper]
+        if name == "cost":
+            changing += [RewardWrapper, NormalizeReward]
+        inner = self.env.get_attr("unwrapped", indices=0)[0]
+        if (
+            any(type(layer) not in env_state.LAYERS for layer in env_state.layers_of(self.env)[0])
+            or inner.observation_space != self.observation_space
+            or any(self.env.env_is_wrapped(wrapper, indices=0)[0] for wrapper in changing)
+        ):
+            warn_unused(name, "a wrapper changes what it speaks of")
+            return None
+        return self.env.get_attr(name, indices=0)[0]
+
+    # ----------------------------------------------------------------------------------------
+    # logs
+    # ----------------------------------------------------------------------------------------
+
+    def _record_search(self, log: SearchLog, likelihoods: Tensor) -> None:
+        """Scalars of a policy search and of the model it used; the figure of k."""
+        record = self.logger.record
+        record("train/loss", log.losses[-1])
+        record("train/loss_first", log.losses[0], exclude=QUIET)
+        norms = np.array(log.gradient_norms)
+        record("train/gradient_norm", float(norms[np.isfinite(norms)].mean()))
+        record("train/learning_rate", self._settings().learning_rate)
+        if log.signal_to_noise:
+            record("train/gradient_snr", float(np.mean(log.signal_to_noise)))
+            k = torch.stack(log.k).mean(0)  # [H, S]
+            record("train/k", float(k.mean()))
+            for d, value in enumerate(k.mean(0).tolist()):
+                record(f"k/coordinate_{d}", value, exclude=QUIET)
+            for t, value in enumerate(k.mean(1).tolist()):
+                record(f"k/step_{t + 1:02d}", value, exclude=QUIET)
+            if self.tensorboard_log is not None:
+                record("figures/k", Figure(figures.weights(k.cpu().numpy()), close=True), PICTURE)
+        record("train/skipped_steps", log.skipped, exclude=QUIET)
+        record("train/n_updates", self._n_updates, exclude=QUIET)
+        gp = self.dynamics
+        record("gp/data", len(gp.inputs))
+        record("gp/jitter", gp.jitter, exclude=QUIET)
+        record("gp/negative_log_likelihood", float(likelihoods.mean()))
+        for e in range(gp.targets.shape[1]):
+            record(f"gp/noise_{e}", float(gp.noise[e]), exclude=QUIET)
+            record(f"gp/signal_{e}", float(gp.log_signal[e].exp()), exclude=QUIET)
+            for d, value in enumerate(gp.log_lengthscale[e].exp().tolist()):
+                record(f"gp/lengthscale_{e}_{d}", value, exclude=QUIET)
+
+    def _record_model_fit(self, inputs: Tensor, targets: Tensor) -> None:
+        """One-step predictions of the model for a trial it has not seen.
+
+        Standardised error: sqrt(mean z²), 1 when the predicted spread is right.
+        """
+        with torch.no_grad():
+            posterior = self.dynamics.posterior(inputs)
+            error = targets - posterior.mean
+            std = (posterior.variance + self.dynamics.noise.square()).sqrt()
+        self.logger.record(
+            "model_fit/standardised_error", float((error / std).square().mean().sqrt())
+        )
+        for d, value in enumerate(error.square().mean(0).sqrt().tolist()):
+            self.logger.record(f"model_fit/rmse_{d}", value, exclude=QUIET)
+
+    def _record_prediction(self, path: np.ndarray) -> None:
+        """Figure: the particles predicted before a trial, and the trial itself, [T + 1, S]."""
+        if self.tensorboard_log is not None and self._predicted is not None:
+            names = self._env_attribute("observation_names")
+            if names is None or len(names) != path.shape[1]:
+                names = [f"observation {d}" for d in range(path.shape[1])]
+            figure = figures.prediction(self._predicted, path, names)
+            self.logger.record("figures/prediction", Figure(figure, close=True), PICTURE)
+
+    def _record_progress(self) -> None:
+        """Episode statistics and time, as stable-baselines3's algorithms record them."""
+        seconds = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
+        done = self.num_timesteps - self._num_timesteps_at_start
+        if self.ep_info_buffer:
+            rewards = [info["r"] for info in self.ep_info_buffer]
+            self.logger.record("rollout/ep_rew_mean", safe_mean(rewards))
+            lengths = [info["l"] for info in self.ep_info_buffer]
+            self.logger.record("rollout/ep_len_mean", safe_mean(lengths))
+            self.logger.record("rollout/ep_rew", rewards[-1])
+        self.logger.record("time/trials", self._n_trials)
+        self.logger.record("time/fps", done / seconds)
+        self.logger.record("time/time_elapsed", int(seconds), exclude="tensorboard")
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+
+    # ----------------------------------------------------------------------------------------
+    # arguments
+    # ----------------------------------------------------------------------------------------
+
+    def _variant(self) -> tuple[bool, bool]:
+        """Whether the estimator's name asks for Gaussian resampling, and for fixed noise."""
+        name = self.estimator
+        return VARIANTS.get(name, (False, False)) if isinstance(name, str) else (False, False)
+
+    def _resolved_estimator(self) -> Estimator:
+        """The estimator of the nodes, with the agent's leg and cross_fit where it is a name."""
+        if isinstance(self.estimator, Estimator):
+            return self.estimator
+        changes: dict[str, Any] = {}  # only what was asked for: a registered estimator has its own
+        if self.leg != "score":
+            changes["legs"] = (LEGS[self.leg],)
+        if self.cross_fit:
+            changes["cross_fit"] = True
+        return estimators.make("rp" if self.estimator in VARIANTS else self.estimator, **changes)
+
+    def _check_arguments(self) -> None:
+        """One sentence per wrong value, before any work is done."""
+        check_common(self)
+        has_halves = getattr(self.estimator, "cross_fit", self.cross_fit)
+        checks: list[tuple[str, Any, bool, str]] = [
+            ("leg", self.leg, self.leg in LEGS, f"one of {', '.join(LEGS)}"),
+            self._whole("n_particles", 6 if has_halves else 3),
+            self._whole("horizon", 1),
+            self._whole("gradient_steps", 1),
+            self._whole("random_trials", 1),
+            self._whole("gp_evaluations", 1),
+            self._whole("max_points", 0),
+            ("cost_fn", self.cost_fn, self.cost_fn is None or callable(self.cost_fn), "a function"),
+            self._above_zero("noise_multiplier"),
+            self._above_zero("adam_eps"),
+            ("momentum", (m := self.momentum), is_within(m, 0, 1) and m < 1, "in [0, 1), a number"),
+        ]
+        if not callable(self.learning_rate):
+            checks.append(self._above_zero("learning_rate"))
+        names = ("adam", "rmsprop2018", "quasi-newton")
+        checks.append(("optimizer", self.optimizer, self.optimizer in names, f"one of {names}"))
+        for name, value, is_good, expected in checks:
+            if not is_good:
+                raise ValueError(f"{name} must be {expected}, got {value!r}")
+        if self.optimizer == "quasi-newton" and not self._variant()[1]:
+            raise ValueError(
+                "optimizer 'quasi-newton' needs a deterministic objective; "
+                "choose estimator 'rp-fs' or 'gr-fs'"
+            )
+        if "angle_dims" in self.policy_kwargs:
+            raise ValueError(
+                "angle_dims is for model and policy: pass it to PIPPS, not in policy_kwargs"
+            )
+        self._check_spaces()
+        self._check_estimator()
+        if self.cost_fn is None:
+            self._own_cost()  # warns now, not after the first trial
+            return
+        states: int = self.observation_space.shape[0]  # type: ignore[index]
+        problem = cost_problem(self.cost_fn, states, self.device)
+        if problem is not None:
+            raise ValueError(f"cost_fn is not a cost of states: {problem}")
+
+    def _check_estimator(self) -> None:
+        """Its parts by name, and that they work together, on a node of as many particles."""
+        if isinstance(self.estimator, Estimator):
+            if self.leg != "score" or self.cross_fit:
+                raise ValueError(
+                    "an Estimator brings its own legs and cross_fit: pass leg and cross_fit to "
+                    "estimators.make(...), not to PIPPS"
+                )
+        elif self.estimator not in (known := [*estimators.names(), *VARIANTS]):
+            raise ValueError(estimators.unknown_name(self.estimator, known))
+        try_estimator(self._resolved_estimator(), [self.n_particles])
+
+    def _whole(self, name: str, least: int) -> tuple[str, Any, bool, str]:
+        value = getattr(self, name)
+        return name, value, is_whole(value, least), f"at least {least}, a whole number"
+
+    def _above_zero(self, name: str) -> tuple[str, Any, bool, str]:
+        value = getattr(self, name)
+        return name, value, is_above(value, 0), "above 0, a number"
+
+    def _check_spaces(self) -> None:
+        space = self.observation_space
+        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+            raise ValueError(
+                f"PIPPS models a vector of real numbers and needs a Box observation space of shape "
+                f"[S], got {space}; wrap the environment in gymnasium.wrappers.FlattenObservation"
+            )
+        actions: Any = self.action_space
+        if (
+            len(actions.shape) != 1
+            or actions.dtype.kind != "f"
+            or not (actions.low < actions.high).all()
+        ):
+            raise ValueError(
+                "PIPPS needs a Box action space of shape [A], of real numbers, each with some room "
+                f"between its bounds, got {actions}"
+            )
+        if self.get_vec_normalize_env() is not None:
+            raise ValueError(NO_VEC_NORMALIZE)
+        wrong = [d for d in self.angle_dims if not 0 <= d < space.shape[0]]
+        if wrong or len(set(self.angle_dims)) < len(self.angle_dims):
+            raise ValueError(
+                "angle_dims must be entries of the observation, "
+                f"0..{space.shape[0] - 1}, each once, "
+                f"got {list(self.angle_dims)}"
+            )

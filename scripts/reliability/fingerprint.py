@@ -14,6 +14,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _biw() -> estimators.Estimator:
 
 
 SETTINGS: dict[str, Callable[[], Any]] = {
-    **{f"pipps {name}": lambda name=name: _pipps(estimator=name)
+    **{f"pipps {name}": partial(_pipps, estimator=name)
        for name in ("rp", "lr", "tp", "tps", "tpx", "tpg", "ivw", "gr", "rp-fs", "gr-fs")},
     "pipps biw leg": lambda: _pipps(leg="biw"),
     "pipps cross_fit": lambda: _pipps(cross_fit=True),
@@ -91,7 +92,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
     "pipps cost_fn": lambda: _pipps(PENDULUM, cost_fn=lambda x: x.square().sum(-1)),
     "pipps two envs": lambda: _pipps(make_vec_env(CARTPOLE, 2), noise_multiplier=4.0),
     "pipps schedule": lambda: _pipps(learning_rate=LinearSchedule(0.03, 0.0, 1.0)),
-    **{f"dreamer {name}": lambda name=name: _dreamer(estimator=name)
+    **{f"dreamer {name}": partial(_dreamer, estimator=name)
        for name in ("rp", "lr", "tp", "tps", "tpx", "tpg", "ivw")},
     "dreamer critic": lambda: _dreamer(baseline="critic"),
     "dreamer open": lambda: _dreamer(stop_grad_actor_input=False, entropy_scale=0.1),
@@ -100,7 +101,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
     "dreamer pixels": lambda: _dreamer(_Pictures()),
     "dreamer two envs": lambda: _dreamer(make_vec_env(PENDULUM, 2), nonfinite="skip"),
     "dreamer schedule": lambda: _dreamer(learning_rate=LinearSchedule(1e-3, 0.0, 1.0)),
-    **{f"daappo {name}": lambda name=name: _daappo(action_source=name)
+    **{f"daappo {name}": partial(_daappo, action_source=name)
        for name in ("none", "dynamics", "q", "states")},
     "daappo rewind": lambda: _daappo(Rewindable(gym.make(CARTPOLE)), action_source="rewind"),
     "daappo tpx": lambda: _daappo(estimator="tpx", normalize_advantage=False),
@@ -151,7 +152,7 @@ def fingerprint(make: Callable[[], Any]) -> dict[str, str]:
     found["log keys"] = " ".join(sorted(keys.keys))
     found["counters"] = f"{agent.num_timesteps} {agent._n_updates}"
     found["torch generator"] = _hash(torch.get_rng_state())
-    found["numpy generator"] = _hash(np.random.get_state()[1])  # noqa: NPY002
+    found["numpy generator"] = _hash(np.random.get_state(legacy=False)["state"]["key"])  # noqa: NPY002
     return found
 
 

@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from totalprop import estimators
 from totalprop.agents import DAAPPO
-from totalprop.agents.daappo import loss as daa_update
+from totalprop.agents.daappo import loss
 from totalprop.agents.daappo.policy import TanhMeanPolicy
 from totalprop.agents.daappo.sources import ExtraActions
 
@@ -231,13 +231,13 @@ def test_warm_up_counts_steps_of_the_environment():
 @pytest.fixture
 def gathered(monkeypatch):
     """An agent after one rollout, its policy perturbed: ratios in and out of the clip range."""
-    train = daa_update.train
+    train = DAAPPO._train_epochs
 
     def made(**changes):
-        monkeypatch.setattr(daa_update, "train", lambda agent: None)
+        monkeypatch.setattr(DAAPPO, "_train_epochs", lambda agent: None)
         settings = {"n_epochs": 1, "batch_size": 32, "n_steps": 16, "max_grad_norm": 1e9}
         agent = make(vector(2), **{**settings, "n_extra_actions": 3, **changes}).learn(32)
-        monkeypatch.setattr(daa_update, "train", train)
+        monkeypatch.setattr(DAAPPO, "_train_epochs", train)
         torch.manual_seed(7)
         with torch.no_grad():
             for parameter in agent.policy.parameters():
@@ -256,7 +256,7 @@ def gradient(agent, monkeypatch):
 
     monkeypatch.setattr(agent.policy.optimizer, "step", step)
     state = np.random.get_state()
-    daa_update.train(agent)
+    agent._train_epochs()
     np.random.set_state(state)
     assert len(seen) == 1
     return seen[0]
@@ -373,7 +373,7 @@ def mixed(name):
     """Gradients in mean and deviation, [K, B, 2] each."""
     zeta, extra, _ = synthetic()
     estimator = estimators.make(name, baseline=estimators.baselines.none)
-    losses = daa_update._extra_loss(estimator, zeta, extra, 0.2)
+    losses = loss.extra_loss(estimator, zeta, extra, 0.2)
     assert losses.shape == (5, 4)
     return torch.autograd.grad(losses.sum(), zeta)
 
@@ -427,7 +427,7 @@ def test_value_of_the_loss_is_ppos_for_every_estimator():
     for name in ("lr", "rp", "tpx"):
         zeta, extra, ratio = synthetic()
         estimator = estimators.make(name, baseline=estimators.baselines.none)
-        losses = daa_update._extra_loss(estimator, zeta, extra, 0.2)
+        losses = loss.extra_loss(estimator, zeta, extra, 0.2)
         torch.testing.assert_close(losses, clip_loss(extra.advantages.T, ratio.detach()))
 
 
@@ -465,7 +465,7 @@ def test_norms_of_policy_and_critic_are_clipped_apart_where_asked(gathered, monk
 @pytest.mark.parametrize("source", SOURCES)
 def test_rollouts_are_those_without_extra_actions(monkeypatch, source, n):
     """Sources draw from their own generators and put the environment back; without updates."""
-    monkeypatch.setattr(daa_update, "train", lambda agent: None)
+    monkeypatch.setattr(DAAPPO, "_train_epochs", lambda agent: None)
     monkeypatch.setattr(PPO, "train", lambda agent: None)
     rows, states = {}, {}
 
@@ -532,7 +532,7 @@ def test_truncated_advantages_are_sums_of_deltas_within_the_episode(horizon):
                 expected[t, i] += (gamma * lam) ** (s - t) * delta
                 if not goes_on:
                     break
-    found = daa_update.truncated_advantages(buffer, horizon)
+    found = loss.truncated_advantages(buffer, horizon)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(buffer.advantages, whole)
     assert np.allclose(found, whole) == (horizon >= steps)
@@ -542,7 +542,7 @@ def test_matched_horizon_is_used_for_the_real_action_and_not_for_returns(gathere
     settings = {"simulation_horizon": 3}
     gae, matched = gathered(**settings), gathered(**settings, real_advantage="matched_horizon")
     np.testing.assert_array_equal(gae.rollout_buffer.returns, matched.rollout_buffer.returns)
-    expected = daa_update.truncated_advantages(gae.rollout_buffer, 3)
+    expected = loss.truncated_advantages(gae.rollout_buffer, 3)
     np.testing.assert_array_equal(matched.rollout_buffer.advantages, expected)
     assert not np.allclose(expected, gae.rollout_buffer.advantages)
     warming = gathered(**settings, real_advantage="matched_horizon", dynamics_warmup=99)
@@ -740,7 +740,7 @@ def test_an_extractor_of_its_own_is_the_critics():
     kwargs = {"features_extractor_class": Extractor, "share_features_extractor": False}
     agent = make(separate_grad_clip=True, policy_kwargs={**SMALL["policy_kwargs"], **kwargs})
     names = {id(p): name for name, p in agent.policy.named_parameters()}
-    policy, critic = ([names[id(p)] for p in group] for group in daa_update._clip_groups(agent))
+    policy, critic = ([names[id(p)] for p in group] for group in agent._clip_groups())
     assert {name for name in critic if "extractor.layer" in name} == {
         "vf_features_extractor.layer.weight", "vf_features_extractor.layer.bias"
     }  # fmt: skip

@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMoni
 import totalprop.envs  # noqa: F401
 from totalprop import estimators
 from totalprop.agents import DreamerTPX
-from totalprop.agents.dreamer import validation as dreamer_arguments
+from totalprop.agents.dreamer import agent as dreamer_arguments
 from totalprop.agents.dreamer.policy import DreamerPolicy
 from totalprop.agents.dreamer.presets import PRESETS
 from totalprop.world_models.latent.networks import ImageEncoder, VectorEncoder

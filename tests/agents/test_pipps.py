@@ -31,9 +31,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 import totalprop.envs  # noqa: F401  (registers the cart-pole)
 from totalprop import estimators
 from totalprop.agents import PIPPS
-from totalprop.agents.pipps import problem as task
 from totalprop.agents.pipps.presets import PRESETS
-from totalprop.agents.pipps.validation import resolve
 from totalprop.agents.trials.controllers import LinearPolicy, RBFPolicy
 
 CARTPOLE = "totalprop/CartPoleSwingUp-v0"
@@ -616,14 +614,14 @@ class Negated(VecEnvWrapper):
 def test_what_a_vector_wrapper_changes_is_not_the_environments(name):
     inner = DummyVecEnv([CostEnv])
     with pytest.warns(UserWarning, match="because a wrapper changes what it speaks of"):
-        assert task.env_attribute(make(Negated(inner)), name) is None
+        assert make(Negated(inner))._env_attribute(name) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert task.env_attribute(make(VecMonitor(inner)), name) is not None
+        assert make(VecMonitor(inner))._env_attribute(name) is not None
     rescaled = gym.wrappers.NormalizeReward(CostEnv())
     with pytest.warns(UserWarning, match="because a wrapper changes what it speaks of"):
         agent = make(rescaled)
-    assert (task.env_attribute(agent, "initial_distribution")) is not None
+    assert (agent._env_attribute("initial_distribution")) is not None
 
 
 def test_a_registered_estimator_keeps_its_legs(monkeypatch):
@@ -631,8 +629,8 @@ def test_a_registered_estimator_keeps_its_legs(monkeypatch):
         estimators.mixing.tpx, legs=(estimators.legs.score, estimators.legs.biw), cross_fit=True
     )
     monkeypatch.setitem(estimators.registry._REGISTRY, "mine", mine)
-    assert resolve(make(estimator="mine")) == mine
-    assert resolve(make(estimator="mine", leg="biw")).legs == (estimators.legs.biw,)
+    assert make(estimator="mine")._resolved_estimator() == mine
+    assert make(estimator="mine", leg="biw")._resolved_estimator().legs == (estimators.legs.biw,)
 
 
 def test_actions_lie_in_a_space_whose_bounds_single_precision_has_not():
@@ -1069,9 +1067,9 @@ def test_the_environments_own_cost_is_not_used_under_a_wrapper_that_changes_it(w
     for name in ("cost", "initial_distribution"):
         if name in names:
             with pytest.warns(UserWarning, match=f"own `{name}` is not used"):
-                assert task.env_attribute(agent, name) is None
+                assert agent._env_attribute(name) is None
         else:
-            assert task.env_attribute(agent, name) is not None
+            assert agent._env_attribute(name) is not None
 
 
 def test_loading_an_agent_that_had_a_cost_fn_does_not_swap_the_cost_silently(tmp_path, monkeypatch):

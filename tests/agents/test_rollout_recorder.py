@@ -8,7 +8,6 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from totalprop.agents import DAAPPO
-from totalprop.agents.daappo import loss as daa_update
 from totalprop.agents.daappo.recorder import ManyActionRolloutBuffer
 from totalprop.agents.daappo.sources import ExtraActions
 
@@ -60,7 +59,7 @@ def make(monkeypatch):
     """An agent after rollouts without updates; its buffer is as the updates would find it."""
 
     def made(env, n=1, **changes):
-        monkeypatch.setattr(daa_update, "train", lambda agent: None)
+        monkeypatch.setattr(DAAPPO, "_train_epochs", lambda agent: None)
         monkeypatch.setattr("stable_baselines3.PPO.train", lambda agent: None)
         agent = DAAPPO("MlpPolicy", env, **{**TINY, **changes})
         return agent.learn(n * STEPS * agent.n_envs)
