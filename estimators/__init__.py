@@ -6,8 +6,11 @@
 Read `node.py` first, then `mixing.py`. Nothing here imports another package of this project.
 """
 
-from totalprop.estimators import baselines, legs, mixing, surrogates
-from totalprop.estimators.analysis import diagnostics
+import totalprop.estimators.analysis.diagnostics as diagnostics
+import totalprop.estimators.baselines as baselines
+import totalprop.estimators.legs as legs
+import totalprop.estimators.mixing as mixing
+import totalprop.estimators.surrogates as surrogates
 from totalprop.estimators.gradient import PolicyGradient, gradient
 from totalprop.estimators.node import Estimator, assign_credit, infer_noise
 from totalprop.estimators.probes import ControlProbe, DenseJacobian, ParameterProbe

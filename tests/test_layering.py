@@ -38,7 +38,7 @@ VAGUE_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 def sources() -> dict[str, str]:
     """Module name without "totalprop." -> text, of every module of the packages."""
-    found = {}
+    found = {"totalprop": (ROOT / "totalprop" / "__init__.py").read_text(encoding="utf-8")}
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -106,11 +106,11 @@ def offences(module: str, text: str) -> list[str]:
 
 
 def graph(texts: dict[str, str]) -> dict[str, set[str]]:
-    """Module -> modules of ours that it imports; of a package itself only what is not a module."""
+    """Module -> modules of ours that it imports, the packages they were named by included."""
     edges: dict[str, set[str]] = {}
     for module, text in texts.items():
         names = {n.removeprefix("totalprop.") for n, *_ in imported(text)}
-        edges[module] = {n for n in names if n in texts} - {module}
+        edges[module] = {n for n in names if n in texts}
     return edges
 
 
@@ -135,7 +135,7 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
     return sorted(map(list, groups))
 
 
-@pytest.mark.parametrize("module", sorted(SOURCES))
+@pytest.mark.parametrize("module", sorted(SOURCES.keys() - {"totalprop"}))
 def test_module_keeps_the_arrows(module):
     assert offences(module, SOURCES[module]) == []
 

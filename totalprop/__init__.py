@@ -13,7 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from totalprop import agents, envs, estimators, world_models
+    import totalprop.agents as agents
+    import totalprop.envs as envs
+    import totalprop.estimators as estimators
+    import totalprop.world_models as world_models
     from totalprop.agents import AGENTS, DAAPPO, PIPPS, DreamerTPX
 
 __all__ = [

@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from totalprop import estimators
+import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.validation import (
     check_common,

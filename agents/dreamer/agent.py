@@ -23,7 +23,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
-from totalprop import estimators
+import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.core.validation import (

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from totalprop import estimators
+import totalprop.estimators as estimators
 from totalprop.agents.dreamer.cuda_graph import GraphedFunction
 from totalprop.agents.dreamer.imagination import (
     ImaginationNoise,

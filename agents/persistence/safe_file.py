@@ -25,7 +25,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import Tensor, nn
 
-from totalprop import estimators
+import totalprop.estimators as estimators
 from totalprop.estimators import Estimator
 
 FORMAT = 2  # 1 was stable-baselines3's, with pickles

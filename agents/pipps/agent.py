@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 from tqdm import tqdm
 
-from totalprop import estimators
+import totalprop.estimators as estimators
 from totalprop.agents.core import figures
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory

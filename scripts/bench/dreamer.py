@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from totalprop import estimators
+import totalprop.estimators as estimators
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.dreamer.cuda_graph import EAGER_CALLS
 from totalprop.agents.dreamer.imagination import ImaginationSettings

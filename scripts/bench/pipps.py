@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import totalprop.envs  # noqa: F401  (registers our environments)
-from totalprop import estimators
+import totalprop.estimators as estimators
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
 from totalprop.agents.trials.controllers import RBFPolicy

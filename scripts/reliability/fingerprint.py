@@ -27,7 +27,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
 import totalprop.envs  # noqa: F401  (registers our environments)
-from totalprop import estimators
+import totalprop.estimators as estimators
 from totalprop.agents import DAAPPO, PIPPS, DreamerTPX
 from totalprop.envs.rewind import Rewindable
 

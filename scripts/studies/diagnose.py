@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from totalprop import estimators
+import totalprop.estimators as estimators
 from totalprop.agents import AGENTS, DreamerTPX
 from totalprop.agents.dreamer.imagination import ImaginationNoise
 from totalprop.agents.dreamer.update import DreamerUpdate
