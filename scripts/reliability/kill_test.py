@@ -18,7 +18,7 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ TIMES = {
 }  # fmt: skip
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--kills-in-checkpoints", type=int, default=5, help="per agent")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=None, help="folder for kill_test.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     records = []
     for agent in options.agents:
         with tempfile.TemporaryDirectory() as folder:

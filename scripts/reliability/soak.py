@@ -49,7 +49,7 @@ MOST_GROWTH = 0.02  # of the memory, over the rest
 MEGABYTE = 2**20
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="folder of soak.json and soak.png, which are updated"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     seconds = 60 * options.minutes
     if options.every <= 0 or seconds * (1 - WARM_UP) < 8 * options.every:
         parser.error("--minutes must leave at least 8 samples after the warm-up (its first third)")
