@@ -21,10 +21,12 @@ from torch import Tensor, nn
 LENGTHSCALE_CURB, SNR_CURB, CURB_POWER = math.log(100.0), math.log(1000.0), 30
 # Many points along similar trajectories tell no more than some of them, the support: their prior
 # given the support has a variance below SUPPORT_TOLERANCE σ_n² / n each. From SUPPORT_POINTS on the
-# posterior is computed from the support alone. At the data this changes the variance by less than
-# SUPPORT_TOLERANCE of the predictive one, σ_f² + σ_n² (2e-5 in tests, and as much of the predictive
-# deviation for the mean). Elsewhere the error depends on which points became pivots, and so on
-# their order and the CPU's rounding: 4e-3 was seen, tests/world_models/test_gp.py allows 1e-2.
+# posterior is computed from the support alone. With ε the tolerance, d(x) the prior variance at x
+# given the support and v(x) the posterior one, that changes the variance by at most
+# 2 √(ε d v) + ε d and the mean by at most |β| σ_n √(ε d), whichever points are the support. At the
+# data d < ε σ_n² / n, so the variance changes by less than 2 ε / √n of the predictive one,
+# σ_f² + σ_n² (tests/world_models/test_gp.py). Which points they are depends on the order of the
+# data and on round-off: where the model knows little, two CPUs may differ by as much as the bound.
 SUPPORT_TOLERANCE, SUPPORT_POINTS = 1e-3, 150
 # With little noise the posterior variance is far below the signal's, and s² - k*ᵀK⁻¹k* loses its
 # digits to the round-off of K⁻¹: above this signal-to-noise ratio a root R of K⁻¹ = RᵀR is used,
