@@ -27,7 +27,7 @@ def test_help_names_every_command(capsys):
 
 def test_an_unknown_command_suggests_the_nearest(capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
-        cli.main(["trian"])
+        cli.main(["trayn"])
     assert "did you mean 'train'?" in capsys.readouterr().err
 
 
