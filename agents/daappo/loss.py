@@ -1,4 +1,4 @@
-"""The epochs of DAAPPO: PPO's clipped loss over real and extra actions."""
+"""The loss of DAAPPO's epochs as pure functions: the clipped loss over real and extra actions."""
 
 from __future__ import annotations
 
