@@ -306,9 +306,7 @@ def _step_sizes(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
 def _set_step_sizes(optimizer: torch.optim.Optimizer, sizes: list[dict[str, float]]) -> None:
     for group, values in zip(optimizer.param_groups, sizes, strict=True):
         for key, value in values.items():
-            if isinstance(
-                group[key], Tensor
-            ):  # of a CUDA graph, see `totalprop.agents.dreamer.update`
+            if isinstance(group[key], Tensor):  # in a CUDA graph, see `agents.dreamer.update`
                 group[key].fill_(value)
             else:
                 group[key] = value

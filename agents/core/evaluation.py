@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
@@ -14,9 +14,6 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from tqdm import tqdm
 
 from totalprop.agents.persistence import env_state, safe_file
-
-if TYPE_CHECKING:
-    pass
 
 
 class Evaluation(BaseCallback):

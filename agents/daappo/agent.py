@@ -297,7 +297,7 @@ class DAAPPO(Algorithm, PPO):
         returns = Returns(self.gamma, self.gae_lambda, self.horizon)
         if self.real_advantage == "matched_horizon":
             buffer.advantages[:] = truncated_advantages(buffer, self.horizon)
-        gradient = self._needs_action_gradient()
+        gradient = self._resolved_estimator().needs_pathwise
         extra = self.source(rollout, behaviour, self.k, returns, gradient=gradient)
         if self._compares_actions():
             extra = extra.against_the_others()
@@ -420,10 +420,6 @@ class DAAPPO(Algorithm, PPO):
     # ----------------------------------------------------------------------------------------
     # the epochs
     # ----------------------------------------------------------------------------------------
-
-    def _needs_action_gradient(self) -> bool:
-        """Whether the estimator has a pathwise leg."""
-        return self._resolved_estimator().weight is not estimators.mixing.likelihood_ratio
 
     def _train_epochs(self) -> None:
         """One round of epochs on the rollout buffer, as `stable_baselines3.PPO.train`."""
@@ -656,15 +652,12 @@ class DAAPPO(Algorithm, PPO):
         """Extra actions that are needed: two, if legs are weighed or actions compared."""
         if self._compares_actions():
             return 2
-        weights = estimators.mixing
-        is_one_leg = estimators.make(self.estimator).weight in (
-            weights.pathwise, weights.likelihood_ratio
-        )  # fmt: skip
-        return 1 if is_one_leg else 2
+        estimator = estimators.make(self.estimator)
+        return 2 if estimator.needs_pathwise and estimator.needs_score else 1
 
     def _check_estimator(self) -> None:
         estimator = estimators.make(self.estimator)
-        if estimator.weight is estimators.mixing.likelihood_ratio:
+        if not estimator.needs_pathwise:
             return
         if self.action_source not in DIFFERENTIABLE:
             raise ValueError(

@@ -401,16 +401,51 @@ class DreamerTPX(Algorithm):
 
     def load_replay_buffer(self, path: Any) -> None:
         """Read a replay that `save_replay_buffer` wrote; the next `learn` starts new episodes."""
-        self._load_replay(path)
+        if self.env is None:
+            raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
+        if self.replay_buffer is not None:  # before it is lost
+            self.replay_buffer.check(path)
+        self._last_obs = self._memory = self.replay_buffer = None  # frees a GPU's before the next
+        self.replay_buffer = self._new_replay()
+        self.replay_buffer.load(path)
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Beside the rest: the generators, the filter's state, and the replay in segments."""
-        return {**super().state_dict(folder), **self._own_state(folder)}
+        memory = None if self._memory is None else [*self._memory[0], self._memory[1]]
+        state: dict[str, Any] = {
+            **super().state_dict(folder),
+            "generator": self._generator.get_state(),
+            "rng": self._rng.bit_generator.state,
+            "memory": memory,
+            "replay": None,
+        }
+        replay = self.replay_buffer
+        if replay is not None:
+            state["replay"] = [
+                files.save(folder, count, replay.ring, partial(replay.rows, env))
+                for env, (files, count) in enumerate(zip(self._replay_files, replay.counts))
+            ]
+            state["files"] = [name for segments in state["replay"] for *_, name in segments]
+        return state
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state, folder)
-        self._restore_own_state(state, folder)
+        self._generator.set_state(state["generator"])
+        self._rng.bit_generator.state = state["rng"]
+        if state["memory"] is not None:
+            deter, stoch, action = (tensor.to(self.device) for tensor in state["memory"])
+            self._memory = State(deter, stoch), action
+        if state["replay"] is None:
+            return
+        replay = self.replay_buffer = self._new_replay()
+        if len(state["replay"]) != replay.n_envs:
+            raise ValueError(
+                f"the checkpoint is of {len(state['replay'])} environments, here are "
+                f"{replay.n_envs}"
+            )
+        for env, (files, segments) in enumerate(zip(self._replay_files, state["replay"])):
+            files.load(folder, segments, replay.ring, partial(replay.put_rows, env))
 
     def cut_episodes(self) -> None:
         """Begin new episodes at the next `learn`; those that ran count as truncated."""
@@ -444,52 +479,6 @@ class DreamerTPX(Algorithm):
             storage=self.storage,
             folder=tempfile.gettempdir(),
         )
-
-    def _load_replay(self, path: Any) -> None:
-        """Read a saved replay in place of the agent's, whose episodes end with it."""
-        if self.env is None:
-            raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
-        if self.replay_buffer is not None:  # before it is lost
-            self.replay_buffer.check(path)
-        self._last_obs = self._memory = self.replay_buffer = None  # frees a GPU's before the next
-        self.replay_buffer = self._new_replay()
-        self.replay_buffer.load(path)
-
-    def _own_state(self, folder: Path) -> dict[str, Any]:
-        """Generators, the filter's memory of the running episodes, and the replay's segments."""
-        memory = None if self._memory is None else [*self._memory[0], self._memory[1]]
-        state: dict[str, Any] = {
-            "generator": self._generator.get_state(),
-            "rng": self._rng.bit_generator.state,
-            "memory": memory,
-            "replay": None,
-        }
-        replay = self.replay_buffer
-        if replay is not None:
-            state["replay"] = [
-                files.save(folder, count, replay.ring, partial(replay.rows, env))
-                for env, (files, count) in enumerate(zip(self._replay_files, replay.counts))
-            ]
-            state["files"] = [name for segments in state["replay"] for *_, name in segments]
-        return state
-
-    def _restore_own_state(self, state: dict[str, Any], folder: Path) -> None:
-        """Put back what `take` returned."""
-        self._generator.set_state(state["generator"])
-        self._rng.bit_generator.state = state["rng"]
-        if state["memory"] is not None:
-            deter, stoch, action = (tensor.to(self.device) for tensor in state["memory"])
-            self._memory = State(deter, stoch), action
-        if state["replay"] is None:
-            return
-        replay = self.replay_buffer = self._new_replay()
-        if len(state["replay"]) != replay.n_envs:
-            raise ValueError(
-                f"the checkpoint is of {len(state['replay'])} environments, here are "
-                f"{replay.n_envs}"
-            )
-        for env, (files, segments) in enumerate(zip(self._replay_files, state["replay"])):
-            files.load(folder, segments, replay.ring, partial(replay.put_rows, env))
 
     # ----------------------------------------------------------------------------------------
     # arguments

@@ -17,12 +17,9 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
-from totalprop.estimators import ControlProbe, Estimator, assign_credit, baselines
+from totalprop.estimators import ControlProbe, Estimator, assign_credit
 from totalprop.estimators.probes import covariance
 from totalprop.world_models.latent.model import State
-
-# Any other baseline, a user's too, is given the critic's value.
-VALUE_FREE = (baselines.none, baselines.mean, baselines.leave_one_out)
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def imagine(
     """
     rssm, actor = policy.model.rssm, policy.actor
     needs_probe = estimator.probe != "none" or tap is not None
-    needs_value = estimator.baseline not in VALUE_FREE
+    needs_value = estimator.needs_value
     meters = [None] * len(noise.latent) if meter is None else meter.unbind(0)
     credit = start.stoch.new_zeros(len(start.stoch))
     state, features, credits, entropies = start, [], [], []
