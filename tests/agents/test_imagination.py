@@ -321,7 +321,7 @@ class SpyEstimator:
     """Plain reparameterised samples; a leaf of zeros enters the credit of each node."""
 
     probe = "none"
-    baseline = staticmethod(baselines.none)
+    needs_value = False
 
     def __init__(self):
         self.leaves, self.calls = [], []
