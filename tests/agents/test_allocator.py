@@ -7,6 +7,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
+from totalprop import DAAPPO, PIPPS, DreamerTPX  # as where it is used: a new heap has no small gaps
 from totalprop.agents.core.memory import keep_freed_memory
 
 def faults():
