@@ -1,6 +1,6 @@
 """Makes broken, foreign and hostile model files from a good one: name -> (path, expected words).
 
-python -m tests.agents.hostile_files FOLDER writes them all, to be tried on other loaders.
+`python -m tests.agents.persistence.hostile_files FOLDER` writes all, to be tried on other loaders.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
 import totalprop.envs  # noqa: F401
-from tests.agents import hostile_files
+from tests.agents.persistence import hostile_files
 from totalprop import estimators
 from totalprop.agents import PIPPS
 from totalprop.agents.persistence import safe_file
@@ -229,7 +229,7 @@ GOLDEN = Path(__file__).parent / "golden"  # one file per format, written by the
 
 
 def test_a_file_of_format_2_loads():
-    """By tests/agents/hostile_files.py's good_agent, at the commit that introduced the format."""
+    """Written by hostile_files.good_agent, at the commit that introduced the format."""
     agent = PIPPS.load(GOLDEN / "format_2.zip", device="cpu")
     assert agent.num_timesteps == 60 and len(agent.dynamics.inputs) == 60
     action, _ = agent.predict(np.array([0.1, 0.2, 0.3, 0.4], np.float32))

@@ -12,7 +12,7 @@ from totalprop.agents import AGENTS
 from totalprop.agents.persistence import safe_file
 from totalprop.scripts import train
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 ACTIONS = json.loads((GOLDEN / "actions.json").read_text())
 RUNS = sorted(path.name for path in (GOLDEN / "runs").iterdir())
 
