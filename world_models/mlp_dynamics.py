@@ -43,7 +43,7 @@ class MLPDynamics(nn.Module):
         state_size: int,
         action_size: int,
         *,
-        width: int = 512,
+        width: int,
         layers: int = 2,
         target: Target = "delta",
         normalise: bool = True,

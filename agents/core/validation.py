@@ -2,44 +2,184 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from totalprop.estimators import ControlProbe, DenseJacobian, Estimator, assign_credit
 
 
-def check_common(agent: BaseAlgorithm) -> None:
-    """What stable-baselines3's constructor does not check; ValueError with one sentence."""
-    name = type(agent).__name__
+@dataclass(frozen=True)
+class AtLeast:
+    """Range of an argument, written in its annotation: `horizon: Annotated[int, AtLeast(2)]`.
+
+    An `int` must then be a whole number, a `float` a finite one; NumPy's numbers count, too.
+    """
+
+    low: float
+
+    def __contains__(self, value: float) -> bool:
+        return value >= self.low
+
+    def __str__(self) -> str:
+        return f"at least {self.low:g}"
+
+
+@dataclass(frozen=True)
+class Above:
+    """Numbers above a bound."""
+
+    low: float
+
+    def __contains__(self, value: float) -> bool:
+        return value > self.low
+
+    def __str__(self) -> str:
+        return f"above {self.low:g}"
+
+
+@dataclass(frozen=True)
+class Within:
+    """Numbers in [low, high], or in [low, high) with `open_above`."""
+
+    low: float
+    high: float
+    open_above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value < self.high or (value == self.high and not self.open_above)
+
+    def __str__(self) -> str:
+        return f"in [{self.low:g}, {self.high:g}{')' if self.open_above else ']'}"
+
+
+@dataclass(frozen=True)
+class ZeroOrAtLeast:
+    """0, which stands for "all" or "none", or a number that is large enough."""
+
+    low: float
+
+    def __contains__(self, value: float) -> bool:
+        return value == 0 or value >= self.low
+
+    def __str__(self) -> str:
+        return f"0 or at least {self.low:g}"
+
+
+@dataclass(frozen=True)
+class Finite:
+    """Any finite number."""
+
+    def __contains__(self, value: float) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return "a finite number"
+
+
+RANGES = (AtLeast, Above, Within, ZeroOrAtLeast, Finite)
+
+
+@functools.cache
+def constructor_hints(cls: type) -> dict[str, Any]:
+    """Annotations of the constructor's arguments by name, ranges included.
+
+    Subclasses inherit what they do not declare, stable-baselines3's own classes are left out.
+    """
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if "__init__" in vars(base) and not base.__module__.startswith("stable_baselines3."):
+            # stable-baselines3's alias GymEnv names VecEnv by a string.
+            names = {"VecEnv": VecEnv}
+            found |= get_type_hints(vars(base)["__init__"], localns=names, include_extras=True)
+    found.pop("return", None)
+    return found
+
+
+def expectation(hint: Any, value: Any) -> str:
+    """What an annotation asks for where the value is not that; "" where it is.
+
+    Known are ranges (`Annotated[float, Above(0)]`), choices (`Literal`), `bool`, and their unions
+    with None and functions; any other annotation allows everything.
+    """
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    expected = ""
+    for member in members:
+        if get_origin(member) is Annotated:
+            kind, *ranges = get_args(member)
+            is_kind = is_whole if kind is int else is_finite
+            wanted = [r for r in ranges if isinstance(r, RANGES)]
+            if is_kind(value) and all(value in r for r in wanted):
+                return ""
+            note = ", a whole number" if kind is int else ""
+            expected = expected or " and ".join(map(str, wanted)) + note
+        elif get_origin(member) is Literal:
+            choices = get_args(member)
+            if isinstance(value, str) and value in choices:
+                return ""
+            expected = expected or f"one of {', '.join(choices)}"
+        elif member is bool:
+            if isinstance(value, bool | np.bool_):
+                return ""
+            expected = expected or "True or False"
+        elif member is type(None):
+            if value is None:
+                return ""
+        elif get_origin(member) is Callable:
+            if callable(value):
+                return ""
+            expected = expected or "a function"
+        else:
+            return ""
+    return expected
+
+
+def check_arguments(agent: BaseAlgorithm) -> None:
+    """Every argument against its annotation, and what stable-baselines3 does not check.
+
+    Raises:
+        ValueError: one sentence with the argument, what was expected and the value.
+    """
     if getattr(agent, "observation_space", None) is None:
         raise ValueError(
-            f"{name} needs an environment to learn in: pass env=... (an id or instance)"
+            f"{type(agent).__name__} needs an environment to learn in: pass env=... "
+            "(an id or instance)"
         )
-    window = agent._stats_window_size
-    if not is_whole(window, 1):
-        raise ValueError(f"stats_window_size must be at least 1, a whole number, got {window!r}")
+    names = constructor_hints(type(agent))
+    values = {name: getattr(agent, name) for name in names if hasattr(agent, name)}
+    check_values(type(agent), **values, stats_window_size=agent._stats_window_size)
 
 
-def is_whole(value: Any, least: int) -> bool:
-    """Whether it is a whole number, numpy's too, of at least that."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+def check_values(cls: type, **values: Any) -> None:
+    """Arguments of a constructor against its annotations.
+
+    Raises:
+        ValueError: one sentence with the argument, what was expected and the value.
+    """
+    hints = constructor_hints(cls)
+    for name, value in values.items():
+        if expected := expectation(hints[name], value):
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
-def is_within(value: Any, low: float, high: float = math.inf) -> bool:
-    """Whether it is a number, numpy's too, in [low, high], and finite."""
-    return isinstance(value, Real) and low <= float(value) <= high and math.isfinite(float(value))
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, NumPy's included; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_above(value: Any, low: float) -> bool:
-    """Whether it is a finite number above that."""
-    return is_within(value, low) and float(value) > low
+def is_finite(value: Any) -> bool:
+    """Whether it is a finite number, NumPy's included; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
 
 
 def try_estimator(estimator: Estimator, samples: Sequence[int], *, has_value: bool = False) -> None:

@@ -8,10 +8,9 @@ the same states and values them; the clipped loss runs over real and extra actio
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -28,10 +27,11 @@ from torch.nn.functional import mse_loss
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.validation import (
-    check_common,
-    is_above,
-    is_whole,
-    is_within,
+    Above,
+    AtLeast,
+    Finite,
+    Within,
+    check_arguments,
     try_estimator,
 )
 from totalprop.agents.core.workers import explain_dead_workers
@@ -59,22 +59,7 @@ from totalprop.world_models.mlp_dynamics import fit as fit_dynamics
 from totalprop.world_models.q_networks import QNetworks
 from totalprop.world_models.transitions import TransitionBuffer
 
-SOURCES = ("none", "dynamics", "q", "rewind", "states")
 DIFFERENTIABLE = ("dynamics", "q")  # whose advantage has a gradient in the action
-WHOLE = {  # name: least value
-    "n_epochs": 1, "n_extra_actions": 1, "simulation_horizon": 1, "dynamics_width": 1,
-    "dynamics_batch_size": 1, "dynamics_steps": 0, "dynamics_buffer_size": 1, "dynamics_warmup": 0,
-    "n_q": 1,
-}  # fmt: skip
-CHOICES = {
-    "action_source": SOURCES,
-    "extra_baseline": ("critic", "leave-one-out"),
-    "real_advantage": ("gae", "matched_horizon"),
-    "dynamics_target": ("next", "delta"),
-    "dynamics_activation": ("relu", "leaky_relu"),
-}
-
-
 SelfDAAPPO = TypeVar("SelfDAAPPO", bound="DAAPPO")
 FIRST_HORIZON = 2  # where a growing horizon starts (the authors' code)
 
@@ -82,35 +67,62 @@ FIRST_HORIZON = 2  # where a growing horizon starts (the authors' code)
 class DAAPPO(Algorithm, PPO):
     """PPO with many actions per state, on Box vectors and Box actions.
 
-    Arguments not listed here are those of stable-baselines3's PPO.
-
     Args:
         policy: "MlpPolicy", "TanhMeanPolicy" (tanh on the mean), or a subclass of them.
         env: environment or id; observations are vectors.
-        learning_rate: of the policy and critic, or a schedule of the training's progress.
-        action_source: "dynamics" (DAA), "q" (QAA), "rewind" (AA, the environment itself),
-            "states" (simulated states), or "none" (PPO).
-        n_extra_actions: K, beside the real one; the papers' N counts differently (for DAA it is K,
-            for AA K + 1).
+        learning_rate: step size of policy and critic, or a schedule over training progress.
+        n_steps: steps of each environment per rollout.
+        batch_size: states per minibatch.
+        n_epochs: passes over a rollout.
+        gamma: discount per decision.
+        gae_lambda: λ of generalised advantage estimation.
+        clip_range: clipping range of the probability ratio, or a schedule of it.
+        clip_range_vf: clipping range of the value's change, in the returns' units, or a schedule of
+            it; None for no clipping.
+        normalize_advantage: standardise the advantages of each minibatch.
+        ent_coef: weight of the entropy bonus.
+        vf_coef: weight of the value loss.
+        max_grad_norm: global-norm clip of the gradient.
+        target_kl: approximate KL divergence at which an update's epochs stop; None for no limit.
+        action_source: where extra actions are valued: "dynamics" (DAA: a learned model), "q" (QAA:
+            Q-networks), "rewind" (AA: the environment itself), "states" (simulated states), or
+            "none" (PPO).
+        n_extra_actions: extra actions K per state, besides the real one. The papers' N counts
+            differently: it is K for DAA and K + 1 for AA.
         simulation_horizon: steps H that an extra action is followed.
-        grow_fraction: part of the training over which K grows from 1 and H from 2 to their values,
-            from `dynamics_warmup` on.
-        estimator: of the extra actions' gradient. "lr" is the papers'; others ("tpx", "rp", ...)
-            mix in the value gradient through the model or Q-network, per state over its K actions.
-        real_advantage: of the real action: "gae", or "matched_horizon", the same H steps as the
-            extra ones.
-        extra_baseline: of the extra actions' advantages: "critic" (the papers), or "leave-one-out",
-            which also takes the mean of the state's other extra actions away, and with it what
-            critic and model get wrong about the state ("states" has one action per state: critic).
-        timeout_bootstrap: value what follows a time limit, as stable-baselines3 does; otherwise it
-            is an end.
-        separate_grad_clip: clip the gradient norms of policy and critic apart.
-        dynamics_target: "delta" or "next". dynamics_normalise: fit in units of the data.
-        dynamics_width, dynamics_activation: of transition, reward and Q-networks.
-        dynamics_learning_rate, dynamics_eps: of their Adam. dynamics_batch_size: its batches.
-        dynamics_steps: gradient steps after each rollout; 0: epochs x minibatches, as the policy.
-        dynamics_buffer_size: transitions kept. dynamics_warmup: steps before the model is used.
-        n_q: Q-networks, of which the least counts.
+        grow_fraction: fraction of training over which K grows from 1 and H from 2 to their values,
+            counted from `dynamics_warmup`.
+        estimator: gradient of the extra actions: a name in the registry or an
+            `estimators.Estimator`. "lr" is the papers'; others ("tpx", "rp", ...) mix in the
+            gradient of the value through the model or Q-network, per state over its K actions.
+        real_advantage: advantage of the real action: "gae", or "matched_horizon", over the same H
+            steps as the extra ones.
+        extra_baseline: baseline of the extra actions' advantages: "critic" (the papers), or
+            "leave-one-out", which also subtracts the mean of the state's other extra actions, and
+            with it what critic and model get wrong about the state. "states" has one action per
+            state and keeps the critic.
+        timeout_bootstrap: bootstrap from the value after a time limit, as SB3 does; otherwise the
+            limit counts as an end.
+        separate_grad_clip: clip the gradient norms of policy and critic separately.
+        dynamics_target: what the model predicts of the next state: "delta" (the difference) or
+            "next".
+        dynamics_normalise: standardise the model's inputs and targets.
+        dynamics_width: hidden units of transition, reward and Q-networks.
+        dynamics_activation: their activation, "relu" or "leaky_relu".
+        dynamics_learning_rate: step size of their Adam.
+        dynamics_eps: epsilon of their Adam.
+        dynamics_batch_size: transitions per batch of the model's fit.
+        dynamics_steps: gradient steps after each rollout; 0: as many as the policy takes (epochs x
+            minibatches).
+        dynamics_buffer_size: newest transitions that are kept.
+        dynamics_warmup: steps before extra actions are used.
+        n_q: Q-networks, of which the smallest value counts.
+        policy_kwargs: arguments of the policy class, for example {"net_arch": [256, 256]}.
+        stats_window_size: episodes that rollout/ep_rew_mean averages over.
+        tensorboard_log: folder for TensorBoard events, or None.
+        verbose: 1 prints the logged scalars.
+        seed: seeds everything random; the same seed gives the same run on the same CPU.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
 
     Raises:
         ValueError: a value out of range, with what was expected.
@@ -126,24 +138,24 @@ class DAAPPO(Algorithm, PPO):
         self,
         policy: str | type[ActorCriticPolicy] = "MlpPolicy",
         env: GymEnv | str | None = None,
-        learning_rate: float | Schedule = 3e-4,
-        n_steps: int = 2048,
-        batch_size: int = 64,
-        n_epochs: int = 10,
-        gamma: float = 0.99,
-        gae_lambda: float = 0.95,
-        clip_range: float | Schedule = 0.2,
-        clip_range_vf: float | Schedule | None = None,
+        learning_rate: Annotated[float, Above(0)] | Schedule = 3e-4,
+        n_steps: Annotated[int, AtLeast(1)] = 2048,
+        batch_size: Annotated[int, AtLeast(1)] = 64,
+        n_epochs: Annotated[int, AtLeast(1)] = 10,
+        gamma: Annotated[float, Within(0, 1)] = 0.99,
+        gae_lambda: Annotated[float, Within(0, 1)] = 0.95,
+        clip_range: Annotated[float, Above(0)] | Schedule = 0.2,
+        clip_range_vf: Annotated[float, Above(0)] | Schedule | None = None,
         normalize_advantage: bool = True,
-        ent_coef: float = 0.0,
-        vf_coef: float = 0.5,
-        max_grad_norm: float = 0.5,
-        target_kl: float | None = None,
+        ent_coef: Annotated[float, Finite()] = 0.0,
+        vf_coef: Annotated[float, AtLeast(0)] = 0.5,
+        max_grad_norm: Annotated[float, Above(0)] = 0.5,
+        target_kl: Annotated[float, Above(0)] | None = None,
         *,
         action_source: Literal["none", "dynamics", "q", "rewind", "states"] = "dynamics",
-        n_extra_actions: int = 4,
-        simulation_horizon: int = 8,
-        grow_fraction: float = 0.0,
+        n_extra_actions: Annotated[int, AtLeast(1)] = 4,
+        simulation_horizon: Annotated[int, AtLeast(1)] = 8,
+        grow_fraction: Annotated[float, Within(0, 1)] = 0.0,
         estimator: str | Estimator = "lr",
         real_advantage: Literal["gae", "matched_horizon"] = "gae",
         extra_baseline: Literal["critic", "leave-one-out"] = "critic",
@@ -151,17 +163,17 @@ class DAAPPO(Algorithm, PPO):
         separate_grad_clip: bool = False,
         dynamics_target: Target = "delta",
         dynamics_normalise: bool = True,
-        dynamics_width: int = 512,
+        dynamics_width: Annotated[int, AtLeast(1)] = 512,
         dynamics_activation: Activation = "relu",
-        dynamics_learning_rate: float = 7e-4,
-        dynamics_eps: float = 1e-5,
-        dynamics_batch_size: int = 256,
-        dynamics_steps: int = 0,
-        dynamics_buffer_size: int = 50_000,
-        dynamics_warmup: int = 0,
-        n_q: int = 2,
+        dynamics_learning_rate: Annotated[float, Above(0)] = 7e-4,
+        dynamics_eps: Annotated[float, Above(0)] = 1e-5,
+        dynamics_batch_size: Annotated[int, AtLeast(1)] = 256,
+        dynamics_steps: Annotated[int, AtLeast(0)] = 0,
+        dynamics_buffer_size: Annotated[int, AtLeast(1)] = 50_000,
+        dynamics_warmup: Annotated[int, AtLeast(0)] = 0,
+        n_q: Annotated[int, AtLeast(1)] = 2,
         policy_kwargs: dict[str, Any] | None = None,
-        stats_window_size: int = 100,
+        stats_window_size: Annotated[int, AtLeast(1)] = 100,
         tensorboard_log: str | None = None,
         verbose: int = 0,
         seed: int | None = None,
@@ -598,30 +610,7 @@ class DAAPPO(Algorithm, PPO):
 
     def _check_arguments(self) -> None:
         """One sentence per wrong value, before any work is done."""
-        check_common(self)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {self._of(name)}"
-                )
-        for name, least in WHOLE.items():
-            value = getattr(self, name)
-            if not is_whole(value, least):
-                raise ValueError(f"{name} must be at least {least}, a whole number, got {value!r}")
-        for name in ("dynamics_learning_rate", "dynamics_eps"):
-            if not is_above(getattr(self, name), 0):
-                raise ValueError(f"{name} must be above 0, got {self._of(name)}")
-        for name in ("grow_fraction", "gamma", "gae_lambda"):
-            if not is_within(getattr(self, name), 0, 1):
-                raise ValueError(f"{name} must be in [0, 1], got {self._of(name)}")
-        for name in ("learning_rate", "clip_range", "clip_range_vf", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not callable(value) and not is_above(value, 0):
-                raise ValueError(f"{name} must be above 0, got {value!r}")
-        if not is_within(self.ent_coef, -math.inf):
-            raise ValueError(f"ent_coef must be a finite number, got {self.ent_coef!r}")
-        if not is_within(self.vf_coef, 0):
-            raise ValueError(f"vf_coef must be at least 0, got {self.vf_coef!r}")
+        check_arguments(self)
         self._check_estimator()
         if self._compares_actions() and self.n_extra_actions < 2:
             raise ValueError(
@@ -719,9 +708,6 @@ class DAAPPO(Algorithm, PPO):
                     f"rewards: only {known} may be around VecNormalize, or around environments to "
                     "rewind; wrap the single environments, or use action_source='none'"
                 )
-
-    def _of(self, name: str) -> str:
-        return repr(getattr(self, name))
 
 
 def _check_rewindable(env: VecEnv) -> None:

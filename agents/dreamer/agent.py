@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,12 +27,13 @@ import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.core.validation import (
-    check_common,
+    Above,
+    AtLeast,
+    Within,
+    ZeroOrAtLeast,
+    check_arguments,
     check_finite,
     check_gradients,
-    is_above,
-    is_whole,
-    is_within,
     try_estimator,
 )
 from totalprop.agents.core.workers import explain_dead_workers
@@ -55,14 +56,6 @@ NO_VEC_NORMALIZE = (
     "DreamerTPX learns to reconstruct raw observations, whose scale VecNormalize keeps changing; "
     "pass the environment without VecNormalize"
 )
-WHOLE = {  # name: least value
-    "horizon": 2, "batch_size": 1, "sequence_length": 2, "imagination_starts": 0, "buffer_size": 2,
-    "learning_starts": 1, "train_freq": 1, "gradient_steps": 1,
-}  # fmt: skip
-ABOVE_ZERO = ("model_learning_rate", "adam_eps", "max_grad_norm", "discount_scale")
-AT_LEAST_ZERO = ("exploration_noise", "entropy_scale", "kl_scale", "free_nats")
-
-
 OPTIMIZED = ("model", "actor", "critic")
 SelfDreamerTPX = TypeVar("SelfDreamerTPX", bound="DreamerTPX")
 
@@ -75,47 +68,51 @@ class DreamerTPX(Algorithm):
 
     Args:
         policy: "DreamerPolicy", or a subclass of it.
-        env: environment or id; observations are images of 64x64 (uint8) or vectors.
-        learning_rate: of actor and critic, or a schedule of the training's progress.
-        estimator: a name of the registry ("rp", "lr", "tps", "tpx", "tpg", ...) or an
-            `estimators.Estimator`. Rules that look at parameters see the actor's last layer.
-        baseline: of the LR leg: "leave-one-out" over the batch (or what an estimator of yours
-            has), or "critic", the state's value at the prior's mean (TPX 2023, Sec. 7).
+        env: environment or id; observations are 64x64 images (uint8) or vectors.
+        learning_rate: step size of actor and critic, or a schedule over training progress.
+        estimator: name in the registry ("rp", "lr", "tps", "tpx", "tpg", ...) or an
+            `estimators.Estimator`. Rules that weigh in parameter space use the actor's last layer.
+        baseline: baseline of the LR leg: "leave-one-out" over the batch (or the estimator's own),
+            or "critic", the value at the prior's mean (TPX 2023, Sec. 7).
         horizon: imagined states H of each trajectory.
-        stop_grad_actor_input: block the gradient into the state an action was chosen in
+        stop_grad_actor_input: block the gradient into the state that an action was chosen in
             (DreamerV1). Biased, and RP's bias can explode with the horizon: above 15, try False.
-        gamma: discount. lam: λ of the returns.
-        discount_weights: weight imagined step t by γᵗ in actor and critic loss.
+        gamma: discount per decision.
+        lam: λ of the λ-returns.
+        discount_weights: weight imagined step t by γᵗ in the actor's and the critic's loss.
         entropy_scale: weight of the policy's entropy in the actor's loss; 0 in DreamerV1. It keeps
-            actions off the bounds, where the tanh passes no gradient.
+            actions off their bounds, where the tanh passes no gradient.
         model_learning_rate: step size of the world model.
         adam_eps: Adam's epsilon.
-        max_grad_norm: global-norm clip of each of the three optimisers.
-        batch_size: sequences of a batch. sequence_length: their entries, L; an episode of T steps
-            has T + 1.
+        max_grad_norm: global-norm clip of each of the three optimizers.
+        batch_size: sequences per batch.
+        sequence_length: entries L of each sequence; an episode of T steps has T + 1.
         imagination_starts: states of a batch that imagination starts from; 0 for all of them.
-        buffer_size: entries the replay holds, at least 2 L of each environment.
-        storage: of the replay: "ram", "disk" or "device".
-        learning_starts: steps of uniformly random actions before learning.
-        train_freq: steps between rounds of updates. gradient_steps: updates of each round.
-        exploration_noise: standard deviation added to actions in [-1, 1] while training.
-        kl_scale: weight of the KL term. free_nats: below which it has no gradient.
+        buffer_size: entries the replay holds, at least 2 L per environment.
+        storage: where the replay lies: "ram", "disk" (memory-mapped) or "device" (the GPU).
+        learning_starts: uniformly random steps before learning begins.
+        train_freq: steps between rounds of updates.
+        gradient_steps: updates per round.
+        exploration_noise: standard deviation of the noise added to actions in [-1, 1] while
+            collecting.
+        kl_scale: weight of the KL term of the model's loss.
+        free_nats: KL below which the term has no gradient.
         free_nats_per_step: apply the free nats to every step rather than to the mean.
-        discount_head: learn where episodes end; for tasks with early termination. Imagination then
-            starts from no sequence's last state, which may be terminal (danijar/dreamer).
-        discount_scale: weight of its loss.
+        discount_head: predict where episodes end, for tasks that terminate early. Imagination then
+            never starts from a sequence's last state, which may be terminal (danijar/dreamer).
+        discount_scale: weight of the discount head's loss.
         pretrained_world_model: run folder or saved DreamerTPX whose world model this one starts
-            from, with a fresh actor and critic (TPX 2023, App. C.3). It goes on learning.
-        nonfinite: of a gradient that is not finite: "stop" the training, or "skip" the step and
-            count it (train/skipped_steps).
+            from, with a fresh actor and critic (TPX 2023, App. C.3). The model keeps learning.
+        nonfinite: what to do when a gradient is not finite: "stop" with an error, or "skip" the
+            step and count it (train/skipped_steps).
         bf16: run the networks in bfloat16 (losses stay float32).
-        compile: compile the step of the imagination and of the filter with torch.compile.
+        compile: compile one step of imagination and of the filter with torch.compile.
         cuda_graph: on a GPU, launch an update as one CUDA graph.
         policy_kwargs: sizes of the networks, for example {"deter": 200, "width": 400}.
         stats_window_size: episodes that rollout/ep_rew_mean averages over.
         tensorboard_log: folder for TensorBoard events, or None.
         verbose: 1 prints the logged scalars.
-        seed: of everything random; the same seed gives the same run on the same CPU.
+        seed: seeds everything random; the same seed gives the same run on the same CPU.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
 
     Raises:
@@ -130,40 +127,40 @@ class DreamerTPX(Algorithm):
         self,
         policy: str | type[DreamerPolicy] = "DreamerPolicy",
         env: GymEnv | str | None = None,
-        learning_rate: float | Schedule = 8e-5,
+        learning_rate: Annotated[float, Above(0)] | Schedule = 8e-5,
         estimator: str | Estimator = "tpx",
         *,
         baseline: Literal["leave-one-out", "critic"] = "leave-one-out",
-        horizon: int = 15,
+        horizon: Annotated[int, AtLeast(2)] = 15,
         stop_grad_actor_input: bool = True,
-        gamma: float = 0.99,
-        lam: float = 0.95,
+        gamma: Annotated[float, Within(0, 1)] = 0.99,
+        lam: Annotated[float, Within(0, 1)] = 0.95,
         discount_weights: bool = True,
-        entropy_scale: float = 0.0,
-        model_learning_rate: float = 6e-4,
-        adam_eps: float = 1e-7,
-        max_grad_norm: float = 100.0,
-        batch_size: int = 50,
-        sequence_length: int = 50,
-        imagination_starts: int = 0,
-        buffer_size: int = 1_000_000,
+        entropy_scale: Annotated[float, AtLeast(0)] = 0.0,
+        model_learning_rate: Annotated[float, Above(0)] = 6e-4,
+        adam_eps: Annotated[float, Above(0)] = 1e-7,
+        max_grad_norm: Annotated[float, Above(0)] = 100.0,
+        batch_size: Annotated[int, AtLeast(1)] = 50,
+        sequence_length: Annotated[int, AtLeast(2)] = 50,
+        imagination_starts: Annotated[int, ZeroOrAtLeast(3)] = 0,
+        buffer_size: Annotated[int, AtLeast(2)] = 1_000_000,
         storage: Literal["ram", "disk", "device"] = "ram",
-        learning_starts: int = 2500,
-        train_freq: int = 500,
-        gradient_steps: int = 100,
-        exploration_noise: float = 0.3,
-        kl_scale: float = 1.0,
-        free_nats: float = 3.0,
+        learning_starts: Annotated[int, AtLeast(1)] = 2500,
+        train_freq: Annotated[int, AtLeast(1)] = 500,
+        gradient_steps: Annotated[int, AtLeast(1)] = 100,
+        exploration_noise: Annotated[float, AtLeast(0)] = 0.3,
+        kl_scale: Annotated[float, AtLeast(0)] = 1.0,
+        free_nats: Annotated[float, AtLeast(0)] = 3.0,
         free_nats_per_step: bool = False,
         discount_head: bool = False,
-        discount_scale: float = 10.0,
+        discount_scale: Annotated[float, Above(0)] = 10.0,
         pretrained_world_model: str | None = None,
         nonfinite: Literal["stop", "skip"] = "stop",
         bf16: bool = False,
         compile: bool = False,
         cuda_graph: bool = False,
         policy_kwargs: dict[str, Any] | None = None,
-        stats_window_size: int = 100,
+        stats_window_size: Annotated[int, AtLeast(1)] = 100,
         tensorboard_log: str | None = None,
         verbose: int = 0,
         seed: int | None = None,
@@ -486,37 +483,7 @@ class DreamerTPX(Algorithm):
 
     def _check_arguments(self) -> None:
         """One sentence per wrong value, before any work is done."""
-        check_common(self)
-        checks = [
-            (name, (value := getattr(self, name)), is_whole(value, least),
-             f"at least {least}, a whole number") for name, least in WHOLE.items()
-        ]  # fmt: skip
-        starts = self.imagination_starts  # one trajectory has no baseline, two no regression
-        checks.append(
-            ("imagination_starts", starts, starts not in (1, 2), "0 for all, or at least 3")
-        )
-        for name in ABOVE_ZERO:
-            value = getattr(self, name)
-            checks.append((name, value, is_above(value, 0), "above 0"))
-        for name in AT_LEAST_ZERO:
-            value = getattr(self, name)
-            checks.append((name, value, is_within(value, 0), "at least 0"))
-        for name in ("gamma", "lam"):
-            value = getattr(self, name)
-            checks.append((name, value, is_within(value, 0, 1), "in [0, 1]"))
-        for name, choices in (
-            ("baseline", list(BASELINES)),
-            ("storage", ["ram", "disk", "device"]),
-            ("nonfinite", ["stop", "skip"]),
-        ):
-            value = getattr(self, name)
-            checks.append((name, value, value in choices, f"one of {', '.join(choices)}"))
-        if not callable(self.learning_rate):
-            rate = self.learning_rate
-            checks.append(("learning_rate", rate, is_above(rate, 0), "above 0"))
-        for name, value, is_good, expected in checks:
-            if not is_good:
-                raise ValueError(f"{name} must be {expected}, got {value!r}")
+        check_arguments(self)
         if "discount_head" in self.policy_kwargs:
             raise ValueError(
                 "discount_head belongs to DreamerTPX: pass it there, not in policy_kwargs"

@@ -7,7 +7,7 @@ per environment, and `episode_start` resets rows.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from totalprop.agents.core.validation import Above, AtLeast, check_values
 from totalprop.world_models.latent.model import LatentModel, State
 from totalprop.world_models.latent.networks import at_least_float32, initialise, mlp
 
@@ -34,7 +35,7 @@ class Actor(nn.Module):
         features: width of the state's features. actions: A. width: of the hidden layers.
     """
 
-    def __init__(self, features: int, actions: int, *, width: int = 400, layers: int = 4) -> None:
+    def __init__(self, features: int, actions: int, *, width: int, layers: int = 4) -> None:
         super().__init__()
         *hidden, out = mlp(features, width, layers, 2 * actions)
         self.hidden = nn.Sequential(*hidden)
@@ -68,11 +69,16 @@ class DreamerPolicy(BasePolicy):
     """World model, actor and critic, and how they act.
 
     Args:
-        observation_space: Box, image [C, 64, 64] uint8 or vector [S]. action_space: bounded Box.
-        stoch, deter, hidden: of the RSSM. width: units of all dense heads.
-        conv_depth: feature maps of the first convolution.
+        observation_space: Box, an image [C, 64, 64] uint8 or a vector [S].
+        action_space: bounded Box.
+        lr_schedule: not used; stable-baselines3 passes it to every policy.
+        stoch: size of the RSSM's stochastic state.
+        deter: size of its deterministic state (the GRU).
+        hidden: units of its other layers.
+        width: units of every layer of actor, critic and the model's heads.
+        conv_depth: feature maps of the first convolution, for images.
         vector_std: standard deviation of the decoder of vector observations.
-        discount_head: learn where episodes end.
+        discount_head: predict where episodes end.
     """
 
     file_name: ClassVar[str] = "totalprop.DreamerPolicy"
@@ -84,12 +90,12 @@ class DreamerPolicy(BasePolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule | None = None,
         *,
-        stoch: int = 30,
-        deter: int = 200,
-        hidden: int = 200,
-        width: int = 400,
-        conv_depth: int = 32,
-        vector_std: float = 1.0,
+        stoch: Annotated[int, AtLeast(1)] = 30,
+        deter: Annotated[int, AtLeast(1)] = 200,
+        hidden: Annotated[int, AtLeast(1)] = 200,
+        width: Annotated[int, AtLeast(1)] = 400,
+        conv_depth: Annotated[int, AtLeast(1)] = 32,
+        vector_std: Annotated[float, Above(0)] = 1.0,
         discount_head: bool = False,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=True)
@@ -97,6 +103,7 @@ class DreamerPolicy(BasePolicy):
             "stoch": stoch, "deter": deter, "hidden": hidden, "width": width,
             "conv_depth": conv_depth, "vector_std": vector_std, "discount_head": discount_head,
         }  # fmt: skip
+        check_values(DreamerPolicy, **self.sizes)
         shape = observation_space.shape
         if not is_image_space(observation_space):
             shape = (int(np.prod(shape)),)

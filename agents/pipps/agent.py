@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -32,11 +32,11 @@ from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.core.metrics import PICTURE, QUIET
 from totalprop.agents.core.validation import (
-    check_common,
+    Above,
+    AtLeast,
+    Within,
+    check_arguments,
     check_finite,
-    is_above,
-    is_whole,
-    is_within,
     try_estimator,
 )
 from totalprop.agents.core.workers import explain_dead_workers
@@ -70,38 +70,40 @@ class PIPPS(Algorithm):
 
     Args:
         policy: "RBFPolicy" (both papers, cart-pole) or "LinearPolicy" (unicycle), or a class.
-        env: environment or id. Where it has a differentiable `cost(states)` and an
-            `initial_distribution` (mean, std), simulations use them.
-        learning_rate: step size of the policy optimiser, or a schedule of the training's progress.
-        estimator: a name of the registry ("rp", "lr", "tp", "tps", "tpx", "tpg", ...), "gr"
-            (Gaussian resampling), "rp-fs" or "gr-fs" (fixed noise and a quasi-Newton optimiser), or
+        env: environment or id. Simulations use its differentiable `cost(states)` and its
+            `initial_distribution` (mean, std), where it has them.
+        learning_rate: step size of the policy optimizer, or a schedule over training progress.
+        estimator: name in the registry ("rp", "lr", "tp", "tps", "tpx", "tpg", ...), "gr"
+            (Gaussian resampling), "rp-fs" or "gr-fs" (fixed noise and a quasi-Newton optimizer), or
             an `estimators.Estimator`.
-        leg: how the likelihood ratio is formed, "score" or "biw" (batch importance weighting).
-        cross_fit: choose k for each half of the particles from the other half. An
-            `estimators.Estimator` brings both itself.
+        leg: how the likelihood ratio is formed, "score" or "biw" (batch importance weighting); an
+            `estimators.Estimator` brings its own.
+        cross_fit: choose k for each half of the particles from the other half; an
+            `estimators.Estimator` brings its own.
         n_particles: simulated particles N.
-        horizon: simulated steps H; the papers use the length of the real episode.
+        horizon: simulated steps H; the papers use the length of a real episode.
         gradient_steps: policy updates after each trial.
         optimizer: "adam" (2023), "rmsprop2018" (2018, Sec. 3.3) or "quasi-newton" (L-BFGS, which
             needs fixed noise and is implied by "rp-fs" and "gr-fs"). "rmsprop2018" divides by the
             gradient's variance, which it underestimates with "gr", whose particles depend on each
             other.
         adam_eps: Adam's epsilon.
-        momentum: of "rmsprop2018", in [0, 1).
-        random_trials: first episodes with uniformly random actions.
+        momentum: momentum of "rmsprop2018".
+        random_trials: first episodes, with uniformly random actions.
         cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64). Without
             it the environment's own `cost` is used; if it has none, a GP is fitted to the rewards.
-        angle_dims: observation entries that are angles: model and policy see sine and cosine.
-        model_uncertainty: particles spread by the GP's own uncertainty; off: "TP - σ_f" of 2018.
+        angle_dims: entries of the observation that are angles: model and policy see their sine and
+            cosine.
+        model_uncertainty: spread particles by the GP's own uncertainty; off: "TP - σ_f" of 2018.
         noise_multiplier: factor on the learned noise variance in simulation; 100: "TP + σ_n".
         gp_evaluations: likelihood evaluations per output and fit.
-        max_points: newest real steps that the model is made of; 0 for all, as in the papers. It
-            bounds the memory and time of many trials: a fit takes time in the number's cube.
-        policy_kwargs: of the policy class, for example {"n_centres": 50}.
+        max_points: newest real steps that the model keeps; 0 for all, as in the papers. A fit takes
+            time cubic in their number.
+        policy_kwargs: arguments of the policy class, for example {"n_centres": 50}.
         stats_window_size: episodes that rollout/ep_rew_mean averages over.
         tensorboard_log: folder for TensorBoard events, or None.
         verbose: 1 prints the logged scalars.
-        seed: of everything random; the same seed gives the same run on the same CPU.
+        seed: seeds everything random; the same seed gives the same run on the same CPU.
         device: "cpu", "cuda", or "auto" for a GPU if there is one. All is float64.
 
     Raises:
@@ -119,26 +121,26 @@ class PIPPS(Algorithm):
         self,
         policy: str | type[ControllerPolicy] = "RBFPolicy",
         env: GymEnv | str | None = None,
-        learning_rate: float | Schedule = 0.03,
+        learning_rate: Annotated[float, Above(0)] | Schedule = 0.03,
         estimator: str | Estimator = "tpx",
         *,
         leg: Literal["score", "biw"] = "score",
         cross_fit: bool = False,
-        n_particles: int = 300,
-        horizon: int = 30,
-        gradient_steps: int = 250,
+        n_particles: Annotated[int, AtLeast(3)] = 300,
+        horizon: Annotated[int, AtLeast(1)] = 30,
+        gradient_steps: Annotated[int, AtLeast(1)] = 250,
         optimizer: OptimizerName = "adam",
-        adam_eps: float = 1e-4,
-        momentum: float = 0.9,
-        random_trials: int = 1,
+        adam_eps: Annotated[float, Above(0)] = 1e-4,
+        momentum: Annotated[float, Within(0, 1, open_above=True)] = 0.9,
+        random_trials: Annotated[int, AtLeast(1)] = 1,
         cost_fn: Callable[[Tensor], Tensor] | None = None,
         angle_dims: tuple[int, ...] = (),
         model_uncertainty: bool = True,
-        noise_multiplier: float = 1.0,
-        gp_evaluations: int = 200,
-        max_points: int = 0,
+        noise_multiplier: Annotated[float, Above(0)] = 1.0,
+        gp_evaluations: Annotated[int, AtLeast(1)] = 200,
+        max_points: Annotated[int, AtLeast(0)] = 0,
         policy_kwargs: dict[str, Any] | None = None,
-        stats_window_size: int = 100,
+        stats_window_size: Annotated[int, AtLeast(1)] = 100,
         tensorboard_log: str | None = None,
         verbose: int = 0,
         seed: int | None = None,
@@ -587,28 +589,12 @@ class PIPPS(Algorithm):
 
     def _check_arguments(self) -> None:
         """One sentence per wrong value, before any work is done."""
-        check_common(self)
+        check_arguments(self)
         has_halves = getattr(self.estimator, "cross_fit", self.cross_fit)
-        checks: list[tuple[str, Any, bool, str]] = [
-            ("leg", self.leg, self.leg in LEGS, f"one of {', '.join(LEGS)}"),
-            self._whole("n_particles", 6 if has_halves else 3),
-            self._whole("horizon", 1),
-            self._whole("gradient_steps", 1),
-            self._whole("random_trials", 1),
-            self._whole("gp_evaluations", 1),
-            self._whole("max_points", 0),
-            ("cost_fn", self.cost_fn, self.cost_fn is None or callable(self.cost_fn), "a function"),
-            self._above_zero("noise_multiplier"),
-            self._above_zero("adam_eps"),
-            ("momentum", (m := self.momentum), is_within(m, 0, 1) and m < 1, "in [0, 1), a number"),
-        ]
-        if not callable(self.learning_rate):
-            checks.append(self._above_zero("learning_rate"))
-        names = ("adam", "rmsprop2018", "quasi-newton")
-        checks.append(("optimizer", self.optimizer, self.optimizer in names, f"one of {names}"))
-        for name, value, is_good, expected in checks:
-            if not is_good:
-                raise ValueError(f"{name} must be {expected}, got {value!r}")
+        if has_halves and self.n_particles < 6:  # two halves of 3
+            raise ValueError(
+                f"n_particles must be at least 6 with cross_fit, got {self.n_particles}"
+            )
         if self.optimizer == "quasi-newton" and not self._variant()[1]:
             raise ValueError(
                 "optimizer 'quasi-newton' needs a deterministic objective; "
@@ -639,14 +625,6 @@ class PIPPS(Algorithm):
         elif self.estimator not in (known := [*estimators.names(), *VARIANTS]):
             raise ValueError(estimators.unknown_name(self.estimator, known))
         try_estimator(self._resolved_estimator(), [self.n_particles])
-
-    def _whole(self, name: str, least: int) -> tuple[str, Any, bool, str]:
-        value = getattr(self, name)
-        return name, value, is_whole(value, least), f"at least {least}, a whole number"
-
-    def _above_zero(self, name: str) -> tuple[str, Any, bool, str]:
-        value = getattr(self, name)
-        return name, value, is_above(value, 0), "above 0, a number"
 
     def _check_spaces(self) -> None:
         space = self.observation_space

@@ -9,7 +9,7 @@ for the first.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
+from totalprop.agents.core.validation import AtLeast, check_values
 from totalprop.estimators import DenseJacobian
 from totalprop.estimators.probes import covariance
 
@@ -35,8 +36,10 @@ class ControllerPolicy(BasePolicy):
     """Base for the two controllers: what stable-baselines3 asks of a policy.
 
     Args:
-        observation_space: Box [S]. action_space: Box [A], bounded.
-        angle_dims: observation entries that are angles and enter as sine and cosine.
+        observation_space: Box [S].
+        action_space: Box [A], bounded.
+        lr_schedule: not used; stable-baselines3 passes it to every policy.
+        angle_dims: entries of the observation that are angles, seen as sine and cosine.
     """
 
     is_placed: Tensor
@@ -113,6 +116,10 @@ class RBFPolicy(ControllerPolicy):
     et al. 2023, App. B: "about 250"). Every control has its own weights.
 
     Args:
+        observation_space: Box [S].
+        action_space: Box [A], bounded.
+        lr_schedule: not used; stable-baselines3 passes it to every policy.
+        angle_dims: entries of the observation that are angles, seen as sine and cosine.
         n_centres: basis functions (the papers: 50).
     """
 
@@ -126,11 +133,10 @@ class RBFPolicy(ControllerPolicy):
         lr_schedule: Schedule | None = None,
         *,
         angle_dims: tuple[int, ...] = (),
-        n_centres: int = 50,
+        n_centres: Annotated[int, AtLeast(1)] = 50,
     ) -> None:
         super().__init__(observation_space, action_space, lr_schedule, angle_dims=angle_dims)
-        if n_centres < 1:
-            raise ValueError(f"n_centres must be at least 1, got {n_centres}")
+        check_values(RBFPolicy, n_centres=n_centres)
         self.n_centres = n_centres
         dtype, bound = torch.float64, n_centres**-0.5
         self.centres = nn.Parameter(torch.randn(n_centres, self.n_features, dtype=dtype))
@@ -192,7 +198,14 @@ class RBFPolicy(ControllerPolicy):
 
 
 class LinearPolicy(ControllerPolicy):
-    """v = W x + b, W ~ 0.01·N(0, 1), b = 0. Parmas et al. 2018, Sec. 4.2 (unicycle)."""
+    """v = W x + b, W ~ 0.01·N(0, 1), b = 0. Parmas et al. 2018, Sec. 4.2 (unicycle).
+
+    Args:
+        observation_space: Box [S].
+        action_space: Box [A], bounded.
+        lr_schedule: not used; stable-baselines3 passes it to every policy.
+        angle_dims: entries of the observation that are angles, seen as sine and cosine.
+    """
 
     file_name: ClassVar[str] = "totalprop.LinearPolicy"
     former_file_names: ClassVar[tuple[str, ...]] = ("agents.policies.LinearPolicy",)

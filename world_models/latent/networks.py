@@ -48,7 +48,7 @@ class ImageEncoder(nn.Module):
         channels: of the image. depth: feature maps of the first layer, doubled by each (32).
     """
 
-    def __init__(self, channels: int, *, depth: int = 32) -> None:
+    def __init__(self, channels: int, *, depth: int) -> None:
         super().__init__()
         sizes = [channels, depth, 2 * depth, 4 * depth, 8 * depth]
         self.layers = nn.ModuleList(
@@ -74,7 +74,7 @@ class ImageDecoder(nn.Module):
     The output is the mean of a Gaussian of unit variance over pixels in [-0.5, 0.5].
     """
 
-    def __init__(self, features: int, channels: int, *, depth: int = 32) -> None:
+    def __init__(self, features: int, channels: int, *, depth: int) -> None:
         super().__init__()
         self.dense = Linear(features, 32 * depth)
         self.first = nn.ConvTranspose2d(32 * depth, 4 * depth, kernel_size=5, stride=2)

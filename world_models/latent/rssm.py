@@ -55,9 +55,9 @@ class RSSM(nn.Module):
         action_size: int,
         embed_size: int,
         *,
-        stoch: int = 30,
-        deter: int = 200,
-        hidden: int = 200,
+        stoch: int,
+        deter: int,
+        hidden: int,
         min_std: float = 0.1,
     ) -> None:
         super().__init__()

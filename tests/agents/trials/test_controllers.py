@@ -157,7 +157,7 @@ def test_initial_rbf_weights_are_those_of_a_linear_layer():
 
 
 def test_n_centres_must_be_positive():
-    with pytest.raises(ValueError, match="n_centres must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n_centres must be at least 1, a whole number, got 0"):
         RBFPolicy(CARTPOLE, actions(1), n_centres=0)
 
 

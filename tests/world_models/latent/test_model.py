@@ -24,6 +24,9 @@ def randn(*shape, seed):
     return torch.randn(shape, generator=generator(seed))
 
 
+DREAMER_V1 = {"stoch": 30, "deter": 200, "hidden": 200, "width": 400, "conv_depth": 32}
+
+
 def make(shape=(OBSERVATION,), **changes):
     """A tiny model with weights and biases of about 0.5, and convolutions of about 0.1."""
     model = LatentModel(shape, A, **{**SIZES, **changes})
@@ -69,7 +72,7 @@ def gradient_norms(loss, model):
 
 def test_parameter_counts_of_the_reference():
     """danijar/dreamer at 6 actions; actor and critic see agents/test_dreamer_update.py."""
-    model = LatentModel((3, 64, 64), 6)
+    model = LatentModel((3, 64, 64), 6, **DREAMER_V1)
     counts = {
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }
@@ -81,7 +84,7 @@ def test_parameter_counts_of_the_reference():
 
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match="ResizeObservation"):
-        LatentModel((3, 84, 84), A)
+        LatentModel((3, 84, 84), A, **SIZES)
 
 
 def test_the_whole_model_is_initialised():

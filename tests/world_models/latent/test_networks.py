@@ -54,15 +54,15 @@ def count(module):
 
 def test_parameter_counts_of_the_reference():
     """danijar/dreamer at 3x64x64 images; features 30 + 200."""
-    assert count(ImageEncoder(3)) == 690_144
-    assert count(ImageDecoder(230, 3)) == 3_795_555
+    assert count(ImageEncoder(3, depth=32)) == 690_144
+    assert count(ImageDecoder(230, 3, depth=32)) == 3_795_555
     assert count(mlp(230, 400, 2, 1)) == 253_201  # reward
     assert count(mlp(230, 400, 3, 1)) == 413_601  # critic
     assert count(mlp(230, 400, 4, 12)) == 578_412  # actor of 6 actions
 
 
 def test_layers_of_the_image_networks():
-    encoder, decoder = ImageEncoder(3), ImageDecoder(230, 3)
+    encoder, decoder = ImageEncoder(3, depth=32), ImageDecoder(230, 3, depth=32)
     assert encoder.outputs == 1024
     assert weight_shapes(encoder) == [
         (32, 3, 4, 4), (64, 32, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4),

@@ -45,7 +45,10 @@ def sequences():
 
 
 def test_parameter_count_of_the_reference():
-    assert sum(p.numel() for p in RSSM(6, 1024).parameters()) == 557_920
+    assert (
+        sum(p.numel() for p in RSSM(6, 1024, stoch=30, deter=200, hidden=200).parameters())
+        == 557_920
+    )
 
 
 def test_features_are_stoch_then_deter(rssm):
