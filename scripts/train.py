@@ -32,10 +32,11 @@ from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.dreamer.open_loop import OpenLoopPictures
 from totalprop.agents.persistence.checkpoint import Checkpoints, Stateful, TrainingStopped
 from totalprop.agents.persistence.safe_file import write_text
-from totalprop.scripts.run.arguments import Job, RunOptions, parse, parse_resume
+from totalprop.scripts.run.arguments import parse, parse_resume
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import RunFolder, program
 from totalprop.scripts.run.interruption import locked, stopping_between_rollouts
+from totalprop.scripts.run.job import Job, RunOptions
 from totalprop.scripts.run.log import make_logger
 from totalprop.scripts.run.normalisation import save_statistics
 from totalprop.scripts.run.report import report
@@ -45,9 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: wrong input ends with one sentence, never with a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     is_resumed = any(argument.partition("=")[0] == "--resume" for argument in arguments)
-    command = parse_resume(arguments) if is_resumed else parse(arguments, usage=__doc__ or "")
+    resumed = parse_resume(arguments) if is_resumed else None
+    job = None if resumed else parse(arguments, usage=__doc__ or "")
     try:
-        resume(*command) if is_resumed else train(*command)
+        if resumed:
+            resume(*resumed)
+        elif job:
+            train(job)
     except Exception as error:
         if os.environ.get("TOTALPROP_TRACEBACK"):
             raise
@@ -97,19 +102,28 @@ def sentence(error: Exception) -> str:
     )
 
 
-def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunFolder:
+def train(job: Job) -> RunFolder:
     """Make environment, agent and run folder, learn, and report."""
-    check_options(options, flags.device)
+    options, arguments = job.options, job.arguments
+    options.check()
+    check_device(arguments["device"])
     set_up_torch(options)
-    job = Job.of(agent, options, flags, preset)
     # Everything that can be wrong is made before the folder: nothing is left behind by a typo.
     env, eval_env = job.environments()
     algorithm = job.algorithm(env)
     name = options.name or "_".join(
-        [agent, options.env_id.rsplit("/", 1)[-1], _method(job.arguments), f"seed{flags.seed}"]
+        [
+            job.agent,
+            options.env_id.rsplit("/", 1)[-1],
+            _method(arguments),
+            f"seed{arguments['seed']}",
+        ]
     )
     folder = RunFolder.create(options.runs, name, job.config())
-    print(f"Training {agent} ({flags.estimator}) on {options.env_id}, writing to {folder.path}")
+    print(
+        f"Training {job.agent} ({arguments['estimator']}) on {options.env_id}, writing to "
+        f"{folder.path}"
+    )
     try:
         with locked(folder.path):
             learn(job, folder, algorithm, eval_env)
@@ -120,16 +134,8 @@ def train(agent: str, options: RunOptions, flags: Any, preset: str = "") -> RunF
     return folder
 
 
-def check_options(options: RunOptions, device: str) -> None:
-    """One sentence per wrong value, before any work is done."""
-    for name, least in (
-        ("total_timesteps", 1), ("eval_episodes", 2), ("eval_every", 0), ("threads", 0),
-        ("checkpoint_seconds", 0), ("step_timeout", 0),
-    ):  # fmt: skip
-        value = getattr(options, name)
-        if not value >= least:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be at least {least}, got {value}")
+def check_device(device: str) -> None:
+    """Raise UserError if PyTorch does not see it."""
     try:
         torch.empty(0, device=None if device == "auto" else device)
     except (RuntimeError, AssertionError) as error:

@@ -18,6 +18,7 @@ class AgentEntry:
         run: defaults of the command line's options, for example env_id and total_timesteps.
         presets: name -> constructor arguments.
         preset_runs: name -> options of the command line that belong to a preset.
+        policy_flags: arguments of the policies that are flags of the command line.
         quantity: what evaluations report, the "return" of an episode or its "cost" (-return).
     """
 
@@ -25,4 +26,5 @@ class AgentEntry:
     run: Mapping[str, Any]
     presets: Mapping[str, dict[str, Any]]
     preset_runs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    policy_flags: tuple[str, ...] = ()
     quantity: Literal["return", "cost"] = "return"

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -34,6 +34,11 @@ class AtLeast:
     def __str__(self) -> str:
         return f"at least {self.low:g}"
 
+    @property
+    def symbol(self) -> str:
+        """As help texts show it."""
+        return f"≥ {self.low:g}"
+
 
 @dataclass(frozen=True)
 class Above:
@@ -46,6 +51,11 @@ class Above:
 
     def __str__(self) -> str:
         return f"above {self.low:g}"
+
+    @property
+    def symbol(self) -> str:
+        """As help texts show it."""
+        return f"> {self.low:g}"
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,11 @@ class Within:
     def __str__(self) -> str:
         return f"in [{self.low:g}, {self.high:g}{')' if self.open_above else ']'}"
 
+    @property
+    def symbol(self) -> str:
+        """As help texts show it."""
+        return str(self)
+
 
 @dataclass(frozen=True)
 class ZeroOrAtLeast:
@@ -75,6 +90,11 @@ class ZeroOrAtLeast:
     def __str__(self) -> str:
         return f"0 or at least {self.low:g}"
 
+    @property
+    def symbol(self) -> str:
+        """As help texts show it."""
+        return f"0 or ≥ {self.low:g}"
+
 
 @dataclass(frozen=True)
 class Finite:
@@ -85,6 +105,8 @@ class Finite:
 
     def __str__(self) -> str:
         return "a finite number"
+
+    symbol = ""
 
 
 RANGES = (AtLeast, Above, Within, ZeroOrAtLeast, Finite)
@@ -115,10 +137,10 @@ def expectation(hint: Any, value: Any) -> str:
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     expected = ""
     for member in members:
-        if get_origin(member) is Annotated:
-            kind, *ranges = get_args(member)
+        wanted = [r for r in getattr(member, "__metadata__", ()) if isinstance(r, RANGES)]
+        if wanted:
+            kind = get_args(member)[0]
             is_kind = is_whole if kind is int else is_finite
-            wanted = [r for r in ranges if isinstance(r, RANGES)]
             if is_kind(value) and all(value in r for r in wanted):
                 return ""
             note = ", a whole number" if kind is int else ""

@@ -15,6 +15,7 @@ ENTRY = AgentEntry(
     },
     presets=PRESETS,
     preset_runs=RUNS,
+    policy_flags=("net_arch", "activation_fn", "ortho_init", "log_std_init"),
 )
 
 __all__ = ["DAAPPO", "ENTRY"]

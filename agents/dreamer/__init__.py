@@ -13,6 +13,7 @@ ENTRY = AgentEntry(
         "eval_every": 2_500,
     },
     presets=PRESETS,
+    policy_flags=("stoch", "deter", "hidden", "width", "conv_depth", "vector_std"),
 )
 
 __all__ = ["ENTRY", "DreamerTPX"]

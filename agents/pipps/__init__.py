@@ -8,6 +8,7 @@ ENTRY = AgentEntry(
     PIPPS,
     run={"env_id": "totalprop/CartPoleSwingUp-v0", "total_timesteps": 450},
     presets=PRESETS,
+    policy_flags=("n_centres",),
     quantity="cost",  # of an episode, as in its papers
 )
 

@@ -44,12 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", default="pipps", choices=list(WHAT))
+    parser.add_argument("what", nargs="?", default="pipps", choices=list(WHAT), help="what to time")
     parser.add_argument("--points", type=int, nargs="+", default=[30, 150, 450], help="GP data")
     parser.add_argument(
         "--repeats", type=int, help="medians of this many (default: pipps 11, others 5)"
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of PyTorch"
+    )
     parser.add_argument("--device", default="cpu", help="of dreamer: cpu or cuda")
     parser.add_argument("--batch", type=int, default=50, help="dreamer's sequences")
     parser.add_argument("--length", type=int, default=50, help="dreamer's steps of a sequence")

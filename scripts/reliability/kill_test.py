@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--agents", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
+    parser.add_argument(
+        "--agents", nargs="+", choices=list(COMMANDS), default=list(COMMANDS), help="whose runs"
+    )
     parser.add_argument("--kills", type=int, default=20, help="at random moments, per agent")
     parser.add_argument("--kills-in-checkpoints", type=int, default=5, help="per agent")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

@@ -54,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--agents", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument(
+        "--agents", nargs="+", choices=list(COMMANDS), default=list(COMMANDS), help="which to train"
+    )
+    parser.add_argument("--minutes", type=float, default=60, help="for all at once")
     parser.add_argument("--every", type=float, default=10, help="seconds between samples")
     parser.add_argument(
         "--out", type=Path, default=None, help="folder of soak.json and soak.png, which are updated"

@@ -1,151 +1,230 @@
-"""The command line of scripts.train: flags per agent, presets, and a run's config.json."""
+"""The command line of `totalprop train`: an agent's flags, presets, and --config files.
+
+Flags are the constructor's arguments: types, ranges and choices come from the signature, help from
+the docstring.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import io
 import itertools
 import json
-import math
 import re
 import sys
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, get_args, get_origin
 
 import tyro
+import yaml
 from docstring_parser import parse as parse_docstring
-from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from totalprop.agents import AGENTS
-from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.validation import RANGES, constructor_hints
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import RunFolder, current_commit, make_env, parse_env_args
-from totalprop.scripts.run.normalisation import Normalised, normalise, normalise_like
+from totalprop.scripts.run.folder import parse_env_args
+from totalprop.scripts.run.job import Job, RunOptions
+from totalprop.scripts.run.policy_kwargs import (
+    SB3_FLAGS,
+    default_policy_kwargs,
+    flag_type,
+    from_flag,
+    policy_parameters,
+    to_flag,
+    to_words,
+)
 
-# Constructor arguments that are not flags: set below, or not expressible as text.
+# Constructor arguments that are not flags: set by the run, or not expressible as text.
 NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
+# Entries of a run's config.json that are not settings.
+RECORDED = {"commit", "env_arg", "runs"}
 
 
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """What is trained where, and what is written."""
-
-    env_id: str = ""
-    """Gymnasium id of the environment; "module:id" imports the module first."""
-    env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=VALUE passed to the environment's constructor; may be given several times."""
-    normalize: Normalised = "none"
-    """Scale observations, rewards or both by running statistics (VecNormalize); daappo only."""
-    total_timesteps: int = 0
-    """Real environment steps (decisions). Episodes of the cart-pole have 30: 450 are 15 trials."""
-    learning_rate_schedule: Literal["constant", "linear"] = "constant"
-    """"linear": --learning-rate falls to 0 over the training, so that the policy settles."""
-    runs: Path = Path("runs")
-    """Folder that the run's folder is created in."""
-    name: str = ""
-    """Name of the run's folder; default: agent, environment, estimator and seed."""
-    eval_episodes: int = 30
-    """Rollouts of each evaluation; they are not used for learning."""
-    eval_every: int = 0
-    """Steps between evaluations; 0: after each trial's policy search."""
-    save_replay: bool = False
-    """Also write the world model's replay to replay.npz, for totalprop.scripts.studies.diagnose."""
-    checkpoint_seconds: float = 60.0
-    """Least time between checkpoints; a killed run goes on from the last with --resume RUN."""
-    step_timeout: float = 600.0
-    """Seconds that one call of the environment may take before the process ends; 0: any."""
-    threads: int = 0
-    """CPU threads of PyTorch; 0: its own choice, one per core or OMP_NUM_THREADS."""
-    tensorboard: bool = True
-    """Write TensorBoard events (scalars and figures)."""
-    progress: bool = True
-    """Show progress bars."""
-
-
-def config_class(agent: str) -> type:
+def agent_flags(agent: str) -> type:
     """Dataclass of the agent's flags, from its constructor's signature and docstring."""
     cls = AGENTS[agent].cls
-    # stable-baselines3's GymEnv alias names VecEnv by a string.
-    hints = typing.get_type_hints(cls.__init__, localns={"VecEnv": VecEnv})
-    texts = {p.arg_name: p.description or "" for p in parse_docstring(cls.__doc__ or "").params}
+    hints, texts = constructor_hints(cls), _texts(cls)
+    fields = [
+        _field(name, _typed(hints[name]), texts.get(name, ""), parameter.default)
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if name not in NOT_FLAGS and not name.startswith("_")
+    ]
+    return _dataclass(f"{cls.__name__}Flags", fields, f"Arguments of {cls.__name__}.")
+
+
+def policy_flags(agent: str) -> type:
+    """Dataclass of the flags that become `policy_kwargs`."""
     fields = []
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
-        if name in NOT_FLAGS or name.startswith("_"):
-            continue
-        kind = _flag_type(hints[name])
-        doc = " ".join(texts.get(name, "").split())
-        annotated = Annotated[kind, tyro.conf.arg(help=doc)]  # type: ignore[valid-type]
-        fields.append((name, annotated, dataclasses.field(default=parameter.default)))
-    return dataclasses.make_dataclass(f"{cls.__name__}Flags", fields, frozen=True)
+    for name, (cls, parameter) in policy_parameters(AGENTS[agent]).items():
+        text = SB3_FLAGS[name][1] if name in SB3_FLAGS else _texts(cls).get(name, "")
+        fields.append(_field(name, flag_type(name, cls), text, to_flag(name, parameter.default)))
+    return _dataclass(
+        f"{AGENTS[agent].cls.__name__}PolicyFlags", fields, "Arguments of its policy."
+    )
 
 
-def _flag_type(hint: Any) -> Any:
+def _dataclass(name: str, fields: list[Any], doc: str) -> type:
+    made = dataclasses.make_dataclass(name, fields, frozen=True)
+    made.__doc__ = doc
+    return made
+
+
+def _texts(cls: type) -> dict[str, str]:
+    """Argument -> its docstring entry, in one line."""
+    found = {}
+    for base in reversed(cls.__mro__):
+        for entry in parse_docstring(vars(base).get("__doc__") or "").params:
+            found[entry.arg_name] = " ".join((entry.description or "").split())
+    return found
+
+
+def _field(name: str, kind: Any, text: str, default: Any) -> tuple[str, Any, Any]:
+    """A dataclass's field whose flag shows its range and its help."""
+    if text[:1].isascii():  # not of λ
+        text = text[:1].upper() + text[1:]
+    shown = tyro.conf.arg(help=text, metavar=_metavar(kind))
+    return name, Annotated[kind, shown], dataclasses.field(default=default)
+
+
+def _typed(hint: Any) -> Any:
     """The part of a union that can be typed on a command line: float | Schedule -> float."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    members = typing.get_args(hint) if is_union else ()
-    plain = [m for m in members if m in (int, float, str, bool, type(None))]
-    if not plain:
+    if get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
+    plain = [m for m in get_args(hint) if _base(m) in (int, float, str, bool, type(None))]
     return typing.Union[tuple(plain)]  # noqa: UP007  (built at run time)
 
 
-def parse(arguments: Sequence[str], usage: str) -> tuple[str, RunOptions, Any, str]:
-    """(agent, options, flags, preset) of a command line; exits with 2 on wrong usage."""
-    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in AGENTS:
-        print(usage)
-        print("agents:", ", ".join(AGENTS), " (scripts.train AGENT --help lists its flags)")
-        if arguments and arguments[0] not in ("-h", "--help"):
-            known = ", ".join(AGENTS)
-            print(f"error: unknown agent '{arguments[0]}'; choose one of {known}", file=sys.stderr)
-        raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
-    agent, rest = arguments[0], list(arguments[1:])
-    entry, preset = AGENTS[agent], _take_preset(agent, rest)
-    flags_type = config_class(agent)
-    names = {f.name for f in dataclasses.fields(flags_type)}
-    values = entry.presets.get(preset, {})
-    flags = flags_type(**{"seed": 0, **{k: v for k, v in values.items() if k in names}})
+def _base(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _metavar(hint: Any) -> str | None:
+    """A number's type and range, INT ≥ 2; None where tyro's own text is enough."""
+    members = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for member in members:
+        for found in getattr(member, "__metadata__", ()):
+            if isinstance(found, RANGES) and found.symbol:
+                others = " | None" if type(None) in members else ""
+                return f"{_base(member).__name__.upper()} {found.symbol}{others}"
+    return None
+
+
+def parse(arguments: Sequence[str], usage: str) -> Job:
+    """The run that a command line asks for; exits with 2 on wrong usage.
+
+    Args:
+        arguments: [AGENT] [--config FILE] [--preset NAME] and flags, of which the later count.
+        usage: printed where no agent is named.
+    """
+    try:
+        return _parse(list(arguments), usage)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parse(arguments: list[str], usage: str) -> Job:
+    config = _take(arguments, "--config")
+    settings = {} if config is None else read_settings(Path(config))
+    if config is not None and (not arguments or arguments[0].startswith("-")):
+        if "agent" not in settings:
+            raise UserError(f"{config} names no agent; put one first: totalprop train AGENT ...")
+        arguments.insert(0, str(settings["agent"]))
+    agent = arguments[0] if arguments else ""
+    if agent not in AGENTS:
+        known = ", ".join(AGENTS)
+        print(f"{usage}\nagents: {known}  (totalprop train AGENT --help lists its flags)")
+        if agent in ("-h", "--help"):
+            raise SystemExit(0)
+        what = f"unknown agent '{agent}'" if agent else "an agent must be named"
+        raise UserError(f"{what}; choose one of {known}")
+    if settings.pop("agent", agent) != agent:
+        raise UserError(f"{config} is of another agent than {agent}")
+    flags = arguments[1:]
+    preset = _take(flags, "--preset")
+    named = settings.pop("preset", "")
+    entry, preset = AGENTS[agent], named if preset is None else preset
+    if preset not in entry.presets and not (preset == named == ""):
+        raise UserError(f"unknown preset '{preset}'; choose one of {', '.join(entry.presets)}")
+    defaults, repeat = _defaults(agent, preset)
+    if config is not None:
+        flags = [*_as_flags(settings, config, defaults), *flags]
+    run, own, policy = _parse_flags(agent, flags, defaults)
+    run = _repeated(run, repeat)
+    return Job(
+        agent=agent,
+        preset=preset,
+        options=run,
+        env_args=parse_env_args(run.env_arg),
+        arguments=dataclasses.asdict(own),
+        policy_kwargs={k: from_flag(k, v) for k, v in dataclasses.asdict(policy).items()},
+    )
+
+
+def _take(arguments: list[str], flag: str) -> str | None:
+    """Remove `flag VALUE` or `flag=VALUE`; None where it is not there, "" without a value."""
+    for i, argument in enumerate(arguments):
+        name, separator, value = argument.partition("=")
+        if name == flag:
+            value = value if separator else "".join(arguments[i + 1 : i + 2])
+            del arguments[i : i + (1 if separator else 2)]
+            return value
+    return None
+
+
+def _defaults(agent: str, preset: str) -> tuple[tuple[RunOptions, Any, Any], int]:
+    """Options, agent's and policy's flags as a preset sets them; and its action repeat or 0."""
+    entry, own = AGENTS[agent], agent_flags(agent)
     run = {**entry.run, **entry.preset_runs.get(preset, {})}
     repeat = run.pop("action_repeat", 0)
+    names = {field.name for field in dataclasses.fields(own)}
+    values = {k: v for k, v in entry.presets.get(preset, {}).items() if k in names}
+    policy = {k: to_flag(k, v) for k, v in default_policy_kwargs(agent, preset).items()}
+    flags = RunOptions(**run), own(**{"seed": 0, **values}), policy_flags(agent)(**policy)
+    return flags, repeat
 
+
+def _parse_flags(
+    agent: str, arguments: Sequence[str], defaults: tuple[RunOptions, Any, Any]
+) -> tuple[RunOptions, Any, Any]:
+    entry = AGENTS[agent]
+    kinds: list[Any] = [tyro.conf.OmitArgPrefixes[type(part)] for part in defaults]  # type: ignore[misc]
     command = dataclasses.make_dataclass(
-        "Command",
-        [
-            ("run", tyro.conf.OmitArgPrefixes[RunOptions]),
-            ("agent", tyro.conf.OmitArgPrefixes[flags_type]),  # type: ignore[valid-type, misc]
-        ],
+        "Command", list(zip(("run", "agent", "policy"), kinds, strict=True))
     )
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
             parsed = tyro.cli(
                 command,
-                args=rest,
-                prog=f"scripts.train {agent}",
-                description=f"{entry.cls.__doc__.splitlines()[0]}\n\n"  # type: ignore[union-attr]
-                f"--preset {{{','.join(entry.presets)}}} sets a paper's numbers; flags beside it "
-                "win.",
-                default=command(RunOptions(**run), flags),
+                args=arguments,
+                prog=f"totalprop train {agent}",
+                description=f"{entry.cls.__doc__.splitlines()[0]}\n"  # type: ignore[union-attr]
+                f"--preset {{{','.join(entry.presets)}}} starts from a paper's or our settings.\n"
+                "--config FILE starts from a run's config.json, or from a YAML file of settings.\n"
+                "Flags override both.",
+                default=command(*defaults),
             )
     except SystemExit as stop:
         if stop.code:
             help_command = f"totalprop train {agent} --help lists the flags"
-            print(f"error: {_unboxed(box.getvalue())}; {help_command}", file=sys.stderr)
+            raise UserError(f"{_unboxed(box.getvalue())}; {help_command}") from None
         raise
-    return agent, _repeated(parsed.run, repeat), parsed.agent, preset
+    return parsed.run, parsed.agent, parsed.policy
 
 
 def _repeated(options: RunOptions, repeat: int) -> RunOptions:
     """With a preset's action repeat in the control suite, which is what its paper trains on."""
-    if not repeat or not options.env_id.startswith(("dmc/", "dm_control/")):
+    has_own = any(argument.startswith("action_repeat=") for argument in options.env_arg)
+    if not repeat or has_own or not options.env_id.startswith(("dmc/", "dm_control/")):
         return options
-    # First, so that the command line's own wins.
     env_arg = (f"action_repeat={repeat}", *options.env_arg)
     return dataclasses.replace(options, env_arg=env_arg)
 
@@ -161,115 +240,58 @@ def _unboxed(box: str) -> str:
     return f"{message}; did you mean {near[1]}?" if near else message
 
 
-def _take_preset(agent: str, arguments: list[str]) -> str:
-    """Remove --preset NAME from the arguments: it sets the defaults of all other flags."""
-    for i, argument in enumerate(arguments):
-        name, separator, value = argument.partition("=")
-        if name != "--preset":
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings by name, of a run's config.json (or its folder) or of a YAML file.
+
+    A YAML file names agent, preset, flags (with underscores or hyphens) and `env_args`, a mapping.
+
+    Raises:
+        UserError: the file cannot be read, or is not a mapping.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        text = path.read_text()
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold settings by name, such as `estimator: tpx`")
+    settings = {str(name).replace("-", "_"): value for name, value in found.items()}
+    if "options" in settings:  # a run's: its options hold what they were made of, too
+        parts = [settings.pop(part, {}) for part in ("options", "arguments", "policy_kwargs")]
+        settings = {k: v for part in (*parts, settings) for k, v in part.items()}
+        settings = {k: v for k, v in settings.items() if k not in RECORDED}
+    return settings
+
+
+def _as_flags(settings: dict[str, Any], config: str, defaults: Sequence[Any]) -> list[str]:
+    """Settings as the flags that would set them, so that both are checked by the same code."""
+    known = [field.name for part in defaults for field in dataclasses.fields(part)]
+    flags = []
+    for name, value in settings.items():
+        if name == "env_args" and isinstance(value, dict):
+            flags += [f"--env-arg={key}={item}" for key, item in value.items()]
             continue
-        preset = value if separator else (arguments[i + 1] if i + 1 < len(arguments) else "")
-        del arguments[i : i + (1 if separator else 2)]
-        if preset not in AGENTS[agent].presets:
-            known = ", ".join(AGENTS[agent].presets)
-            print(f"error: unknown preset '{preset}'; choose one of {known}", file=sys.stderr)
-            raise SystemExit(2)
-        return preset
-    return ""
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, "env_args", "preset", "agent"], 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"{config} sets '{name}', which is not a setting{hint}")
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list | tuple | dict):
+            flags += [flag, *to_words(value)]
+        else:
+            flags.append(f"{flag}={value}")
+    return flags
 
 
 def parse_resume(arguments: Sequence[str]) -> tuple[Path, int | None]:
     """(run folder, steps or None) of `--resume RUN`."""
-    parser = argparse.ArgumentParser("totalprop.scripts.train", description="Go on with a run.")
+    parser = argparse.ArgumentParser("totalprop train", description="Resume a run.")
     parser.add_argument("--resume", type=Path, required=True, metavar="RUN", help="its folder")
     parser.add_argument(
-        "--total-timesteps", type=int, help="steps in all, if more than it was to do"
+        "--total-timesteps", type=int, help="steps in all, to extend a run beyond what it was for"
     )
     options = parser.parse_args(arguments)
     return options.resume, options.total_timesteps
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What config.json says: enough to make everything again."""
-
-    agent: str
-    preset: str
-    options: RunOptions
-    env_args: dict[str, Any]
-    arguments: dict[str, Any]  # of the agent's constructor
-
-    @staticmethod
-    def of(agent: str, options: RunOptions, flags: Any, preset: str = "") -> Job:
-        """What `parse` found on a command line."""
-        env_args = parse_env_args(options.env_arg)
-        return Job(agent, preset, options, env_args, dataclasses.asdict(flags))
-
-    def environments(self) -> tuple[VecEnv, VecEnv]:
-        """To train in and to evaluate in."""
-        env_id, is_rewound = self.options.env_id, self.arguments.get("action_source") == "rewind"
-        limit, seed = self.options.step_timeout, self.arguments["seed"]
-        env = make_env(env_id, self.env_args, seed=None, rewindable=is_rewound, step_timeout=limit)
-        eval_env = make_env(
-            env_id, self.env_args, seed=None if seed is None else 1000 + seed, n_envs=5,
-            step_timeout=limit,
-        )  # fmt: skip
-        env = normalise(env, self.options.normalize, gamma=self.arguments.get("gamma", 1.0))
-        return env, normalise_like(eval_env, unwrap_vec_normalize(env))
-
-    def algorithm(self, env: VecEnv) -> Algorithm:
-        """The untrained agent."""
-        policy_kwargs = AGENTS[self.agent].presets.get(self.preset, {}).get("policy_kwargs")
-        arguments = dict(self.arguments)
-        if self.options.learning_rate_schedule == "linear":
-            rate = arguments["learning_rate"]
-            if not 0 < rate < math.inf:
-                raise UserError(f"--learning-rate must be above 0, got {rate}")
-            arguments["learning_rate"] = LinearSchedule(rate, end=0.0, end_fraction=1.0)
-        return AGENTS[self.agent].cls(env=env, policy_kwargs=policy_kwargs, **arguments)
-
-    def flags(self) -> dict[str, Any]:
-        """What two runs must have in common to be the same training."""
-        learning = (
-            "env_id",
-            "total_timesteps",
-            "learning_rate_schedule",
-            "normalize",
-            "eval_every",
-            "eval_episodes",
-        )
-        options = {name: getattr(self.options, name) for name in learning}
-        return {
-            "agent": self.agent,
-            "preset": self.preset,
-            "env_args": self.env_args,
-            **options,
-            **self.arguments,
-        }
-
-    def config(self) -> str:
-        """The text of config.json."""
-        options = dataclasses.asdict(self.options)
-        config = {
-            "commit": current_commit(),
-            "agent": self.agent,
-            "preset": self.preset,
-            "env_id": self.options.env_id,
-            "env_args": self.env_args,
-            "arguments": self.arguments,
-            "options": {**options, "runs": str(options["runs"])},
-        }
-        return json.dumps(config, indent=2) + "\n"
-
-    @staticmethod
-    def read(folder: RunFolder) -> Job:
-        """What config.json says."""
-        config = folder.read_config()
-        try:
-            options = {**config["options"], "runs": Path(config["options"]["runs"])}
-            options["env_arg"] = tuple(options["env_arg"])
-            return Job(
-                config["agent"], config["preset"], RunOptions(**options), config["env_args"],
-                {k: tuple(v) if isinstance(v, list) else v for k, v in config["arguments"].items()},
-            )  # fmt: skip
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder.config} is not a run's of this version: {error}") from error

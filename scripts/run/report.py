@@ -19,9 +19,9 @@ from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.dreamer import open_loop
 from totalprop.agents.persistence import safe_file
-from totalprop.scripts.run.arguments import RunOptions
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import RunFolder, make_env, program, record_gif, save_gif
+from totalprop.scripts.run.job import RunOptions
 from totalprop.scripts.run.normalisation import normalise_like
 
 

@@ -46,11 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder of scripts.train dreamer")
+    parser.add_argument("run", type=Path, help="run folder of totalprop train dreamer")
     parser.add_argument(
-        "--estimators", nargs="+", default=["rp", "lr", "tps", "tpx", "tpg"], metavar="NAME"
+        "--estimators",
+        nargs="+",
+        default=["rp", "lr", "tps", "tpx", "tpg"],
+        metavar="NAME",
+        help="names in the registry",
     )
-    parser.add_argument("--horizons", nargs="+", type=int, default=[2, 5, 15, 30, 60], metavar="H")
+    parser.add_argument(
+        "--horizons", nargs="+", type=int, default=[2, 5, 15, 30, 60], metavar="H",
+        help="imagined states",
+    )  # fmt: skip
     parser.add_argument("--starts", type=int, default=10, help="encoded states (the paper: 50)")
     parser.add_argument("--repeats", type=int, default=10, help="gradients of each (the paper: 50)")
     parser.add_argument(
@@ -60,8 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--stop-grad-actor-input", action=argparse.BooleanOptionalAction, default=None,
         help="block the gradient into the state an action was chosen in (default: as trained)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0, help="seeds starts and noise")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of PyTorch"
+    )
     parser.add_argument("--out", type=Path, default=None, help="default: RUN/diagnosis")
     options = parser.parse_args(arguments)
     for name, least in (("starts", 1), ("repeats", 2), ("trajectories", 8), ("threads", 1)):

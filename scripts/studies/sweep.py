@@ -31,9 +31,10 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from totalprop.agents import AGENTS
-from totalprop.scripts.run.arguments import Job, parse
+from totalprop.scripts.run.arguments import parse
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, read_json
+from totalprop.scripts.run.job import Job
 
 THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
 
@@ -43,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("agent", choices=list(AGENTS))
-    parser.add_argument("--vary", default="estimator", help="flag of scripts.train to vary")
+    parser.add_argument("agent", choices=list(AGENTS), help="which agent to train")
+    parser.add_argument("--vary", default="estimator", help="flag of totalprop train to vary")
     parser.add_argument("--values", "--estimators", nargs="+", required=True, help="its values")
-    parser.add_argument("--seeds", nargs="+", type=int, required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, required=True, help="of each value")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument(
         "--runs",
@@ -87,7 +88,7 @@ def check_run(options: argparse.Namespace, extra: list[str], value: str, seed: i
     """Raise UserError if the run's folder holds one of other flags, however it got there."""
     folder = RunFolder(options.runs / run_name(value, seed))
     command = [options.agent, f"--{options.vary}", value, "--seed", str(seed), *extra]
-    wanted = Job.of(*parse(command, usage="")).flags()
+    wanted = parse(command, usage="").flags()
     if not folder.config.exists():
         return
     found = Job.read(folder).flags()

@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, nargs="?", help="run folder of scripts.train daappo")
-    parser.add_argument("--env-id", default="dmc/cartpole-swingup-v0")
+    parser.add_argument("run", type=Path, nargs="?", help="run folder of totalprop train daappo")
+    parser.add_argument("--env-id", default="dmc/cartpole-swingup-v0", help="without a run")
     parser.add_argument(
         "--env-arg",
         action="append",
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rollouts", type=int, default=2, help="K per action (the paper: 100)")
     parser.add_argument("--horizon", type=int, default=25, help="steps of each rollout")
     parser.add_argument("--updates", type=int, default=0, help="of a new policy (the paper: 20)")
-    parser.add_argument("--learning-rate", type=float, default=0.1)
-    parser.add_argument("--gamma", type=float, default=0.99)
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="of --updates")
+    parser.add_argument("--gamma", type=float, default=0.99, help="discount per decision")
     parser.add_argument("--delta", type=float, default=1.0, help="cost of an action / of a state")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seeds everything random")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     options = parser.parse_args(arguments)
     for name, least in (

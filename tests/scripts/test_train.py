@@ -94,7 +94,7 @@ def test_help_teaches_every_flag(capsys):
         train.main(["pipps", "--help"])
     assert caught.value.code == 0
     output = capsys.readouterr().out
-    for word in ("--estimator", "simulated particles N", "--env-arg", "--preset", "450"):
+    for word in ("--estimator", "Simulated particles N", "--env-arg", "--preset", "450"):
         assert word in output
 
 
@@ -105,7 +105,7 @@ WRONG = [
     (["--env-id", "CartPole-v1"], 1, "action"),
     (["--env-arg", "cost=tipp"], 1, "tip"),
     (["--env-arg", "noise=-1"], 1, "noise"),
-    (["--env-arg", "noise"], 1, "NAME=VALUE"),
+    (["--env-arg", "noise"], 2, "NAME=VALUE"),
     (["--env-arg", "nonsense=1"], 1, "nonsense"),
     (["--n-particles", "2"], 1, "n_particles must be at least 3, a whole number, got 2"),
     (["--horizon", "0"], 1, "horizon must be at least 1"),

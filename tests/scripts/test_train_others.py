@@ -29,7 +29,7 @@ DAAPPO += ["--eval-every", "60", "--eval-episodes", "2", "--n-epochs", "2", *CAR
 
 def options_of(*arguments):
     """What a command line makes of a run: normalisation, schedule, environment arguments."""
-    job = train_arguments.Job.of(*train_arguments.parse(["daappo", *arguments], usage=""))
+    job = train_arguments.parse(["daappo", *arguments], usage="")
     return job.options.normalize, job.options.learning_rate_schedule, job.env_args
 
 
@@ -54,7 +54,7 @@ def test_our_own_preset_and_none_are_the_run_of_the_defaults():
 
 def test_the_authors_code_is_trained_without_normalisation_at_a_falling_rate():
     command = ["daappo", "--preset", "mbma_code", "--dynamics-width", "8", *CART_POLE]
-    job = train_arguments.Job.of(*train_arguments.parse(command, usage=""))
+    job = train_arguments.parse(command, usage="")
     env, eval_env = job.environments()
     assert unwrap_vec_normalize(env) is None and unwrap_vec_normalize(eval_env) is None
     agent = job.algorithm(env)

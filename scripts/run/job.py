@@ -1,0 +1,164 @@
+"""A run: its options, its agent's arguments, and the config.json that holds both."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+
+from totalprop.agents import AGENTS
+from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.validation import AtLeast, constructor_hints, expectation
+from totalprop.scripts.run.errors import UserError
+from totalprop.scripts.run.folder import RunFolder, current_commit, make_env
+from totalprop.scripts.run.normalisation import Normalised, normalise, normalise_like
+from totalprop.scripts.run.policy_kwargs import (
+    accepted,
+    default_policy_kwargs,
+    policy_kwargs_from_json,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What to train on, and what to write."""
+
+    env_id: str = ""
+    """Gymnasium id of the environment; "module:id" imports the module first."""
+    env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=VALUE passed to the environment's constructor; may be given several times."""
+    normalize: Normalised = "none"
+    """Scale observations, rewards or both by running statistics (VecNormalize); daappo only."""
+    total_timesteps: Annotated[int, AtLeast(1)] = 1
+    """Environment steps (decisions) to learn for."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """"linear" decreases --learning-rate to 0 over the run, so that the policy settles."""
+    runs: Path = Path("runs")
+    """Folder in which the run's folder is created."""
+    name: str = ""
+    """Name of the run's folder; default: agent, environment, estimator and seed."""
+    eval_episodes: Annotated[int, AtLeast(2)] = 30
+    """Episodes per evaluation; they are not used for learning."""
+    eval_every: Annotated[int, AtLeast(0)] = 0
+    """Steps between evaluations; 0: after each rollout and what is learned from it."""
+    save_replay: bool = False
+    """Also write DreamerTPX's replay to replay.npz, which `totalprop diagnose` reads."""
+    checkpoint_seconds: Annotated[float, AtLeast(0)] = 60.0
+    """Minimum time between checkpoints, in seconds; --resume RUN starts from the last one."""
+    step_timeout: Annotated[float, AtLeast(0)] = 600.0
+    """Seconds after which a call of the environment counts as hung and ends the run; 0: never."""
+    threads: Annotated[int, AtLeast(0)] = 0
+    """CPU threads of PyTorch; 0: one per core, or OMP_NUM_THREADS."""
+    tensorboard: bool = True
+    """Write TensorBoard events (scalars and figures)."""
+    progress: bool = True
+    """Show progress bars."""
+
+    def check(self) -> None:
+        """Raise UserError with one sentence if an option is out of range."""
+        for name, hint in constructor_hints(RunOptions).items():
+            value = getattr(self, name)
+            if expected := expectation(hint, value):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} must be {expected}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run as config.json describes it: enough to make its environment and agent again."""
+
+    agent: str
+    preset: str
+    options: RunOptions
+    env_args: dict[str, Any]
+    arguments: dict[str, Any]  # of the agent's constructor
+    policy_kwargs: dict[str, Any]  # as JSON: `policy_kwargs_from_json` makes classes of names
+
+    def environments(self) -> tuple[VecEnv, VecEnv]:
+        """To train in and to evaluate in."""
+        env_id, is_rewound = self.options.env_id, self.arguments.get("action_source") == "rewind"
+        limit, seed = self.options.step_timeout, self.arguments["seed"]
+        env = make_env(env_id, self.env_args, seed=None, rewindable=is_rewound, step_timeout=limit)
+        eval_env = make_env(
+            env_id, self.env_args, seed=None if seed is None else 1000 + seed, n_envs=5,
+            step_timeout=limit,
+        )  # fmt: skip
+        env = normalise(env, self.options.normalize, gamma=self.arguments.get("gamma", 1.0))
+        return env, normalise_like(eval_env, unwrap_vec_normalize(env))
+
+    def algorithm(self, env: VecEnv) -> Algorithm:
+        """The untrained agent."""
+        arguments = dict(self.arguments)
+        if self.options.learning_rate_schedule == "linear":
+            rate = arguments["learning_rate"]
+            if not 0 < rate < math.inf:
+                raise UserError(f"--learning-rate must be above 0, got {rate}")
+            arguments["learning_rate"] = LinearSchedule(rate, end=0.0, end_fraction=1.0)
+        cls = AGENTS[self.agent].cls
+        kwargs = accepted(cls, arguments["policy"], self.policy_kwargs)
+        return cls(env=env, policy_kwargs=policy_kwargs_from_json(kwargs), **arguments)
+
+    def flags(self) -> dict[str, Any]:
+        """What two runs must have in common to learn the same."""
+        learning = (
+            "env_id",
+            "total_timesteps",
+            "learning_rate_schedule",
+            "normalize",
+            "eval_every",
+            "eval_episodes",
+        )
+        options = {name: getattr(self.options, name) for name in learning}
+        return {
+            "agent": self.agent,
+            "preset": self.preset,
+            "env_args": self.env_args,
+            **options,
+            **self.arguments,
+            "policy_kwargs": self.policy_kwargs,
+        }
+
+    def config(self) -> str:
+        """The text of config.json."""
+        options = dataclasses.asdict(self.options)
+        config = {
+            "commit": current_commit(),
+            "agent": self.agent,
+            "preset": self.preset,
+            "env_id": self.options.env_id,
+            "env_args": self.env_args,
+            "arguments": self.arguments,
+            "policy_kwargs": self.policy_kwargs,
+            "options": {**options, "runs": str(options["runs"])},
+        }
+        return json.dumps(config, indent=2) + "\n"
+
+    @staticmethod
+    def read(folder: RunFolder) -> Job:
+        """The run of a folder."""
+        config = folder.read_config()
+        try:
+            options = {**config["options"], "runs": Path(config["options"]["runs"])}
+            options["env_arg"] = tuple(options["env_arg"])
+            arguments = config["arguments"].items()
+            policy_kwargs = config.get("policy_kwargs")
+            if policy_kwargs is None:  # runs of version 0.1 took them from the preset
+                policy_kwargs = default_policy_kwargs(config["agent"], config["preset"])
+            return Job(
+                agent=config["agent"],
+                preset=config["preset"],
+                options=RunOptions(**options),
+                env_args=config["env_args"],
+                arguments={k: tuple(v) if isinstance(v, list) else v for k, v in arguments},
+                policy_kwargs=policy_kwargs,
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder.config} was not written by this version of totalprop: {error}"
+            ) from error

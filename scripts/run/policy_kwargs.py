@@ -1,0 +1,124 @@
+"""Arguments of policies on the command line and in config.json, where classes are names.
+
+`AgentEntry.policy_flags` lists them; their types and defaults are those of the policies'
+constructors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_type_hints
+
+from torch import nn
+
+from totalprop.agents import AGENTS
+from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.entry import AgentEntry
+from totalprop.scripts.run.errors import UserError
+
+Activation = Literal["tanh", "relu", "leaky_relu", "elu", "gelu", "silu"]
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}  # fmt: skip
+NAMES = {activation: name for name, activation in ACTIVATIONS.items()}
+# stable-baselines3's types that no flag can have: the flag's type and help instead
+SB3_FLAGS: dict[str, tuple[Any, str]] = {
+    "net_arch": (
+        tuple[str, ...] | None,
+        "Hidden layers of policy and critic: 256 256, or pi=512,512 vf=1024,1024; None: 64 64.",
+    ),
+    "activation_fn": (Activation, "Activation of policy and critic."),
+}
+
+
+def policy_parameters(entry: AgentEntry) -> dict[str, tuple[type, inspect.Parameter]]:
+    """Name -> (policy class, parameter) of an agent's policy flags."""
+    found: dict[str, tuple[type, inspect.Parameter]] = {}
+    for cls in entry.cls.policy_aliases.values():
+        parameters = inspect.signature(cls.__init__).parameters
+        for name in entry.policy_flags:
+            if name in parameters:
+                found.setdefault(name, (cls, parameters[name]))
+    return found
+
+
+def default_policy_kwargs(agent: str, preset: str = "") -> dict[str, Any]:
+    """What a preset sets, and the policies' own defaults, as JSON."""
+    entry = AGENTS[agent]
+    defaults = {name: p.default for name, (_, p) in policy_parameters(entry).items()}
+    kwargs = {**defaults, **entry.presets.get(preset, {}).get("policy_kwargs", {})}
+    return {name: NAMES.get(value, value) if isinstance(value, type) else value
+            for name, value in kwargs.items()}  # fmt: skip
+
+
+def policy_kwargs_from_json(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's `policy_kwargs`."""
+    made = dict(kwargs)
+    if "activation_fn" in made:
+        made["activation_fn"] = ACTIVATIONS[made["activation_fn"]]
+    return made
+
+
+def accepted(cls: type[Algorithm], policy: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that this policy has.
+
+    Raises:
+        UserError: one that it does not have was set to something else than its default.
+    """
+    if policy not in cls.policy_aliases:
+        return dict(kwargs)  # the agent's constructor lists the policies there are
+    parameters = inspect.signature(cls.policy_aliases[policy].__init__).parameters
+    others = [inspect.signature(p.__init__).parameters for p in cls.policy_aliases.values()]
+    for name in kwargs.keys() - parameters.keys():
+        default = next((p[name].default for p in others if name in p), None)
+        if kwargs[name] != default:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is not an argument of {policy}; leave it out")
+    return {name: value for name, value in kwargs.items() if name in parameters}
+
+
+def to_flag(name: str, value: Any) -> Any:
+    """A JSON value as its flag has it."""
+    return to_words(value) if name == "net_arch" and value is not None else value
+
+
+def to_words(value: Mapping[str, Sequence[Any]] | Sequence[Any]) -> tuple[str, ...]:
+    """A list or a mapping to lists as the words of one flag: 256 256, pi=512,512 vf=1024,1024."""
+    if isinstance(value, Mapping):
+        return tuple(f"{key}={','.join(map(str, items))}" for key, items in value.items())
+    return tuple(map(str, value))
+
+
+def from_flag(name: str, value: Any) -> Any:
+    """The JSON value of a flag.
+
+    Raises:
+        UserError: layers that are neither numbers nor pi=... vf=...
+    """
+    if name != "net_arch" or value is None:
+        return value
+    layers: dict[str, list[int]] = {}
+    with contextlib.suppress(ValueError):
+        for word in value:
+            part, _, sizes = word.rpartition("=")
+            layers.setdefault(part, []).extend(int(size) for size in sizes.split(","))
+        is_positive = all(size > 0 for sizes in layers.values() for size in sizes)
+        if is_positive and (set(layers) == {""} or {"pi"} <= set(layers) <= {"pi", "vf"}):
+            return layers.get("", layers)
+    raise UserError(
+        f"--net-arch expects sizes (256 256) or pi=512,512 vf=1024,1024, got {' '.join(value)}"
+    )
+
+
+def flag_type(name: str, cls: type) -> Any:
+    """Type of a flag on the command line."""
+    if name in SB3_FLAGS:
+        return SB3_FLAGS[name][0]
+    return get_type_hints(vars(_owner(cls))["__init__"], include_extras=True)[name]
+
+
+def _owner(cls: type) -> type:
+    return next(base for base in cls.__mro__ if "__init__" in vars(base))
