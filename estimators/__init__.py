@@ -3,7 +3,7 @@
 >>> sample, credit = make("tpx")(mean, std, noise, credit)      # instead of mean + std * noise
 >>> loss = assign_credit(cost(sample), credit).mean()           # every cost downstream is credited
 
-Read `node.py` first, then `mixing.py`. Nothing here imports another package of this project.
+Read `node.py` first, then `mixing.py`. This package imports no other package of the project.
 """
 
 import totalprop.estimators.analysis.diagnostics as diagnostics

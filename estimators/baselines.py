@@ -1,7 +1,8 @@
-"""Baselines b of the likelihood-ratio leg: what is subtracted from the returns.
+"""Baselines b, which the likelihood-ratio leg subtracts from the returns.
 
 Each is a function (returns [N, ...], value [N, ...] | None) -> b, broadcastable to the returns,
-with the samples on axis 0. Only `mean` is (slightly) biased: it shrinks the leg by (N - 1) / N.
+with the samples on axis 0. All keep the leg unbiased except `mean`, which shrinks its expectation
+by (N - 1) / N.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ Baseline = Callable[[Tensor, "Tensor | None"], Tensor]
 
 @without("needs_value")
 def none(returns: Tensor, value: Tensor | None) -> Tensor:
-    """b = 0: unbiased, and of high variance."""
+    """b = 0: unbiased, with high variance."""
     return torch.zeros_like(returns)
 
 
 @without("needs_value")
 def mean(returns: Tensor, value: Tensor | None) -> Tensor:
-    """b = mean of the batch, as TPX 2023, Sec. 3 (LR's expectation shrinks by (N - 1) / N)."""
+    """b = batch mean; shrinks LR's expectation by (N - 1) / N. Parmas et al. 2023, Sec. 3."""
     return returns.mean(0, keepdim=True)
 
 
@@ -41,13 +42,18 @@ def leave_one_out(returns: Tensor, value: Tensor | None) -> Tensor:
 
 
 def critic(returns: Tensor, value: Tensor | None) -> Tensor:
-    """b_i = leave-one-out linear regression of the returns on a given state value.
+    """b_i = leave-one-out linear regression of the returns on a state value.
 
-    The value may be in any scale (the loss divides by N, the critic does not): the regression
-    R ≈ a + c·value finds it. The prediction for sample i is fitted without i, through the hat
-    matrix (b_i = R_i - e_i / (1 - h_i)), so the leg stays unbiased as long as `value` is a function
-    of what is known before the node's noise.
+    The scale of `value` does not matter (the loss divides by N, the critic does not), since the
+    regression R ≈ a + c·value fits it. The prediction for sample i is fitted without sample i,
+    using the hat matrix: b_i = R_i - e_i / (1 - h_i). The leg therefore stays unbiased as long as
+    `value` depends only on what is known before the node's noise is drawn.
 
+    Args:
+        returns: [N, ...] returns-to-go, N >= 3.
+        value: [N, ...] the critic's estimate of the return.
+    Returns:
+        [N, ...] the baseline of each sample.
     Raises:
         ValueError: the node was called without `value`, or with fewer than 3 samples.
     """
@@ -63,8 +69,8 @@ def critic(returns: Tensor, value: Tensor | None) -> Tensor:
     slope = (centred * centred_returns).sum(0, keepdim=True) / spread
     residual = centred_returns - slope * centred
     leverage = 1 / n + centred.square() / spread
-    # A sample that (all but) alone determines the slope has no prediction without itself; decided
-    # from the values only, so the leg stays unbiased.
+    # A sample that (almost) alone determines the slope cannot be predicted from the others. Which
+    # samples these are depends on the values only, so the leg stays unbiased.
     alone = 1 - leverage < 0.01
     left_out = residual / torch.where(alone, torch.ones_like(leverage), 1 - leverage)
     return torch.where(alone, leave_one_out(returns, None), returns - left_out)

@@ -1,9 +1,9 @@
-"""What a rule or a baseline does without, declared on the function itself.
+"""Declarations of the inputs that a weight rule or a baseline does not use.
 
     @without("needs_value")
     def leave_one_out(returns, value): ...
 
-A function that declares nothing is given everything, so a user's own needs no declaration.
+A function without a declaration is assumed to need everything, so user-defined rules need none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def without(*needs: str) -> Callable[[Function], Function]:
-    """Decorate a function to declare what it never looks at."""
+    """Mark a function as not using some of its inputs.
+
+    Args:
+        needs: attributes to set to False on the function, such as "needs_value".
+    """
 
     def mark(function: Function) -> Function:
         for need in needs:
@@ -27,7 +31,10 @@ def without(*needs: str) -> Callable[[Function], Function]:
 
 
 def declared(function: Callable[..., Any], need: str) -> bool:
-    """Whether a function has that need; partial applications have their function's."""
+    """Whether a function has a need: True unless declared otherwise.
+
+    A `functools.partial` has the needs of the function it wraps.
+    """
     while isinstance(function, functools.partial):
         function = function.func
     return bool(getattr(function, need, True))

@@ -1,4 +1,4 @@
-"""The policy gradient of a rollout: one call for every estimator, nodewise or whole-graph."""
+"""The policy gradient of a rollout, by one call for nodewise and whole-graph estimators alike."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Rollout = Callable[[Estimator, "Tensor | None"], Tensor]
 
 
 class PolicyGradient(NamedTuple):
-    """What `gradient` returns."""
+    """The result of `gradient`."""
 
     loss: Tensor  # [] value of the loss, detached
-    gradients: tuple[Tensor, ...]  # like the parameters
-    per_sample: Tensor | None  # [N, P] contributions of each sample, through the nodes
-    k: Tensor | None  # like the meter: weight of the score legs
+    gradients: tuple[Tensor, ...]  # one per parameter, of its shape
+    per_sample: Tensor | None  # [N, P] gradient of each sample, through the nodes only
+    k: Tensor | None  # the meter's shape: total weight of the score legs
 
 
 def gradient(
@@ -34,22 +34,26 @@ def gradient(
     tap_size: int | None = None,
     meter: Tensor | None = None,
 ) -> PolicyGradient:
-    """Gradient of a rollout's loss w.r.t. the parameters.
+    """Compute the gradient of a rollout's loss w.r.t. the parameters.
 
-    Nodewise estimators take one backward pass. The naive `ivw` takes two, all RP and all LR over
-    the same noise, and combines them once, g = k g_LR + (1 - k) g_RP with
-    k = V_RP / (V_RP + V_LR) from the per-sample gradients (TPX 2023, Sec. 3, Eq. 5).
+    Nodewise estimators take one backward pass. The naive `ivw` takes two with the same noise, RP at
+    every node and then LR at every node. It combines the two gradients once,
+    g = k g_LR + (1 - k) g_RP, with k = V_RP / (V_RP + V_LR) from the per-sample gradients.
+    Parmas et al. 2023, Sec. 3, Eq. 5.
 
     Args:
-        rollout: (estimator, tap) -> loss []. Calls the estimator at its nodes, passes the tap and a
-            probe on, and draws the same noise each time it is called.
-        parameters: what to differentiate by; P elements in all, in the probe's order.
+        rollout: (estimator, tap) -> loss []. It calls the estimator at its nodes, passes them the
+            tap and a probe, and uses the same noise on every call.
+        parameters: the tensors to differentiate w.r.t., P elements in all, in the probe's order.
+        estimator: any estimator, for example `make("tpx")`.
         samples: N.
-        per_sample: also return the per-sample gradients (needs probes of all parameters). They sum
-            to the gradient where the parameters act through the nodes alone.
-        tap_size: parameters that the rollout's probes know of, if not all P; then `ivw` chooses its
-            k by these alone.
-        meter: the zeros that the rollout passes to its nodes to learn k (requires grad), or None.
+        per_sample: also return the per-sample gradients, which needs probes over all parameters.
+            They sum to the gradient if the parameters act through the nodes only.
+        tap_size: number of parameters covered by the rollout's probes, if fewer than P. `ivw` then
+            chooses k from these alone.
+        meter: zeros that require grad, which the rollout passes to its nodes to record k, or None.
+    Returns:
+        The loss and its gradients; the per-sample gradients and k if they were asked for.
     """
     size = tap_size or sum(p.numel() for p in parameters)
 

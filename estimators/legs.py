@@ -1,9 +1,10 @@
-"""Legs of an estimator: the gradient w.r.t. a node's distribution parameters, formed in one way.
+"""Legs: the basic gradient estimates that an estimator mixes at a node.
 
-zeta, the parameters, are (mean, std) of a Gaussian or (logits,) of a categorical, each [N, ..., D]
-with the samples on axis 0; a cotangent is a tuple like zeta, in the scale of the loss. The pathwise
-leg reads dL/dsample, the score legs read the returns-to-go. How much of each is used is the weight
-rule's business.
+A leg estimates the gradient (cotangent) of the loss w.r.t. a node's distribution parameters zeta.
+zeta is (mean, std) for a Gaussian or (logits,) for a categorical, each [N, ..., D] with the samples
+on axis 0. A cotangent is a tuple like zeta, in the scale of the loss. The pathwise leg is computed
+from dL/dsample, the score legs from the returns-to-go. Weight rules (`mixing.py`) decide how much
+of each leg is used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Leg = Callable[[Zeta, Tensor, Tensor, Tensor | None, Baseline], Zeta]
 
 
 def draw(zeta: Zeta, noise: Tensor) -> Tensor:
-    """Sample of a node: mean + std·noise, or the one-hot argmax of logits + Gumbel noise."""
+    """Sample a node: mean + std·noise, or the one-hot argmax of logits + Gumbel noise."""
     if len(zeta) == 2:
         return torch.addcmul(zeta[0], zeta[1], noise)
     index = (zeta[0] + noise).argmax(-1)
@@ -31,7 +32,7 @@ def draw(zeta: Zeta, noise: Tensor) -> Tensor:
 def pathwise(zeta: Zeta, noise: Tensor, g_sample: Tensor) -> Zeta:
     """Reparameterisation leg: (g, g·noise) for a Gaussian; straight-through for a categorical.
 
-    The straight-through leg treats the one-hot sample as if it were softmax(logits): biased.
+    The straight-through leg is biased: it treats the one-hot sample as if it were softmax(logits).
     Kingma & Welling 2014; Bengio et al. 2013.
     """
     if len(zeta) == 2:
@@ -46,12 +47,13 @@ def score(
     """Likelihood-ratio leg: (R - b) d log p(sample; zeta) / d zeta.
 
     Gaussian: (R - b) (noise / std, (noise² - 1) / std). Categorical: (R - b) (one-hot - p).
-    Parmas & Seno & Aoki 2023 (TPX), Sec. 3; Parmas et al. 2018, Sec. 2.3.
+    Parmas et al. 2023, Sec. 3; Parmas et al. 2018, Sec. 2.3.
 
     Args:
-        zeta: (mean, std) or (logits,), each [N, ..., D]. noise: [N, ..., D] as in `draw`.
+        zeta: (mean, std) or (logits,), each [N, ..., D].
+        noise: [N, ..., D] as in `draw`.
         returns: [N, ...] return-to-go of each sample.
-        value: [N, ...] a critic's estimate known before the noise, or None.
+        value: [N, ...] a critic's estimate of the return, made before the noise is drawn, or None.
         baseline: b, see `estimators.baselines`.
     Returns:
         The cotangent of zeta.
@@ -67,16 +69,17 @@ def score(
 def biw(
     zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
 ) -> Zeta:
-    """Batch importance weighting: every sample of the batch informs every Gaussian of the batch.
+    """Batch importance weighting: every sample contributes to the gradient of every Gaussian.
 
     q_i = Σ_j c_ij (R_j - b_i) d log p(x_j; zeta_i) / d zeta_i,
     c_ij = p(x_j; zeta_i) / Σ_k p(x_j; zeta_k),   b_i = Σ_{j≠i} c_ij R_j / Σ_{j≠i} c_ij.
-    Parmas et al. 2018, Sec. 3.2. This baseline replaces the given one and biases the leg slightly;
-    with `baselines.none`, b = 0 and the leg is unbiased.
+    Parmas et al. 2018, Sec. 3.2. This b_i replaces the given baseline and biases the leg slightly.
+    With `baselines.none`, b = 0 and the leg is unbiased.
 
-    Args and returns: as `score`, for a Gaussian of shape [N, D].
+    Arguments and return value are those of `score`, for a Gaussian of shape [N, D].
+
     Raises:
-        ValueError: another shape or family.
+        ValueError: the node is not a Gaussian of shape [N, D].
     """
     if len(zeta) != 2 or zeta[0].ndim != 2:
         raise ValueError(
@@ -86,7 +89,7 @@ def biw(
     mean, std = zeta
     z = (draw(zeta, noise) - mean.unsqueeze(1)) / std.unsqueeze(1)  # [i, j, D]
     log_p = -0.5 * z.square().sum(-1) - std.log().sum(-1, keepdim=True)
-    c = torch.softmax(log_p, 0)  # over the mixture's components i, in log space
+    c = torch.softmax(log_p, 0)  # normalised over the Gaussians i, in log space
     if baseline is none:
         b = torch.zeros_like(returns)
     else:

@@ -1,14 +1,14 @@
-"""Weight rules: how much of each score leg enters, k, the rest being the pathwise leg.
+"""Weight rules: they choose k, the weight of each score leg; the pathwise leg gets the rest.
 
 Every rule is a function (rp, legs, probe) -> [k, ...], one k per leg, broadcastable to [N, ..., D].
-`rp` is the pathwise cotangent of zeta, `legs` the score legs' cotangents (usually one), both in the
-scale of the loss; `probe` see `estimators.probes`. The node uses
-rp + Σ_l k_l (leg_l - rp), and where k is 1 (or not a number) the leg alone, so an exploding or
-non-finite pathwise leg never reaches the result.
+`rp` is the pathwise cotangent of zeta and `legs` are the cotangents of the score legs (usually
+one), all in the scale of the loss. `probe` is described in `estimators.probes`. The node computes
+rp + Σ_l k_l (leg_l - rp). Where the weights sum to 1 or to NaN it uses the score legs alone, so
+that an exploding or non-finite pathwise leg never reaches the result.
 
-With delta = leg - rp, minimising Var(rp + k·delta) is the regression of -rp on delta: that is TPX
-2023, Eq. 6 and 8, and `tpx`, `tpg` and the sum over several legs are this one regression, in other
-spaces.
+With delta = leg - rp, minimising Var(rp + k·delta) is a regression of -rp on delta (Parmas et al.
+2023, Eq. 6 and 8). `tpx`, `tpg` and the mixture of several legs all solve this regression, each in
+its own space.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from totalprop.estimators.probes import Probe, gram
 Zeta = tuple[Tensor, ...]
 Weight = Callable[[Zeta, Sequence[Zeta], "Probe | None"], list[Tensor]]
 
-COTANGENT_SHARE = 1e-2  # of `tpg`'s objective is `tpx-ivw`'s, where parameter space is silent
+COTANGENT_SHARE = 1e-2  # weight of `tpx-ivw`'s objective in that of `tpg`
 RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
 
 
@@ -43,39 +43,46 @@ def likelihood_ratio(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> lis
 
 
 def tpx(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
-    """One k per coordinate, with covariance, from the mean's cotangents.
+    """One k per coordinate, from the variances and the covariance of the mean's cotangents.
 
-    k = (V_RP - cov) / (V_LR + V_RP - 2 cov); the same k for the std.
-    Parmas et al. 2023 (TPX), Eq. 8 and footnote 4; clipped to [0, 1].
+    k = (V_RP - cov) / (V_LR + V_RP - 2 cov), clipped to [0, 1]; the std uses the same k.
+    Parmas et al. 2023 (TPX), Eq. 8 and footnote 4.
     """
     return _regress(rp[0], [leg[0] for leg in legs], summed=False)
 
 
 def tpx_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
-    """`tpx` with numerator and denominator summed over coordinates. TPX 2023, Sec. 4, App. D."""
+    """`tpx` with numerator and denominator summed over the coordinates.
+
+    Parmas et al. 2023, Sec. 4, App. D.
+    """
     return _regress(rp[0], [leg[0] for leg in legs], summed=True)
 
 
 def tpx_ivw(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
-    """`tpx` without the covariance: inverse variances. TPX 2023, Sec. 4, App. D."""
+    """`tpx` without the covariance: inverse-variance weighting.
+
+    Parmas et al. 2023, Sec. 4, App. D.
+    """
     return _inverse_variance(rp[0], [leg[0] for leg in legs], summed=False)
 
 
 def tpx_ivw_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
-    """`tpx-ivw` with the variances summed over the coordinates. TPX 2023, App. D."""
+    """`tpx-ivw` with the variances summed over the coordinates. Parmas et al. 2023, App. D."""
     return _inverse_variance(rp[0], [leg[0] for leg in legs], summed=True)
 
 
 def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
-    """One scalar k per node from the variances of the per-sample policy-parameter gradients.
+    """One scalar k per node, from the variances of the per-sample policy-parameter gradients.
 
-    k = V_RP / (V_RP + V_LR), V = Σ_p Var_i. Parmas et al. 2018 (PIPPS), Alg. 2; TPX 2023, Eq. 5.
-    `tps` is the same rule with a probe of fewer parameters (TPX 2023, Sec. 4).
+    k = V_RP / (V_RP + V_LR) with V = Σ_p Var_i.
+    Parmas et al. 2018 (PIPPS), Alg. 2; Parmas et al. 2023, Eq. 5. `tps` is the same rule with a
+    probe over fewer parameters (Parmas et al. 2023, Sec. 4).
     """
     fields = [torch.stack(member) for member in zip(rp, *legs, strict=True)]  # [1 + L, N, ..., D]
     if len(legs) == 1:
         scale = torch.linalg.vector_norm(fields[0], math.inf)
-    else:  # each its own: none is to lose its digits beside an exploded one
+    else:  # one scale per leg, so that an exploded leg costs the others no precision
         scale = torch.linalg.vector_norm(fields[0].flatten(1), math.inf, dim=1)
         scale = scale[(...,) + (None,) * rp[0].ndim]
     scale = scale.clamp_min(_tiny(fields[0]))
@@ -89,38 +96,48 @@ def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
 def tpg(
     rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, carried: float = 1.0
 ) -> list[Tensor]:
-    """One k per coordinate, chosen jointly by the variance in policy-parameter space.
+    """One k per coordinate, chosen jointly to minimise the variance in policy-parameter space.
 
-    With J_id the per-sample Jacobian of coordinate d w.r.t. the parameters, and C_RP, C_LR the
-    [D, D] covariances tr Cov_i(J_id g_id, J_ie g_ie) of each leg, minimises over k in [0, 1]^D
+    Let J_id be the Jacobian of coordinate d w.r.t. the parameters at sample i, and C_RP and C_LR
+    the [D, D] covariances tr Cov_i(J_id g_id, J_ie g_ie) of the two legs. The rule minimises
 
-        (1 - k)ᵀ C_RP (1 - k) + kᵀ C_LR k + carried Σ_d k_d² C_LR,dd,
+        (1 - k)ᵀ C_RP (1 - k) + kᵀ C_LR k + carried Σ_d k_d² C_LR,dd
 
-    without the bounds, and clips k to them. This project; no paper. With one coordinate and
-    carried = 0 it is `tp`, where J keeps the coordinates apart `tpx-ivw` in parameter space, but
-    for a hundredth of `tpx-ivw`'s own objective, in the same unit: a coordinate that the parameters
-    do not reach in this step (a position, in a model of explicit Euler steps) has no say above, but
-    its k decides what earlier nodes receive, and gets that rule's.
+    over unconstrained k, and then clips k to [0, 1]. This project; no paper.
 
-    Three choices are empirical (results/chaos/table.md): that hundredth, chosen on another seed.
-    The covariance between the legs is left out: over a long chain the noise of its estimate costs
-    more than it gains. And LR's own variance counts `carried` times more: at the edge of chaos that
-    lowers the variance of the whole gradient several-fold, though not at a single node, where
-    `functools.partial(tpg, carried=0.0)` is the better rule.
+    A hundredth of `tpx-ivw`'s objective is added, in the same units. It decides k for a coordinate
+    that the parameters do not reach in this step, such as a position in a model integrated by
+    explicit Euler steps. Such a coordinate is absent from the objective above, yet its k decides
+    what earlier nodes receive. Apart from this term and with carried = 0, the rule is `tp` if there
+    is one coordinate, and `tpx-ivw` in parameter space if J keeps the coordinates apart.
+
+    Three choices are empirical (results/chaos/table.md). The hundredth was chosen on another seed.
+    The covariance between the legs is left out, because over a long chain the noise in its estimate
+    costs more than the covariance gains. LR's own variance counts 1 + `carried` times, which at the
+    edge of chaos lowers the variance of the whole gradient several-fold. At a single node it does
+    not; there, `functools.partial(tpg, carried=0.0)` is the better rule.
+
+    Args:
+        rp: pathwise cotangents of zeta, each [N, D].
+        legs: exactly one score leg, cotangents like `rp`.
+        probe: a probe over the policy's parameters; required.
+        carried: extra weight of LR's own variance, >= 0.
+    Raises:
+        ValueError: several legs, a node that is not [N, D], or no probe.
     """
     if len(legs) != 1 or rp[0].ndim != 2:
         raise ValueError(
             f"weight rule 'tpg' takes one score leg and nodes [N, D], got {len(legs)} legs and a "
             f"node of shape {list(rp[0].shape)}; use weight=tpx"
         )
-    # A pathwise leg so large that k would round to 1, or not finite, does not take part.
+    # Leave out a pathwise leg that is not finite, or so large that k would round to 1.
     spread_rp, spread_lr = rp[0].std(0), legs[0][0].std(0)
     usable = torch.isfinite(spread_rp) & ~(spread_rp > largest_usable(spread_lr))  # [D]
     spread_rp = torch.where(usable, spread_rp, 0.0)
     pairs = [(torch.where(usable, g, 0.0), leg) for g, leg in zip(rp, legs[0], strict=True)]
     scale = torch.stack([torch.linalg.vector_norm(g, math.inf) for g in pairs[0]]).amax()
     scale = scale.clamp_min(_tiny(scale))
-    # Fields [2 D, N, D]: each coordinate of each leg by itself.
+    # One field per coordinate and leg, [2 D, N, D].
     fields = [torch.cat([torch.diag_embed(g / scale) for g in pair], 1) for pair in pairs]
     covariance = gram(_require(probe, "tpg"), tuple(f.movedim(1, 0) for f in fields))
     d = rp[0].shape[1]
@@ -131,13 +148,13 @@ def tpg(
     penalty = penalty + unit * v_lr
     system = c_rp + c_lr + torch.diag(penalty + unit * v_rp)
     size = system.diagonal().clamp_min(_tiny(scale)).sqrt()
-    # Solved for 1 - k, whose right-hand side holds no exploded number.
+    # Solve for 1 - k: its right-hand side does not contain the (possibly exploded) pathwise leg.
     pathwise_weight = _solve(system, size, c_lr.sum(1) + penalty, usable)
     return [(1 - pathwise_weight).clamp(0.0, 1.0).unsqueeze(0)]
 
 
 def largest_usable(size: Tensor) -> Tensor:
-    """The size of a pathwise leg, beside a score leg of that size, above which k rounds to 1."""
+    """Magnitude of the pathwise leg above which k rounds to 1, given that of the score leg."""
     return size / (8 * torch.finfo(size.dtype).eps) ** 0.5
 
 
@@ -147,26 +164,26 @@ def _solve(system: Tensor, size: Tensor, target: Tensor, usable: Tensor) -> Tens
     eye = torch.eye(len(size), dtype=size.dtype, device=size.device)
     scaled = torch.where(both, system / size / size.unsqueeze(1), 0.0) * (1 - eye)
     target = torch.where(usable, target / size, 0.0)
-    # The ridge makes it solvable, and `solve` would wait for a GPU to say so.
+    # The ridge makes the system solvable; `solve` would wait for the GPU to verify that.
     return torch.linalg.solve_ex(scaled + (1 + RIDGE) * eye, target)[0] / size
 
 
 def whole_graph_ivw(rp: Tensor, lr: Tensor) -> Tensor:
-    """k = V_RP / (V_RP + V_LR), once, from per-sample gradients [N, P]. TPX 2023, Eq. 5."""
+    """One k = V_RP / (V_RP + V_LR) from per-sample gradients [N, P]. Parmas et al. 2023, Eq. 5."""
     return _inverse_variance(rp, [lr], summed=True)[0].squeeze().nan_to_num(nan=1.0)
 
 
 def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
-    """k of least Var_i(rp + Σ_l k_l (leg_l - rp)), per coordinate or summed over the last axis."""
+    """Minimise Var_i(rp + Σ_l k_l (leg_l - rp)), per coordinate or summed over the last axis."""
     if len(legs) > 1:
         return _simplex([rp, *legs], summed=summed)[1:]
     delta = legs[0] - rp
     dims = (0, -1) if summed else (0,)
-    # Largest entry per regression: makes k independent of the loss's scale, without overflow.
+    # Divide by the largest entry: the squares cannot overflow, at any scale of the loss.
     scale = torch.linalg.vector_norm(delta, math.inf, dim=dims, keepdim=True)
     scale = scale.clamp_min(_tiny(scale))
     rp, delta = rp / scale, delta / scale
-    rp = rp - rp.mean(0, keepdim=True)  # else a large mean's round-off keeps k from 1
+    rp = rp - rp.mean(0, keepdim=True)  # else the round-off of a large mean keeps k below 1
     delta = delta - delta.mean(0, keepdim=True)
     numerator = (delta * rp).sum(dims, keepdim=True)
     k = numerator / (delta * delta).sum(dims, keepdim=True).clamp_min(_tiny(scale))
@@ -174,11 +191,11 @@ def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
 
 
 def _simplex(legs: list[Tensor], *, summed: bool) -> list[Tensor]:
-    """Weights of least variance, each >= 0, together 1: generalised least squares on a simplex.
+    """Minimum-variance weights on the simplex (each >= 0, sum 1): generalised least squares.
 
-    Within a face of the simplex w ∝ S⁻¹ 1 with variance 1 / (1ᵀ S⁻¹ 1); with two or three legs the
-    faces can be tried one by one, which is exact where clipping is not. The covariance S is used in
-    units of its diagonal, so that legs may differ by many orders of magnitude.
+    Within a face of the simplex w ∝ S⁻¹ 1, with variance 1 / (1ᵀ S⁻¹ 1). With two or three legs the
+    faces can be enumerated, which is exact where clipping is not. The covariance S is scaled to a
+    unit diagonal, so that the legs may differ by many orders of magnitude.
     """
     x, last = torch.stack(legs), (-1,) if summed else ()
     largest = torch.linalg.vector_norm(x, math.inf, dim=(1, *last), keepdim=True)
@@ -216,7 +233,7 @@ def _inverse_variance(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[T
     dims = (0, -1) if summed else (0,)
     gradients = [rp, *legs]
     norms = [torch.linalg.vector_norm(g, math.inf, dim=dims, keepdim=True) for g in gradients]
-    if len(legs) == 1:  # one scale for both: RP alone may be 0
+    if len(legs) == 1:  # one scale for both, since RP may be 0
         norms = [torch.maximum(*norms)] * 2
     scales = [norm.clamp_min(_tiny(rp)) for norm in norms]
     variances = [(g / scale).var(0, keepdim=True) for g, scale in zip(gradients, scales)]
@@ -233,7 +250,7 @@ def _share(rp: Tensor, leg: Tensor) -> Tensor:
 
 
 def _shares(deviations: Tensor) -> list[Tensor]:
-    """Inverse-variance weights of several legs [1 + L, ...]; one that is not finite has none."""
+    """Inverse-variance weights from standard deviations [1 + L, ...]; non-finite legs get 0."""
     deviations = deviations.nan_to_num(nan=math.inf, posinf=math.inf).clamp_min(_tiny(deviations))
     precisions = (deviations.amin(0) / deviations).square()
     return list(precisions[1:] / precisions.sum(0))

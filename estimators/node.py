@@ -1,12 +1,13 @@
-"""The stochastic node: one pure autograd function in which legs are mixed, and the credit.
+"""The stochastic node, an autograd function whose backward pass mixes the legs.
 
     (zeta, noise, credit) -> (sample, credit')
 
-`credit` is a tensor of zeros, one per sample, threaded through the rollout; every cost that a node
-can influence is multiplied by (1 + credit). Forward, nothing changes. Backward, the node receives
-dL/dsample, the pathwise signal, and dL/dcredit', which *is* the return-to-go of each sample in the
-loss's own scale. It forms its legs from them, lets the weight rule choose k and returns the mixture
-to zeta. What bypasses the node is ordinary autograd.
+`credit` is a tensor of zeros, one per sample, threaded through the rollout. Every cost that a node
+can influence is multiplied by (1 + credit), which changes nothing in the forward pass. In the
+backward pass the node receives dL/dsample, the pathwise signal, and dL/dcredit', which *is* the
+return-to-go of each sample in the scale of the loss. It forms its legs from these two, lets the
+weight rule choose k, and passes the mixture on to zeta. Paths that bypass the node are
+differentiated by autograd as usual.
 
 Schulman et al. 2015 (stochastic computation graphs); Parmas 2018 (total propagation).
 """
@@ -27,17 +28,19 @@ from totalprop.estimators.probes import Probe, restrict
 
 
 def assign_credit(cost: Tensor, credit: Tensor) -> Tensor:
-    """The cost, credited: cost·(1 + credit), same value.
+    """Credit a cost to the nodes upstream: cost·(1 + credit), which leaves its value unchanged.
 
-    Every differentiable term downstream of a node must be credited with the credit that left the
-    last node before it; an uncredited term is silently shrunk by (1 - k).
+    Every differentiable term downstream of a node must be given the credit that the last node
+    before it returned. The gradient of an uncredited term is silently shrunk by (1 - k).
 
     Args:
-        cost: [N] or [..., N], any term of the loss. credit: [N], or the cost's shape.
-
+        cost: [N] or [..., N], any term of the loss.
+        credit: [N], or the cost's shape.
+    Returns:
+        The credited cost, of the cost's shape.
     Raises:
-        ValueError: the product would have another shape than the cost. A cost [N, 1] and a credit
-            [N] would give [N, N], and every sample the returns of all.
+        ValueError: the product would not have the cost's shape. A cost [N, 1] times a credit [N]
+            would broadcast to [N, N], and every sample would receive the returns of all samples.
     """
     shape = torch.broadcast_shapes(cost.shape, credit.shape)
     if shape != cost.shape:
@@ -49,32 +52,40 @@ def assign_credit(cost: Tensor, credit: Tensor) -> Tensor:
 
 
 def infer_noise(mean: Tensor, std: Tensor, sample: Tensor) -> Tensor:
-    """The noise that gives a known sample: (sample - mean) / std, detached, [N, ..., D].
+    """Infer the noise that reproduces a known sample: (sample - mean) / std.
 
-    For nodes on real data: with it the node returns the data and differentiates as usual.
+    For nodes on real data: given this noise, the node returns the data and its backward pass is as
+    usual.
+
+    Args:
+        mean: [N, ..., D].
+        std: [N, ..., D], positive.
+        sample: [N, ..., D].
+    Returns:
+        [N, ..., D] the noise, detached.
     """
     return ((sample - mean) / std).detach()
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A policy-gradient estimator: called at every stochastic node in place of `mean + std·noise`.
+    """A policy-gradient estimator, called at every stochastic node in place of `mean + std·noise`.
 
     Attributes:
-        weight: rule for k (0 = pathwise, 1 = score legs), see `estimators.mixing`.
-        legs: the score legs, see `estimators.legs`; usually one.
+        weight: the rule for k (0 = pathwise leg, 1 = score legs), see `estimators.mixing`.
+        legs: the score legs, usually one, see `estimators.legs`.
         baseline: what is subtracted from the returns, see `estimators.baselines`.
         cross_fit: choose k for each half of the batch from the other half. At a single node this
-            makes a composite unbiased; in a chain what is left is of second order (the other
-            half's k depends on k's further down the chain, which depend on this half). A half
-            whose own pathwise leg explodes does without it.
-        probe: what the rule needs to know of policy-parameter space: nothing, all parameters, or a
-            subset of them (Dreamer, PIPPS: the policy's last layer). The caller builds the probe.
+            makes a composite estimator unbiased. In a chain a second-order bias remains, since the
+            other half's k depends on the k's further down the chain, and these depend on this half.
+            A half whose own pathwise leg explodes uses its own k.
+        probe: the parameters over which the rule needs a probe: "none", "all", or a "subset" (in
+            Dreamer and PIPPS the policy's last layer). The caller builds the probe.
         whole_graph: combine once, over the whole graph, with `estimators.gradient` (only `ivw`).
         source: paper and equation.
 
     Raises:
-        ValueError: cross_fit of a whole-graph estimator, which has one k for all samples.
+        ValueError: cross_fit with a whole-graph estimator, which has one k for all samples.
     """
 
     weight: Weight
@@ -88,13 +99,13 @@ class Estimator:
     def __post_init__(self) -> None:
         if self.whole_graph and self.cross_fit:
             raise ValueError(
-                "a whole-graph estimator combines once, with one k for all samples: cross_fit must "
-                "be False, or choose a nodewise estimator such as 'tpx'"
+                "a whole-graph estimator combines once, with one k for all samples: set "
+                "cross_fit=False, or choose a nodewise estimator such as 'tpx'"
             )
 
     @property
     def needs_pathwise(self) -> bool:
-        """Whether the rule may use the pathwise leg: the loss must be differentiable then."""
+        """Whether the rule may use the pathwise leg; if so, the loss must be differentiable."""
         return declared(self.weight, "needs_pathwise")
 
     @property
@@ -104,7 +115,7 @@ class Estimator:
 
     @property
     def needs_value(self) -> bool:
-        """Whether the baseline asks for a critic's `value`."""
+        """Whether the baseline needs a critic's `value`."""
         return declared(self.baseline, "needs_value")
 
     def __call__(
@@ -119,27 +130,27 @@ class Estimator:
         meter: Tensor | None = None,
         tap: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sample the node; its backward mixes the legs.
+        """Sample the node; its backward pass mixes the legs.
 
         Args:
-            mean: [N, ..., D], samples on axis 0; gradients flow. With `std=None`: the logits of a
-                one-hot categorical.
+            mean: [N, ..., D], samples on axis 0; gradients flow. If `std` is None, these are the
+                logits of a one-hot categorical.
             std: [N, ..., D], positive; gradients flow. None for a categorical.
-            noise: [N, ..., D] standard normal (categorical: Gumbel), or from `infer_noise`.
-            credit: [N, ...] the credit that left the previous node, or zeros at the start.
-            probe: needed by `tp`, `tps`, `tpg`, see `estimators.probes`.
-            value: [N, ...] critic's estimate of the return, for baselines.critic; no gradient.
-            meter: zeros broadcastable from [1, ..., D]; its gradient becomes k (mean over samples).
-            tap: zeros [N, P]; its gradient collects per-sample parameter gradients (with probe).
+            noise: [N, ..., D] standard normal (Gumbel for a categorical), or from `infer_noise`.
+            credit: [N, ...] the credit that the previous node returned; zeros at the start.
+            probe: required by `tp`, `tps` and `tpg`, see `estimators.probes`.
+            value: [N, ...] a critic's estimate of the return, for `baselines.critic`; no gradient.
+            meter: [..., D] zeros; the gradient w.r.t. it is k, averaged over the samples.
+            tap: [N, P] zeros; the gradient w.r.t. it accumulates the per-sample parameter
+                gradients. Requires `probe`.
         Returns:
-            sample [N, ..., D] and the credit for every cost and node downstream.
+            The sample [N, ..., D], and the credit for every cost and node downstream.
         Raises:
-            ValueError: an argument of the wrong shape; whole-graph estimators, which cannot be
-                called.
+            ValueError: an argument has the wrong shape, or the estimator is a whole-graph one.
         """
         if self.whole_graph:
             raise ValueError(
-                "this estimator combines whole-graph gradients and has no node of its own; "
+                "this estimator combines whole-graph gradients and cannot be called at a node; "
                 "call estimators.gradient(rollout, ...) instead"
             )
         zeta = (mean,) if std is None else (mean, std)
@@ -159,7 +170,7 @@ def stochastic_node(
     meter: Tensor | None = None,
     tap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample a node whose backward is the estimator's. See `Estimator.__call__`."""
+    """Sample a node whose backward pass mixes the estimator's legs. See `Estimator.__call__`."""
     shape, samples = zeta[0].shape, zeta[0].shape[:-1]
     if credit.shape != samples:
         raise ValueError(
@@ -178,7 +189,7 @@ def stochastic_node(
             got = list(x.shape) if isinstance(x, Tensor) else repr(x)
             raise ValueError(
                 f"{name} must have the node's shape, {list(shape)}, got {got}; "
-                f"every entry needs its own: {own}"
+                f"every entry needs its own value: {own}"
             )
     if credit.dtype != zeta[0].dtype:
         raise ValueError(
@@ -224,7 +235,7 @@ class _Node(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """The same tensors, which cannot be differentiated again."""
+    """Identity whose backward pass raises, so that its outputs cannot be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -233,8 +244,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            "the derivative of a score leg is not that of the gradient it estimates: second "
-            "derivatives pass through the nodes of estimator 'rp' only"
+            "differentiating a score leg does not estimate a second derivative: second derivatives "
+            "pass through the nodes of estimator 'rp' only"
         )
 
 
@@ -247,18 +258,26 @@ def mix(
     value: Tensor | None,
     probe: Probe | None,
 ) -> tuple[Zeta, Tensor]:
-    """The backward of a node as a pure function of what it saved and received.
+    """Backward pass of a node, as a pure function of what it saved and received.
 
+    Args:
+        estimator: the node's estimator.
+        zeta: (mean, std) or (logits,), each [N, ..., D].
+        noise: [N, ..., D].
+        g_sample: [N, ..., D] dL/dsample.
+        returns: [N, ...] dL/dcredit', the returns-to-go.
+        value: [N, ...] or None.
+        probe: see `estimators.probes`, or None.
     Returns:
-        The cotangent of zeta, and the total weight k of the score legs, broadcastable to zeta, as
-        the rule gave it.
+        The cotangent of zeta, and the total weight k of the score legs that the rule chose,
+        broadcastable to zeta.
     """
     rp = pathwise(zeta, noise, g_sample)
     if not estimator.needs_score:
         return rp, torch.zeros_like(rp[0][:1])
     if not estimator.cross_fit:
         return _combine(rp, *_weigh(estimator, zeta, noise, rp, returns, value, probe))
-    # Each half has its own baseline, and uses the k of the other: nothing of a sample is in its k.
+    # Each half has its own baseline and uses the other's k, so no sample influences its own k.
     n = len(noise)
 
     def half(rows: slice) -> tuple[Zeta, list[Zeta], list[Tensor]]:
@@ -277,10 +296,11 @@ def mix(
 
 
 def _borrowed(k: list[Tensor], own: list[Tensor], rp: Zeta, legs: list[Zeta]) -> list[Tensor]:
-    """The other half's k, but the own, which is 1, for an exploded pathwise leg.
+    """The other half's k, except where this half's pathwise leg exploded: there its own k, 1.
 
-    Exploded is not finite, or so far above the score legs that k would round to 1. That k is 1 says
-    less: a clipped one often is, and to use the own then would bias the mixture.
+    "Exploded" means not finite, or so much larger than the score legs that k would round to 1. Its
+    own k being 1 is not a sufficient sign: clipping often makes it 1, and using it then would bias
+    the mixture.
     """
     dims = tuple(range(rp[0].ndim - 1))  # all but the coordinates
     largest = torch.stack([leg[0].abs().amax(dims) for leg in legs]).amax(0)
@@ -297,22 +317,22 @@ def _weigh(
     value: Tensor | None,
     probe: Probe | None,
 ) -> tuple[list[Zeta], list[Tensor]]:
-    """The score legs, and the weight of each."""
+    """Compute the score legs and the weight of each."""
     legs = [leg(zeta, noise, returns, value, estimator.baseline) for leg in estimator.legs]
     return legs, estimator.weight(rp, legs, probe)
 
 
 def _has_pathwise(k: Tensor) -> Tensor:
-    """Where the pathwise leg has a weight.
+    """Where the pathwise leg has a non-zero weight.
 
-    Within round-off of k = 1 the remainder is noise, which an exploded pathwise leg would amplify;
-    a k that is not a number comes from a pathwise leg that is not finite.
+    If k is within round-off of 1, then 1 - k is noise, which an exploded pathwise leg would
+    amplify. If k is NaN, the pathwise leg is not finite.
     """
     return k < 1 - 8 * torch.finfo(k.dtype).eps
 
 
 def _combine(rp: Zeta, legs: list[Zeta], k: list[Tensor]) -> tuple[Zeta, Tensor]:
-    """rp + Σ_l k_l (leg_l - rp), and Σ_l k_l; without a pathwise weight the score legs alone."""
+    """rp + Σ_l k_l (leg_l - rp), or the score legs alone where rp has no weight; and Σ_l k_l."""
     total = k[0] if len(k) == 1 else torch.stack(k).sum(0)
     has_rp = _has_pathwise(total)
     mixed = []

@@ -1,8 +1,8 @@
-"""Probes: what a node's cotangent becomes in policy-parameter space, sample by sample.
+"""Probes: they map a node's cotangent to per-sample gradients of the policy parameters.
 
-A probe is any callable `cotangent -> [N, P]` per-sample parameter gradients. The rules that need
-one (`tp`, `tps`, `tpg`) only ask for covariances of such gradients, and `ControlProbe` finds those
-without the [N, P] arrays. Building a probe costs nothing until a rule asks.
+A probe is any callable `cotangent -> [N, P]`. The rules that need one (`tp`, `tps`, `tpg`) only use
+the covariances of these gradients, and `ControlProbe` computes those without the [N, P] arrays. A
+probe does no work until a rule calls it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Probe = Callable[[Zeta], Tensor]
 
 
 def gram(probe: Probe, cotangents: Zeta) -> Tensor:
-    """Covariances of M probed cotangents over the samples: Σ_p Cov_i(B_a[i, p], B_b[i, p]).
+    """Covariances between M cotangents in parameter space: Σ_p Cov_i(B_a[i, p], B_b[i, p]).
 
     Args:
-        probe: any probe.
-        cotangents: like zeta, with a leading axis M: each [M, N, ..., D].
+        probe: any probe; B_a is its result for cotangent a.
+        cotangents: each [M, N, ..., D], like zeta with a leading axis M.
     Returns:
-        [M, M] symmetric, up to the common factor 1 / (N - 1).
+        [M, M] symmetric; the common factor 1 / (N - 1) is left out.
     """
     if isinstance(probe, ControlProbe):
         return probe.gram(cotangents)
@@ -35,7 +35,7 @@ def gram(probe: Probe, cotangents: Zeta) -> Tensor:
 
 
 def restrict(probe: Probe, rows: slice, n: int) -> Probe:
-    """The probe for some rows of a batch of n samples only."""
+    """Restrict a probe for a batch of n samples to some of its rows."""
     if isinstance(probe, ControlProbe):
         return probe.rows(rows)
 
@@ -51,11 +51,12 @@ def restrict(probe: Probe, rows: slice, n: int) -> Probe:
 
 
 class ParameterProbe:
-    """The general probe: per-sample vector-Jacobian products by `torch.func`.
+    """The general probe: per-sample vector-Jacobian products with `torch.func`.
 
     Args:
         function: (parameters, *inputs of one sample) -> its zeta, e.g. (mean [D], std [D]).
-        parameters: name -> tensor; leave out what should not count (TPX 2023, Sec. 4: `tps`).
+        parameters: name -> tensor. Leave out those that should not count for the rule, as `tps`
+            does (Parmas et al. 2023, Sec. 4).
         inputs: tensors [N, ...], one slice per sample.
     """
 
@@ -67,7 +68,7 @@ class ParameterProbe:
         self.inputs = tuple(x.detach() for x in inputs)
 
     def __call__(self, cotangent: Zeta) -> Tensor:
-        """[N, P] gradient of Σ cotangent·zeta for each sample, parameters flattened in order."""
+        """[N, P] gradients of Σ cotangent·zeta, one row per sample, parameters in order."""
 
         def one_sample(cotangent: Zeta, *inputs: Tensor) -> Tensor:
             pull_back = vjp(lambda p: self.function(p, *inputs), self.parameters)[1]
@@ -78,17 +79,17 @@ class ParameterProbe:
 
 
 class DenseJacobian:
-    """du/dθ as an explicit array [N, F, P]."""
+    """The Jacobian J = du/dθ as a dense array [N, F, P]."""
 
     def __init__(self, jacobian: Tensor) -> None:
         self.jacobian = jacobian
 
     def rows(self, rows: slice) -> DenseJacobian:
-        """The same for some of the samples."""
+        """The Jacobian of some of the samples."""
         return DenseJacobian(self.jacobian[rows])
 
     def gram(self, alpha: Tensor) -> Tensor:
-        """[M, M] covariances Σ_i <α_ai J_i, α_bi J_i> less the mean's part, from α [M, N, F]."""
+        """[M, M] covariances of the products α_ai J_i over samples i, from α [M, N, F]."""
         inner = self.jacobian @ self.jacobian.mT  # [N, F, F]
         total = alpha.flatten(1) @ self.jacobian.flatten(0, 1)  # [M, P]
         return covariance(torch.einsum("anf,nfg->ang", alpha, inner), alpha, total)
@@ -99,27 +100,33 @@ class DenseJacobian:
 
 
 def covariance(weighted: Tensor, alpha: Tensor, total: Tensor) -> Tensor:
-    """[M, M] Σ_i α_ai J_i J_iᵀ α_biᵀ - Σ_i α_ai J_i · Σ_i α_bi J_i / N.
+    """Covariances of the products α_ai J_i over the samples i.
+
+    Σ_i α_ai J_i J_iᵀ α_biᵀ - Σ_i α_ai J_i · Σ_i α_bi J_i / N
 
     Args:
-        weighted: [M, N, F] or [M, N], α J Jᵀ. alpha: alike. total: [M, P] Σ_i α_i J_i.
+        weighted: [M, N, F] or [M, N], the products α J Jᵀ.
+        alpha: the shape of `weighted`, α.
+        total: [M, P], Σ_i α_i J_i.
+    Returns:
+        [M, M] symmetric; the common factor 1 / (N - 1) is left out.
     """
     n = alpha.shape[1]
     return torch.addmm(weighted.flatten(1) @ alpha.flatten(1).T, total, total.T, alpha=-1 / n)
 
 
 class ControlProbe:
-    """Exact and cheap where zeta depends on the parameters through F controls only.
+    """Exact and cheap probe for a zeta that depends on the parameters only through F controls u.
 
-    With α = cotangentᵀ dzeta/du [N, F] and J = du/dθ [N, F, P], per-sample gradients are α·J, and
-    their covariances need only J Jᵀ [N, F, F] and one product of α with J: no [N, P] array per
-    cotangent, and none at all if J has a structure that knows these two.
+    With α = cotangentᵀ dzeta/du [N, F] and J = du/dθ [N, F, P], the per-sample gradients are α·J.
+    Their covariances need only J Jᵀ [N, F, F] and one product of α with J. No [N, P] array is
+    formed per cotangent, and none at all if J has a structure that yields these two products.
 
     Args:
-        zeta_jacobian: d zeta / du, one [N, D, F] for each member of zeta.
-        control_jacobian: () -> du/dθ, a `DenseJacobian` or anything with its methods.
-        counted: the same for the parameters that count for the weight rule, if not all (TPX 2023,
-            Sec. 4: `tps`); a call of the probe still returns all.
+        zeta_jacobian: [N, D, F] dzeta/du, one for each member of zeta.
+        control_jacobian: () -> du/dθ, as a `DenseJacobian` or an object with its methods.
+        counted: the same for the parameters that count for the weight rule, if not all, as in `tps`
+            (Parmas et al. 2023, Sec. 4). Calling the probe still returns the gradients of all.
     """
 
     def __init__(
@@ -138,12 +145,12 @@ class ControlProbe:
         return per_sample
 
     def gram(self, cotangents: Zeta) -> Tensor:
-        """See `estimators.probes.gram`."""
+        """[M, M] covariances of the counted parameters' gradients, see `estimators.probes.gram`."""
         found: Tensor = self.counted().gram(self._alpha(cotangents))
         return found
 
     def rows(self, rows: slice) -> ControlProbe:
-        """The same probe for some of the samples."""
+        """Restrict the probe to some of the samples."""
         return ControlProbe(
             [j[rows] for j in self.zeta_jacobian],
             lambda: self.control_jacobian().rows(rows),
@@ -151,6 +158,7 @@ class ControlProbe:
         )
 
     def _alpha(self, cotangent: Zeta) -> Tensor:
+        """[..., N, F] cotangentᵀ dzeta/du, summed over the members of zeta."""
         if self.zeta_jacobian[0].shape[-1] > 1:
             terms = [
                 torch.einsum("...nd,ndf->...nf", c, j)

@@ -1,7 +1,8 @@
-"""The registry: an estimator is a weight rule, its legs and a baseline, found by name.
+"""The registry of estimators; each is a weight rule with its legs and a baseline.
 
-Every agent resolves a name once, in its constructor, with `make`. Other packages add theirs with
-`register`, or by an entry point in the group `totalprop.estimators` that names an `Estimator`.
+Every agent resolves the name once, in its constructor, with `make`. Other packages add their own
+with `register`, or with an entry point in the group `totalprop.estimators` that names an
+`Estimator`.
 """
 
 from __future__ import annotations
@@ -27,44 +28,53 @@ from totalprop.estimators.node import Estimator
 ENTRY_POINT_GROUP = "totalprop.estimators"
 
 _REGISTRY: dict[str, Estimator] = {
-    "rp": Estimator(pathwise, source="Kingma & Welling 2014; TPX 2023, Sec. 3"),
-    "lr": Estimator(likelihood_ratio, source="Williams 1992; TPX 2023, Sec. 3"),
-    "tp": Estimator(tp, probe="all", source="PIPPS 2018, Alg. 2; TPX 2023, Eq. 5"),
-    "tps": Estimator(tp, probe="subset", source="TPX 2023, Sec. 4"),
-    "tpx": Estimator(tpx, source="TPX 2023, Eq. 8, footnote 4"),
-    "tpx-scalar": Estimator(tpx_scalar, source="TPX 2023, App. D"),
-    "tpx-ivw": Estimator(tpx_ivw, source="TPX 2023, App. D"),
-    "tpx-ivw-scalar": Estimator(tpx_ivw_scalar, source="TPX 2023, App. D"),
-    "ivw": Estimator(pathwise, probe="all", whole_graph=True, source="TPX 2023, Sec. 3"),
+    "rp": Estimator(pathwise, source="Kingma & Welling 2014; Parmas et al. 2023, Sec. 3"),
+    "lr": Estimator(likelihood_ratio, source="Williams 1992; Parmas et al. 2023, Sec. 3"),
+    "tp": Estimator(
+        tp, probe="all", source="Parmas et al. 2018, Alg. 2; Parmas et al. 2023, Eq. 5"
+    ),
+    "tps": Estimator(tp, probe="subset", source="Parmas et al. 2023, Sec. 4"),
+    "tpx": Estimator(tpx, source="Parmas et al. 2023, Eq. 8, footnote 4"),
+    "tpx-scalar": Estimator(tpx_scalar, source="Parmas et al. 2023, App. D"),
+    "tpx-ivw": Estimator(tpx_ivw, source="Parmas et al. 2023, App. D"),
+    "tpx-ivw-scalar": Estimator(tpx_ivw_scalar, source="Parmas et al. 2023, App. D"),
+    "ivw": Estimator(pathwise, probe="all", whole_graph=True, source="Parmas et al. 2023, Sec. 3"),
     "tpg": Estimator(tpg, probe="all", source="this project"),
 }
 
 
 def register(name: str, estimator: Estimator) -> None:
-    """Add an estimator under a new name; it is then a valid `estimator=` of every agent.
+    """Register an estimator under a new name, which every agent then accepts as `estimator=`.
 
+    Args:
+        name: a name that is not registered yet.
+        estimator: the estimator it stands for.
     Raises:
-        ValueError: the name is taken. TypeError: not an `Estimator`.
+        ValueError: the name is taken.
+        TypeError: `estimator` is not an `Estimator`.
     """
     if not isinstance(estimator, Estimator):
         raise TypeError(f"expected an Estimator, got {type(estimator).__name__}")
     if name in _REGISTRY:
-        raise ValueError(f"estimator '{name}' is registered already; choose another name")
+        raise ValueError(f"estimator '{name}' is already registered; choose another name")
     _REGISTRY[name] = estimator
 
 
 def names() -> list[str]:
-    """All registered names, this project's first."""
+    """List all registered names, this project's first."""
     return [*_REGISTRY, *(name for name in _plugins() if name not in _REGISTRY)]
 
 
 def make(name: str | Estimator, **changes: Any) -> Estimator:
-    """The estimator of that name, with fields of `Estimator` changed by keyword.
+    """Look up an estimator by name, with some of its fields replaced.
 
-    An `Estimator` is accepted in place of a name, so that agents take either.
-
+    Args:
+        name: a registered name, or an `Estimator` (so that agents can take either).
+        changes: fields of `Estimator` to replace, for example baseline=baselines.mean.
+    Returns:
+        The estimator; the registered one is not modified.
     Raises:
-        ValueError: unknown name (the nearest known one is suggested).
+        ValueError: the name is unknown; the message suggests the nearest known name.
     """
     if isinstance(name, Estimator):
         return replace(name, **changes)
@@ -78,7 +88,7 @@ def make(name: str | Estimator, **changes: Any) -> Estimator:
 
 
 def unknown_name(name: object, known: Sequence[str]) -> str:
-    """Message for an estimator that is not known, with the nearest known name."""
+    """Error message for an unknown estimator, which suggests the nearest known name."""
     near = difflib.get_close_matches(str(name), known, 1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"unknown estimator {name!r}: {hint}choose one of {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Losses of importance ratios at a node: their value, and what they owe the node's credit."""
+"""Losses on importance ratios at a node: their value, and the weight that the credit gets."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ from torch import Tensor
 
 
 class Surrogate(NamedTuple):
-    """A loss whose gradient reaches the policy through a node only; both parts are detached.
+    """A loss whose gradient reaches the policy only through a node; both fields are detached.
 
-    With the node's credit, `loss + advantage·weight·credit'` has the loss's value and, through a
-    score leg without a baseline, its gradient: advantage·weight = dloss / dlog π. The pathwise
-    signal of the same loss is weight·(dadvantage / daction).
+    With the node's credit, `loss + advantage·weight·credit'` has the value of the loss. Through a
+    score leg without a baseline it also has its gradient, as advantage·weight = dloss / dlog π. The
+    pathwise signal of the same loss is weight·(dadvantage / daction).
     """
 
-    loss: Tensor
-    weight: Tensor  # -r, and 0 where clipped
+    loss: Tensor  # like the advantages
+    weight: Tensor  # like the advantages: -r, and 0 where clipped
 
 
 def clipped(
     advantage: Tensor, log_prob: Tensor, old_log_prob: Tensor, clip_range: float
 ) -> Surrogate:
-    """PPO's loss max(-A r, -A clip(r, 1 ± ε)), r = π / π_old, elementwise.
+    """PPO's clipped loss max(-A r, -A clip(r, 1 ± ε)) with r = π / π_old, elementwise.
 
     Schulman et al. 2017 (PPO), Eq. 7.
+
+    Args:
+        advantage: A, of any shape; detached here.
+        log_prob: log π of the action, like `advantage`; detached here.
+        old_log_prob: log π_old of the action, like `advantage`.
+        clip_range: ε > 0.
     """
     advantage, ratio = advantage.detach(), (log_prob.detach() - old_log_prob).exp()
     plain = -advantage * ratio

@@ -1,6 +1,6 @@
-"""How good is a gradient estimator? Its variance, where it comes from, and its signal-to-noise.
+"""Quality of a gradient estimator: its variance, the sources of it, and its signal-to-noise ratio.
 
-All work on repeated evaluations of any gradient function; none knows about nodes or agents.
+Everything here works on repeated evaluations of any gradient function, whatever computes it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from torch import Tensor
 
 
 class GradientStatistics(NamedTuple):
-    """Statistics of a gradient [P] over S starts with M evaluations each; all but mean are traces.
+    """Statistics of a gradient g [P] over S starts with M evaluations each.
 
-    Law of total variance, TPX 2023, Eq. 18: Var(g) = between + within. Both are unbiased: the
-    sampling error of each start's mean, within / M, is taken out of `between` and of the signal.
+    Variances are traces. By the law of total variance, Var(g) = between + within (Parmas et al.
+    2023, Eq. 18). Both terms are unbiased: the sampling error of each start's mean, within / M, is
+    subtracted from `between` and from the signal.
     """
 
     mean: Tensor  # [P] over all evaluations
     within: float  # E_s[Var(g | s)]: the estimator's own noise, which a better estimator reduces
-    between: float  # Var_s(E[g | s]): from which starts were drawn; nan with one start
-    esnr: float  # E_s[Σ E[g | s]² / Σ Var(g | s)], TPX 2023, Eq. 19
+    between: float  # Var_s(E[g | s]): due to the choice of starts; nan with one start
+    esnr: float  # E_s[Σ E[g | s]² / Σ Var(g | s)], Parmas et al. 2023, Eq. 19
 
     @property
     def total(self) -> float:
@@ -37,9 +38,10 @@ def gradient_statistics(
 
     Args:
         gradient: start index -> gradient [P], with fresh noise at every call.
-        repeats: M >= 2 evaluations per start (the paper: 50). starts: S (the paper: 50).
+        repeats: M >= 2 evaluations per start (the paper uses 50).
+        starts: S, the number of starts (the paper uses 50).
     Raises:
-        ValueError: fewer than two repeats.
+        ValueError: there are fewer than two repeats.
     """
     if repeats < 2:
         raise ValueError(f"a variance needs repeats >= 2, got {repeats}")
@@ -48,7 +50,7 @@ def gradient_statistics(
 
 
 def statistics_of(gradients: Tensor) -> GradientStatistics:
-    """The same from gradients evaluated already, [S, M, P]."""
+    """Compute the statistics of gradients [S, M, P] that were evaluated before."""
     m = gradients.shape[1]
     means = gradients.mean(1)  # [S, P]
     within = gradients.var(1).sum(-1)  # [S]

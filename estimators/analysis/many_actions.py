@@ -1,12 +1,17 @@
-"""When do more actions per state beat more states? The variance of many-action policy gradients.
+"""Variance of many-action policy gradients: when do more actions per state beat more states?
 
-Υ(s, a) [P] is the gradient of one sample, the score times Q, or times an advantage: all below holds
-for any fixed weight. The estimator averages T states with N actions each, of which the first drives
-the transition:  g = 1/T Σ_t γ^t 1/N Σ_n Υ(s_t, a_t^n).  Here live the components of its variance
-and the rules that decide between actions and states. The components come in closed form from
-`many_actions_mdp.py` and from data from `many_actions_data.py`. All variances are traces over the
-parameters, and the first state is stationary unless said.
-Nauman & Cygan 2022, "On All-Action Policy Gradients"; where its text errs, a docstring says so.
+Υ(s, a) [P] is the gradient contributed by one sample: the score times Q, or times an advantage, or
+any other fixed weight. The estimator averages over T states with N actions each, of which the first
+drives the transition:
+
+    g = 1/T Σ_t γ^t 1/N Σ_n Υ(s_t, a_t^n)
+
+This module holds the components of its variance and the rules that choose between more actions and
+more states. `many_actions_mdp.py` computes the components in closed form, `many_actions_data.py`
+estimates them from data. All variances are traces over the parameters, and the distribution of the
+first state is stationary unless stated otherwise.
+
+Nauman & Cygan 2022, "On All-Action Policy Gradients". Docstrings point out where the paper errs.
 """
 
 from __future__ import annotations
@@ -21,26 +26,26 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class VarianceComponents:
-    """The components of Lemma 1 at every lag, and what they add up to for T steps.
+    """Variance components of Lemma 1 at every lag, and the variance they imply for T steps.
 
     V(T, N) = (M + P / N) / T,   M = Σ_t w_t α_t,   P = Σ_t w_t α^e_t,
-    w_t = (2 - [t = 0]) / T Σ_{i < T-t} γ^{2i+t}, which is 2 (T - t) / T without γ^t.
+    w_t = (2 - [t = 0]) / T Σ_{i < T-t} γ^{2i+t}, which is (2 - [t = 0]) (T - t) / T if γ = 1.
     Nauman & Cygan 2022, Eq. 7 and 24. Differs from the paper: γ^t is not part of Υ, since Eq. 7
-    needs a stationary Υ; it enters through w_t, and gamma = 1 (as in PPO) leaves it out.
+    needs a stationary Υ. It enters through w_t instead, and gamma = 1 (as in PPO) leaves it out.
 
-    P can be negative: given the states, the first action has seen its successor and the others
-    have not, so more actions can raise the variance (the paper says they cannot).
+    P can be negative. Given the states, only the first action is correlated with its successor, so
+    more actions can raise the variance (the paper claims that they cannot).
 
-    With stationary False, the lags are averages over the steps, valid at one T and γ only.
+    If `stationary` is False, the lags are averages over the steps, valid for this T and γ only.
     """
 
     marginal: Tensor  # [L] α_t = Cov(E_a Υ(s_0, a), E_a Υ(s_t, a)); α_0 is V_s
     policy: Tensor  # [L] α^e_t = E_s0 Cov(Υ(s_0, a_0), E_a Υ(s_t, a) | s_0); α^e_0 is E_a
-    n_steps: float  # T <= L; a real number between the integers interpolates w_t
-    n_parameters: int  # P, to report means over the parameters
-    gamma: float = 1.0
-    stationary: bool = True
-    q_noise: float = 0.0  # variance of one Q sample's noise in Υ, in no other component
+    n_steps: float  # T <= L; w_t is interpolated between integers
+    n_parameters: int  # number of parameters, to report means over them
+    gamma: float = 1.0  # γ
+    stationary: bool = True  # whether every step has the same distribution
+    q_noise: float = 0.0  # variance in Υ due to the noise of one Q sample; in no other component
 
     def __post_init__(self) -> None:
         if self.marginal.dim() != 1 or self.marginal.shape != self.policy.shape:
@@ -48,56 +53,60 @@ class VarianceComponents:
             raise ValueError(f"marginal and policy are {shapes}, expected [L] both: pass all lags")
         if not 1 <= self.n_steps <= len(self.marginal):
             raise ValueError(
-                f"n_steps is {self.n_steps}, expected 1 to the {len(self.marginal)} lags that are "
-                "known: compute or record more lags"
+                f"n_steps is {self.n_steps}, expected 1 to {len(self.marginal)}, the number of "
+                "known lags: compute or record more lags"
             )
 
     @property
     def state_variance(self) -> float:
-        """V_s = Var_s[E_a Υ], the variance with marginalised policy."""
+        """V_s = Var_s[E_a Υ], the variance when the policy is marginalised."""
         return float(self.marginal[0])
 
     @property
     def action_variance(self) -> float:
-        """E_a = E_s[Var_a Υ], the state-conditioned variance of the policy."""
+        """E_a = E_s[Var_a Υ], the variance due to the policy, given the state."""
         return float(self.policy[0])
 
     @property
     def markov_chain(self) -> float:
-        """M, the variance of the underlying Markov chain: only more states reduce it."""
+        """M, the variance due to the Markov chain, which only more states reduce."""
         return self._weighted(self.marginal)
 
     @property
     def policy_dependent(self) -> float:
-        """P, the policy-dependent variance: divided by the number of actions."""
+        """P, the policy-dependent variance, which more actions divide by N."""
         return self._weighted(self.policy)
 
     @property
     def policy_share(self) -> float:
-        """P / (M + P), the share of the policy in the single-action variance."""
+        """P / (M + P), the policy's share of the single-action variance."""
         return self.policy_dependent / (self.markov_chain + self.policy_dependent)
 
     def variance(self, n_actions: float = 1) -> float:
-        """V(T, N); math.inf actions leave M / T."""
+        """V(T, N) for N = `n_actions`; math.inf gives M / T."""
         return (self.markov_chain + self.policy_dependent / n_actions) / self.n_steps
 
     def at(self, *, n_steps: float | None = None, gamma: float | None = None) -> VarianceComponents:
-        """The same chain observed for another number of steps, or with another γ.
+        """The components for another number of steps or another γ of the same chain.
 
+        Args:
+            n_steps: the new T, unchanged if None.
+            gamma: the new γ, unchanged if None.
         Raises:
-            ValueError: a start that is not stationary, or more steps than lags are known.
+            ValueError: the start is not stationary, or T exceeds the number of known lags.
         """
         n_steps = self.n_steps if n_steps is None else n_steps
         gamma = self.gamma if gamma is None else gamma
         if not self.stationary and (n_steps, gamma) != (self.n_steps, self.gamma):
             raise ValueError(
-                f"components of a start that is not stationary hold at T = {self.n_steps}, gamma = "
-                f"{self.gamma} only, got {n_steps} and {gamma}: compute or estimate them anew there"
+                "the components of a start that is not stationary are valid at T = "
+                f"{self.n_steps}, gamma = {self.gamma} only, got {n_steps} and {gamma}: compute or "
+                "estimate them for these"
             )
         return replace(self, n_steps=n_steps, gamma=gamma)
 
     def sampled_q(self, n_rollouts: int) -> VarianceComponents:
-        """With Q a mean of independent noisy rollouts: E_a + q_noise / K in place of E_a."""
+        """The components when Q is a mean of K = `n_rollouts` rollouts: adds q_noise / K to E_a."""
         policy = self.policy.clone()
         policy[0] += self.q_noise / n_rollouts
         return replace(self, policy=policy, q_noise=0.0)
@@ -117,12 +126,15 @@ def _lag_weights(n_steps: float, gamma: float) -> Tensor:
 
 
 def table(components: VarianceComponents, *, covariance_factor: float = 2.0) -> dict[str, float]:
-    """Rows of Table 1 (Nauman & Cygan 2022), means over the parameters.
+    """Rows of Table 1 in Nauman & Cygan 2022, as means over the parameters.
 
     Args:
-        covariance_factor: what multiplies the two sums over lags, alone and in the totals. 2 is
-            Eq. 7, and the rows add up to the totals as in the paper. 1 is the literal reading of
-            the paper's row names; its totals are then not those of Eq. 7.
+        components: the variance components.
+        covariance_factor: multiplies the two sums over lags, in their own rows and in the totals.
+            2 is Eq. 7, and the rows add up to the totals as in the paper. 1 reads the paper's row
+            names literally; the totals are then not those of Eq. 7.
+    Returns:
+        Row name -> value.
     """
     c, scale = components, 1 / components.n_parameters
     weights = _lag_weights(c.n_steps, c.gamma)
@@ -141,31 +153,31 @@ def table(components: VarianceComponents, *, covariance_factor: float = 2.0) -> 
 
 
 class Condition(NamedTuple):
-    """An inequality of the paper: more actions reduce the variance more iff left >= right."""
+    """An inequality: more actions reduce the variance more than more states iff left >= right."""
 
     left: float
     right: float
 
     @property
     def more_actions(self) -> bool:
-        """left >= right."""
+        """Whether more actions reduce the variance more."""
         return self.left >= self.right
 
 
 class Advice(NamedTuple):
-    """What one more action per state and δT more states change, and the better of the two."""
+    """Effect of one more action per state and of δT more states, and the better of the two."""
 
-    delta_actions: float  # Δ_N, negative where the variance falls
-    delta_states: float  # Δ_T
-    choice: str  # "more actions", "more states", or "neither" where both raise the variance
+    delta_actions: float  # Δ_N, negative if the variance falls
+    delta_states: float  # Δ_T, negative if the variance falls
+    choice: str  # "more actions", "more states", or "neither" if both raise the variance
 
 
 class Allocation(NamedTuple):
     """A budget spent on N actions in each of T states."""
 
-    n_actions: int
-    n_steps: float
-    variance: float
+    n_actions: int  # N
+    n_steps: float  # T
+    variance: float  # V(T, N)
 
 
 def delta_actions(components: VarianceComponents, n_actions: float = 1) -> float:
@@ -180,21 +192,25 @@ def delta_states(
     """Δ_T = V(T + δT, N) - V(T, N). Nauman & Cygan 2022, Eq. 9 (Lemma 2) and 26.
 
     Args:
-        delta: δ > 0, the trajectory grows by δT.
+        components: the variance components at T.
+        delta: δ > 0; the trajectory grows by δT.
+        n_actions: N.
         tail: False drops the covariances at lags >= T, as Lemma 2 does ("reaches a regenerative
-            state"); True keeps them, which is exact and needs T + δT lags.
+            state"). True keeps them, which is exact and needs T + δT lags.
     Raises:
-        ValueError: δ <= 0, or variances that cannot be compared between lengths.
+        ValueError: δ <= 0, or the variances cannot be compared between lengths.
     """
     longer = _longer(components, delta, tail=tail)
     return longer.variance(n_actions) - components.variance(n_actions)
 
 
 def theorem_1(components: VarianceComponents) -> Condition:
-    """Σ_t t/T Cov_t >= M, for δ = N = 1: Nauman & Cygan 2022, Eq. 10. Lags >= T count as zero.
+    """Σ_t t/T Cov_t >= M, for δ = N = 1, with zero covariance at lags >= T.
+
+    Nauman & Cygan 2022, Eq. 10.
 
     Raises:
-        ValueError: gamma other than 1.
+        ValueError: gamma is not 1, or the start is not stationary.
     """
     _check_comparable(components)
     covariance = components.marginal + components.policy
@@ -207,9 +223,9 @@ def theorem_1(components: VarianceComponents) -> Condition:
 def general_condition(
     components: VarianceComponents, delta: float, n_actions: float = 1, *, tail: bool = False
 ) -> Condition:
-    """Δ_N <= Δ_T for any N and δ, policy on the left, chain on the right. 2022, Eq. 30.
+    """Δ_N <= Δ_T for any N and δ, with the policy's terms on the left and the chain's on the right.
 
-    Args and raises: as `delta_states`.
+    Nauman & Cygan 2022, Eq. 30. Arguments and errors are those of `delta_states`.
     """
     c, n = components, n_actions
     longer = _longer(c, delta, tail=tail)
@@ -221,18 +237,18 @@ def general_condition(
 
 
 def corollary_1(components: VarianceComponents, delta: float, n_actions: float = 1) -> Condition:
-    """(1 - δN) / (δ (N² + N)) >= V_s / E_a: Nauman & Cygan 2022, Eq. 11.
+    """(1 - δN) / (δ (N² + N)) >= V_s / E_a. Nauman & Cygan 2022, Eq. 11.
 
-    For contextual bandits, where the next state does not depend on the action. Differs from the
-    paper, whose App. A.3 asks only that states are independent under the policy: not enough, an
-    action may still choose its successor.
+    Holds for contextual bandits, where the next state does not depend on the action. Differs from
+    the paper: its App. A.3 only requires the states to be independent under the policy. That is not
+    sufficient, because an action may still determine its successor.
     """
     right = components.state_variance / components.action_variance
     return Condition((1 - delta * n_actions) / (delta * n_actions * (n_actions + 1)), right)
 
 
 def bandit_break_even(components: VarianceComponents, n_actions: float = 1) -> float:
-    """δ*(N) = 1 / (N (1 + (N+1) V_s / E_a)), the δ at which Corollary 1 is an equality."""
+    """δ*(N) = 1 / (N (1 + (N+1) V_s / E_a)), the δ at which Corollary 1 holds with equality."""
     ratio = components.state_variance / components.action_variance
     return 1 / (n_actions * (1 + ratio * (n_actions + 1)))
 
@@ -240,13 +256,17 @@ def bandit_break_even(components: VarianceComponents, n_actions: float = 1) -> f
 def advise(
     components: VarianceComponents, delta: float, n_actions: float = 1, *, tail: bool = False
 ) -> Advice:
-    """More actions or more states, at equal cost? Nauman & Cygan 2022, Lemma 2.
+    """Choose between more actions and more states at equal cost. Nauman & Cygan 2022, Lemma 2.
 
     Args:
-        delta: δ, one more action in all T states costs as much as δT more states *with all their N
-            actions*. If an extra action costs d bare states, δ = d / (1 + d (N - 1)); the same at
-            N = 1.
-        n_actions: N now. tail: as in `delta_states`.
+        components: the variance components.
+        delta: δ such that one more action in all T states costs as much as δT more states *with all
+            their N actions*. If an extra action costs as much as d states with one action each,
+            then δ = d / (1 + d (N - 1)), which is d at N = 1.
+        n_actions: the current N.
+        tail: as in `delta_states`.
+    Returns:
+        Both changes of the variance, and the better choice.
     """
     by_actions = delta_actions(components, n_actions)
     by_states = delta_states(components, delta, n_actions, tail=tail)
@@ -260,16 +280,20 @@ def advise(
 def optimal_actions(
     components: VarianceComponents, delta: float, *, max_actions: int = 64
 ) -> Allocation:
-    """The N that minimises V(T', N) at the cost of T single-action states: T' = T / (1 + δ (N-1)).
+    """Find the N that minimises V(T', N) at the cost of T single-action states.
 
-    For a bandit it is the integer at √(E_a (1-δ) / (V_s δ)), or 1 if δ >= 1. Our extension of
-    Lemma 2, which compares two steps from one (T, N) and says nothing of where to stop.
+    T' = T / (1 + δ (N-1)) states are affordable with N actions each. For a bandit, the optimum is
+    an integer next to √(E_a (1-δ) / (V_s δ)), or 1 if δ >= 1. This extends Lemma 2, which only
+    compares two steps from one (T, N) and does not determine the optimum.
 
     Args:
+        components: the variance components for T single-action states.
         delta: δ >= 0, cost of an extra action / cost of an extra state (with its first action).
-        max_actions: the largest N considered; N with T' < 1 are left out too.
+        max_actions: the largest N considered. N for which T' < 1 are not considered either.
+    Returns:
+        The best allocation.
     Raises:
-        ValueError: δ < 0, max_actions < 1, or variances not comparable between lengths.
+        ValueError: δ < 0, max_actions < 1, or the variances cannot be compared between lengths.
     """
     _check_comparable(components)
     if delta < 0 or max_actions < 1:
@@ -288,7 +312,7 @@ def optimal_actions(
 
 
 def _longer(components: VarianceComponents, delta: float, *, tail: bool) -> VarianceComponents:
-    """The components at T + δT, with lags >= T as they are or zero."""
+    """The components at T + δT; the covariances at lags >= T are set to zero unless `tail`."""
     _check_comparable(components)
     if delta <= 0:
         raise ValueError(f"delta is {delta}, expected > 0: the trajectory grows by delta·T steps")
@@ -309,6 +333,6 @@ def _check_comparable(components: VarianceComponents) -> None:
     if components.gamma != 1 or not components.stationary:
         raise ValueError(
             f"gamma is {components.gamma} and stationary {components.stationary}, expected 1 and "
-            "True: otherwise the mean of the gradient depends on T too, and its variances at two T "
-            "do not compare; use components.at(gamma=1) or a stationary start"
+            "True: otherwise the mean of the gradient depends on T too, and variances at different "
+            "T cannot be compared; use components.at(gamma=1) or a stationary start"
         )

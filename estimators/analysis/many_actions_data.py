@@ -1,7 +1,7 @@
-"""Variance of many-action policy gradients from data: two actions per visited state are enough.
+"""Variance of many-action policy gradients, estimated from data with two actions per visited state.
 
-What the components mean and decide is in `many_actions.py`. Memory is about
-two float64 copies of the gradients, averaged over the samples of Q: no array is [.., P, P].
+`many_actions.py` defines the components and uses them. The memory needed is about two float64
+copies of the gradients, averaged over the samples of Q; no array is [.., P, P].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 2**22  # numbers in a temporary array
 
 
 class Interval(NamedTuple):
-    """Percentile bootstrap interval."""
+    """A percentile bootstrap interval."""
 
     low: float
     high: float
@@ -27,7 +27,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ComponentEstimate:
-    """Unbiased components of Lemma 1, and B resamplings of the trajectories.
+    """Unbiased estimates of the components of Lemma 1, with B bootstrap resamplings.
 
     >>> found = estimate_components(gradients, generator=torch.Generator().manual_seed(0))
     >>> found.interval(lambda c: c.policy_share)
@@ -36,10 +36,10 @@ class ComponentEstimate:
     components: VarianceComponents
     marginal: Tensor  # [B, L] resampled α_t
     policy: Tensor  # [B, L] resampled α^e_t
-    q_noise: Tensor  # [B] resampled noise of Q
+    q_noise: Tensor  # [B] resampled variance due to the noise of one Q sample
 
     def resampled(self, statistic: Callable[[VarianceComponents], float]) -> Tensor:
-        """[B] the statistic of every resampling."""
+        """[B] values of a statistic, one for each resampling."""
         records = (
             replace(self.components, marginal=m, policy=p, q_noise=float(q))
             for m, p, q in zip(self.marginal, self.policy, self.q_noise)
@@ -49,15 +49,18 @@ class ComponentEstimate:
     def interval(
         self, statistic: Callable[[VarianceComponents], float], *, level: float = 0.95
     ) -> Interval:
-        """Bootstrap interval of a statistic, any function of the components.
+        """Bootstrap interval of a statistic.
 
+        Args:
+            statistic: any function of the components.
+            level: coverage of the interval.
         Raises:
-            ValueError: no resamplings were made.
+            ValueError: there are fewer than two resamplings.
         """
         values = self.resampled(statistic)
         if len(values) < 2:
             raise ValueError(
-                f"an interval needs two resamplings or more, got {len(values)}: estimate with "
+                f"an interval needs at least two resamplings, got {len(values)}: estimate with "
                 "n_bootstrap=1000"
             )
         ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
@@ -73,27 +76,34 @@ def estimate_components(
     n_bootstrap: int = 1000,
     generator: torch.Generator | None = None,
 ) -> ComponentEstimate:
-    """The components of Lemma 1 (Nauman & Cygan 2022, Eq. 5-7), unbiased, from n trajectories.
+    """Estimate the components of Lemma 1 (Nauman & Cygan 2022, Eq. 5-7) without bias.
 
-    With Υ¹ of the action that drives the transition, Υ² of the extra one, Ῡ = (Υ¹ + Υ²) / 2:
+    Let Υ¹ belong to the action that drives the transition and Υ² to the extra one, and let
+    Ῡ = (Υ¹ + Υ²) / 2. Since Υ² does not influence the future,
     V_s = Cov(Υ¹_0, Υ²_0),  α_t = Cov(Υ²_0, Ῡ_t),  E_a = E[(Υ¹_0 - Υ²_0)²] / 2,
-    α^e_t = Cov(Υ¹_0 - Υ²_0, Ῡ_t), as Υ² does not influence the future. Covariances are over the
-    trajectories, step by step, with n - 1, then averaged over the steps. With K independent
-    samples of Q per action, the square in E_a is a product of two different samples, so the noise
-    of Q is in `q_noise` alone; with K = 1 it inflates E_a and `q_noise` is nan.
+    α^e_t = Cov(Υ¹_0 - Υ²_0, Ῡ_t).
+    Covariances are taken over the trajectories at each step (with n - 1), then averaged over the
+    steps. With K > 1 independent samples of Q per action, the square in E_a is a product of two
+    different samples, so the noise of Q appears in `q_noise` only. With K = 1 it inflates E_a, and
+    `q_noise` is nan.
 
-    The estimators are ours: the paper measures the components without saying how.
+    The estimators are ours; the paper does not describe how it measures the components.
 
     Args:
         gradients: [n, T, 2, P] or [n, T, 2, K, P], Υ without γ^t; action 0 drives the transition.
-            n independent trajectories of T steps, none cut short, with the starts of interest.
-            Pieces of one long run are no longer independent: a small bias, too narrow intervals.
-        gamma: γ of the record, see `VarianceComponents`.
-        stationary: whether every step has the same law, so that other T and γ can be asked for.
-            False weights the average over steps with γ^{2i}, unbiased at this T and γ.
-        n_bootstrap: B resamplings of whole trajectories. generator: their randomness, on the CPU.
+            They come from n independent trajectories of T steps, none cut short, from the starts of
+            interest. Segments of one long run are not independent: the estimates are then slightly
+            biased and the intervals too narrow.
+        gamma: γ of the components, see `VarianceComponents`.
+        stationary: whether every step has the same distribution; the components then extend to
+            other T and γ. If False, the average over steps is weighted by γ^{2i}, which is unbiased
+            for this T and γ.
+        n_bootstrap: B, the number of resamplings of whole trajectories.
+        generator: CPU generator for the resampling.
+    Returns:
+        The components and their resamplings.
     Raises:
-        ValueError: another shape, or fewer than two trajectories.
+        ValueError: the shape is wrong, or there are fewer than two trajectories.
     """
     _check_gradients(gradients)
     samples = _with_replicates(gradients)  # [n, T, 2, K, P]
@@ -102,7 +112,7 @@ def estimate_components(
     weight = mean.new_ones(n_steps)
     if not stationary:
         weight = gamma ** (2 * torch.arange(n_steps).to(mean))
-    mean = mean - mean.mean((0, 2)).unsqueeze(1)  # any constant will do; this one avoids cancelling
+    mean = mean - mean.mean((0, 2)).unsqueeze(1)  # no effect but on round-off (cancellation)
     raw = torch.cat([_moments(part, weight) for part in mean.split(_block(mean[0]))])  # [n, 3, T]
     noise, e_a = _within_state(samples, weight)  # [n], [n]
 
@@ -132,16 +142,19 @@ def estimate_components(
 
 
 def direct_variance(gradients: Tensor, *, n_actions: int, gamma: float = 1.0) -> float:
-    """V(T, N) itself, N = 1 or 2: the variance over trajectories of the estimator. A check.
+    """Estimate V(T, N) directly, as the estimator's variance over trajectories, N = 1 or 2.
 
-    It agrees in expectation with `components.sampled_q(K).variance(n_actions)` of the same data; if
-    K = 1 with `components.variance(n_actions)`, whose E_a holds the noise of Q already.
+    A check of the components. In expectation it equals
+    `components.sampled_q(K).variance(n_actions)` of the same data. If K = 1 it equals
+    `components.variance(n_actions)`, whose E_a already contains the noise of Q.
     Nauman & Cygan 2022, Eq. 3.
 
     Args:
         gradients: as in `estimate_components`.
+        n_actions: N, 1 or 2.
+        gamma: γ.
     Raises:
-        ValueError: another shape, fewer than two trajectories, or N other than 1 or 2.
+        ValueError: the shape is wrong, there are fewer than two trajectories, or N is not 1 or 2.
     """
     _check_gradients(gradients)
     if n_actions not in (1, 2):
@@ -154,7 +167,14 @@ def direct_variance(gradients: Tensor, *, n_actions: int, gamma: float = 1.0) ->
 
 
 def _moments(mean: Tensor, weight: Tensor) -> Tensor:
-    """Lag averages [B, 3, T] of Υ²_i·Ῡ_{i+t}, Υ¹_i·Ῡ_{i+t} and Υ¹_i·Υ²_{i+t}; mean [B, T, 2, P]."""
+    """Lag averages of Υ²_i·Ῡ_{i+t}, Υ¹_i·Ῡ_{i+t} and, at lag 0 only, Υ¹_i·Υ²_i.
+
+    Args:
+        mean: [B, T, 2, P] Υ, averaged over the samples of Q.
+        weight: [T] weights of the steps.
+    Returns:
+        [B, 3, T].
+    """
     driver, extra = mean.unbind(2)  # [B, T, P]
     future = (driver + extra) / 2
     n_steps = len(weight)
@@ -163,12 +183,12 @@ def _moments(mean: Tensor, weight: Tensor) -> Tensor:
         gram = (weight.unsqueeze(-1) * first) @ second.mT  # [B, T, T]
         for lag in range(n_steps):
             found[:, row, lag] = gram.diagonal(lag, -2, -1).sum(-1) / weight[: n_steps - lag].sum()
-    found[:, 2, 0] = (driver * extra).sum(-1) @ weight / weight.sum()  # used at lag 0 only
+    found[:, 2, 0] = (driver * extra).sum(-1) @ weight / weight.sum()
     return found
 
 
 def _within_state(samples: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Per trajectory [n]: variance of one Q sample's noise (nan if K = 1), and E_a free of it."""
+    """[n] variance due to one Q sample's noise (nan if K = 1), and [n] E_a without this noise."""
     noise, e_a = [], []
     k = samples.shape[3]
     weight = weight / weight.sum()
@@ -178,7 +198,7 @@ def _within_state(samples: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         spread = torch.full_like(half_gap, torch.nan)
         if k > 1:
             spread = part.var(3).sum(-1).mean(2)  # [., T]
-            # The mean over all pairs of different samples, written as square minus the diagonal.
+            # The mean over all pairs of different samples, as the full square minus its diagonal.
             half_gap = half_gap - spread / k
         noise.append(spread @ weight)
         e_a.append(half_gap @ weight)
@@ -190,7 +210,7 @@ def _with_replicates(gradients: Tensor) -> Tensor:
 
 
 def _block(example: Tensor) -> int:
-    """How many of `example` (its Gram matrix over steps included) make a block."""
+    """Number of tensors like `example`, or of their Gram matrices over steps, in one block."""
     n_steps = example.shape[0]
     return max(1, BLOCK // max(example.numel(), n_steps * n_steps))
 
@@ -203,4 +223,4 @@ def _check_gradients(gradients: Tensor) -> None:
             "action that drives the transition and one extra action on axis 2"
         )
     if shape[0] < 2:
-        raise ValueError(f"a variance needs 2 trajectories or more, got {shape[0]}: record more")
+        raise ValueError(f"a variance needs at least 2 trajectories, got {shape[0]}: record more")

@@ -1,6 +1,6 @@
 """Variance of many-action policy gradients in a finite MDP, in closed form.
 
-What the components mean and decide is in `many_actions.py`.
+`many_actions.py` defines the components and uses them.
 """
 
 from __future__ import annotations
@@ -21,27 +21,33 @@ def finite_mdp(
     start: Tensor | None = None,
     gamma: float = 1.0,
 ) -> VarianceComponents:
-    """Components of Lemma 1 in closed form, Nauman & Cygan 2022, Eq. 17 and 19.
+    """Compute the components of Lemma 1 in closed form.
 
-    f_0 = E_a Υ, f_t = P_π f_{t-1}:  α_t = E_s[f_0·f_t] - m·m,
+    With f_0 = E_a Υ, f_t = P_π f_{t-1} and m = E_s f_0:
+    α_t = E_s[f_0·f_t] - m·m,
     α^e_t = E_s[Σ_a π(a|s) Υ(s,a)·Σ_s' P(s'|s,a) f_{t-1}(s') - f_0·f_t].
-    Differs from the paper: the product of means subtracted in the 1/N bracket of Eq. 19 should be
-    E_s[f_0·f_t]. And any start distribution: lags are then averaged over the T steps.
+    Nauman & Cygan 2022, Eq. 17 and 19. Differs from the paper: the product of means subtracted in
+    the 1/N bracket of Eq. 19 should be E_s[f_0·f_t]. Extends the paper to any start distribution,
+    for which the lags are averaged over the T steps.
 
     Args:
-        transition: [S, A, S] P(s'|s, a). upsilon: [S, A, P] Υ. policy: [S, A] π(a|s).
-        n_steps: T. n_lags: L >= T, for tails and longer trajectories; T if None.
-        start: [S] law of the first state; None for the chain's one stationary law.
+        transition: [S, A, S] P(s'|s, a).
+        upsilon: [S, A, P] Υ.
+        policy: [S, A] π(a|s).
+        n_steps: T.
+        n_lags: L >= T, for tails and longer trajectories; T if None, and if `start` is given.
+        start: [S] distribution of the first state; None for the chain's stationary distribution.
         gamma: γ, see `VarianceComponents`.
     Raises:
-        ValueError: wrong shapes, rows that are no distributions, several stationary laws.
+        ValueError: a shape is wrong, a row is not a distribution, or the chain has several
+            stationary distributions.
     """
     _check_mdp(transition, upsilon, policy, start)
     transition, policy, upsilon = _normalised(transition), _normalised(policy), upsilon.double()
     n_lags = n_steps if n_lags is None or start is not None else max(n_lags, n_steps)
     chain = torch.einsum("sa,saz->sz", policy, transition)  # [S, S] P_π
     law = _stationary_law(chain) if start is None else _normalised(start)
-    # A constant shift of Υ changes no covariance, and keeps E[f·f] - m·m from cancelling.
+    # A constant shift of Υ leaves covariances unchanged; it avoids cancellation in E[f·f] - m·m.
     upsilon = upsilon - torch.einsum("s,sa,sap->p", law, policy, upsilon)
     mean = torch.einsum("sa,sap->sp", policy, upsilon)  # [S, P] f_0
     of_action = policy.unsqueeze(-1) * (upsilon - mean.unsqueeze(1))  # [S, A, P]
@@ -69,23 +75,25 @@ def finite_mdp(
 
 
 def _normalised(p: Tensor) -> Tensor:
-    """Probabilities in float64 whose rows sum to 1 in float64 too."""
+    """Probabilities in float64, with rows that sum to 1 to float64 precision."""
     return p.double() / p.double().sum(-1, keepdim=True)
 
 
 def _step_average(visits: Tensor, means: Tensor, weight: Tensor, lag: int) -> tuple[Tensor, Tensor]:
-    """Weighted averages over i < T - lag of the law of s_i, [S], and of m_i·m_{i+lag}."""
+    """Weighted averages over i < T - lag of the distribution of s_i, [S], and of m_i·m_{i+lag}."""
     w = weight[: len(weight) - lag]
     w = w / w.sum()
     return w @ visits[: len(w)], w @ (means[: len(w)] * means[lag:]).sum(-1)
 
 
 def _stationary_law(chain: Tensor) -> Tensor:
-    """[S] the law that the chain [S, S] keeps."""
+    """[S] stationary distribution of the chain [S, S]."""
     _, singular, v = torch.linalg.svd(chain.mT - torch.eye(len(chain)).to(chain))
     n_laws = int((singular < 1e3 * torch.finfo(chain.dtype).eps).sum())
     if n_laws > 1:
-        raise ValueError(f"the chain has {n_laws} stationary laws, expected one: pass start")
+        raise ValueError(
+            f"the chain has {n_laws} stationary distributions, expected one: pass start"
+        )
     return v[-1] / v[-1].sum()
 
 
@@ -105,4 +113,6 @@ def _check_mdp(transition: Tensor, upsilon: Tensor, policy: Tensor, start: Tenso
         rows = tensor.sum(-1)
         if name != "upsilon" and not torch.allclose(rows, torch.ones_like(rows), atol=1e-5):
             worst = float((rows - 1).abs().max())
-            raise ValueError(f"{name} is off by {worst:.3g} from summing to 1: normalise its rows")
+            raise ValueError(
+                f"the rows of {name} must sum to 1, one is off by {worst:.3g}: normalise them"
+            )

@@ -91,7 +91,7 @@ def test_registered_estimator_is_made_by_name():
 
 
 def test_register_refuses_duplicates_and_wrong_types():
-    with pytest.raises(ValueError, match="'tpx' is registered already"):
+    with pytest.raises(ValueError, match="'tpx' is already registered"):
         register("tpx", MINE)
     with pytest.raises(TypeError, match="expected an Estimator, got function"):
         register("mine", mixing.tpx)

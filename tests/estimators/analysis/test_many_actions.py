@@ -164,7 +164,7 @@ def test_float32_is_computed_in_float64():
     assert found.variance() == pytest.approx(exact.variance(), rel=1e-6)
     assert float(found.marginal[-1]) == pytest.approx(0.0, abs=1e-14)
     stays = torch.eye(3).unsqueeze(1).expand(3, 2, 3)
-    with pytest.raises(ValueError, match="3 stationary laws"):
+    with pytest.raises(ValueError, match="3 stationary distributions"):
         finite_mdp(stays, *mdp[1:], n_steps=2)
 
 
@@ -583,12 +583,12 @@ def test_wrong_gradients(shape):
 
 
 def test_too_little_data():
-    with pytest.raises(ValueError, match="2 trajectories or more, got 1"):
+    with pytest.raises(ValueError, match="at least 2 trajectories, got 1"):
         estimate_components(torch.zeros(1, 3, 2, 4))
     with pytest.raises(ValueError, match="n_actions is 3, expected 1 or 2"):
         direct_variance(torch.zeros(5, 3, 2, 4), n_actions=3)
     found = estimate_components(torch.zeros(5, 3, 2, 4), n_bootstrap=0)
-    with pytest.raises(ValueError, match="two resamplings or more, got 0: estimate with"):
+    with pytest.raises(ValueError, match="at least two resamplings, got 0: estimate with"):
         found.interval(lambda c: c.policy_share)
 
 
@@ -598,15 +598,18 @@ def test_wrong_mdp():
         ((transition[:, :1], upsilon, policy), r"transition is \[3, 1, 3\], expected \[3, 2, 3\]"),
         ((transition, upsilon[..., 0], policy), r"upsilon is \[3, 2\], expected \[3, 2, -1\]"),
         ((transition, upsilon, policy[0]), r"policy is \[2\], expected"),
-        ((transition, upsilon, 2 * policy), "policy is off by 1 from summing to 1: normalise"),
-        ((transition / 2, upsilon, policy), "transition is off by 0.5 from summing to 1"),
+        (
+            (transition, upsilon, 2 * policy),
+            "rows of policy must sum to 1, one is off by 1: normalise",
+        ),
+        ((transition / 2, upsilon, policy), "rows of transition must sum to 1, one is off by 0.5"),
     ]:
         with pytest.raises(ValueError, match=message):
             finite_mdp(*bad, n_steps=2)
     with pytest.raises(ValueError, match=r"start is \[2\], expected \[3\]"):
         finite_mdp(*SMALL, n_steps=2, start=torch.tensor([0.5, 0.5]))
     stays = torch.eye(3, dtype=F64).unsqueeze(1).expand(3, 2, 3)
-    with pytest.raises(ValueError, match="3 stationary laws, expected one: pass start"):
+    with pytest.raises(ValueError, match="3 stationary distributions, expected one: pass start"):
         finite_mdp(stays, upsilon, policy, n_steps=2)
     law = torch.tensor([0.2, 0.3, 0.5], dtype=F64)
     assert finite_mdp(stays, upsilon, policy, n_steps=2, start=law).variance() > 0
@@ -614,9 +617,9 @@ def test_wrong_mdp():
 
 def test_lengths_that_are_not_known_or_do_not_compare():
     c = finite_mdp(*SMALL, n_steps=4, n_lags=6)
-    with pytest.raises(ValueError, match="n_steps is 7, expected 1 to the 6 lags"):
+    with pytest.raises(ValueError, match="n_steps is 7, expected 1 to 6, the number of known lags"):
         c.at(n_steps=7)
-    with pytest.raises(ValueError, match="expected 1 to the 6 lags"):
+    with pytest.raises(ValueError, match="expected 1 to 6, the number of known lags"):
         delta_states(c, 1.0, tail=True)
     with pytest.raises(ValueError, match="delta is 0, expected > 0"):
         delta_states(c, 0)
@@ -626,7 +629,7 @@ def test_lengths_that_are_not_known_or_do_not_compare():
         replace(c, policy=c.policy[:5])
     law = torch.tensor([0.2, 0.3, 0.5], dtype=F64)
     elsewhere = finite_mdp(*SMALL, n_steps=4, start=law)
-    with pytest.raises(ValueError, match=r"hold at T = 4, gamma = 1.0 only, got 3"):
+    with pytest.raises(ValueError, match=r"valid at T = 4, gamma = 1.0 only, got 3"):
         elsewhere.at(n_steps=3)
     for record in (elsewhere, c.at(gamma=0.9)):
         for rule in (
@@ -635,5 +638,5 @@ def test_lengths_that_are_not_known_or_do_not_compare():
             lambda r: optimal_actions(r, 1.0),
             theorem_1,
         ):
-            with pytest.raises(ValueError, match="its variances at two T do not compare"):
+            with pytest.raises(ValueError, match="variances at different T cannot be compared"):
                 rule(record)
