@@ -1,6 +1,6 @@
-"""Train an agent and leave a run folder: config, model, progress.csv, TensorBoard, PNG and GIF.
+"""Train an agent and write a run folder: config, model, progress.csv, TensorBoard, PNG and GIF.
 
-totalprop train pipps                                  # cart-pole swing-up, tpx, minutes
+totalprop train pipps                                  # cart-pole swing-up with tpx, in minutes
 totalprop train pipps --estimator lr --seed 3
 totalprop train pipps --preset pipps2018 --env-arg cost=tip --env-arg noise=4
 totalprop train dreamer --preset laptop --env-id dm_control/cartpole-balance-v0
@@ -8,7 +8,7 @@ totalprop train dreamer --preset laptop --env-id dm_control/walker-walk-v0 --hor
 totalprop train dreamer --env-id dm_control/walker-walk-v0 --env-arg observation=pixels
 totalprop train daappo --env-id dm_control/cartpole-swingup-v0 --env-arg action_repeat=4
 totalprop train daappo --preset recommended --action-source rewind
-totalprop train --resume runs/NAME                     # go on after a kill or Ctrl-C
+totalprop train --resume runs/NAME                     # continue after a kill or Ctrl-C
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from totalprop.scripts.run.report import report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: wrong input ends with one sentence, never with a traceback."""
+    """Entry point. An error is printed as one line, without a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     is_resumed = any(argument.partition("=")[0] == "--resume" for argument in arguments)
     resumed = parse_resume(arguments) if is_resumed else None
@@ -59,23 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {sentence(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\nstopped; the run goes on from its last checkpoint with --resume", file=sys.stderr)
+        print("\nstopped; --resume continues from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 class Stopwatch:
-    """Seconds of training over all processes of a run; kept in its checkpoints."""
+    """Measures the training time over all processes of a run; saved in its checkpoints."""
 
     def __init__(self) -> None:
         self._before, self._started = 0.0, time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """So far."""
+        """Training time so far."""
         return self._before + time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        """For `persistence.checkpoint`."""
+        """The state that a checkpoint saves."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -84,31 +84,37 @@ class Stopwatch:
 
 
 def sentence(error: Exception) -> str:
-    """What went wrong, and the remedy, in one line."""
+    """Describe an error, and what to do about it, in one line."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError | ValueError | AssertionError | FloatingPointError | OSError):
         return text
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"out of GPU memory ({text[:150]}); take a smaller --batch-size, --sequence-length or "
-            "--imagination-starts, or --storage ram, and go on with --resume"
+            f"out of GPU memory ({text[:150]}); reduce --batch-size, --sequence-length or "
+            "--imagination-starts, or use --storage ram, and continue with --resume"
         )
     if isinstance(error, MemoryError):
-        return f"out of memory: {text}; --buffer-size and --dynamics-buffer-size say how much"
-    # Most likely the environment's; the traceback is for whoever wrote it.
+        return f"out of memory: {text}; reduce --buffer-size or --dynamics-buffer-size"
+    # Most likely raised by the environment; its author needs the traceback.
     return (
-        f"{type(error).__name__}: {text}; TOTALPROP_TRACEBACK=1 shows where, and the run goes on "
-        "from its last checkpoint with --resume"
+        f"{type(error).__name__}: {text}; TOTALPROP_TRACEBACK=1 shows the traceback, --resume "
+        "continues the run from its last checkpoint"
     )
 
 
 def train(job: Job) -> RunFolder:
-    """Make environment, agent and run folder, learn, and report."""
+    """Make environment, agent and run folder, then train and report.
+
+    Args:
+        job: what to train.
+    Returns:
+        The run folder.
+    """
     options, arguments = job.options, job.arguments
     options.check()
     check_device(arguments["device"])
     set_up_torch(options)
-    # Everything that can be wrong is made before the folder: nothing is left behind by a typo.
+    # Whatever may fail is made before the folder, so that a typo leaves nothing behind.
     env, eval_env = job.environments()
     algorithm = job.algorithm(env)
     name = options.name or "_".join(
@@ -128,14 +134,14 @@ def train(job: Job) -> RunFolder:
         with locked(folder.path):
             learn(job, folder, algorithm, eval_env)
     except MemoryError:
-        if not algorithm.num_timesteps:  # the replay is made by `learn`: nothing to go on from
+        if not algorithm.num_timesteps:  # `learn` could not allocate the replay: nothing to resume
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
     return folder
 
 
 def check_device(device: str) -> None:
-    """Raise UserError if PyTorch does not see it."""
+    """Raise a UserError if PyTorch cannot use the device."""
     try:
         torch.empty(0, device=None if device == "auto" else device)
     except (RuntimeError, AssertionError) as error:
@@ -146,7 +152,16 @@ def check_device(device: str) -> None:
 
 
 def resume(path: Path, total_timesteps: int | None = None) -> RunFolder:
-    """Go on with a run from its last checkpoint, to its end or to more steps."""
+    """Resume a run from its last checkpoint.
+
+    Args:
+        path: the run folder.
+        total_timesteps: steps at which to stop, to extend the run; None for its own number.
+    Returns:
+        The run folder.
+    Raises:
+        UserError: the run is finished, or `total_timesteps` is less than its own number.
+    """
     folder = RunFolder.open(path)
     job = Job.read(folder)
     own = job.options.total_timesteps
@@ -154,13 +169,13 @@ def resume(path: Path, total_timesteps: int | None = None) -> RunFolder:
     with locked(folder.path):
         if folder.summary.exists() and total_timesteps <= own:
             raise UserError(
-                f"{folder.path} is finished ({own} steps); to go on, add --total-timesteps with "
-                "more"
+                f"{folder.path} is finished ({own} steps); to extend it, pass a larger "
+                "--total-timesteps"
             )
         if total_timesteps < own:
             raise UserError(
-                f"{folder.path} is to do {own} steps, --total-timesteps is {total_timesteps}; give "
-                "more to extend the run, or leave it out"
+                f"{folder.path} is a run of {own} steps, but --total-timesteps is "
+                f"{total_timesteps}; pass more to extend the run, or omit it"
             )
         if total_timesteps > own:
             options = dataclasses.replace(job.options, total_timesteps=total_timesteps)
@@ -172,7 +187,7 @@ def resume(path: Path, total_timesteps: int | None = None) -> RunFolder:
 
 
 def set_up_torch(options: RunOptions) -> None:
-    """CPU threads; and on a GPU float32 products may take TF32's 10 bits of mantissa."""
+    """Set the number of CPU threads, and allow TF32 (10 bits of mantissa) for GPU products."""
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -185,7 +200,15 @@ def learn(
     eval_env: VecEnv,
     env: VecEnv | None = None,
 ) -> None:
-    """Learn to the end under checkpoints, save, and report; without an agent: the checkpoint's."""
+    """Train to the end with checkpoints, then save the agent and report.
+
+    Args:
+        job: what to train.
+        folder: the run's folder.
+        algorithm: the agent to train; None loads the newest checkpoint.
+        eval_env: environment for evaluations.
+        env: environment of the loaded agent; required if `algorithm` is None.
+    """
     options = job.options
     evaluation = Evaluation(
         eval_env,
@@ -203,7 +226,7 @@ def learn(
         assert env is not None
         device = job.arguments["device"]
         algorithm = checkpoints.load(AGENTS[job.agent].cls, env, device) or job.algorithm(env)
-        print(f"Going on with {folder.path} after {algorithm.num_timesteps} steps")
+        print(f"Resuming {folder.path} after {algorithm.num_timesteps} steps")
     logger, also["table"] = make_logger(
         folder.path, tensorboard=options.tensorboard, first_step=algorithm.num_timesteps
     )
@@ -217,13 +240,13 @@ def learn(
         also["pictures"] = pictures
     callbacks.append(checkpoints)
     checkpoints.restore(algorithm)
-    if env is not None and Job.read(folder) != job:  # more steps, and nothing stands in the way
+    if env is not None and Job.read(folder) != job:  # the run is extended, and it could be restored
         write_text(folder.config, job.config())
         folder.summary.unlink(missing_ok=True)
     if algorithm.n_cut_episodes:
         print(
-            f"{algorithm.n_cut_episodes} running episode(s) could not be put back, and were cut: "
-            f"{options.env_id} does not tell its state (see envs.rewind)"
+            f"{algorithm.n_cut_episodes} running episode(s) could not be restored and were cut: "
+            f"{options.env_id} does not expose its state (see envs.rewind)"
         )
     remaining = options.total_timesteps - algorithm.num_timesteps
     with stopping_between_rollouts(checkpoints) as signals:
@@ -237,8 +260,8 @@ def learn(
                 )
         except TrainingStopped:
             print(
-                f"stopped after {algorithm.num_timesteps} of {options.total_timesteps} steps; go "
-                f"on with: {program('python')} -m totalprop train --resume {folder.quoted}",
+                f"stopped after {algorithm.num_timesteps} of {options.total_timesteps} steps; "
+                f"continue with: {program('python')} -m totalprop train --resume {folder.quoted}",
                 file=sys.stderr,
             )
             raise SystemExit(128 + signals[0]) from None
@@ -250,7 +273,7 @@ def learn(
 
 
 def _method(keywords: dict[str, Any]) -> str:
-    """What tells runs apart: the estimator, and where DAAPPO's extra actions come from."""
+    """The part of a run's name for the method: DAAPPO's action source, and the estimator."""
     source = keywords.get("action_source")
     return "_".join([*([source] if source else []), str(keywords["estimator"])])
 

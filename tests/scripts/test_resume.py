@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or extended goes on as if nothing had happened."""
+"""A run that is killed, stopped or extended resumes as if nothing had happened."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_a_finished_run_says_so_and_can_be_given_more_steps(tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "is finished (60 steps)" in error and error.count("\n") == 1
     train.main(["--resume", str(short), "--total-timesteps", "120"])
-    assert "Going on with" in capsys.readouterr().out
+    assert "Resuming" in capsys.readouterr().out
     assert kill_test.differences("pipps", tmp_path / "long", short) == []
     assert json.loads((short / "config.json").read_text())["options"]["total_timesteps"] == 120
 
@@ -61,7 +61,7 @@ def test_fewer_steps_than_a_run_was_to_do_are_refused(steps, tmp_path, capsys):
         train.main(["--resume", str(tmp_path / "run"), "--total-timesteps", steps])
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
-    assert f"is to do 120 steps, --total-timesteps is {steps}; give more" in error
+    assert f"is a run of 120 steps, but --total-timesteps is {steps}; pass more" in error
     for total in ("120", "150"):
         train.main(["--resume", str(tmp_path / "run"), "--total-timesteps", total])
         assert (tmp_path / "run" / "summary.json").exists()
@@ -70,7 +70,7 @@ def test_fewer_steps_than_a_run_was_to_do_are_refused(steps, tmp_path, capsys):
 def test_no_run_folder(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", str(tmp_path)])
-    assert stop.value.code == 1 and "is no run folder" in capsys.readouterr().err
+    assert stop.value.code == 1 and "is not a run folder" in capsys.readouterr().err
 
 
 def test_a_second_process_on_a_run_is_refused(tmp_path, capsys):
