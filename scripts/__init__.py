@@ -1,1 +1,1 @@
-"""Command lines: train, evaluate, sweep, chaos, bench. Each is `python -m scripts.NAME --help`."""
+"""The subcommands of `totalprop`, listed in `cli.py`. Each prints its options with `--help`."""

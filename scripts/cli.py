@@ -1,4 +1,4 @@
-"""The command `totalprop`: one subcommand per script, which is imported only when it is called."""
+"""The command `totalprop`, with one subcommand per script; a script is imported when called."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from importlib import import_module
 # name: (module in totalprop.scripts, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train an agent, or resume a run"),
-    "evaluate": ("evaluate", "evaluate a trained run and record a GIF"),
-    "doctor": ("doctor", "check versions, rendering, GPU and disk, with a remedy per line"),
-    "diagnose": ("studies.diagnose", "which estimator does this trained world model need?"),
-    "variance": ("studies.variance", "more actions or more states? DAAPPO's gradient taken apart"),
-    "sweep": ("studies.sweep", "many runs: estimators x seeds, a table and learning curves"),
-    "chaos": ("studies.chaos", "gradient variance on chaotic networks, every estimator"),
-    "bench": ("bench.pipps", "time updates against named peers"),
-    "kill-test": ("reliability.kill_test", "kill runs at random and compare with undisturbed ones"),
+    "evaluate": ("evaluate", "evaluate a trained run and record a GIF of its policy"),
+    "doctor": ("doctor", "check versions, rendering, GPU and disk space, and suggest fixes"),
+    "diagnose": ("studies.diagnose", "compare the estimators' accuracy on a trained world model"),
+    "variance": ("studies.variance", "decompose DAAPPO's variance: more actions or more states?"),
+    "sweep": ("studies.sweep", "train estimators x seeds; write a table and learning curves"),
+    "chaos": ("studies.chaos", "measure every estimator's gradient variance on chaotic RNNs"),
+    "bench": ("bench.pipps", "time gradients and updates against other libraries"),
+    "kill-test": ("reliability.kill_test", "kill and resume runs; compare with undisturbed ones"),
     "fingerprint": (
         "reliability.fingerprint",
-        "hash what seeded runs end in, before and after a change",
+        "hash the results of seeded runs, to compare two commits",
     ),
-    "soak": ("reliability.soak", "train for a long time and watch memory, speed and files"),
+    "soak": ("reliability.soak", "train for an hour and monitor memory and open files"),
 }
 
 
@@ -33,11 +33,12 @@ def usage() -> str:
         [
             "usage: totalprop COMMAND [...]",
             "",
-            "Reinforcement-learning agents whose policy-gradient estimator is a plug-in.",
+            "Reinforcement-learning agents with interchangeable policy-gradient estimators.",
             "",
             *lines,
             "",
-            "totalprop COMMAND --help lists a command's flags. To begin: totalprop train pipps",
+            "totalprop COMMAND --help lists a command's options.",
+            "To get started: totalprop train pipps",
         ]
     )
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = ", ".join(COMMANDS)
         print(f"error: unknown command '{name}': {hint}choose one of {known}", file=sys.stderr)
         raise SystemExit(2)
-    sys.argv[0] = f"totalprop {name}"  # what argparse calls the program
+    sys.argv[0] = f"totalprop {name}"  # the program name that argparse prints
     import_module(f"totalprop.scripts.{COMMANDS[name][0]}").main(arguments[1:])
 
 

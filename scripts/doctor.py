@@ -1,6 +1,8 @@
-"""Check this machine and installation: one line per thing, with a remedy where one is needed.
+"""Check this machine and the installation, and suggest a fix for everything that fails.
 
-totalprop doctor            # exit code 0 if everything that training needs is there
+totalprop doctor            # exit code 0 if everything needed for training is available
+
+Every line of the report is "ok", a "note" (something optional is missing) or "BAD" (fix it first).
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ENOUGH_DISK = 2 * 2**30  # bytes; a run with videos and checkpoints of a pixel replay takes more
+ENOUGH_DISK = 2 * 2**30  # bytes; a run on pixels needs more, for the checkpoints of its replay
 
 
 class Finding(NamedTuple):
     """One line of the report."""
 
-    state: str  # "ok", "note" (an optional part is missing), "BAD"
+    state: str  # "ok", "note" (something optional is missing) or "BAD"
     what: str
     remedy: str = ""
 
@@ -32,18 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="folder that runs are written to (default: runs)",
+    )
     options = parser.parse_args(arguments)
     findings = examine(options.runs)
     for state, what, remedy in findings:
         print(f"{state:>4}  {what}" + (f"\n      -> {remedy}" if remedy else ""))
     bad = sum(state == "BAD" for state, *_ in findings)
-    print(f"{bad} thing(s) to repair" if bad else "everything that training needs is here")
+    print(f"{bad} problem(s) to fix" if bad else "everything needed for training is available")
     raise SystemExit(1 if bad else 0)
 
 
 def examine(runs: Path) -> list[Finding]:
-    """All checks, in the order of the report; none of them raises."""
+    """Run all checks, in the order of the report. A check that raises is reported as BAD."""
     checks: dict[str, Callable[[], list[Finding]]] = {
         "python": python,
         "packages": packages,
@@ -58,20 +65,20 @@ def examine(runs: Path) -> list[Finding]:
     for name, check in checks.items():
         try:
             found += check()
-        except Exception as error:  # a doctor does not faint
+        except Exception as error:  # report it, and run the other checks
             text = " ".join(str(error).split())
             found.append(Finding("BAD", f"{name}: {type(error).__name__}: {text}"))
     return found
 
 
 def python() -> list[Finding]:
-    """The interpreter."""
+    """Report the interpreter and the platform."""
     what = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     return [Finding("ok", what)]
 
 
 def packages(installed: Callable[[str], str | None] | None = None) -> list[Finding]:
-    """Versions, and those known not to work together."""
+    """Check that required packages are installed, in versions that work together."""
     version = installed or _version
     found = []
     needed = ("torch", "gymnasium", "stable-baselines3", "safetensors", "tensorboard", "tyro")
@@ -84,9 +91,10 @@ def packages(installed: Callable[[str], str | None] | None = None) -> list[Findi
     suite, mujoco, shimmy = version("dm-control"), version("mujoco"), version("shimmy")
     remedy = "pip install -c constraints.txt -e '.[dmc]' (Python 3.10 to 3.12)"
     if not (suite and mujoco and shimmy):
-        found.append(Finding("note", "no DeepMind Control Suite: the dmc/ tasks are off", remedy))
+        what = "the DeepMind Control Suite is not installed: dmc/ tasks are unavailable"
+        found.append(Finding("note", what, remedy))
     elif int(mujoco.split(".")[0]) >= 4:
-        what = f"dm_control {suite} with mujoco {mujoco}: they are known not to work together"
+        what = f"dm_control {suite} is known not to work with mujoco {mujoco}"
         found.append(Finding("BAD", what, remedy))
     else:
         found.append(Finding("ok", f"dm_control {suite}, mujoco {mujoco}, shimmy {shimmy}"))
@@ -94,14 +102,14 @@ def packages(installed: Callable[[str], str | None] | None = None) -> list[Findi
 
 
 def gpu() -> list[Finding]:
-    """CUDA, if there is any."""
+    """Check that PyTorch can use the GPU, if there is one."""
     import torch
 
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") is None:
             return [Finding("ok", "no NVIDIA GPU: training runs on the CPU")]
         remedy = "install PyTorch's CUDA build: https://pytorch.org/get-started"
-        return [Finding("note", "PyTorch sees no GPU, though nvidia-smi is here", remedy)]
+        return [Finding("note", "PyTorch sees no GPU, though nvidia-smi is installed", remedy)]
     name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()
     torch.zeros(1, device="cuda").add_(1).item()
     free = f"{memory[0] / 1e9:.1f} of {memory[1] / 1e9:.1f} GB free"
@@ -109,7 +117,7 @@ def gpu() -> list[Finding]:
 
 
 def rendering() -> list[Finding]:
-    """What MuJoCo draws with: pixels and videos of the control suite."""
+    """Check that MuJoCo can render the control suite, for pixels and videos."""
     if importlib.util.find_spec("dm_control") is None:
         return []
     from totalprop.envs.mujoco_backend import check_rendering, choose_backend, draws
@@ -121,52 +129,52 @@ def rendering() -> list[Finding]:
     except RuntimeError as error:
         return [Finding("note", "state vectors work, pixels and videos do not", str(error))]
     if chosen and not draws(chosen):
-        what = f"MUJOCO_GL={chosen} is set, but nothing can be drawn with it"
-        return [Finding("BAD", what, "unset MUJOCO_GL: a backend that draws is then chosen")]
-    return [Finding("ok", f"MuJoCo draws with {backend or 'the system'}")]
+        what = f"MUJOCO_GL={chosen} is set, but this backend cannot render here"
+        return [Finding("BAD", what, "unset MUJOCO_GL: a backend that works is then chosen")]
+    return [Finding("ok", f"MuJoCo renders with {backend or 'the default backend'}")]
 
 
 def pictures() -> list[Finding]:
-    """What learning curves and GIFs need."""
+    """Check the packages that draw learning curves and GIFs."""
     missing = [name for name in ("matplotlib", "PIL", "imageio") if not _has(name)]
     if missing:
-        what = f"missing for pictures: {', '.join(missing)}"
+        what = f"missing for learning curves and GIFs: {', '.join(missing)}"
         return [Finding("note", what, "pip install -c constraints.txt -e .")]
     return [Finding("ok", "learning curves and GIFs can be drawn")]
 
 
 def disk(runs: Path) -> list[Finding]:
-    """Room for runs and for scratch files."""
+    """Check the free disk space for runs and for temporary files."""
     found = []
     for name, folder in (("runs", _existing(runs)), ("temporary files", tempfile.gettempdir())):
         free = shutil.disk_usage(folder).free
         what = f"{free / 1e9:.1f} GB free for {name} ({folder})"
         is_enough = free >= ENOUGH_DISK
-        remedy = "" if is_enough else "make room, or choose another place: --runs FOLDER, TMPDIR"
+        remedy = "" if is_enough else "free some space, or use another disk: --runs FOLDER, TMPDIR"
         found.append(Finding("ok" if is_enough else "BAD", what, remedy))
     return found
 
 
 def runs_folder(runs: Path) -> list[Finding]:
-    """Whether runs can be written."""
+    """Check that the folder of the runs is writable."""
     folder = _existing(runs)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        what = f"{folder} cannot be written ({error.strerror})"
+        what = f"{folder} is not writable ({error.strerror})"
         return [Finding("BAD", what, "choose another folder: --runs FOLDER")]
-    return [Finding("ok", f"{folder} can be written")]
+    return [Finding("ok", f"{folder} is writable")]
 
 
 def cores() -> list[Finding]:
-    """Cores, and settings that take them away."""
+    """Report the CPU cores, and a setting that keeps PyTorch from using all of them."""
     import torch
 
     count, threads = os.cpu_count() or 1, torch.get_num_threads()
-    what = f"{count} cores, PyTorch uses {threads}"
+    what = f"{count} cores, of which PyTorch uses {threads}"
     if threads < count and os.environ.get("OMP_NUM_THREADS"):
-        remedy = "OMP_NUM_THREADS limits it; --threads N sets it for one run"
+        remedy = "OMP_NUM_THREADS limits PyTorch; --threads N overrides it for one run"
         return [Finding("note", what, remedy)]
     return [Finding("ok", what)]
 
@@ -183,7 +191,7 @@ def _has(module: str) -> bool:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
+    """The folder itself, or its nearest parent that exists."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent

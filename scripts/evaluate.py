@@ -1,6 +1,8 @@
-"""Evaluate a trained run: mean and spread of its returns, and a GIF of the policy.
+"""Evaluate a trained run: print the mean and spread of its returns, and record a GIF of its policy.
 
 totalprop evaluate runs/pipps_CartPoleSwingUp-v0_tpx_seed0 --episodes 100
+
+The policy acts deterministically, in newly seeded episodes. Returns are raw (not normalised).
 """
 
 from __future__ import annotations
@@ -23,13 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder that scripts.train printed")
+    parser.add_argument("run", type=Path, help="run folder, as printed by totalprop train")
     parser.add_argument(
-        "--episodes", type=int, default=30, help="rollouts to average (default: 30)"
+        "--episodes", type=int, default=30, help="number of episodes to average (default: 30)"
     )
-    parser.add_argument("--seed", type=int, default=12345, help="seed of the environments")
-    parser.add_argument("--gif", type=Path, default=None, help="default: RUN/evaluation.gif")
-    parser.add_argument("--no-gif", action="store_true", help="numbers only")
+    parser.add_argument(
+        "--seed", type=int, default=12345, help="seed of the environments (default: 12345)"
+    )
+    parser.add_argument(
+        "--gif",
+        type=Path,
+        default=None,
+        help="file for a GIF of one episode (default: RUN/evaluation.gif)",
+    )
+    parser.add_argument("--no-gif", action="store_true", help="do not record a GIF")
     options = parser.parse_args(arguments)
     if options.episodes < 1:
         parser.error(f"--episodes must be at least 1, got {options.episodes}")
@@ -38,18 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """Raise UserError before the rollouts rather than after them."""
+    """Raise a UserError now, before the rollouts, if the GIF cannot be written."""
     if path.suffix.lower() != ".gif":
         raise UserError(f"--gif must be a file name that ends in .gif, got '{path}'")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(
-            f"cannot write {path}: {path.parent} is no folder that can be written to; make it, or "
-            "choose another with --gif"
+            f"cannot write {path}: {path.parent} is not a writable folder; create it, or choose "
+            "another with --gif"
         )
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Load, roll out, print, draw."""
+    """Load the agent, roll it out, print the returns and record the GIF."""
     folder = RunFolder.open(options.run)
     path = options.gif or folder.path / "evaluation.gif"
     if not options.no_gif:
@@ -71,7 +80,7 @@ def evaluate(options: argparse.Namespace) -> None:
     low, high = np.percentile(r, (5, 95))
     print(
         f"{folder.path}: return {r.mean():.2f} ± {r.std():.2f} over {len(r)} episodes "
-        f"(5 %: {low:.2f}, 95 %: {high:.2f}; {np.mean(lengths):.0f} steps each)"
+        f"(percentiles: 5 % {low:.2f}, 95 % {high:.2f}; mean length {np.mean(lengths):.0f} steps)"
     )
     if not options.no_gif:
         render_env = make_env(config["env_id"], config["env_args"], seed=options.seed, render=True)

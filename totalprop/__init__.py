@@ -1,10 +1,10 @@
-"""Model-based reinforcement-learning agents whose policy-gradient estimator is a plug-in.
+"""Model-based reinforcement-learning agents with interchangeable policy-gradient estimators.
 
 >>> model = totalprop.PIPPS("RBFPolicy", "totalprop/CartPoleSwingUp-v0", estimator="tpx").learn(450)
 >>> sample, credit = totalprop.estimators.make("tpx")(mean, std, noise, credit)
 
-The packages in here are links to the folders at the repository's root. Names load when they are
-first used, so that `totalprop.estimators` needs neither Gymnasium nor stable-baselines3.
+The packages in this folder are links to the folders at the root of the repository. Names are
+imported on first use, so `totalprop.estimators` needs neither Gymnasium nor stable-baselines3.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"totalprop.{name}")
     if name in __all__:
-        import_module("totalprop.envs")  # an agent's environment may be one of ours, by its id
+        import_module("totalprop.envs")  # registers our environments, which agents make by id
         return getattr(import_module("totalprop.agents"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""`python -m totalprop`: the command `totalprop`."""
+"""Runs the command `totalprop` for `python -m totalprop`."""
 
 from totalprop.scripts.cli import main
 

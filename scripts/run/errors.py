@@ -1,4 +1,4 @@
-"""How a script ends when something is wrong: one sentence and exit code 1, never a traceback."""
+"""Errors that end a script with one line and exit code 1 instead of a traceback."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """Something the user can put right; scripts print it as one sentence and exit."""
+    """An error that the user can fix; scripts print its message as one line and exit."""
 
 
 @contextlib.contextmanager
 def ending_with_a_sentence(*also: type[Exception]) -> Iterator[None]:
-    """A UserError, or another of these errors, ends the script."""
+    """Print a UserError, or an error of one of the types in `also`, and exit with code 1."""
     try:
         yield
     except (UserError, *also) as error:  # type: ignore[misc]  # a tuple of exception types

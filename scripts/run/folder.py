@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, and how environments and agents are made again from it."""
+"""The folder of a run: its files, and how its environment and agent are recreated from them."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from totalprop.envs.rewind import Rewindable, can_rewind
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.watchdog import Watchdog, Watched
 
-MAX_GIF_FRAMES = 125  # a GIF of 500 frames of 240 x 320 would take 10 MB and more
+MAX_GIF_FRAMES = 125  # a GIF of 500 frames at 240 x 320 would exceed 10 MB
 
 CONFIG = ("agent", "env_id", "env_args", "arguments")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run."""
+    """Paths of the files in a run's folder."""
 
     path: Path
 
     @property
     def config(self) -> Path:
-        """Everything needed to make environment and agent again, as JSON."""
+        """Everything needed to recreate the environment and the agent, as JSON."""
         return self.path / "config.json"
 
     @property
@@ -51,17 +51,17 @@ class RunFolder:
 
     @property
     def quoted(self) -> str:
-        """As a shell takes it."""
+        """The path, quoted for the shell."""
         return shlex.quote(str(self.path))
 
     @property
     def vec_normalize(self) -> Path:
-        """Statistics of VecNormalize, where --normalize was given."""
+        """Statistics of VecNormalize, if the run was trained with --normalize."""
         return self.path / "vec_normalize.json"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of what a training goes on from."""
+        """Folder of the checkpoints, from which training resumes."""
         return self.path / "checkpoints"
 
     @property
@@ -71,37 +71,45 @@ class RunFolder:
 
     @property
     def learning_curve(self) -> Path:
-        """Picture of the evaluations."""
+        """Plot of the evaluation returns over training."""
         return self.path / "learning_curve.png"
 
     @property
     def video(self) -> Path:
-        """The final policy, as a GIF."""
+        """GIF of the final policy."""
         return self.path / "rollout.gif"
 
     @property
     def replay(self) -> Path:
-        """The replay of a world model's training sequences."""
+        """The replay that a world model was trained on."""
         return self.path / "replay.npz"
 
     @property
     def open_loop(self) -> Path:
-        """A world model's open-loop prediction, suffix .gif, or .png for vectors."""
+        """A world model's open-loop prediction, with suffix .gif (pixels) or .png (vectors)."""
         return self.path / "open_loop"
 
     @property
     def summary(self) -> Path:
-        """Result and timing, as JSON."""
+        """Final performance and timing, as JSON; exists once the run has finished."""
         return self.path / "summary.json"
 
     @staticmethod
     def create(root: Path, name: str, config: str) -> RunFolder:
-        """A new folder root/name, or root/name_2, ... if that is taken, with its config.json.
+        """Create the folder root/name, or root/name_2, ... if that exists, with its config.json.
 
-        It appears with its config or not at all: a run killed before is begun again as it was.
+        The folder appears together with its config or not at all, so that a run killed before then
+        can be started again by the same command.
+
+        Args:
+            root: the folder that runs are written to.
+            name: name of the new folder.
+            config: text of config.json.
+        Raises:
+            UserError: the name contains a path, or the folder cannot be created.
         """
         if name != Path(name).name:
-            raise UserError(f"--name is one folder's name, in the folder --runs, got '{name}'")
+            raise UserError(f"--name must be a folder name, not a path, got '{name}' (see --runs)")
         path, number = root / name, 2
         while path.exists():
             path, number = root / f"{name}_{number}", number + 1
@@ -116,51 +124,58 @@ class RunFolder:
 
     @staticmethod
     def open(path: Path) -> RunFolder:
-        """An existing run."""
+        """Open the folder of an existing run.
+
+        Raises:
+            UserError: it is not a run folder.
+        """
         folder = RunFolder(path)
         if not folder.config.is_file():
             raise UserError(
-                f"{path} is no run folder (it has no config.json); "
-                "pass the folder that scripts/train.py printed"
+                f"{path} is not a run folder (it has no config.json); "
+                "pass the folder that totalprop train printed"
             )
         return folder
 
     def read_config(self) -> dict[str, Any]:
-        """config.json, with the entries that every run has."""
+        """Read config.json, and check that it has the entries of a run."""
         config = read_json(self.config)
         missing = [name for name in CONFIG if name not in config]
         if missing:
-            raise UserError(f"{self.config} lacks {', '.join(missing)}: it is no run's")
+            raise UserError(
+                f"{self.config} lacks {', '.join(missing)}: it is not the config of a run"
+            )
         if config["agent"] not in AGENTS:
             raise UserError(f"{self.config} names the unknown agent {config['agent']!r}")
         return config
 
     def load_agent(self, env: VecEnv) -> BaseAlgorithm:
-        """The trained agent of this run."""
+        """Load the trained agent of this run."""
         config = self.read_config()
         try:
             return AGENTS[config["agent"]].cls.load(self.model, env=env)
         except FileNotFoundError as error:
             raise UserError(
-                f"{self.model} does not exist: the run has not finished; train it again"
+                f"{self.model} does not exist: the run has not finished; continue it with "
+                f"totalprop train --resume {self.quoted}"
             ) from error
         except ValueError as error:
             raise UserError(str(error)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """Read a JSON object from a file."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(found, dict):
-        raise UserError(f"cannot read {path}: it holds no JSON object")
+        raise UserError(f"cannot read {path}: it is not a JSON object")
     return found
 
 
 def program(name: str) -> str:
-    """How to call python, or what is installed beside it: by its path unless that is active."""
+    """How to call python or a program installed with it: by name if on PATH, else by path."""
     path = Path(sys.executable).with_name(name)
     if shutil.which(name) == str(path):
         return name
@@ -168,9 +183,9 @@ def program(name: str) -> str:
 
 
 def current_commit() -> str:
-    """Short hash of the checkout, for records of results; with "-dirty" where code was changed.
+    """Short hash of the current commit, to be recorded with results.
 
-    "unknown" where there is no checkout, or no git.
+    "-dirty" is appended if code was changed. "unknown" outside a checkout or without git.
     """
 
     def git(*arguments: str) -> str:
@@ -187,7 +202,7 @@ def current_commit() -> str:
 
 
 def parse_env_args(arguments: tuple[str, ...]) -> dict[str, Any]:
-    """["cost=tip", "noise=4"] -> {"cost": "tip", "noise": 4}."""
+    """Parse NAME=VALUE arguments: ("cost=tip", "noise=4") -> {"cost": "tip", "noise": 4}."""
     parsed: dict[str, Any] = {}
     for argument in arguments:
         name, separator, text = argument.partition("=")
@@ -210,11 +225,21 @@ def make_env(
     rewindable: bool = False,
     step_timeout: float = 0.0,
 ) -> VecEnv:
-    """Vector environment of an id, each monitored and seeded.
+    """Make a vector environment whose copies are monitored and seeded.
 
-    `dm_control/walker-walk-v0` (shimmy's name) is our `dmc/walker-walk-v0`. Those that can be
-    rewound have the methods of `envs.rewind.Rewindable`; with `rewindable` all must. A call that
-    takes longer than `step_timeout` seconds ends the process (0: never).
+    Environments that can be rewound get the methods of `envs.rewind.Rewindable`.
+
+    Args:
+        env_id: Gymnasium id. `dm_control/walker-walk-v0` (shimmy's name) stands for our
+            `dmc/walker-walk-v0`.
+        env_args: keyword arguments of the environment.
+        seed: seed of the first copy, increased by 1 for each further copy; None for no seed.
+        n_envs: number of copies.
+        render: whether to render RGB arrays.
+        rewindable: whether the environment must support rewinding.
+        step_timeout: seconds that one call may take before the process ends; 0 for no limit.
+    Raises:
+        UserError: the id is unknown, or the environment cannot be made.
     """
     env_id = env_id.replace("dm_control/", "dmc/", 1)
     if env_id not in gym.registry and ":" not in env_id:
@@ -238,15 +263,21 @@ def make_env(
 
 
 def record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, *, episodes: int = 1) -> float:
-    """Roll the policy out and write what the environment renders; returns the mean return."""
+    """Roll out the policy and save the rendered frames as a GIF.
+
+    Returns:
+        The mean return of the episodes.
+    Raises:
+        UserError: the environment cannot be rendered.
+    """
     try:
         return _record_gif(agent, env, path, episodes)
-    except (ImportError, RuntimeError, gym.error.Error) as error:  # of OpenGL: RuntimeError
+    except (ImportError, RuntimeError, gym.error.Error) as error:  # RuntimeError: OpenGL
         raise UserError(f"cannot record a GIF: {error}") from error
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, *, fps: float) -> None:
-    """Write frames [H, W, 3] uint8; of long episodes every second, third, ... at the same speed."""
+    """Save frames, each [H, W, 3] uint8, as a GIF; long episodes skip frames at equal speed."""
     from PIL import Image
 
     step = -(-len(frames) // MAX_GIF_FRAMES)
@@ -270,10 +301,12 @@ def _record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, episodes: int) ->
         if starts[0]:
             returns.append(total)
             total = 0.0
-        else:  # after the end the environment has reset already: that frame is the next episode's
+        else:  # at the end of an episode, the environment would render the next one's first frame
             frames.append(env.render())
     pictures = [np.asarray(frame) for frame in frames if frame is not None]
     if not pictures:
-        raise UserError("the environment renders nothing; does it support render_mode='rgb_array'?")
+        raise UserError(
+            "the environment rendered no frames; does it support render_mode='rgb_array'?"
+        )
     save_gif(pictures, path, fps=fps)
     return float(np.mean(returns))

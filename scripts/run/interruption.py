@@ -1,4 +1,4 @@
-"""What protects a run: a lock against a second process, and an orderly end on signals."""
+"""Protection of a run: a lock against a second process, and a clean stop on signals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from totalprop.scripts.run.errors import UserError
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's lock; the system releases it when the process ends, however it ends."""
+    """Hold a run's lock. The operating system releases it however the process ends.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -33,10 +37,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping_between_rollouts(checkpoints: Checkpoints) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM checkpoint before the next rollout; a second one ends the run at once.
+    """On SIGINT or SIGTERM, save a checkpoint before the next rollout and stop there.
 
+    A second signal stops the run at once.
+
+    Args:
+        checkpoints: the run's checkpoints.
     Yields:
-        The signals received so far.
+        The list of the signals received so far.
     """
     received: list[int] = []
 
@@ -46,8 +54,8 @@ def stopping_between_rollouts(checkpoints: Checkpoints) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         checkpoints.request_stop()
         print(
-            "\nstopping with a checkpoint at the end of this round; once more to stop at once "
-            "(and repeat this round later)",
+            "\nstopping at the end of this iteration, with a checkpoint; signal again to stop now "
+            "(the resumed run then repeats this iteration)",
             file=sys.stderr,
             flush=True,
         )
@@ -55,7 +63,7 @@ def stopping_between_rollouts(checkpoints: Checkpoints) -> Iterator[list[int]]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     try:
         before = {number: signal.signal(number, handle) for number in numbers}
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+    except ValueError:  # not the main thread: the caller handles signals
         before = {}
     try:
         yield received

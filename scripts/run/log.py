@@ -1,4 +1,4 @@
-"""The logs of a run: a CSV that a resumed run goes on with, and TensorBoard beside it."""
+"""The logs of a run: a CSV file that a resumed run continues, and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from totalprop.agents.persistence.safe_file import write_text
 
 
 class ResumableCSV(KVWriter):
-    """progress.csv: a row per dump, a column per key, and nothing that a kill can spoil.
+    """Writer of progress.csv, one row per dump and one column per key, which survives kills.
 
-    Differs from stable-baselines3's: an existing file is kept until `load_state_dict` or the first
-    row says what of it counts, new columns are added by replacing the file, and their order is
-    fixed.
+    Differs from SB3's CSVOutputFormat in three ways. An existing file is kept until
+    `load_state_dict`, or the first row, determines which of its rows are valid. New columns are
+    added by replacing the file atomically. Columns have a fixed order.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +48,7 @@ class ResumableCSV(KVWriter):
         self.n_rows += 1
 
     def _read(self) -> list[dict[str, str]]:
-        """The rows that count."""
+        """The valid rows of the file."""
         if not self.n_rows:  # there may be no file yet
             return []
         with open(self.path, newline="") as file:
@@ -63,17 +63,17 @@ class ResumableCSV(KVWriter):
         write_text(self.path, text.getvalue())
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """Do nothing; no file is kept open."""
 
     def state_dict(self) -> dict[str, Any]:
-        """For `persistence.checkpoint`: how many rows there are, under which columns."""
+        """Number of rows and names of the columns, for a checkpoint."""
         return {"rows": self.n_rows, "keys": list(self.keys)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the checkpoint's last row: what was written later is written again."""
+        """Continue after the checkpoint's last row; rows written after it are dropped."""
         self.keys, self.n_rows = list(state["keys"]), state["rows"]
         if self.n_rows and not self.path.exists():
-            print(f"{self.path} is gone: its first {self.n_rows} rows are lost, others follow")
+            print(f"{self.path} is gone: its first {self.n_rows} rows are lost, logging continues")
             self.n_rows = 0
         if self.n_rows:
             self._replace(self._read())
@@ -82,10 +82,15 @@ class ResumableCSV(KVWriter):
 def make_logger(
     folder: Path, *, tensorboard: bool, first_step: int = 0
 ) -> tuple[Logger, ResumableCSV]:
-    """The logger of a run.
+    """Make the logger of a run.
 
     Args:
-        first_step: of a resumed run: TensorBoard hides what an earlier process wrote after it.
+        folder: the run's folder.
+        tensorboard: whether to write TensorBoard events too.
+        first_step: the step from which a run resumes; TensorBoard hides the events that an earlier
+            process logged after it.
+    Returns:
+        The logger, and its CSV writer, whose state belongs in checkpoints.
     """
     table = ResumableCSV(folder / "progress.csv")
     formats: list[KVWriter] = [table]

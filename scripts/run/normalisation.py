@@ -1,4 +1,4 @@
-"""VecNormalize on the command line: what is normalised, and its statistics as JSON."""
+"""VecNormalize on the command line: wrap environments, and store its statistics as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ Normalised = Literal["none", "observations", "rewards", "both"]
 
 
 def normalise(env: VecEnv, what: Normalised, *, gamma: float) -> VecEnv:
-    """The environment in running units; its rewards are divided by the deviation of the return."""
+    """Wrap an environment in VecNormalize, which uses running statistics.
+
+    Args:
+        env: the training environment.
+        what: what to normalise. Rewards are divided by the standard deviation of the discounted
+            return. "none" returns `env` itself.
+        gamma: discount of that return.
+    """
     if what == "none":
         return env
     return VecNormalize(
@@ -27,13 +34,14 @@ def normalise(env: VecEnv, what: Normalised, *, gamma: float) -> VecEnv:
 
 
 def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEnv:
-    """An environment to evaluate in: observations in the training's units, rewards as they are.
+    """Normalise the observations of an evaluation environment as in training; keep rewards raw.
 
     Args:
-        statistics: of the training; None: nothing is normalised.
-
+        env: the evaluation environment.
+        statistics: the training environment's VecNormalize, or a file from `save_statistics`. None
+            returns `env` itself.
     Raises:
-        UserError: a file that does not exist, or holds something else.
+        UserError: the file cannot be read, or is not such a file.
     """
     if statistics is None:
         return env
@@ -43,8 +51,8 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
             norm_obs, obs_rms = record["norm_obs"], _from_json(record["observation"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{statistics} holds no statistics of VecNormalize ({type(error).__name__}: "
-                f"{error}); the policy cannot see what it saw in training"
+                f"{statistics} does not hold statistics of VecNormalize ({type(error).__name__}: "
+                f"{error}), which the policy needs to normalise its observations"
             ) from error
     else:
         norm_obs = statistics.norm_obs
@@ -57,13 +65,13 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
 
 
 def statistics_of(folder: RunFolder, config: dict[str, Any]) -> Path | None:
-    """The file of a run that was normalised, None of one that was not."""
+    """The file with a run's VecNormalize statistics, or None if it was trained without."""
     options = config.get("options", {})
     return folder.vec_normalize if options.get("normalize", "none") != "none" else None
 
 
 def save_statistics(env: VecNormalize, path: Path) -> None:
-    """Write what `normalise_like` reads."""
+    """Write the statistics that `normalise_like` reads."""
     record = {"norm_obs": env.norm_obs, "norm_reward": env.norm_reward}
     statistics = {
         "observation": _rms(env.obs_rms) if env.norm_obs else None,
@@ -74,7 +82,7 @@ def save_statistics(env: VecNormalize, path: Path) -> None:
 
 
 def _rms(statistics: RunningMeanStd | dict[str, RunningMeanStd]) -> RunningMeanStd:
-    """stable-baselines3 has a dict for dict observations, which no agent here takes."""
+    """Narrow the type: SB3 has a dict for dict observations, which no agent here supports."""
     assert isinstance(statistics, RunningMeanStd)
     return statistics
 

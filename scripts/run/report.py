@@ -1,4 +1,4 @@
-"""What a finished run leaves to look at: curve, videos, summary.json and the summary line."""
+"""The report of a finished run: learning curve, videos, summary.json and the printed summary."""
 
 from __future__ import annotations
 
@@ -33,8 +33,17 @@ def report(
     env_args: dict[str, Any],
     seconds: float,
 ) -> None:
-    """Curve, videos and the summary line."""
-    # An agent that minimises a cost counts trials, as its papers do; others count steps.
+    """Write the learning curve, the videos and summary.json, and print the summary.
+
+    Args:
+        algorithm: the trained agent.
+        folder: the run's folder.
+        evaluation: the evaluations made during training.
+        options: the run's options.
+        env_args: keyword arguments of the environment.
+        seconds: time spent on training.
+    """
+    # The curve of an agent that minimises a cost counts trials, as its papers do.
     is_cost = AGENTS[folder.read_config()["agent"]].quantity == "cost"
     sign, quantity = (-1, "cost") if is_cost else (1, "return")
     values = sign * np.array(evaluation.returns)
@@ -63,15 +72,16 @@ def report(
         folder.learning_curve.name,
         *_replay_and_pictures(algorithm, folder, options, env_args),
     ]
-    safe_file.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")  # it is finished
+    # The presence of summary.json marks a run as finished, so it is written last.
+    safe_file.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     verdict = {True: "SUCCESS", False: "NO SUCCESS", None: "DONE"}[success]
     side = "below" if is_cost else "above"
     bound = "" if limit is None else f" (success {side} {limit:g})"
     print(
         f"{verdict}: {quantity} {mean:.2f} ± {std:.2f} over {values.shape[1]} rollouts{bound} "
-        f"after {algorithm.num_timesteps} real steps, {seconds / 60:.1f} min, "
-        f"{summary['peak_memory_gb']} GB of memory at most.\n"
-        f"Look at {folder.path}/: {', '.join(pictures)}, progress.csv, TensorBoard.\n"
+        f"after {algorithm.num_timesteps} environment steps, {seconds / 60:.1f} min, "
+        f"{summary['peak_memory_gb']} GB of memory at peak.\n"
+        f"Results in {folder.path}/: {', '.join(pictures)}, progress.csv, TensorBoard.\n"
         f"Next: {program('python')} -m totalprop evaluate {folder.quoted}"
         f"   |   {program('tensorboard')} --logdir {quote(str(folder.path.parent))}"
     )
@@ -80,7 +90,11 @@ def report(
 def _replay_and_pictures(
     algorithm: Algorithm, folder: RunFolder, options: RunOptions, env_args: dict[str, Any]
 ) -> list[str]:
-    """Replay if wanted, GIF of the policy, a world model's open-loop prediction; their names."""
+    """Write the replay if asked for, a GIF of the policy, and a world model's open-loop prediction.
+
+    Returns:
+        The names of the files written.
+    """
     written = []
     dreamer = algorithm if isinstance(algorithm, DreamerTPX) else None
     if dreamer is not None and dreamer.replay_buffer is None:
@@ -93,7 +107,7 @@ def _replay_and_pictures(
         render_env = normalise_like(render_env, algorithm.get_vec_normalize_env())
         record_gif(algorithm, render_env, folder.video)
         written.append(folder.video.name)
-    except UserError as error:  # the training is done: a missing picture must not hide it
+    except UserError as error:  # training has succeeded, even if no video can be recorded
         print(f"no video: {error}", file=sys.stderr)
     if dreamer is not None:
         try:
@@ -113,7 +127,7 @@ def _replay_and_pictures(
 
 
 def reward_threshold(env: VecEnv) -> float | None:
-    """Return that counts as solved, from the environment's registration, or None."""
+    """Return at which the environment counts as solved, from its registration; None if unknown."""
     spec = env.get_attr("spec")[0]
     threshold = None if spec is None else spec.reward_threshold
     return None if threshold is None or not math.isfinite(threshold) else float(threshold)

@@ -1,4 +1,4 @@
-"""An environment or renderer that hangs ends the process, with a sentence, instead of the night."""
+"""A watchdog that ends the process, with an error message, if the environment or renderer hangs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ HUNG = 3  # exit code
 
 
 class Watchdog:
-    """Ends the process when one call takes longer than the limit.
+    """Ends the process when a watched call takes longer than a limit.
 
-    From a thread of its own and without cleaning up: a driver that hangs holds everything else.
+    It does so from a separate thread and without cleaning up, since a driver that hangs would block
+    the clean-up too.
 
     Args:
-        limit: seconds; 0 switches it off.
+        limit: seconds; 0 disables the watchdog.
     """
 
     def __init__(self, limit: float) -> None:
@@ -32,7 +33,11 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(self, what: str) -> Iterator[None]:
-        """The call inside is watched."""
+        """Watch the body of the `with` statement.
+
+        Args:
+            what: name of the call, for the error message.
+        """
         key = threading.get_ident()
         before = self._entered.get(key)
         self._entered[key] = what, time.monotonic()
@@ -50,7 +55,7 @@ class Watchdog:
             for what, entered in list(self._entered.values()):
                 if time.monotonic() - entered > self.limit:
                     print(
-                        f"\nerror: {what} has not returned for {self.limit:g} s; the run goes on "
+                        f"\nerror: {what} has not returned for {self.limit:g} s; continue the run "
                         "from its last checkpoint with --resume (--step-timeout sets the limit)",
                         file=sys.stderr,
                         flush=True,
@@ -64,13 +69,13 @@ REWINDING = (
 
 
 class Watched(gym.Wrapper):
-    """An environment whose step, reset and render are watched, and what `Rewindable` adds."""
+    """An environment whose step, reset, render and `Rewindable` methods are watched."""
 
     def __init__(self, env: gym.Env[Any, Any], watchdog: Watchdog) -> None:
         super().__init__(env)
         self._watchdog = watchdog
         for name in REWINDING:
-            if hasattr(env, name):  # only then: callers ask whether it is there
+            if hasattr(env, name):  # callers test for these methods
                 setattr(self, name, self._watched(name))
 
     def _watched(self, name: str) -> Callable[..., Any]:
@@ -83,16 +88,16 @@ class Watched(gym.Wrapper):
         return call
 
     def step(self, action: Any) -> Any:
-        """As in the environment."""
+        """Step the environment."""
         with self._watchdog.watching("env.step"):
             return self.env.step(action)
 
     def reset(self, **kwargs: Any) -> Any:
-        """As in the environment."""
+        """Reset the environment."""
         with self._watchdog.watching("env.reset"):
             return self.env.reset(**kwargs)
 
     def render(self) -> Any:
-        """As in the environment."""
+        """Render the environment."""
         with self._watchdog.watching("env.render"):
             return self.env.render()

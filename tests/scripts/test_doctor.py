@@ -10,16 +10,16 @@ def test_a_healthy_machine(tmp_path, capsys):
         doctor.main(["--runs", str(tmp_path / "not" / "yet")])
     output = capsys.readouterr().out
     assert stop.value.code == 0 and "BAD" not in output
-    assert "everything that training needs is here" in output
-    for part in ("Python 3", "torch ", "GB free", "can be written", "cores"):
+    assert "everything needed for training is available" in output
+    for part in ("Python 3", "torch ", "GB free", "is writable", "cores"):
         assert part in output
 
 
 @pytest.mark.parametrize(
     ("versions", "state", "words"),
     [
-        ({"mujoco": "4.0.1"}, "BAD", "known not to work together"),
-        ({"mujoco": None}, "note", "the dmc/ tasks are off"),
+        ({"mujoco": "4.0.1"}, "BAD", "known not to work with mujoco 4.0.1"),
+        ({"mujoco": None}, "note", "dmc/ tasks are unavailable"),
         ({"torch": None}, "BAD", "torch is missing"),
         ({}, "ok", "dm_control 1, mujoco 3.17.0"),
     ],

@@ -156,7 +156,7 @@ def test_evaluate_says_what_is_missing(tmp_path, capsys):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(SystemExit):
             evaluate.main([str(path)])
-        assert "is no run folder" in capsys.readouterr().err
+        assert "is not a run folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ImportError])  # OpenGL's is a RuntimeError
@@ -207,7 +207,7 @@ def test_sweep_runs_reports_and_goes_on(tmp_path, capsys, monkeypatch):
     (tmp_path / "runs" / "tpx_seed1" / "summary.json").unlink()  # as if it had been killed
     sweep.main()
     assert (tmp_path / "runs" / "tpx_seed0" / "model.zip").stat().st_mtime_ns == stamp
-    assert "Going on with" in (tmp_path / "runs" / "tpx_seed1.log").read_text()
+    assert "Resuming" in (tmp_path / "runs" / "tpx_seed1.log").read_text()
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["results"]["tpx"].keys() == {"0", "1"}
     assert f"--runs {tmp_path / 'runs'}" in found["command"]
