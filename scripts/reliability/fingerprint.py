@@ -1,9 +1,10 @@
-"""Hash what seeded runs end in, to show that a change of the code changes no bit.
+"""Hash the results of seeded runs, to verify that a code change leaves every bit the same.
 
-totalprop fingerprint --out before.json        # on the commit before
-totalprop fingerprint --compare before.json    # on the commit after; exit code 1 if bits differ
+totalprop fingerprint --out before.json        # on the old commit
+totalprop fingerprint --compare before.json    # on the new commit; exit code 1 if bits differ
 
-The same CPU and one thread on both sides: elsewhere the same seed gives other bits.
+The hashes cover all parameters, optimiser states and generators; the names of attributes and log
+keys are recorded too. Use the same CPU for both: on another CPU the same seed gives different bits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from totalprop.agents import DAAPPO, PIPPS, DreamerTPX
 from totalprop.envs.rewind import Rewindable
 
 PENDULUM, CARTPOLE = "Pendulum-v1", "totalprop/CartPoleSwingUp-v0"
-STEPS = 90  # of the environments, in each run
+STEPS = 90  # environment steps in each run
 
 
 def _pipps(env: Any = CARTPOLE, policy: str = "RBFPolicy", **changes: Any) -> PIPPS:
@@ -63,14 +64,14 @@ def _daappo(env: Any = PENDULUM, policy: str = "MlpPolicy", **changes: Any) -> D
 
 
 class _Pictures(gym.ObservationWrapper):
-    """Pendulum as a 64x64 image, which costs nothing to draw."""
+    """Pendulum with 64x64 images that are cheap to compute."""
 
     def __init__(self) -> None:
         super().__init__(gym.make(PENDULUM))
         self.observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
-        """Three flat colours."""
+        """Encode the three observations as one uniform colour."""
         colour = np.clip(128 + 60 * observation, 0, 255).astype(np.uint8)
         return np.broadcast_to(colour, (64, 64, 3)).copy()
 
@@ -125,11 +126,17 @@ class _Keys(KVWriter):
         self.keys |= set(key_values)
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing; there is nothing to close."""
 
 
 def fingerprint(make: Callable[[], Any]) -> dict[str, str]:
-    """Hash of every parameter, optimiser state and generator after a run, and names of all keys."""
+    """Train a new agent and hash its parameters, optimiser states, generators and key names.
+
+    Args:
+        make: () -> a seeded agent.
+    Returns:
+        Name -> hash or list of names.
+    """
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002  (stable-baselines3 draws from it)
     agent, keys = make(), _Keys()
