@@ -1,10 +1,11 @@
-"""Kill a training again and again, resume it each time, and compare its end with a quiet run's.
+"""Kill and resume a run repeatedly, and verify that it ends in the same bits as an undisturbed run.
 
     totalprop kill-test --agents pipps dreamer daappo --kills 20 --out results/reliability
 
-SIGKILL comes at random moments, and inside the writing of checkpoints (before a file is synced).
-Compared are all parameters, optimiser states, counters, generators, environments and replays of the
-last checkpoint, evaluations.json, and progress.csv but for its times: everything bit for bit.
+Processes get SIGKILL at random moments, and while they write checkpoints (before a file is synced).
+The test compares all parameters, optimiser states, counters, generators, environments and replays
+in the last checkpoint, the model file, evaluations.json, and progress.csv except for its times.
+Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from totalprop.scripts.run.folder import RunFolder, current_commit
 COMMON = ["--threads", "1", "--no-progress", "--no-tensorboard", "--checkpoint-seconds", "0"]
 COMMON += ["--eval-episodes", "2"]
 CART_POLE = ["--env-id", "totalprop/CartPoleSwingUp-v0"]
-COMMANDS = {  # small, but with everything that a run has
+COMMANDS = {  # small runs that still use every part of a run
     "pipps": ["pipps", "--total-timesteps", "300", "--gradient-steps", "5", "--n-particles", "20",
               "--gp-evaluations", "20"],
     "dreamer": [
@@ -50,10 +51,10 @@ COMMANDS = {  # small, but with everything that a run has
         "--normalize", "both", *CART_POLE,
     ],
 }  # fmt: skip
-LENGTHS = {"pipps": 4, "dreamer": 16, "daappo": 8}  # times those steps: room for 20 and more kills
-RING = 200  # rows of a ring that are compared: the smallest ring of COMMANDS
+LENGTHS = {"pipps": 4, "dreamer": 16, "daappo": 8}  # factors on those steps, for 20 kills or more
+RING = 200  # rows of a ring that are compared: the size of the smallest ring in COMMANDS
 WHILE_TRAINING = 0.8  # share of the kills that come after the first checkpoint of a process
-# Keys of what the clock decides, or of where a process began.
+# Keys whose values depend on the clock, or on the step at which a process started.
 TIMES = {
     "start_time", "stopwatch", "t", "_num_timesteps_at_start", "time/fps", "time/time_elapsed",
     "time/updates_per_second",
@@ -66,12 +67,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--agents", nargs="+", choices=list(COMMANDS), default=list(COMMANDS), help="whose runs"
+        "--agents",
+        nargs="+",
+        choices=list(COMMANDS),
+        default=list(COMMANDS),
+        help="agents to test (default: all)",
     )
-    parser.add_argument("--kills", type=int, default=20, help="at random moments, per agent")
-    parser.add_argument("--kills-in-checkpoints", type=int, default=5, help="per agent")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--out", type=Path, default=None, help="folder for kill_test.json")
+    parser.add_argument(
+        "--kills", type=int, default=20, help="kills at random moments, per agent (default: 20)"
+    )
+    parser.add_argument(
+        "--kills-in-checkpoints",
+        type=int,
+        default=5,
+        help="kills while a checkpoint is written, per agent (default: 5)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for kill_test.json (default: not written)"
+    )
     options = parser.parse_args(arguments)
     records = []
     for agent in options.agents:
@@ -99,10 +113,17 @@ def kill_test(
     *,
     length: int = 1,
 ) -> dict[str, Any]:
-    """One quiet and one killed run of an agent; what differs at the end, and what happened.
+    """Train an agent once undisturbed and once with kills, and compare the results.
 
     Args:
-        folder: for both runs. length: factor on the number of steps.
+        agent: name in `COMMANDS`.
+        folder: folder for both runs.
+        kills: kills at random moments.
+        kills_in_checkpoints: kills while a checkpoint is written.
+        seed: seed of the moments.
+        length: factor on the number of steps.
+    Returns:
+        A record of the kills and of the differences.
     """
     moments = random.Random(seed)
     arguments = [*COMMANDS[agent], *COMMON, "--runs", str(folder)]
@@ -128,7 +149,7 @@ def kill_test(
             break
         process = _start(command(), moments.randrange(2, 12) if kind == "checkpoint" else 0)
         if kind == "moment":
-            if moments.random() < WHILE_TRAINING:  # else perhaps while it starts or resumes
+            if moments.random() < WHILE_TRAINING:  # else possibly while it starts or resumes
                 _wait_for_checkpoint(process, killed, _newest(killed))
             process.join(moments.random() * life / len(plan))
         else:
@@ -139,7 +160,7 @@ def kill_test(
         if process.exitcode == -signal.SIGKILL:
             deaths.append((kind, _newest(killed)))
         elif process.exitcode:
-            raise RuntimeError(f"a training ended with {process.exitcode}")
+            raise RuntimeError(f"a run ended with exit code {process.exitcode}")
     if not (killed / "summary.json").exists():
         _wait(_start(command()))
     return {
@@ -153,7 +174,7 @@ def kill_test(
 
 
 def _newest(run: Path) -> int:
-    """Steps of a run's newest checkpoint; -1 before there is one."""
+    """Number of steps of a run's newest checkpoint, or -1 if there is none."""
     return Checkpoints(RunFolder(run).checkpoints).newest_step()
 
 
@@ -163,7 +184,12 @@ def _wait_for_checkpoint(process: BaseProcess, run: Path, after: int) -> None:
 
 
 def _start(arguments: list[str], die_at_sync: int = 0) -> BaseProcess:
-    """Train in a process of its own, forked from one that has imported everything."""
+    """Train in a separate process, forked from a server that has imported everything.
+
+    Args:
+        arguments: the command line of `totalprop train`.
+        die_at_sync: the fsync at which the process kills itself; 0 for never.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["totalprop.scripts.train"])
     process = context.Process(target=_train, args=(arguments, die_at_sync))
@@ -182,7 +208,7 @@ def _train(arguments: list[str], die_at_sync: int) -> None:
 
 
 def _dying(sync: Callable[[int], None], at: int) -> Callable[[int], None]:
-    """An fsync that kills its process at the n-th call, before anything is synced."""
+    """Wrap fsync so that call number `at` kills the process before anything is synced."""
     calls = 0
 
     def fsync(descriptor: int) -> None:
@@ -198,7 +224,7 @@ def _dying(sync: Callable[[int], None], at: int) -> Callable[[int], None]:
 def _wait(process: BaseProcess) -> None:
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"a training ended with {process.exitcode}")
+        raise RuntimeError(f"a run ended with exit code {process.exitcode}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -207,7 +233,13 @@ def _wait(process: BaseProcess) -> None:
 
 
 def differences(agent: str, first: Path, second: Path) -> list[str]:
-    """Where two runs' ends are not the same, bit for bit."""
+    """List where the final states of two runs differ in any bit.
+
+    Args:
+        agent: name of the agent.
+        first: folder of one run.
+        second: folder of the other run.
+    """
     ends = []
     for path in (first, second):
         folder = RunFolder(path)
@@ -230,7 +262,7 @@ def differences(agent: str, first: Path, second: Path) -> list[str]:
 
 
 def _joined(training: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Rings of segments as whole arrays: how they were cut depends on when checkpoints came."""
+    """Join the segments of each ring into arrays, since the cuts depend on checkpoint times."""
 
     def ring(segments: list[Any]) -> dict[str, Any]:
         parts = [safe_file.read(folder / name, "replay segment") for *_, name in segments]
