@@ -1,12 +1,12 @@
-"""Train each agent for an hour and watch its memory and its open files.
+"""Train each agent for an hour, and monitor its memory and its open files.
 
     totalprop soak --minutes 60 --out results/reliability
     totalprop soak --agents dreamer --minutes 5
 
-All agents train at once, one thread each, as `totalprop train` does, with evaluations,
-TensorBoard and a checkpoint every minute, until SIGTERM. The first third is warm-up. After it the
-resident memory's straight line must rise by no more than 2 %, and the number of open files must
-stay what it is (counted between the seconds in which a file is written). Linux only.
+All agents train at the same time with `totalprop train`, one thread each, with evaluations,
+TensorBoard and a checkpoint every minute, and are stopped by SIGTERM. The first third of the time
+is warm-up. After it, a line fitted to the resident memory must not rise by more than 2 %, and the
+usual number of open files must not change. Exit code 1 if either does. Linux only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from totalprop.agents.persistence.checkpoint import Checkpoints
 from totalprop.scripts.run.folder import RunFolder, current_commit
 
-COMMANDS = {  # what grows by design is bounded: replays and the GP's data are full within minutes
+COMMANDS = {  # replays and GP data are limited, so that they are full within minutes
     "pipps": ["pipps", "--total-timesteps", "300000", "--max-points", "90"],
     "dreamer": [
         "dreamer", "--preset", "laptop", "--env-id", "dm_control/cheetah-run-v0",
@@ -44,8 +44,8 @@ COMMANDS = {  # what grows by design is bounded: replays and the GP's data are f
         "--dynamics-buffer-size", "10000", "--eval-every", "10000",
     ],
 }  # fmt: skip
-WARM_UP = 1 / 3  # of the time
-MOST_GROWTH = 0.02  # of the memory, over the rest
+WARM_UP = 1 / 3  # share of the time
+MOST_GROWTH = 0.02  # of the memory, over the remaining time
 MEGABYTE = 2**20
 
 
@@ -55,12 +55,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--agents", nargs="+", choices=list(COMMANDS), default=list(COMMANDS), help="which to train"
+        "--agents",
+        nargs="+",
+        choices=list(COMMANDS),
+        default=list(COMMANDS),
+        help="agents to train (default: all)",
     )
-    parser.add_argument("--minutes", type=float, default=60, help="for all at once")
-    parser.add_argument("--every", type=float, default=10, help="seconds between samples")
     parser.add_argument(
-        "--out", type=Path, default=None, help="folder of soak.json and soak.png, which are updated"
+        "--minutes", type=float, default=60, help="minutes to train for (default: 60)"
+    )
+    parser.add_argument(
+        "--every", type=float, default=10, help="seconds between samples (default: 10)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="folder of soak.json and soak.png; results of other agents in it are kept",
     )
     options = parser.parse_args(arguments)
     seconds = 60 * options.minutes
@@ -72,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(sentence(record))
     if options.out is not None:
         path = options.out / "soak.json"
-        before = json.loads(path.read_text()) if path.exists() else []  # of agents not asked for
+        before = (
+            json.loads(path.read_text()) if path.exists() else []
+        )  # keeps other agents' records
         everything = {record["agent"]: record for record in [*before, *records]}
         options.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(list(everything.values())) + "\n")
@@ -83,7 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def soak(agents: Sequence[str], folder: Path, seconds: float, every: float) -> list[dict[str, Any]]:
-    """Train, sample, stop, and judge; one record per agent."""
+    """Train the agents, sample their memory and open files, stop them, and judge the samples.
+
+    Args:
+        agents: names in `COMMANDS`.
+        folder: folder for the runs.
+        seconds: duration.
+        every: seconds between samples.
+    Returns:
+        One record per agent.
+    """
     trainings = {agent: _start(agent, folder) for agent in agents}
     samples: dict[str, list[tuple[float, float, int]]] = {agent: [] for agent in agents}
     started = time.monotonic()
@@ -110,10 +132,12 @@ def soak(agents: Sequence[str], folder: Path, seconds: float, every: float) -> l
 
 
 def judge(samples: Sequence[tuple[float, float, int]]) -> dict[str, Any]:
-    """Is the memory flat and the number of open files constant after the warm-up?
+    """Judge whether memory and open files stay constant after the warm-up.
 
     Args:
-        samples: (seconds, resident MB, open files).
+        samples: (seconds, resident MB, open files) of each sample.
+    Returns:
+        Statistics of the samples, with the verdicts "is_flat" and "is_constant".
     """
     times, memory, files = (np.array(column) for column in zip(*samples))
     later = times >= WARM_UP * times[-1]
@@ -135,7 +159,7 @@ def judge(samples: Sequence[tuple[float, float, int]]) -> dict[str, Any]:
 
 
 def sentence(record: dict[str, Any]) -> str:
-    """A record's line."""
+    """Summarise a record in one line."""
     flat = "flat" if record["is_flat"] else "NOT FLAT"
     constant = "constant" if record["is_constant"] else "NOT CONSTANT"
     return (
@@ -146,7 +170,7 @@ def sentence(record: dict[str, Any]) -> str:
 
 
 def draw(records: Sequence[dict[str, Any]]) -> Figure:
-    """Memory and open files over time."""
+    """Plot memory and open files over time."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     memory, files = figure.subplots(1, 2)
     for record in records:
