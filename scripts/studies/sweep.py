@@ -1,4 +1,4 @@
-r"""Train several estimators and seeds, and write the numbers, a table and learning curves.
+r"""Train several estimators with several seeds; write raw results, a table and learning curves.
 
     totalprop sweep pipps --estimators tpx lr rp --seeds 0 1 2 3 4 --out results/pipps
     totalprop sweep daappo --vary action-source --values none dynamics --seeds 0 1 2 \
@@ -6,9 +6,9 @@ r"""Train several estimators and seeds, and write the numbers, a table and learn
     totalprop sweep dreamer --estimators rp tpx --seeds 0 1 2 --out results/dreamer/h60 \
         --watch train/actor_gradient_norm -- --preset laptop --horizon 60
 
-Every run is a `scripts.train` of its own, so a killed sweep goes on where it stopped: finished runs
-are not repeated, others are resumed; runs with other flags are an error. Flags of scripts.train
-follow after `--`.
+Every run is a separate `totalprop train`; its flags can be given after `--`. After a kill, the same
+command continues the sweep: finished runs are not repeated, others are resumed. A run folder that
+was trained with different flags is an error.
 """
 
 from __future__ import annotations
@@ -44,24 +44,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("agent", choices=list(AGENTS), help="which agent to train")
-    parser.add_argument("--vary", default="estimator", help="flag of totalprop train to vary")
-    parser.add_argument("--values", "--estimators", nargs="+", required=True, help="its values")
-    parser.add_argument("--seeds", nargs="+", type=int, required=True, help="of each value")
+    parser.add_argument("agent", choices=list(AGENTS), help="agent to train")
+    parser.add_argument(
+        "--vary",
+        default="estimator",
+        metavar="FLAG",
+        help="flag of totalprop train to vary, without dashes (default: estimator)",
+    )
+    parser.add_argument(
+        "--values",
+        "--estimators",
+        nargs="+",
+        required=True,
+        metavar="VALUE",
+        help="values of that flag to compare",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, required=True, metavar="SEED", help="seeds of each value"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument(
         "--runs",
         type=Path,
         default=None,
-        help="folder of the runs (default: runs/ and --out's name)",
+        help="folder of the runs (default: runs/NAME, where NAME is the last part of --out)",
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="runs at a time, 1 thread each"
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="runs at the same time, one thread each (default: one per core)",
     )
     parser.add_argument(
-        "--watch", default="", metavar="COLUMN", help="a column of progress.csv to draw, too"
+        "--watch",
+        default="",
+        metavar="COLUMN",
+        help="column of progress.csv to plot as well, such as train/actor_gradient_norm",
     )
-    parser.add_argument("--report-only", action="store_true", help="no training, only the report")
+    parser.add_argument(
+        "--report-only", action="store_true", help="do not train, only write the report"
+    )
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
@@ -76,23 +98,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         failed = 0 if options.report_only else train_all(options, extra)
         report(options, extra)
     if failed:
-        raise SystemExit(f"error: {failed} of the runs failed, the report is of the others")
+        raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
 
 
 def run_name(value: str, seed: int) -> str:
-    """Of a run's folder and log; values may be paths or environments' ids."""
+    """Name of a run's folder and log; slashes in values (paths, environment ids) are replaced."""
     return f"{value.replace('/', '_')}_seed{seed}"
 
 
 def check_run(options: argparse.Namespace, extra: list[str], value: str, seed: int) -> None:
-    """Raise UserError if the run's folder holds one of other flags, however it got there."""
+    """Raise a UserError if the run's folder holds a run with different flags."""
     folder = RunFolder(options.runs / run_name(value, seed))
     command = [options.agent, f"--{options.vary}", value, "--seed", str(seed), *extra]
     wanted = parse(command, usage="").flags()
     if not folder.config.exists():
         return
     found = Job.read(folder).flags()
-    for name in sorted(wanted.keys() & found.keys()):  # older runs know fewer flags
+    for name in sorted(wanted.keys() & found.keys()):  # older runs have fewer flags
         if wanted[name] != found[name]:
             raise UserError(
                 f"{folder.path} is a run with {name}={found[name]!r}, not {wanted[name]!r}; choose "
@@ -101,10 +123,13 @@ def check_run(options: argparse.Namespace, extra: list[str], value: str, seed: i
 
 
 def train_all(options: argparse.Namespace, extra: list[str]) -> int:
-    """Run what is not finished; seeds outside, so that a stopped sweep is balanced.
+    """Start or resume all unfinished runs, seed by seed, so that a stopped sweep is balanced.
 
+    Args:
+        options: the parsed command line.
+        extra: further flags of `totalprop train`.
     Returns:
-        How many failed.
+        The number of runs that failed.
     """
     jobs = [(value, seed) for seed in options.seeds for value in options.values]
 
@@ -134,7 +159,7 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> int:
 
 
 def report(options: argparse.Namespace, extra: list[str]) -> None:
-    """results.json (raw numbers per seed), table.md and learning_curves.png."""
+    """Write results.json (raw results per seed), table.md and learning_curves.png."""
     quantity, sign = ("cost", -1) if options.agent == "pipps" else ("return", 1)
     results: dict[str, dict[str, Any]] = {}
     commits = set()
@@ -154,7 +179,7 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
                     entry[options.watch] = _watched(folder, options.watch)
                 results.setdefault(value, {})[str(seed)] = entry
     if not results:
-        raise UserError(f"no finished run in {options.runs}; look at the .log files there")
+        raise UserError(f"no finished run in {options.runs}; see the .log files there")
     options.out.mkdir(parents=True, exist_ok=True)
     varied = "--estimators" if options.vary == "estimator" else f"--vary {options.vary} --values"
     command = f"totalprop sweep {options.agent} {varied} {' '.join(options.values)} "
@@ -172,7 +197,7 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
 
 
 def _watched(folder: RunFolder, column: str) -> dict[str, list[float]]:
-    """What a run logged of one quantity."""
+    """Read one column of a run's progress.csv, with the steps at which it was logged."""
     with open(folder.path / "progress.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     known = rows[0].keys() if rows else ()
@@ -230,10 +255,10 @@ def _curves(
         for time, curve in zip(times, curves):
             axis.plot(time, curve, color=f"C{i}", lw=0.6, alpha=0.4)
         drawn.extend(curves)
-        x = min(times, key=len)  # as far as all of them went
+        x = min(times, key=len)  # up to the shortest run
         values = np.array([curve[: len(x)] for curve in curves])
         mean, n = values.mean(0), len(values)
-        if n > 1:  # Student's t: a few seeds do not know their deviation
+        if n > 1:  # Student's t, since the standard deviation is estimated from few seeds
             error = student_t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
             axis.fill_between(x, mean - error, mean + error, color=f"C{i}", alpha=0.1, lw=0)
         axis.plot(x, mean, color=f"C{i}", lw=2, label=f"{value} ({len(values)})")
@@ -244,13 +269,13 @@ def _curves(
     axis.set(xlabel=xlabel, ylabel=f"{quantity} of an episode", title=title)
     low, high = min(map(np.min, drawn)), max(map(np.max, drawn))
     margin = 0.05 * (high - min(low, 0)) or 1
-    axis.set_ylim(0 if low >= 0 else low - margin, high + margin)  # by the runs, not the bands
+    axis.set_ylim(0 if low >= 0 else low - margin, high + margin)  # fits the runs, not the bands
     axis.legend(frameon=False, title=f"{varied.replace('-', ' ')} (seeds)")
     return figure
 
 
 def _draw_watched(axis: Axes, results: dict[str, dict[str, Any]], watched: str) -> None:
-    """Every seed's line; no mean, as the runs did not log at the same steps."""
+    """Plot one line per seed; there is no mean, as the runs log at different steps."""
     lowest = np.inf
     for i, seeds in enumerate(results.values()):
         for seed in seeds.values():
