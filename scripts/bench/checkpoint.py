@@ -1,4 +1,4 @@
-"""What a checkpoint costs: seconds, bytes, and its share of the training time."""
+"""Cost of a checkpoint: seconds, bytes, and share of the training time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ from totalprop.envs.rewind import Rewindable
 
 
 def bench_checkpoint(repeats: int) -> list[dict[str, float]]:
-    """A column per agent: PIPPS with 450 points, DreamerTPX on vectors and pixels, DAAPPO.
+    """Time checkpoints of PIPPS with 450 points, DreamerTPX on vectors and on pixels, and DAAPPO.
 
-    Timed are checkpoints after new steps, as many as a minute of training brings at most.
+    Before each checkpoint the agent makes as many new steps as it makes in a minute of training at
+    most.
+
+    Args:
+        repeats: number of checkpoints, of which the median is taken.
+    Returns:
+        One column of the table for each agent.
     """
     return [_column(make, steps, repeats) for make, steps in TRAINED]
 
