@@ -1,4 +1,4 @@
-"""One full DreamerV1 update (model, actor, critic) against sheeprl's, and the estimators' cost."""
+"""Time DreamerV1 updates (model, actor, critic) against sheeprl, and the estimators' overhead."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from totalprop.world_models.latent.model import ModelLossSettings
 
 ACTIONS = 6
 MODES = ("compile", "cuda_graph")  # fields of `UpdateSettings`
-# Multiply-accumulates of one frame through encoder and decoder, forward; of one imagined step
-# through RSSM, actor, reward and critic (specified sizes, 6 actions). Backward counts twice.
+# Multiply-accumulates of a forward pass: of one frame through encoder and decoder, and of one
+# imagined step through RSSM, actor, reward and critic (default sizes, 6 actions). A backward pass
+# counts twice.
 FRAME_MACS, STEP_MACS = 38.9e6, 1.56e6
 
 
@@ -38,15 +39,19 @@ def bench_dreamer(
     modes: Sequence[str] = (),
     peer: bool = True,
 ) -> dict[str, float]:
-    """Seconds per update, and ratios measured in the same run.
+    """Measure the seconds per update, and ratios to other tasks in the same run.
 
     Args:
-        repeats: rounds; the medians are compared.
-        batch, length: B sequences of T steps of 64x64 images. horizons: imagined steps H; the peer
-            is compared at the first.
+        repeats: rounds, of which the median is taken.
+        batch: B, the number of sequences.
+        length: T, the steps per sequence, each a 64x64 image.
+        horizons: H, numbers of imagined steps; sheeprl is timed at the first of them.
         device: "cpu" or "cuda".
-        modes: of `MODES`; `rp` and, where it has it, sheeprl at the first horizon with each.
-        peer: time sheeprl too (left out where it is not installed).
+        modes: names in `MODES`. Each is timed at the first horizon with `rp`, and with sheeprl if
+            it supports the mode.
+        peer: whether to time sheeprl; skipped if it is not installed.
+    Returns:
+        One column of the table.
     """
     data = _batch(batch, length, device)
     if device == "cpu":
@@ -82,7 +87,7 @@ def bench_dreamer(
                 )
         except ImportError as error:
             print(error)
-    warm_up = EAGER_CALLS + 1 if "cuda_graph" in modes else 1  # the graph is recorded then
+    warm_up = EAGER_CALLS + 1 if "cuda_graph" in modes else 1  # the graph is captured by then
     seconds = interleaved_medians(tasks, repeats, device=device, warm_up=warm_up)
     row = {f"seconds (rp, H={h})": seconds[f"rp H={h}"] for h in horizons}
     row |= {f"tpx / rp at H={h}": seconds[f"tpx H={h}"] / seconds[f"rp H={h}"] for h in horizons}
