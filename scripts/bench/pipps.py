@@ -1,14 +1,14 @@
-"""Speed as ratios, measured against a named peer or floor in the same run.
+"""Time gradients and updates, as ratios to another library measured in the same run.
 
-    totalprop bench pipps                  # seconds per policy gradient
+    totalprop bench pipps                  # seconds per policy gradient, against GPyTorch
     totalprop bench pipps --json bench.json
     totalprop bench dreamer                # seconds per update, against sheeprl
     totalprop bench dreamer --device cuda --modes compile cuda_graph
-    totalprop bench ppo                    # DAAPPO against stable-baselines3's PPO
-    totalprop bench checkpoint             # what a checkpoint costs
+    totalprop bench ppo                    # DAAPPO, against stable-baselines3's PPO
+    totalprop bench checkpoint             # cost of a checkpoint
 
-Every figure is the median over interleaved repeats, so that a slow moment of the machine hits all
-of them alike.
+Every number is a median over interleaved repeats, so that a temporary slowdown of the machine
+affects all tasks alike. A library that is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -44,26 +44,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", default="pipps", choices=list(WHAT), help="what to time")
-    parser.add_argument("--points", type=int, nargs="+", default=[30, 150, 450], help="GP data")
     parser.add_argument(
-        "--repeats", type=int, help="medians of this many (default: pipps 11, others 5)"
+        "what",
+        nargs="?",
+        default="pipps",
+        choices=list(WHAT),
+        help="benchmark to run (default: pipps)",
     )
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of PyTorch"
+        "--points",
+        type=int,
+        nargs="+",
+        default=[30, 150, 450],
+        metavar="N",
+        help="pipps: numbers of data points of the GP (default: 30 150 450)",
     )
-    parser.add_argument("--device", default="cpu", help="of dreamer: cpu or cuda")
-    parser.add_argument("--batch", type=int, default=50, help="dreamer's sequences")
-    parser.add_argument("--length", type=int, default=50, help="dreamer's steps of a sequence")
-    parser.add_argument("--horizons", type=int, nargs="+", default=[15, 60], help="of dreamer")
     parser.add_argument(
-        "--modes", nargs="+", default=[], choices=MODES, help="of dreamer: time these too"
+        "--repeats",
+        type=int,
+        help="repeats, of which the median is taken (default: 11 for pipps, 5 for the others)",
     )
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="CPU threads of PyTorch (default: PyTorch's own choice)",
+    )
+    parser.add_argument("--device", default="cpu", help="dreamer: cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--batch", type=int, default=50, help="dreamer: sequences per batch (default: 50)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=50, help="dreamer: steps per sequence (default: 50)"
+    )
+    parser.add_argument(
+        "--horizons",
+        type=int,
+        nargs="+",
+        default=[15, 60],
+        metavar="H",
+        help="dreamer: imagination horizons (default: 15 60)",
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=[],
+        choices=MODES,
+        help="dreamer: accelerated modes to time as well (default: none)",
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, help="also write the results to this file"
+    )
     options = parser.parse_args(arguments)
     check(parser, options)
     torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = True  # as scripts.train
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in totalprop train
     if options.what == "pipps":
         rows = [bench_pipps(n, options.repeats) for n in options.points]
         title = f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}"
@@ -96,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """One sentence per wrong value, before anything is timed."""
+    """Set defaults that depend on the benchmark, and reject invalid values in one line each."""
     if options.repeats is None:
         options.repeats = 11 if options.what == "pipps" else 5
     for name, least in (
@@ -107,7 +142,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             given = " ".join(map(str, value)) if isinstance(value, list) else value
             parser.error(f"--{name} must be at least {least}, got {given}")
     if options.what != "dreamer" and (options.device != "cpu" or options.modes):
-        parser.error(f"--device and --modes are dreamer's: {options.what} is timed on the CPU")
+        parser.error(f"--device and --modes are for dreamer; {options.what} is timed on the CPU")
     try:
         kind = torch.empty(0, device=options.device).device.type
     except (RuntimeError, AssertionError) as error:
@@ -122,7 +157,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def bench_pipps(points: int, repeats: int) -> dict[str, float]:
-    """Ratios of one policy gradient to `rp`, to GPyTorch and to the matrix-product floor."""
+    """Time one policy gradient, as ratios to `rp`, to GPyTorch and to the bare matrix products."""
     keep_freed_memory()  # as PIPPS does
     model, policy = _problem(points)
     noise = Noise.draw(HORIZON, PARTICLES, 4, torch.Generator().manual_seed(0), resample=False)
@@ -158,7 +193,7 @@ def bench_pipps(points: int, repeats: int) -> dict[str, float]:
 
 
 def _problem(points: int) -> tuple[ParticleModel, RBFPolicy]:
-    """Cart-pole data of a random controller, a fitted model and a random policy."""
+    """Make a random policy, and a model fitted to cart-pole data from random actions."""
     env = gym.make("totalprop/CartPoleSwingUp-v0")
     env.action_space.seed(0)
     inputs: list[np.ndarray] = []
@@ -182,11 +217,11 @@ def _problem(points: int) -> tuple[ParticleModel, RBFPolicy]:
 
 
 def _gpytorch_model(model: ParticleModel) -> ParticleModel | None:
-    """The same GP in GPyTorch's own classes, or None where GPyTorch is not installed."""
+    """The same GP in GPyTorch, or None if GPyTorch is not installed."""
     try:
         import gpytorch
     except ImportError:
-        print("GPyTorch is not installed, its row is left out: pip install gpytorch")
+        print("GPyTorch is not installed and therefore skipped; pip install gpytorch to compare")
         return None
     ours = model.dynamics
     batch = torch.Size([ours.targets.shape[1]])
