@@ -1,4 +1,4 @@
-"""Environment steps per second of DAAPPO against stable-baselines3's PPO, same settings."""
+"""Environment steps per second of DAAPPO and of SB3's PPO, with the same settings."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from totalprop.agents import AGENTS, DAAPPO
 from totalprop.scripts.bench.timing import interleaved_medians
 
 OWN = ("n_steps", "batch_size", "n_epochs", "normalize_advantage", "policy_kwargs")
-ENV_ID = "Pendulum-v1"  # a cheap environment, so that the algorithm is what is timed
+ENV_ID = "Pendulum-v1"  # a cheap environment, so that the algorithm dominates the time
 
 
 def bench_ppo(repeats: int, *, iterations: int = 1) -> dict[str, float]:
-    """Ratios of steps per second, interleaved in the same run.
+    """Measure steps per second, and ratios to PPO in the same run.
 
     Args:
-        repeats: rounds; the medians are compared. iterations: rollouts with updates, per task.
+        repeats: rounds, of which the median is taken.
+        iterations: rollouts with updates per task and round.
+    Returns:
+        One column of the table.
     """
     recommended = AGENTS["daappo"].presets["recommended"]
     common: dict[str, Any] = {k: recommended[k] for k in OWN if k in recommended}
