@@ -1,8 +1,8 @@
-"""One DreamerV1 gradient update of sheeprl 0.8.4, outside its training script.
+"""One gradient update of sheeprl 0.8.4's DreamerV1, called outside its training script.
 
-The speed peer of our Dreamer: sheeprl's own `train` (world model, actor, critic) on one synthetic
-batch, with the networks, optimisers and constants of its default `exp=dreamer_v1` but for pixels
-and continuous actions only. Environments, replay, metrics and log folders are left out.
+Our Dreamer's speed is compared with it. It calls sheeprl's own `train` (world model, actor, critic)
+on one synthetic batch, with the networks, optimisers and constants of the default `exp=dreamer_v1`,
+for pixels and continuous actions only. Environments, replay, metrics and log folders are left out.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ MISSING = (
 
 
 def start_update(*, keep_memory: bool = False, **kwargs: Any) -> Callable[[], None]:
-    """`make_update` in a process of its own, whose allocator is as sheeprl's users have it.
-
-    A call returns when the update is done.
+    """Run `make_update` in a separate process, whose allocator has its default settings.
 
     Args:
-        keep_memory: with our allocator's settings, which hold for a whole process.
-        kwargs: of `make_update`.
+        keep_memory: use our allocator settings instead, which apply to a whole process.
+        kwargs: arguments of `make_update`.
+    Returns:
+        A function that runs one update and returns when it is done.
     Raises:
-        ImportError: as `make_update`.
+        ImportError: sheeprl is missing, or has another version.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -71,7 +71,7 @@ def _serve(
         connection.send(str(error))
         return
     connection.send(None)
-    with contextlib.suppress(EOFError):  # the other end has finished
+    with contextlib.suppress(EOFError):  # the parent process has closed the pipe
         while True:
             connection.recv()
             update()
@@ -89,19 +89,22 @@ def make_update(
     device: str = "cpu",
     compile: bool = False,
 ) -> Callable[[], None]:
-    """A call that is one full update of sheeprl's DreamerV1, always on the same batch.
+    """Make a function that runs one full update of sheeprl's DreamerV1, always on the same batch.
 
-    Its threads and matrix-product precision are the caller's, so that both sides of a comparison
-    have the same: sheeprl's command line would set `float32_matmul_precision` "high".
+    Threads and matrix-product precision are those of the caller, so that both sides of a comparison
+    are equal; sheeprl's command line would set `float32_matmul_precision` to "high".
 
     Args:
-        batch: B sequences. length: T steps of each. horizon: H imagined steps. actions: A.
-        device: "cpu" or "cuda[:index]"; on the latter the call returns before the device is done.
-        compile: whether `algo.compile` is on; the first call then compiles, for minutes.
+        batch: B, the number of sequences.
+        length: T, the steps per sequence.
+        horizon: H, the number of imagined steps.
+        actions: A, the dimension of the actions.
+        device: "cpu" or "cuda[:index]". On a GPU, the update returns before the device is done.
+        compile: whether to enable `algo.compile`. The first update then compiles for minutes.
     Returns:
-        The update; its networks and optimisers change, its batch does not.
+        The update. It changes the networks and optimisers, but not the batch.
     Raises:
-        ImportError: sheeprl is missing, or is another version.
+        ImportError: sheeprl is missing, or has another version.
     """
     with _quiet(), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -118,8 +121,8 @@ def make_update(
 def build(
     horizon: int, actions: int, device: str, compile: bool
 ) -> tuple[Callable[..., None], dict[str, Any], Any]:
-    """sheeprl's `train`, its arguments (fabric, networks, optimisers) and its configuration."""
-    # sheeprl would otherwise make a cache folder in the home; this is PyTorch's own default.
+    """Build sheeprl's `train`, its arguments (fabric, networks, optimisers) and its config."""
+    # Otherwise sheeprl creates a cache in the home folder. This path is PyTorch's own default.
     default = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", default)
     try:
@@ -159,10 +162,10 @@ def build(
 def _synthetic_batch(
     batch: int, length: int, actions: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """What sheeprl's `sample_batches` yields, all float32.
+    """Make a batch like those of sheeprl's `sample_batches`, all float32.
 
-    Images [T, B, 3, 64, 64] from 0 to 255, actions [T, B, A], the rest [T, B, 1]. No episode ends;
-    `train` itself sets `is_first` of the first steps, the same on every call.
+    Images are [T, B, 3, 64, 64] from 0 to 255, actions [T, B, A], the rest [T, B, 1]. No episode
+    ends. `train` sets `is_first` of the first steps, in the same way on every call.
     """
     lead = (length, batch)
     data = {name: torch.zeros(*lead, 1) for name in ("terminated", "truncated", "is_first")}
@@ -174,7 +177,7 @@ def _synthetic_batch(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings, and no argument checks of `torch.distributions`, which sheeprl turns off."""
+    """Silence warnings, and disable argument checks of `torch.distributions`, as sheeprl does."""
     checks = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:
