@@ -1,4 +1,4 @@
-"""Interleaved timings: a slow moment of the machine hits all tasks alike."""
+"""Interleaved timing, so that a temporary slowdown of the machine affects all tasks alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ import torch
 def interleaved_medians(
     tasks: dict[str, Callable[[], object]], repeats: int, *, device: str = "cpu", warm_up: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each task over `repeats` rounds, after `warm_up` calls of each."""
+    """Measure the median seconds of each task.
+
+    Args:
+        tasks: name -> function to time.
+        repeats: rounds; in each round, every task is called once.
+        device: device to synchronise with before and after every call.
+        warm_up: calls of each task before the first round.
+    Returns:
+        Name -> median seconds.
+    """
 
     def wait() -> None:
         if device != "cpu":
