@@ -1,14 +1,18 @@
-"""Gradient variance on chaotic RNNs: which estimator is best where, and is tpg ever the worse?
+"""Measure the gradient variance of every estimator on chaotic RNNs.
 
     totalprop chaos                     # one chain: variance of dL/dβ_1 against β_1
-    totalprop chaos --study double      # two chains: Fig. 3 of Parmas et al. 2023 (TPX)
-    totalprop chaos --report-only       # figures and table again, from the CSV files
+    totalprop chaos --study double      # two chains: Parmas et al. 2023 (TPX), Fig. 3
+    totalprop chaos --report-only       # redraw figures and table from the CSV files
 
-A grid point is R repeats of the gradient w.r.t. β_1, each from N samples; at one point all
-estimators see the same noise, at another point other noise. Rules with a probe (tp, tpg, ivw) count
-the gradients w.r.t. all β; tps counts β_1 only (with one chain it is tp). Results go into --out:
-<study>.csv, <study>.png and table.md. A stopped study goes on where it stopped: points that are in
-the CSV file already are not repeated. Every row says which command and commit it is of.
+The study shows which estimator is best in which regime, and whether tpg, this project's own rule,
+is ever worse than the best of the others. A chain is stable for β < 2.5 and chaotic above. At each
+grid point the gradient w.r.t. β_1 is computed R times, each time from N samples. All estimators see
+the same noise at a point; different points have different noise. Rules with a probe (tp, tpg, ivw)
+use the gradients w.r.t. all β, tps only those w.r.t. β_1 (with one chain it equals tp).
+
+Results are written to --out: <study>.csv, <study>.png and table.md. A stopped study can be
+continued by the same command, since points that are in the CSV file are not measured again. Every
+row records the command and the commit that produced it.
 """
 
 from __future__ import annotations
@@ -62,35 +66,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 measure(options)
             report(options.out)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; run the same command again to continue", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; wrong usage ends with one sentence and code 2."""
+    """Parse the command line; on wrong usage, print one line and exit with code 2."""
     parser = _Parser(
         prog="totalprop chaos",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--study", choices=list(GRIDS), default="single", help="default: single")
-    add("--betas", nargs="+", type=float, help="grid of β_1; default: 22 (single), 12 (double)")
+    add(
+        "--study",
+        choices=list(GRIDS),
+        default="single",
+        help="one chain or two (default: single)",
+    )
+    add(
+        "--betas",
+        nargs="+",
+        type=float,
+        help="grid of β_1 (default: 22 values for single, 12 for double)",
+    )
     add(
         "--second-betas",
         nargs="+",
         type=float,
         default=SECOND_BETAS,
-        help="β_2; default: 1.5 2.5 3.5",
+        help="values of β_2 for --study double (default: 1.5 2.5 3.5)",
     )
-    add("--estimators", nargs="+", default=names(), help="default: all that are registered")
-    add("--samples", type=int, default=1000, help="N per gradient; default: 1000")
-    add("--repeats", type=int, default=40, help="R per grid point; default: 40")
-    add("--horizon", type=int, default=100, help="H steps; default: 100")
-    add("--seed", type=int, default=0, help="of the noise; default: 0")
-    add("--out", type=Path, default=Path("results/chaos"), help="folder; default: results/chaos")
-    add("--redo", nargs="+", default=[], metavar="ESTIMATOR", help="measure these again")
-    add("--report-only", action="store_true", help="measure nothing, only write figures and table")
+    add(
+        "--estimators",
+        nargs="+",
+        default=names(),
+        metavar="ESTIMATOR",
+        help="estimators to measure (default: all that are registered)",
+    )
+    add("--samples", type=int, default=1000, help="N, samples per gradient (default: 1000)")
+    add("--repeats", type=int, default=40, help="R, gradients per grid point (default: 40)")
+    add("--horizon", type=int, default=100, help="H, steps of a rollout (default: 100)")
+    add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/chaos"),
+        help="folder of the results (default: results/chaos)",
+    )
+    add(
+        "--redo",
+        nargs="+",
+        default=[],
+        metavar="ESTIMATOR",
+        help="estimators to measure again, replacing their rows",
+    )
+    add("--report-only", action="store_true", help="only write the figures and the table")
     options = parser.parse_args(arguments)
     options.command = shlex.join(sys.argv[1:] if arguments is None else list(arguments))
     options.betas = options.betas or GRIDS[options.study]
@@ -112,7 +143,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measure the grid points that the CSV file does not have, and write it after each."""
+    """Measure the grid points that are missing in the CSV file, and rewrite it after each."""
     path = options.out / f"{options.study}.csv"
     keys = ("study", "samples", "repeats", "horizon", "seed")
     settings: dict[str, Any] = {**{k: getattr(options, k) for k in keys}, "noise_std": STD}
@@ -138,12 +169,12 @@ def measure(options: argparse.Namespace) -> None:
 
     seconds = options.second_betas if options.study == "double" else [None]
     points = [(b,) if c is None else (b, c) for c in seconds for b in options.betas]
-    # With one chain tps is tp: both count the only β.
+    # With one chain there is one β, and tps equals tp.
     asked = list(dict.fromkeys([*options.estimators, *options.redo]))
     asked = [e for e in asked if options.study == "double" or e != "tps"]
     jobs = {p: [e for e in asked if e not in study.get(p, {}) or e in options.redo] for p in points}
     todo = sum(map(len, jobs.values()))
-    if todo:  # the first gradient of a process pays for what PyTorch sets up
+    if todo:  # warm up: the first gradient of a process includes PyTorch's set-up time
         gradients(
             make("rp"), points[0], draw_noise(points[0], repeats=1, samples=9, horizon=1, seed=0)
         )
@@ -164,7 +195,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def write(path: Path, settings: dict[str, Any], study: Study) -> None:
-    """CSV below the settings (a comment, JSON); replaced at once, so never half-written."""
+    """Write the settings (JSON in a comment) and the CSV rows; replaces the file atomically."""
     new = path.with_suffix(".tmp")
     with open(new, "w", newline="") as file:
         file.write(f"# {json.dumps(settings)}\n")
@@ -181,18 +212,18 @@ def write(path: Path, settings: dict[str, Any], study: Study) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Any], Study]:
-    """Settings, with the "runs" that rows are of, and measurements of a CSV file."""
+    """Read a CSV file: its settings, including the "runs" that rows refer to, and its rows."""
     study: Study = {}
     try:
         with open(path, newline="") as file:
             settings = json.loads(file.readline().removeprefix("#"))
-            if "runs" not in settings:  # older files know their last command only
+            if "runs" not in settings:  # older files record their last command only
                 settings["runs"] = [{k: settings.pop(k) for k in ("command", "commit", "torch")}]
             for row in csv.DictReader(file):
                 betas = tuple(float(row[b]) for b in ("beta_1", "beta_2") if row[b])
                 g = np.array(row["g"].split(), float)
                 run = int(row.get("run") or 0)
-                settings["runs"][run]  # IndexError: a row of no run
+                settings["runs"][run]  # raises IndexError if the row refers to no run
                 study.setdefault(betas, {})[row["estimator"]] = Measured(g, float(row["ms"]), run)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error!r}; delete it to measure again") from error
@@ -203,7 +234,7 @@ def read(path: Path) -> tuple[dict[str, Any], Study]:
 
 
 def report(out: Path) -> None:
-    """Figures, table.md and a summary of every study in the folder."""
+    """Write the figures and table.md for every study in the folder, and print the table."""
     studies = {s: read(out / f"{s}.csv") for s in GRIDS if (out / f"{s}.csv").exists()}
     if not studies:
         raise UserError(f"no single.csv or double.csv in {out}; run without --report-only first")

@@ -1,4 +1,4 @@
-"""What the chaotic-RNN study shows: comparison of the estimators, table, sentences and figure."""
+"""Report of the chaotic-RNN study: comparison of the estimators, table, summary and figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from totalprop.estimators import names
 
 REGIONS = {"stable": (0, 2.25), "edge of chaos": (2.25, 2.75), "chaotic": (2.75, np.inf)}
 OURS, LIMIT = "tpg", 1.1
-# Okabe & Ito's colours; the variants of a rule are thin.
+# Colours of Okabe & Ito; variants of a rule have thin lines.
 STYLES: dict[str, dict[str, Any]] = {
     "rp": {"color": "#E69F00", "marker": "v"},
     "lr": {"color": "#56B4E9", "marker": "^"},
@@ -32,15 +32,15 @@ Study = dict[Betas, dict[str, "Measured"]]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one estimator did at one grid point."""
+    """The gradients of one estimator at one grid point."""
 
     g: np.ndarray  # [R] dL/dβ_1
-    ms: float  # of CPU time per gradient
-    run: int = 0  # which of the settings' "runs" measured it
+    ms: float  # CPU time per gradient
+    run: int = 0  # index into the settings' "runs"
 
     @property
     def variance(self) -> float:
-        """Of one gradient, from the repeats; infinite where one of them is not finite."""
+        """Variance of a gradient over the repeats; infinite if one of them is not finite."""
         if not np.isfinite(self.g).all():
             return float("inf")
         with np.errstate(over="ignore"):
@@ -48,9 +48,10 @@ class Measured:
 
     @property
     def relative_se(self) -> float:
-        """Standard error of the variance over the variance, by the jackknife.
+        """Standard error of the variance, relative to the variance, by the jackknife.
 
-        sqrt(2 / (R - 1)) for Gaussian gradients, about 1 where one repeat is all of the variance.
+        It is sqrt(2 / (R - 1)) for Gaussian gradients, and about 1 if the variance is due to a
+        single repeat.
         """
         n, deviation = len(self.g), self.g - self.g.mean()
         scaled = np.square(deviation / max(np.abs(deviation).max(), np.finfo(float).tiny))
@@ -61,22 +62,22 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`tpg` against the best of all others at one point."""
+    """`tpg` compared with the best of the other estimators at one grid point."""
 
     best: str
-    ratio: float  # of the variances; below 1 tpg is the better
-    interval: tuple[float, float]  # 95 %, bootstrap over the repeats, which are paired
+    ratio: float  # of the variances; below 1, tpg is better
+    interval: tuple[float, float]  # 95 %, by a bootstrap over the (paired) repeats
 
     @property
     def verdict(self) -> str:
-        """Whether it is worse by more than noise can explain."""
+        """Whether tpg is worse by a factor above `LIMIT`, and whether this may be noise."""
         if self.ratio <= LIMIT:
             return ""
         return f"> {LIMIT}" if self.interval[0] > LIMIT else f"> {LIMIT}? (noise)"
 
 
 def compare(point: dict[str, Measured], *, resamples: int = 2000) -> Comparison | None:
-    """Ratio of variances, tpg to the best other; None if one of them is missing."""
+    """Compare the variance of tpg with that of the best other; None if either is missing."""
     others = {name: m for name, m in point.items() if name != OURS}
     if OURS not in point or not others:
         return None
@@ -93,7 +94,7 @@ def compare(point: dict[str, Measured], *, resamples: int = 2000) -> Comparison 
 
 
 def table(name: str, settings: dict[str, Any], study: Study) -> str:
-    """Markdown table of a study: variances, best other, ratio of ours to it."""
+    """Markdown table of a study: variances, the best other estimator, and tpg's ratio to it."""
     columns = sorted({e for point in study.values() for e in point}, key=rank)
     head = ["β_1", *(["β_2"] if name == "double" else []), *(f"`{e}`" for e in columns)]
     head += ["best other", "tpg / best other", "95 %", ""]
@@ -116,7 +117,7 @@ def table(name: str, settings: dict[str, Any], study: Study) -> str:
     ]
     lines[-1] += f"; rp up to {max(errors_rp):.2f}." if errors_rp else "."
     costs = {e: np.median([p[e].ms for p in study.values() if e in p]) for e in columns}
-    if np.isfinite(list(costs.values())).all():  # not of a study read back from its CSV
+    if np.isfinite(list(costs.values())).all():
         lines.append(
             "CPU ms per gradient: " + ", ".join(f"{e} {ms:.0f}" for e, ms in costs.items()) + "."
         )
@@ -124,7 +125,7 @@ def table(name: str, settings: dict[str, Any], study: Study) -> str:
 
 
 def _origins(runs: list[dict[str, str]], study: Study, sizes: str) -> list[str]:
-    """By which command at which commit the rows were measured; of several, which rows."""
+    """The command and commit that measured the rows; if several, which rows each measured."""
     rows: dict[int, dict[str, int]] = {}
     for point in study.values():
         for name, m in point.items():
@@ -142,7 +143,7 @@ def _origins(runs: list[dict[str, str]], study: Study, sizes: str) -> list[str]:
 
 
 def summary(name: str, study: Study) -> list[str]:
-    """What the study shows, a sentence each."""
+    """Findings of the study, one sentence each."""
     lines = []
     for region, (low, high) in REGIONS.items():
         points = [p for betas, p in study.items() if low <= betas[0] < high]
@@ -187,7 +188,7 @@ def summary(name: str, study: Study) -> list[str]:
 
 
 def figure_of(study: Study) -> Figure:
-    """Above the variances, below tpg against the best other; one column for each β_2."""
+    """Variances (top) and ratio of tpg to the best other (bottom), one column per β_2."""
     groups: dict[Betas, list[Betas]] = {}
     for betas in study:
         groups.setdefault(betas[1:], []).append(betas)
@@ -196,7 +197,7 @@ def figure_of(study: Study) -> Figure:
     axes = figure.subplots(2, n, sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
     seen = sorted({e for point in study.values() for e in point}, key=rank)
     for (second, points), top, bottom in zip(groups.items(), *axes, strict=True):
-        for name in [e for e in seen if e != OURS] + [e for e in seen if e == OURS]:  # ours on top
+        for name in [e for e in seen if e != OURS] + [e for e in seen if e == OURS]:  # tpg on top
             here = [b for b in points if name in study[b]]
             style = {"lw": 1.6, "ms": 4, **STYLES.get(name, {"ls": "-."})}
             y = [study[b][name].variance for b in here]
@@ -230,5 +231,5 @@ def figure_of(study: Study) -> Figure:
 
 
 def rank(name: str) -> int:
-    """Place of an estimator in the registry."""
+    """Position of an estimator in the registry; unknown ones come last."""
     return names().index(name) if name in names() else len(names())

@@ -1,9 +1,10 @@
-"""The chaotic RNN of Parmas et al. 2023 (TPX), Sec. 5: a test bench for gradient estimators.
+"""The chaotic RNN of Parmas et al. 2023 (TPX), Sec. 5, a test bench for gradient estimators.
 
-Parallel chains x_{t+1} = sigmoid(β_i W x_t) + N(0, 0.001²), x_0 = [0.35, 0.55], one β_i each; the
-loss is L = 1/2 Σ_i |x_H^[i]|². Below β ≈ 2.5 a chain is stable and backpropagation (RP) is exact
-enough; above it is chaotic and RP's variance grows exponentially with H (Wang 1991). Here are the
-noise and the gradients; the study, its files and figures are in `chaos.py`.
+Several chains x_{t+1} = sigmoid(β_i W x_t) + N(0, 0.001²) run in parallel from x_0 = [0.35, 0.55],
+each with its own β_i. The loss is L = 1/2 Σ_i |x_H^[i]|². Below β ≈ 2.5 a chain is stable and
+backpropagation (RP) is accurate; above it the chain is chaotic, and RP's variance grows
+exponentially with H (Wang 1991). This module draws the noise and computes the gradients. The study,
+its files and its figures are in `chaos.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from totalprop.estimators import Estimator, assign_credit, gradient
 W = ((-5.0, 5.0), (-25.0, 25.0))
 START = (0.35, 0.55)
 STD = 0.001
-TOGETHER = 8  # repeats evaluated side by side, where the weight rule allows it: about what L2 holds
+TOGETHER = 8  # repeats evaluated in one graph, if the weight rule allows it; they fit into L2
 
 
 def draw_noise(
     betas: Sequence[float], *, repeats: int, samples: int, horizon: int, seed: int
 ) -> Tensor:
-    """[R, H, N, D] standard normal noise; independent for other betas, equal for all estimators."""
+    """Draw [R, H, N, D] standard normal noise from a seed and the grid point.
+
+    The noise is the same for all estimators, and independent between grid points.
+    """
     noise = torch.empty(repeats, horizon, samples, 2 * len(betas), dtype=torch.float64)
     point = [round(1e6 * beta) for beta in betas]
     for r, one in enumerate(noise):
@@ -36,16 +40,18 @@ def draw_noise(
 
 
 def gradients(estimator: Estimator, betas: Sequence[float], noise: Tensor) -> Tensor:
-    """dL/dβ of each repeat, from its own N samples.
+    """Compute dL/dβ for each repeat, from its own N samples.
 
-    Rules that work node by node, coordinate by coordinate, take several repeats in one graph
-    ([N, R, D]: no statistic mixes two repeats); those with a probe take one at a time ([N, D]).
+    Rules without a probe work coordinate by coordinate, so several repeats can share one graph
+    ([N, R, D]) without being mixed. With a probe, repeats are evaluated one at a time ([N, D]).
 
     Args:
-        estimator: any. A probe of all parameters counts every β; one of a subset counts β_1 only.
-        betas: of the chains, length C. noise: [R, H, N, 2 C], see `draw_noise`.
+        estimator: any estimator. If it needs a probe over all parameters, every β counts; if over a
+            subset, only β_1 counts.
+        betas: β of each chain, length C.
+        noise: [R, H, N, 2 C], see `draw_noise`.
     Returns:
-        [R, C]
+        [R, C] gradients.
     """
     if estimator.probe != "none":
         return torch.cat([_gradients(estimator, betas, one.unsqueeze(2)) for one in noise])
@@ -56,7 +62,7 @@ def gradients(estimator: Estimator, betas: Sequence[float], noise: Tensor) -> Te
 
 
 def _gradients(estimator: Estimator, betas: Sequence[float], noise: Tensor) -> Tensor:
-    """[R, C] from noise [H, N, R, D], in one graph."""
+    """[R, C] gradients from noise [H, N, R, D], in one graph."""
     n, repeats = noise.shape[1:3]
     probed = estimator.probe != "none"
     noise = noise.squeeze(2) if probed else noise.contiguous()  # [H, N, D] or [H, N, R, D]
@@ -83,8 +89,11 @@ def _gradients(estimator: Estimator, betas: Sequence[float], noise: Tensor) -> T
 
 
 def _probe(slope: Tensor, counted: Tensor, cotangent: tuple[Tensor, ...]) -> Tensor:
-    """[N, C] per-sample gradients w.r.t. the β that count, at one node; its std is a constant.
+    """[N, C] per-sample gradients w.r.t. the counted β at one node, whose std is constant.
 
-    slope: [N, D] d mean_d / dβ of its chain. counted: [D, C] which β drives which coordinate.
+    Args:
+        slope: [N, D] derivative of each coordinate's mean w.r.t. the β of its chain.
+        counted: [D, C] 1 where the coordinate belongs to the chain of that β.
+        cotangent: of (mean, std), each [N, D].
     """
     return (cotangent[0] * slope) @ counted

@@ -1,13 +1,16 @@
-"""Which estimator does this model need? Gradient accuracy of each, at horizons 2 to 60.
+"""Measure which estimator gives the most accurate policy gradient on a trained world model.
 
     totalprop diagnose runs/dreamer_cartpole-balance-v0_tpx_seed0
     totalprop diagnose RUN --estimators rp lr tpx tpg --horizons 15 60 --starts 50
 
-Loads a trained DreamerTPX and its replay (of its newest checkpoint, or of --save-replay, which
-lasts if the checkpoints are deleted), encodes sequences, and from the same encoded states measures
-the policy gradient of every estimator many times over: the law of total variance (Eq. 18) and the
-expected signal-to-noise ratio (Eq. 19). Parmas et al. 2023 (TPX), App. C.2: 50 states x 50
-gradients of 2500 trajectories each; the defaults here are smaller.
+Loads a trained DreamerTPX with its replay, encodes sequences from it, and evaluates the policy
+gradient of every estimator repeatedly from the same encoded states. Reports the expected
+signal-to-noise ratio (ESNR; higher is better) and the gradient's variance, within and between start
+states, at every horizon. The replay comes from the newest checkpoint, or from the file that
+`totalprop train --save-replay` writes, which remains if the checkpoints are deleted.
+
+Parmas et al. 2023 (TPX), App. C.2, Eq. 18 and 19. The paper uses 50 states x 50 gradients of 2500
+trajectories each; the defaults here are smaller.
 """
 
 from __future__ import annotations
@@ -35,9 +38,9 @@ from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, make_env
 from totalprop.world_models.latent.model import State
 
-BLOCKED = """But the gradient into the state an action was chosen in was blocked, as in DreamerV1:
-RP and LR are then precise about different gradients (their norms are above), and a ratio of signal
-to noise does not say which is right. Compare with --no-stop-grad-actor-input.
+BLOCKED = """Caution: as in DreamerV1, no gradient passed through the policy's input. RP and LR then
+estimate different gradients (compare their norms above), and a signal-to-noise ratio cannot show
+which of them is right. Compare with --no-stop-grad-actor-input.
 """
 
 
@@ -52,26 +55,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         default=["rp", "lr", "tps", "tpx", "tpg"],
         metavar="NAME",
-        help="names in the registry",
+        help="estimators to compare (default: rp lr tps tpx tpg); rp is plain backpropagation, lr "
+        "the likelihood-ratio gradient, and the others mix the two",
     )
     parser.add_argument(
-        "--horizons", nargs="+", type=int, default=[2, 5, 15, 30, 60], metavar="H",
-        help="imagined states",
-    )  # fmt: skip
-    parser.add_argument("--starts", type=int, default=10, help="encoded states (the paper: 50)")
-    parser.add_argument("--repeats", type=int, default=10, help="gradients of each (the paper: 50)")
+        "--horizons",
+        nargs="+",
+        type=int,
+        default=[2, 5, 15, 30, 60],
+        metavar="H",
+        help="imagination horizons (default: 2 5 15 30 60)",
+    )
     parser.add_argument(
-        "--trajectories", type=int, default=250, help="of each gradient (the paper: 2500)"
+        "--starts",
+        type=int,
+        default=10,
+        help="encoded states to start from (default: 10; the paper uses 50)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=10,
+        help="gradients per state (default: 10; the paper uses 50)",
+    )
+    parser.add_argument(
+        "--trajectories",
+        type=int,
+        default=250,
+        help="imagined trajectories per gradient (default: 250; the paper uses 2500)",
     )
     parser.add_argument(
         "--stop-grad-actor-input", action=argparse.BooleanOptionalAction, default=None,
-        help="block the gradient into the state an action was chosen in (default: as trained)",
+        help="stop gradients at the policy's input (default: as in training)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seeds starts and noise")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of PyTorch"
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="CPU threads of PyTorch (default: PyTorch's own choice)",
     )
-    parser.add_argument("--out", type=Path, default=None, help="default: RUN/diagnosis")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of the results (default: RUN/diagnosis)"
+    )
     options = parser.parse_args(arguments)
     for name, least in (("starts", 1), ("repeats", 2), ("trajectories", 8), ("threads", 1)):
         if getattr(options, name) < least:
@@ -83,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def diagnose(options: argparse.Namespace) -> None:
-    """Measure, then write and print the table, the figure and the advice."""
+    """Measure, then write the table, the figure and the advice, and print the results."""
     torch.set_num_threads(options.threads)
     for name in options.estimators:
         estimators.make(name)
@@ -105,16 +131,18 @@ def diagnose(options: argparse.Namespace) -> None:
     (out / "table.md").write_text(text)
     (out / "results.json").write_text(json.dumps(_record(results, options), indent=1) + "\n")
     figure(results).savefig(out / "accuracy.png", dpi=150)
-    print(f"{text}Look at {out}/: accuracy.png, table.md, results.json.")
+    print(f"{text}Results in {out}/: accuracy.png, table.md, results.json.")
 
 
 def _load(run: Path) -> DreamerTPX:
-    """The trained agent with its saved replay, or else its newest checkpoint, which has one."""
+    """Load the trained agent with its saved replay, or else from its newest checkpoint."""
     folder = RunFolder.open(run)
     config = folder.read_config()
     env = make_env(config["env_id"], config["env_args"], seed=0)
     if AGENTS[config["agent"]].cls is not DreamerTPX:
-        raise UserError(f"{run} is a run of {config['agent']}; totalprop diagnose needs dreamer")
+        raise UserError(
+            f"{run} is a run of {config['agent']}; totalprop diagnose needs one of dreamer"
+        )
     if folder.replay.is_file():
         agent = folder.load_agent(env)
         assert isinstance(agent, DreamerTPX)
@@ -129,7 +157,15 @@ def _load(run: Path) -> DreamerTPX:
 
 
 def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:
-    """n posterior states of stored sequences, each [1, ...], of those that training starts from."""
+    """Draw n posterior states of replayed sequences, among those that imagination starts from.
+
+    Args:
+        agent: an agent with a replay.
+        n: number of states.
+        seed: seed of the sequences, the steps and the posterior's noise.
+    Returns:
+        n states, each [1, ...].
+    """
     assert agent.replay_buffer is not None
     length, rng = agent.sequence_length, np.random.default_rng(seed)
     batch = agent.replay_buffer.sample(n, length, rng)
@@ -146,7 +182,7 @@ def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:
 
 
 def is_blocked(agent: DreamerTPX, options: argparse.Namespace) -> bool:
-    """Whether the actor's input passes no gradient: as asked for, or else as trained."""
+    """Whether gradients stop at the actor's input: as asked for, or else as in training."""
     asked = options.stop_grad_actor_input
     return agent.stop_grad_actor_input if asked is None else asked
 
@@ -154,7 +190,11 @@ def is_blocked(agent: DreamerTPX, options: argparse.Namespace) -> bool:
 def measure(
     agent: DreamerTPX, name: str, horizon: int, starts: list[State], options: argparse.Namespace
 ) -> Tensor:
-    """[S, M, P] gradients of one estimator; all estimators see the same noise."""
+    """Evaluate the policy gradient of one estimator; the noise is the same for all estimators.
+
+    Returns:
+        [S, M, P] gradients, M repeats from each of S starts.
+    """
     trained = agent._update.settings
     imagination = dataclasses.replace(
         trained.imagination, stop_grad_actor_input=is_blocked(agent, options)
@@ -164,7 +204,7 @@ def measure(
         estimator=estimators.make(name, baseline=trained.estimator.baseline),
         horizon=horizon,
         imagination=imagination,
-        compile=False,  # the model is compiled already, if it is to be
+        compile=False,  # if the agent compiles, its model is compiled already
         cuda_graph=False,
     )
     update = DreamerUpdate(agent.policy, settings)
@@ -183,7 +223,7 @@ def measure(
 
 
 def table(results: dict[str, dict[int, GradientStatistics]]) -> str:
-    """Markdown: ESNR of each estimator and horizon, best of a row in bold; variance; size."""
+    """Markdown tables: ESNR (the best of a row in bold), variance and norm of the gradient."""
     horizons = list(next(iter(results.values())))
     head = ["| horizon | " + " | ".join(f"`{name}`" for name in results) + " |"]
     head.append("|---" * (1 + len(results)) + "|")
@@ -198,7 +238,7 @@ def table(results: dict[str, dict[int, GradientStatistics]]) -> str:
 
     return "\n".join(
         [
-            block("ESNR (TPX 2023, Eq. 19), higher is better:", esnr),
+            block("ESNR (Parmas et al. 2023, Eq. 19), higher is better:", esnr),
             block(
                 "Variance of the gradient: within a start / between starts (Eq. 18):",
                 lambda row: [f"{s.within:.2e} / {s.between:.2e}" for s in row],
@@ -212,7 +252,7 @@ def table(results: dict[str, dict[int, GradientStatistics]]) -> str:
 
 
 def advice(results: dict[str, dict[int, GradientStatistics]]) -> str:
-    """One sentence per group of horizons: the estimator to use for this model."""
+    """The most accurate estimator at each horizon, and the safest choice for all of them."""
     horizons = list(next(iter(results.values())))
     best = {h: max(results, key=lambda name, h=h: results[name][h].esnr) for h in horizons}  # type: ignore[misc]
     parts = []
@@ -225,18 +265,18 @@ def advice(results: dict[str, dict[int, GradientStatistics]]) -> str:
     }
     safest = max(shares, key=lambda name: shares[name])
     return (
-        f"Most accurate gradient for this model: {'; '.join(parts)}. One for all horizons: "
-        f"`{safest}`, never below {shares[safest]:.0%} of the best."
+        f"Most accurate gradient for this model: {'; '.join(parts)}. Safest at all horizons: "
+        f"`{safest}`, with an ESNR of at least {shares[safest]:.0%} of the best."
     )
 
 
 def figure(results: dict[str, dict[int, GradientStatistics]]) -> Figure:
-    """ESNR and the variance within a start, against the horizon."""
+    """Plot ESNR and the variance within a start against the horizon."""
     picture = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = picture.subplots(1, 2)
     for i, (name, by_horizon) in enumerate(results.items()):
         h = list(by_horizon)
-        # Later lines are thinner: estimators that agree stay visible under each other.
+        # Later lines are thinner, so that estimators that coincide all remain visible.
         style = {"marker": "o", "color": f"C{i}", "lw": 3.5 - 0.5 * i, "ms": 8 - i}
         left.plot(h, [s.esnr for s in by_horizon.values()], label=name, **style)
         right.plot(h, [s.within for s in by_horizon.values()], **style)

@@ -1,13 +1,15 @@
-"""More actions or more states? The variance of a policy gradient, taken apart (Lemma 1, Table 1).
+"""Decompose the variance of a policy gradient: would more actions or more states reduce it more?
 
     totalprop variance --env-id dm_control/cartpole-swingup-v0
     totalprop variance runs/daappo_cartpole-swingup-v0_dynamics_lr_seed0 --trajectories 200
 
-At every state of real trajectories two actions are drawn; the second one is tried in the
-environment rewound. Each is valued by independent rollouts, with noise of their own where the
-environment is stochastic, so that the noise of their returns does not count as variance of the
-action. Nauman & Cygan 2022, "On All-Action Policy Gradients", Sec. 3.
-Without a run folder the policy is a new one, after --updates updates of plain policy gradient.
+At every state of real trajectories two actions are drawn. The environment is rewound to try the
+second one. The value of each action is the mean return of several rollouts with independent noise,
+so that the noise in the returns is not mistaken for variance due to the action. Prints the variance
+components, the share that more actions can reduce, and the better way to spend a fixed budget.
+
+Without a run folder, a new policy is used, after --updates steps of plain policy gradient.
+Nauman & Cygan 2022, "On All-Action Policy Gradients", Lemma 1 and Table 1.
 """
 
 from __future__ import annotations
@@ -43,24 +45,65 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, nargs="?", help="run folder of totalprop train daappo")
-    parser.add_argument("--env-id", default="dmc/cartpole-swingup-v0", help="without a run")
+    parser.add_argument(
+        "run",
+        type=Path,
+        nargs="?",
+        help="run folder of totalprop train daappo; its policy and environment are used",
+    )
+    parser.add_argument(
+        "--env-id",
+        default="dmc/cartpole-swingup-v0",
+        help="environment of a new policy (default: dmc/cartpole-swingup-v0)",
+    )
     parser.add_argument(
         "--env-arg",
         action="append",
         metavar="NAME=VALUE",
-        help="default: the paper's action repeat of 4 for the control suite",
+        help="argument of the environment; may be repeated (default for the control suite: the "
+        "paper's action_repeat=4)",
     )
-    parser.add_argument("--trajectories", type=int, default=40, help="(the paper: 1100)")
-    parser.add_argument("--steps", type=int, default=50, help="T of each (the paper: 100)")
-    parser.add_argument("--rollouts", type=int, default=2, help="K per action (the paper: 100)")
-    parser.add_argument("--horizon", type=int, default=25, help="steps of each rollout")
-    parser.add_argument("--updates", type=int, default=0, help="of a new policy (the paper: 20)")
-    parser.add_argument("--learning-rate", type=float, default=0.1, help="of --updates")
-    parser.add_argument("--gamma", type=float, default=0.99, help="discount per decision")
-    parser.add_argument("--delta", type=float, default=1.0, help="cost of an action / of a state")
-    parser.add_argument("--seed", type=int, default=0, help="seeds everything random")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    parser.add_argument(
+        "--trajectories",
+        type=int,
+        default=40,
+        help="trajectories to sample (default: 40; the paper uses 1100)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=50,
+        help="T, steps per trajectory (default: 50; the paper uses 100)",
+    )
+    parser.add_argument(
+        "--rollouts",
+        type=int,
+        default=2,
+        help="K, rollouts per action (default: 2; the paper uses 100)",
+    )
+    parser.add_argument("--horizon", type=int, default=25, help="steps per rollout (default: 25)")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=0,
+        help="policy-gradient steps of a new policy (default: 0; the paper uses 20)",
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=0.1, help="step size of --updates (default: 0.1)"
+    )
+    parser.add_argument(
+        "--gamma", type=float, default=0.99, help="discount of the rollouts (default: 0.99)"
+    )
+    parser.add_argument(
+        "--delta",
+        type=float,
+        default=1.0,
+        help="cost of an extra action, in units of the cost of an extra state (default: 1)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
+    parser.add_argument(
+        "--json", type=Path, default=None, help="also write the components to this file"
+    )
     options = parser.parse_args(arguments)
     for name, least in (
         ("trajectories", 2), ("steps", 1), ("rollouts", 2), ("horizon", 1), ("updates", 0)
@@ -74,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Sample, estimate, print."""
-    torch.set_num_threads(1)  # one state at a time: threads would only wait
+    """Sample trajectories, estimate the components and print the report."""
+    torch.set_num_threads(1)  # batches of one state do not benefit from threads
     env_id, env_arg = options.env_id, options.env_arg
     if env_arg is None:
         env_arg = ["action_repeat=4"] if env_id.startswith(("dmc/", "dm_control/")) else []
@@ -109,9 +152,9 @@ def measure(options: argparse.Namespace) -> None:
 
 
 class Sampler:
-    """Trajectories with two valued actions per state.
+    """Samples trajectories with two actions per state, and Q-values of both.
 
-    Υ = Q ∇ log π of the policy's Gaussian, w.r.t. all parameters of mean and deviation.
+    Υ = Q ∇ log π of the Gaussian policy, w.r.t. all parameters of its mean and standard deviation.
     """
 
     def __init__(self, env: VecEnv, policy: ActorCriticPolicy, options: argparse.Namespace) -> None:
@@ -121,7 +164,7 @@ class Sampler:
         self.low, self.high = space.low, space.high
         self.actor = _Actor(policy)
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.noise = np.random.default_rng(options.seed)  # seeds of the environment's own
+        self.noise = np.random.default_rng(options.seed)  # seeds of the environment's generator
         self.interactions = 0
 
         def score(parameters: dict[str, Tensor], state: Tensor, action: Tensor) -> Tensor:
@@ -132,7 +175,7 @@ class Sampler:
         self.score = vmap(grad(score), in_dims=(None, 0, 0))
 
     def trajectory(self) -> Tensor:
-        """[T, 2, K, P] of Υ; action 0 drives the transition."""
+        """Sample one trajectory: [T, 2, K, P] of Υ, where action 0 drives the transition."""
         o = self.options
         observation = self._method("reset", seed=int(self._integer()))[0]
         states, actions, values = [], [], []
@@ -158,7 +201,7 @@ class Sampler:
         return torch.tensor(values).unsqueeze(-1) * flat.unsqueeze(2)
 
     def update(self, rate: float) -> None:
-        """One step of plain policy gradient, on one trajectory per ten that are measured."""
+        """Take one policy-gradient step, from a tenth of --trajectories."""
         n = max(self.options.trajectories // 10, 1)
         mean = torch.stack([self.trajectory().mean((0, 1, 2)) for _ in range(n)]).mean(0)
         with torch.no_grad():
@@ -178,12 +221,12 @@ class Sampler:
         return total
 
     def _with_new_noise(self, snapshot: Snapshot) -> Snapshot:
-        """The same state before other random numbers; a snapshot alone repeats its own."""
+        """The same state with a fresh generator; a snapshot restores its own random numbers."""
         kind = getattr(np.random, snapshot.np_random["bit_generator"])
         return dataclasses.replace(snapshot, np_random=kind(self.noise.integers(2**63)).state)
 
     def _state(self, observation: np.ndarray) -> Tensor:
-        """What the policy sees: the environments are stepped one by one, past VecNormalize."""
+        """The policy's input; steps bypass VecNormalize, so observations are normalised here."""
         if self.normalised is not None:
             normalised: Any = self.normalised.normalize_obs(observation)
             observation = normalised
@@ -206,7 +249,7 @@ class Sampler:
 
 
 class _Actor(nn.Module):
-    """Mean and log-deviation of a stable-baselines3 policy, without its critic."""
+    """Mean and log-std of an SB3 policy, without its critic."""
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__()
@@ -221,7 +264,7 @@ def _policy(options: argparse.Namespace, env: VecEnv) -> ActorCriticPolicy:
     if options.run is not None:
         policy = RunFolder.open(options.run).load_agent(env).policy
         if not isinstance(policy, ActorCriticPolicy):
-            raise UserError(f"{options.run} holds no actor-critic policy; give a run of daappo")
+            raise UserError(f"{options.run} has no actor-critic policy; pass a run of daappo")
         return policy
     torch.manual_seed(options.seed)
     kwargs = {"net_arch": {"pi": [128], "vf": []}}  # App. B: one hidden layer of 128
@@ -231,7 +274,7 @@ def _policy(options: argparse.Namespace, env: VecEnv) -> ActorCriticPolicy:
 def report(
     found: ComponentEstimate, options: argparse.Namespace, env_id: str, interactions: int
 ) -> str:
-    """Table 1 with 95 % intervals, the share, and the advice."""
+    """Text of the report: Table 1 with 95 % intervals, the policy's share, and the advice."""
     lines = [
         f"{env_id}: {options.trajectories} trajectories of {options.steps} steps, 2 actions x "
         f"{options.rollouts} rollouts of {options.horizon} steps each; {interactions} steps in all",
@@ -245,31 +288,31 @@ def report(
     low, high = found.interval(lambda c: c.policy_share)
     lines.append("")
     lines.append(
-        f"policy-dependent share: {c.policy_share:.1%} [{low:.1%}, {high:.1%}]; the paper: "
+        f"policy-dependent share: {c.policy_share:.1%} [{low:.1%}, {high:.1%}]; in the paper: "
         f"{PAPER_SHARE}"
     )
     advice, best = advise(c, options.delta), optimal_actions(c, options.delta)
-    mean = 1 / c.n_parameters  # of traces, as in the table
+    mean = 1 / c.n_parameters  # traces to means over the parameters, as in the table
     lines.append(
-        f"one more action per state changes the variance by {advice.delta_actions * mean:.3g}, as "
-        f"much cost in states by {advice.delta_states * mean:.3g}:"
+        f"one more action per state changes the variance by {advice.delta_actions * mean:.3g}; "
+        f"more states at the same cost change it by {advice.delta_states * mean:.3g}:"
     )
     low, high = found.interval(lambda c: mean * _preference(advise(c, options.delta)))
     if low < 0 < high:
         lines.append(
-            f"that difference is within its noise, [{low:.3g}, {high:.3g}]: measure more "
-            "--trajectories before you choose."
+            f"the difference is within its noise, [{low:.3g}, {high:.3g}]; increase "
+            "--trajectories to decide."
         )
     else:
         lines.append(
-            f"{advice.choice}. Best at the cost of {options.steps} states and delta = "
-            f"{options.delta:g}: {best.n_actions} actions in each of {best.n_steps:.0f} states."
+            f"{advice.choice}. Best at the cost of {options.steps} single-action states and delta "
+            f"= {options.delta:g}: {best.n_actions} actions in each of {best.n_steps:.0f} states."
         )
     return "\n".join(lines)
 
 
 def _preference(advice: Advice) -> float:
-    """Below 0: actions lower the variance by more than states do."""
+    """Negative if more actions reduce the variance more than more states."""
     return advice.delta_actions - advice.delta_states
 
 
