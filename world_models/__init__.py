@@ -1,4 +1,4 @@
-"""Learned models of the environment. Nothing here imports another package of this project."""
+"""Learned models of the environment. This package imports no other package of the project."""
 
 from totalprop.world_models.gp import GaussianProcess
 

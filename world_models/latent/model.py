@@ -1,9 +1,9 @@
-"""DreamerV1's world model: encoder, RSSM, and the heads that read its states.
+"""DreamerV1's world model: encoder, RSSM, decoder, and heads for reward and discount.
 
     loss = kl_scale max(mean KL(q || p), free nats) - mean log p(o | s) - mean log p(r | s)
 
-Hafner et al. 2020, Eq. 10 and App. A; details as in danijar/dreamer. Knows no agent: what is
-imagined in the model, and how its gradient is taken, is agents/imagination.py.
+Hafner et al. 2020, Eq. 10 and App. A; details follow danijar/dreamer. Imagination in this model,
+and its gradient, are in agents/dreamer/imagination.py.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from totalprop.world_models.latent.rssm import RSSM, Gaussian, State, kl_diverge
 
 
 class ModelLoss(NamedTuple):
-    """The loss of a batch and its parts, all [] and per time step."""
+    """The loss of a batch and its terms, all [] and averaged over sequences and time steps."""
 
     total: Tensor
     observation: Tensor  # -log p(o | s)
     reward: Tensor  # -log p(r | s)
-    kl: Tensor  # before the free nats
-    discount: Tensor  # scaled cross entropy; 0 without a discount head
+    kl: Tensor  # before free nats are applied
+    discount: Tensor  # cross entropy times its scale; 0 without a discount head
 
 
 class ModelLossSettings(NamedTuple):
-    """Weights of the loss's parts.
+    """Weights of the terms of the loss.
 
     Attributes:
         kl_scale: weight of the KL term.
-        free_nats: below which it has no gradient.
-        free_nats_per_step: applied to every step (Hafner's TensorFlow 1 original), or to the mean
-            over batch and time (danijar/dreamer).
-        gamma: what the discount head predicts where the episode goes on.
+        free_nats: the KL divergence, in nats, below which it is not penalised.
+        free_nats_per_step: True applies the free nats to every step (Hafner's TensorFlow 1
+            original), False to the mean over batch and time (danijar/dreamer).
+        gamma: target of the discount head while the episode continues.
         discount_scale: weight of the discount head's cross entropy.
     """
 
@@ -58,14 +58,20 @@ class ModelLossSettings(NamedTuple):
 
 
 class LatentModel(nn.Module):
-    """World model over images [C, 64, 64] uint8 or vectors [S].
+    """World model for observations that are images [C, 64, 64] uint8 or vectors [S].
 
     Args:
-        observation_shape: of one observation. action_size: A.
-        stoch, deter, hidden: of the RSSM. width: units of the dense heads (400).
-        conv_depth: feature maps of the first convolution (32).
-        vector_std: standard deviation of the decoder of vectors.
-        discount_head: learn γ·P(not terminal), for tasks that end early.
+        observation_shape: shape of one observation.
+        action_size: A.
+        stoch: size of the RSSM's stochastic state z.
+        deter: size of the RSSM's deterministic state h.
+        hidden: units of the RSSM's dense layers.
+        width: units of the dense networks (400 in DreamerV1).
+        conv_depth: feature maps of the first convolution (32 in DreamerV1).
+        vector_std: standard deviation of the vector decoder.
+        discount_head: whether to learn γ·P(not terminal), for tasks that may end early.
+    Raises:
+        ValueError: images are not 64x64.
     """
 
     def __init__(
@@ -105,11 +111,11 @@ class LatentModel(nn.Module):
         initialise(self)
 
     def reward(self, features: Tensor) -> Tensor:
-        """Mean reward of arriving in a state, [..., F] -> [...]."""
+        """Mean reward for arriving in a state, [..., F] -> [...]."""
         return at_least_float32(self.reward_head(features)).squeeze(-1)
 
     def discount(self, features: Tensor) -> Tensor | None:
-        """γ·P(the episode goes on), [..., F] -> [...]; None without a head."""
+        """γ·P(the episode continues), [..., F] -> [...]; None without a discount head."""
         if self.discount_head is None:
             return None
         return at_least_float32(self.discount_head(features)).squeeze(-1).sigmoid()
@@ -124,12 +130,18 @@ class LatentModel(nn.Module):
         noise: Tensor,
         settings: ModelLossSettings,
     ) -> tuple[ModelLoss, State]:
-        """Loss of a batch of sequences and the posterior states it went through.
+        """Compute the loss of a batch of sequences, and their posterior states.
 
         Args:
-            observations: [T, B, ...]. actions: [T, B, A] before each observation.
-            rewards, is_first, is_terminal: [T, B], of each observation.
+            observations: [T, B, ...].
+            actions: [T, B, A], each the action taken before the observation.
+            rewards: [T, B], each the reward received with the observation.
+            is_first: [T, B] bool, whether the observation is the first of an episode.
+            is_terminal: [T, B] bool, whether the episode terminates with the observation.
             noise: [T, B, stoch] standard normal.
+            settings: weights of the terms.
+        Returns:
+            The loss, and the posterior states [T, B, ...].
         """
         steps = rewards.numel()
         states, prior, posterior = self.rssm.observe(
@@ -158,11 +170,15 @@ class LatentModel(nn.Module):
     def filter(
         self, state: State, action: Tensor, observation: Tensor, noise: Tensor | None
     ) -> State:
-        """One step of the posterior; with noise None its mean.
+        """Update the posterior state by one step.
 
         Args:
-            state: of N sequences. action: [N, A] since then. observation: [N, ...].
-            noise: [N, stoch].
+            state: [N, ...] previous posterior state.
+            action: [N, A] action taken in it.
+            observation: [N, ...] observation that followed.
+            noise: [N, stoch] standard normal; None takes the posterior's mean.
+        Returns:
+            [N, ...] the new posterior state.
         """
         deter = self.rssm.recur(state, action)
         mean, std = self.rssm.posterior(deter, self.encoder(observation))
@@ -178,9 +194,17 @@ class LatentModel(nn.Module):
         context: int,
         generator: torch.Generator,
     ) -> Tensor:
-        """Predicted observations [T, B, ...]: filtered for `context` steps, then only imagined.
+        """Predict observations open loop, after filtering the first `context` steps.
 
-        Images are in [-0.5, 0.5]. Args as in `loss`.
+        Args:
+            observations: [T, B, ...], of which only the first `context` steps are used.
+            actions: [T, B, A], each the action taken before the observation.
+            is_first: [T, B] bool, whether the observation is the first of an episode.
+            context: number of steps to filter.
+            generator: generator of the noise, on the model's device.
+        Returns:
+            [T, B, ...] reconstructions of the first `context` steps, then predictions. Images are
+            in [-0.5, 0.5].
         """
 
         def noise(steps: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Networks of DreamerV1: multi-layer perceptron, and the encoders and decoders of observations.
+"""Networks of DreamerV1: multi-layer perceptron, and encoders and decoders of observations.
 
-Architecture and initialisation follow danijar/dreamer (Hafner et al. 2020, App. A): Glorot-uniform
-weights, zero biases. Images are [..., C, 64, 64] in the loader's uint8; nothing here knows time.
+Architecture and initialisation (Glorot-uniform weights, zero biases) follow danijar/dreamer and
+Hafner et al. 2020, App. A. Images are [..., C, 64, 64] uint8.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from totalprop.world_models.latent.linear import Linear, fast_linear
 
-IMAGE_SIZE = 64  # what four VALID convolutions of kernel 4 and stride 2 bring to 2 x 2
-CPU_CHUNK = 125  # images whose activations stay in a cache; measured with totalprop bench dreamer
+IMAGE_SIZE = 64  # four VALID convolutions with kernel 4 and stride 2 reduce it to 2 x 2
+CPU_CHUNK = 125  # images whose activations fit into the cache; tuned with totalprop bench dreamer
 
 
 def initialise(module: nn.Module) -> None:
-    """Keras's defaults, which the reference relies on: Glorot-uniform, orthogonal, zeros."""
+    """Initialise as Keras does, like the reference: Glorot-uniform, orthogonal (GRU), zeros."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(part.weight)
@@ -34,7 +34,7 @@ def initialise(module: nn.Module) -> None:
 
 
 def mlp(inputs: int, width: int, layers: int, outputs: int) -> nn.Sequential:
-    """`layers` hidden layers of `width` with ELU, then a linear one."""
+    """Make a perceptron with `layers` hidden layers of `width` ELUs and a linear output layer."""
     parts: list[nn.Module] = []
     for i in range(layers):
         parts += [Linear(width if i else inputs, width), nn.ELU()]
@@ -45,7 +45,8 @@ class ImageEncoder(nn.Module):
     """Four convolutions, kernel 4, stride 2, ReLU: [..., C, 64, 64] uint8 -> [..., 32 depth].
 
     Args:
-        channels: of the image. depth: feature maps of the first layer, doubled by each (32).
+        channels: C.
+        depth: feature maps of the first layer (32 in DreamerV1); every further layer doubles them.
     """
 
     def __init__(self, channels: int, *, depth: int) -> None:
@@ -69,9 +70,14 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """Dense, then four transposed convolutions of stride 2: features -> [..., C, 64, 64].
+    """A dense layer and four transposed convolutions, stride 2: [..., F] -> [..., C, 64, 64].
 
     The output is the mean of a Gaussian of unit variance over pixels in [-0.5, 0.5].
+
+    Args:
+        features: F.
+        channels: C.
+        depth: as in `ImageEncoder`.
     """
 
     def __init__(self, features: int, channels: int, *, depth: int) -> None:
@@ -92,7 +98,7 @@ class ImageDecoder(nn.Module):
         return torch.cat(images).unflatten(0, features.shape[:-1])
 
     def _decode(self, features: Tensor) -> Tensor:
-        # On a 1 x 1 input a transposed convolution is a matrix product, and much faster as one.
+        # On a 1 x 1 input a transposed convolution is a matrix product, which is much faster.
         weight, bias = self.first.weight, self.first.bias
         x = fast_linear(self.dense(features), weight.flatten(1).T, None)
         x = x.unflatten(1, weight.shape[1:])
@@ -102,7 +108,12 @@ class ImageDecoder(nn.Module):
         return images
 
     def log_prob(self, features: Tensor, images: Tensor) -> Tensor:
-        """Σ over all pixels of log N(image; mean, 1), summed over the batch: a scalar."""
+        """[] log N(image; mean, 1), summed over pixels and batch.
+
+        Args:
+            features: [..., F].
+            images: [..., C, 64, 64] uint8.
+        """
         features, images = features.flatten(0, -2), images.flatten(0, -4)
         total = features.new_zeros(())
         for rows in _chunks(features):
@@ -112,7 +123,7 @@ class ImageDecoder(nn.Module):
 
 
 class VectorEncoder(nn.Module):
-    """Perceptron: [..., S] -> [..., width]."""
+    """Perceptron on symlog(observation), [..., S] -> [..., width]."""
 
     def __init__(self, size: int, *, width: int, layers: int = 2) -> None:
         super().__init__()
@@ -124,11 +135,15 @@ class VectorEncoder(nn.Module):
 
 
 class VectorDecoder(nn.Module):
-    """Perceptron to the mean of a Gaussian over symlog(observation).
+    """Perceptron that predicts the mean of a Gaussian over symlog(observation).
 
     Args:
-        std: of that Gaussian. State entries vary by about 1 and few of them must compete with the
-            free nats, where thousands of pixels need no help: 1 is for images.
+        features: F, size of the input.
+        size: S, size of the observation.
+        width: units of the hidden layers.
+        layers: number of hidden layers.
+        std: standard deviation of the Gaussian. Images use 1, but vectors need less: their few
+            entries, which vary by about 1, must outweigh the free nats.
     """
 
     def __init__(
@@ -142,39 +157,47 @@ class VectorDecoder(nn.Module):
         return symexp(self.net(features))
 
     def log_prob(self, features: Tensor, observations: Tensor) -> Tensor:
-        """Σ over entries of log N(symlog(observation); mean, std), summed over the batch."""
+        """[] log N(symlog(observation); mean, std), summed over entries and batch.
+
+        Args:
+            features: [..., F].
+            observations: [..., S].
+        """
         error = (at_least_float32(self.net(features)) - symlog(observations.float())) / self.std
         constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
         return -0.5 * error.square().sum() - constant * error.numel()
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float [-0.5, 0.5]."""
+    """Scale pixels from uint8 in [0, 255] to float32 in [-0.5, 0.5]."""
     return images.float() / 255 - 0.5
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Distributions and losses stay float32 where autocast runs the layers in bfloat16."""
+    """Cast to float32 at least, for distributions and losses when layers run in bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) log(1 + |x|): leaves small numbers, tames velocities. Hafner et al. 2023, Eq. 9."""
+    """sign(x) log(1 + |x|), which compresses large values such as velocities.
+
+    Hafner et al. 2023 (DreamerV3), Eq. 9.
+    """
     return x.sign() * x.abs().log1p()
 
 
 def symexp(x: Tensor) -> Tensor:
-    """Inverse of `symlog`."""
+    """The inverse of `symlog`."""
     return x.sign() * x.abs().expm1()
 
 
 def _for_convolution(x: Tensor) -> Tensor:
-    """Channels last on a CPU, where oneDNN then takes half the time; as it is on a GPU."""
+    """Convert to channels last on the CPU, which halves the time of oneDNN's convolutions."""
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 def _chunks(batch: Tensor) -> Iterator[slice]:
-    """Row slices. Convolutions of small batches keep their activations in a CPU's cache."""
+    """Slices of rows; on a CPU, small batches keep the convolutions' activations in the cache."""
     n = len(batch)
     size = CPU_CHUNK if batch.device.type == "cpu" else n
     return (slice(i, i + size) for i in range(0, n, max(size, 1)))

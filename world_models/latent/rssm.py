@@ -1,9 +1,9 @@
-"""The recurrent state-space model: deterministic memory and a Gaussian latent.
+"""The recurrent state-space model (RSSM), with a deterministic and a Gaussian latent state.
 
     h_t = GRU(h_{t-1}, [z_{t-1}, a_{t-1}]),   prior p(z_t | h_t),   posterior q(z_t | h_t, o_t)
 
-Hafner et al. 2019 (PlaNet), Sec. 3; sizes of Hafner et al. 2020 (DreamerV1), as in danijar/dreamer.
-Notation: deter = h, stoch = z, and a state's features are [stoch, deter].
+Hafner et al. 2019 (PlaNet), Sec. 3; sizes as in Hafner et al. 2020 (DreamerV1), danijar/dreamer.
+Notation: deter = h and stoch = z; the features of a state are [stoch, deter].
 """
 
 from __future__ import annotations
@@ -19,35 +19,38 @@ from totalprop.world_models.latent.networks import at_least_float32
 
 
 class State(NamedTuple):
-    """A latent state, [..., deter] and [..., stoch]."""
+    """A latent state."""
 
-    deter: Tensor
-    stoch: Tensor
+    deter: Tensor  # [..., deter] h
+    stoch: Tensor  # [..., stoch] z
 
     @property
     def features(self) -> Tensor:
-        """[..., stoch + deter], what every head reads."""
+        """[..., stoch + deter], the input of every head."""
         return torch.cat((self.stoch, self.deter), -1)
 
     def detach(self) -> State:
-        """Cut from the graph."""
+        """The same state, detached from the graph."""
         return State(self.deter.detach(), self.stoch.detach())
 
 
 class Gaussian(NamedTuple):
-    """Mean and standard deviation of a diagonal Gaussian, [..., D] each."""
+    """A diagonal Gaussian."""
 
-    mean: Tensor
-    std: Tensor
+    mean: Tensor  # [..., D]
+    std: Tensor  # [..., D]
 
 
 class RSSM(nn.Module):
-    """Transition and representation model.
+    """Transition model (prior) and representation model (posterior).
 
     Args:
-        action_size: A. embed_size: of the encoder's output.
-        stoch, deter, hidden: sizes of z, h, and the dense layers between (30, 200, 200).
-        min_std: added to softplus in both standard deviations.
+        action_size: A.
+        embed_size: E, size of the encoder's output.
+        stoch: size of z (30 in DreamerV1).
+        deter: size of h (200 in DreamerV1).
+        hidden: units of the dense layers between them (200 in DreamerV1).
+        min_std: added to the softplus of both standard deviations.
     """
 
     def __init__(
@@ -71,21 +74,21 @@ class RSSM(nn.Module):
 
     @property
     def feature_size(self) -> int:
-        """Width of `State.features`."""
+        """Size of `State.features`."""
         return self.stoch_size + self.deter_size
 
     def initial(self, n: int) -> State:
-        """Zeros for n sequences."""
+        """The initial state of n sequences, which is zero."""
         weight = self.prior_out.weight
         return State(weight.new_zeros(n, self.deter_size), weight.new_zeros(n, self.stoch_size))
 
     def recur(self, state: State, action: Tensor) -> Tensor:
-        """h_t [N, deter] from the state and action before."""
+        """h_t [N, deter] from the previous state and action."""
         x = elu(self.input_layer(torch.cat((state.stoch, action), -1)))
         cell, h = self.cell, state.deter
         if h.device.type != "cpu":
             return cell(x, h)
-        # As nn.GRUCell, whose products are not oneDNN's.
+        # The same as nn.GRUCell, which would not use oneDNN.
         reset_x, update_x, new_x = fast_linear(x, cell.weight_ih, cell.bias_ih).chunk(3, -1)
         reset_h, update_h, new_h = fast_linear(h, cell.weight_hh, cell.bias_hh).chunk(3, -1)
         reset, update = (reset_x + reset_h).sigmoid(), (update_x + update_h).sigmoid()
@@ -93,27 +96,28 @@ class RSSM(nn.Module):
         return candidate + update * (h - candidate)
 
     def prior(self, deter: Tensor) -> Gaussian:
-        """p(z_t | h_t)."""
+        """p(z_t | h_t), from h_t [..., deter]."""
         return self._gaussian(self.prior_out(elu(self.prior_hidden(deter))))
 
     def posterior(self, deter: Tensor, embed: Tensor) -> Gaussian:
-        """q(z_t | h_t, o_t)."""
+        """q(z_t | h_t, o_t), from h_t [..., deter] and the embedding of o_t [..., E]."""
         x = torch.cat((deter, embed), -1)
         return self._gaussian(self.posterior_out(elu(self.posterior_hidden(x))))
 
     def observe(
         self, embeds: Tensor, actions: Tensor, is_first: Tensor, noise: Tensor
     ) -> tuple[State, Gaussian, Gaussian]:
-        """Filter sequences; posterior samples are reparameterised (model learning, not a node).
+        """Filter sequences with reparameterised samples of the posterior.
 
         Args:
-            embeds: [T, B, E]. actions: [T, B, A], each the action before its observation.
-            is_first: [T, B] bool; the state before such a step is zero, and so is its action.
+            embeds: [T, B, E] embeddings of the observations.
+            actions: [T, B, A], each the action taken before the observation.
+            is_first: [T, B] bool; the state and action before such a step count as zero.
             noise: [T, B, stoch] standard normal.
         Returns:
-            states [T, B, ...], priors and posteriors [T, B, stoch].
+            Posterior states [T, B, ...], priors and posteriors [T, B, stoch].
         """
-        # The embedding's part of the posterior needs no recurrence: one product for all steps.
+        # The embedding's part of the posterior is not recurrent: one product for all steps.
         weight = self.posterior_hidden.weight
         from_embed = fast_linear(
             embeds, weight[:, self.deter_size :].contiguous(), self.posterior_hidden.bias
