@@ -8,7 +8,7 @@ from totalprop.envs.dm_control import TASKS
 
 
 def _register(id: str, **spec: Any) -> None:
-    if id not in gym.registry:  # in a checkout this file is both `envs` and `totalprop.envs`
+    if id not in gym.registry:  # in a checkout, this file may be imported under two names
         gym.register(id, **spec)
 
 
@@ -22,5 +22,5 @@ for _domain, _task in TASKS:
     _register(
         id=f"dmc/{_domain}-{_task}-v0",
         entry_point="totalprop.envs.dm_control:DMControlEnv",
-        kwargs={"domain": _domain, "task": _task},  # the suite keeps its own time limit
+        kwargs={"domain": _domain, "task": _task},  # the suite enforces its own time limit
     )

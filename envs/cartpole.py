@@ -1,11 +1,12 @@
 """The cart-pole swing-up of PILCO and PIPPS as a Gymnasium environment.
 
-Here: the equations of motion, their integrator, the two costs of PIPPS and the noisy environment.
-Not here: the picture (cartpole_render.py), and differentiable simulation: agents learn a model and
-borrow only `CartPoleSwingUpEnv.cost` and `CartPoleSwingUpEnv.initial_distribution`.
+This module holds the equations of motion, their integrator, the two costs of PIPPS and the noisy
+environment. Rendering is in cartpole_render.py. The simulation is not differentiable: agents learn
+a model, and use only `CartPoleSwingUpEnv.cost` and `CartPoleSwingUpEnv.initial_distribution`.
 
-State [x, theta, x_dot, theta_dot] in m, rad, m/s, rad/s. theta = 0 is upright, pi hangs down, and
-positive theta leans left: the tip is at (x - l sin theta, l cos theta). The angle is never wrapped.
+The state is [x, theta, x_dot, theta_dot] in m, rad, m/s and rad/s. The pole is upright at theta = 0
+and hangs down at theta = pi. Positive theta leans left: the tip is at (x - l sin theta, l cos
+theta). The angle is never wrapped.
 """
 
 import importlib
@@ -35,21 +36,22 @@ def cartpole_derivatives(
     friction: float = 0.1,
     gravity: float = 9.82,
 ) -> np.ndarray:
-    """Time derivative of the cart-pole state.
+    """Compute the time derivative of the cart-pole state.
 
     The pole is a uniform rod on a frictionless hinge. With F = u - b ẋ and D = 4(M+m) - 3 m cos²θ:
         ẍ = (-2 m l θ̇² sin θ + 3 m g sin θ cos θ + 4 F) / D
         θ̈ = (-3 m l θ̇² sin θ cos θ + 6 (M+m) g sin θ + 6 F cos θ) / (l D)
-    Plant and constants of Deisenroth & Rasmussen 2011 (PILCO, reference code dynamics_cp.m), which
-    Parmas et al. 2018, Sec. 4.2 keep. Differs from PILCO: its angle is ours + pi (0 when hanging).
+    Plant and constants are those of Deisenroth & Rasmussen 2011 (PILCO, reference code
+    dynamics_cp.m), also used by Parmas et al. 2018, Sec. 4.2. Differs from PILCO: its angle is
+    ours + pi (0 when hanging).
 
     Args:
         state: [..., 4] x, theta, x_dot, theta_dot.
-        force: [...] u, in N, broadcast against the leading axes of the state.
+        force: [...] u in N, broadcastable to the leading axes of the state.
         pole_length: l, in m; the centre of mass is at l/2.
         cart_mass: M, in kg.
         pole_mass: m, in kg.
-        friction: b between cart and ground, in N/(m/s).
+        friction: b, between cart and ground, in N/(m/s).
         gravity: g, in m/s².
 
     Returns:
@@ -81,22 +83,22 @@ def integrate(
     substeps: int = SUBSTEPS,
     **plant: float,
 ) -> np.ndarray:
-    """State after `duration` seconds of constant force.
+    """Integrate the equations of motion over `duration` seconds of constant force.
 
-    "rk4" (classical Runge-Kutta) is within 3e-6 of the exact solution after one control step from
-    rest at 10 N. "euler" (explicit) is off by 0.13 rad/s there; it is kept because the PIPPS demo
-    that Parmas & Seno 2022 released uses it.
+    After one control step from rest at 10 N, "rk4" (classical Runge-Kutta) is within 3e-6 of the
+    exact solution, while "euler" (explicit) is off by 0.13 rad/s. "euler" is supported because the
+    PIPPS demo released by Parmas & Seno 2022 uses it.
 
     Args:
         state: [..., 4] x, theta, x_dot, theta_dot.
-        force: [...] in N, held constant.
+        force: [...] in N.
         integrator: "rk4" or "euler".
         duration: in s.
-        substeps: number of equal steps that make up the duration.
-        **plant: constants passed on to `cartpole_derivatives`.
+        substeps: number of integration steps of equal length.
+        **plant: constants for `cartpole_derivatives`.
 
     Returns:
-        [..., 4] the state at the end, float64.
+        [..., 4] final state, float64.
 
     Raises:
         ValueError: the integrator is unknown.
@@ -117,36 +119,36 @@ def integrate(
 
 
 class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
-    """Swing a pole up and balance it, seen through noisy sensors; reward = -cost(true next state).
+    """Swing up a pole and balance it, with noisy observations; reward = -cost(true next state).
 
     The task of Parmas et al. 2018, Sec. 4.2.1. Registered as `totalprop/CartPoleSwingUp-v0`, which
-    truncates after 30 steps (3 s); nothing terminates, the track has no end. The undiscounted
-    return lies in [-30, 0], the registered reward threshold is -15. That number is INFERRED: the
-    papers count a run as a success when its final return passes a threshold which they do not
-    print; -15 lies between doing nothing (-26 to -30) and the best known open-loop plans (-8 to
+    truncates after 30 steps (3 s). Episodes never terminate, and the track is infinite. The
+    undiscounted return lies in [-30, 0]. The registered reward threshold, -15, is INFERRED: the
+    papers count a run as a success if its final return passes a threshold, but do not state its
+    value. -15 lies between doing nothing (-26 to -30) and the best known open-loop plans (-8 to
     -10).
 
-    Observations are the state plus white Gaussian noise, at reset too. Actions in [-1, 1] are
-    scaled to +-10 N; actions out of range are clipped. `info` of reset and step holds the truth:
-    "state" ([4] float64, after the step), its "cost" and its "tip_distance" (m). All randomness
-    comes from `np_random`: the seed of `reset` fixes everything.
+    Observations are the state plus white Gaussian noise, including the first one after a reset.
+    Actions in [-1, 1] are scaled to +-10 N; actions out of range are clipped. The `info` of reset
+    and step holds the true "state" ([4] float64, after the step), its "cost" and its "tip_distance"
+    (m). All randomness comes from `np_random`, so the seed passed to `reset` determines everything.
 
     Args:
         cost: "angle" or "tip", see `cost`.
-        noise: k >= 0 multiplies the VARIANCE of the observation noise: std = sqrt(k) * [0.01 m,
+        noise: multiplier k >= 0 of the VARIANCE of the observation noise: std = sqrt(k) * [0.01 m,
             1 deg, 0.1 m/s, 10 deg/s]. Parmas et al. 2018 use k in {0.01, 1, 4, 9, 16}.
         integrator: "rk4" or "euler", see `integrate`.
-        pole_length: l > 0, in m, of the plant and of the cost.
-        tip_width: w > 0, in m, of the tip cost: 0.25 in PILCO, 0.5 in the released PIPPS demo.
-        mirrored_tip: put the tip at x + l sin theta in the tip cost, the sign in the released PIPPS
-            demo, which mirrors it about the cart; for reproducing that code only. The angle cost
-            and `tip_distance` ignore it.
-        initial_std: >= 0; the true initial state is N([0, pi, 0, 0], initial_std² I): 0.02 in the
-            PIPPS demo, 0.1 in PILCO.
+        pole_length: l > 0 in m, used by the plant and by the cost.
+        tip_width: w > 0 in m of the tip cost; 0.25 in PILCO, 0.5 in the released PIPPS demo.
+        mirrored_tip: place the tip at x + l sin theta in the tip cost, mirrored about the cart, as
+            in the released PIPPS demo. Use it only to reproduce that code. The angle cost and
+            `tip_distance` ignore it.
+        initial_std: standard deviation >= 0 of the true initial state, which is drawn from
+            N([0, pi, 0, 0], initial_std² I); 0.02 in the PIPPS demo, 0.1 in PILCO.
         render_mode: None or "rgb_array".
 
     Raises:
-        ValueError: an argument is not one of the above.
+        ValueError: an argument is out of range.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -183,7 +185,7 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
         self.noise_std = math.sqrt(self.noise) * np.array(BASE_NOISE_STD)
 
         self.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
-        # No physical bound exists; Gymnasium's checker warns about infinite ones.
+        # The state is unbounded, but Gymnasium's checker warns about infinite bounds.
         largest = float(np.finfo(np.float32).max)
         self.observation_space = gym.spaces.Box(-largest, largest, (4,), np.float32)
         self._state: np.ndarray | None = None
@@ -194,19 +196,19 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
     def initial_distribution(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean [4] and standard deviation [4] of the TRUE initial state, float64.
 
-        It is Gaussian with independent coordinates and has no observation noise. Agents that
-        simulate read this attribute by name to start their particles.
+        The distribution is Gaussian with independent coordinates, without observation noise.
+        Model-based agents look up this attribute by name, to sample the particles they start from.
         """
         return np.array([0.0, math.pi, 0.0, 0.0]), np.full(4, self.initial_std)
 
     def cost(self, state: Any) -> Any:
-        """Cost in [0, 1) of being in a state: 1 - exp(-½ δ²), differentiable for torch tensors.
+        """Compute the cost in [0, 1) of a state, 1 - exp(-½ δ²); differentiable for torch tensors.
 
-        "angle": δ² = x² + θ², upright with ONE winding, so θ = 2 pi is not the target;
-        "tip":   δ² = d² / w², d = `tip_distance`.
-        Angle Cost and Tip Cost of Parmas et al. 2018, Sec. 4.2.1; the latter is from Deisenroth &
-        Rasmussen 2011 (PILCO). Differs from Parmas et al. 2018, Sec. 4.2, where no ½ is printed:
-        the released codes of both papers have it.
+        "angle": δ² = x² + θ². Only θ = 0 counts as upright, not θ = 2 pi.
+        "tip":   δ² = d² / w² with d = `tip_distance`.
+        Parmas et al. 2018, Sec. 4.2.1 (Angle Cost and Tip Cost); the Tip Cost is from Deisenroth &
+        Rasmussen 2011 (PILCO). Differs from Parmas et al. 2018, Sec. 4.2, which omits the ½; the
+        released code of both papers has it.
 
         Args:
             state: [..., 4] true state, a numpy array or a torch tensor.
@@ -224,9 +226,9 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
         return 1 - xp.exp(-0.5 * delta_squared)
 
     def tip_distance(self, state: Any) -> Any:
-        """Distance d in m between the pole's tip and its target, the upright tip at x = 0.
+        """Compute the distance d in m of the pole's tip from its target, upright at x = 0.
 
-        d² = (x - l sin θ)² + l² (1 - cos θ)²: always the physical tip, `mirrored_tip` or not.
+        d² = (x - l sin θ)² + l² (1 - cos θ)² of the physical tip, whatever `mirrored_tip` is.
         Differentiable for torch tensors except at d = 0.
 
         Args:
@@ -250,11 +252,11 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
         """Start an episode.
 
         Args:
-            seed: re-creates `np_random`; None continues it.
-            options: may hold "state": [4], the exact true state to start from.
+            seed: seed of `np_random`; None continues the current generator.
+            options: may hold "state", the exact true state [4] to start from.
 
         Returns:
-            [4] float32 noisy observation, and info (see the class).
+            Noisy observation, [4] float32, and info (see the class).
 
         Raises:
             ValueError: "state" is not 4 finite numbers.
@@ -274,14 +276,14 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._observe(state), self._info(state)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Hold the force for 0.1 s.
+        """Apply a force for 0.1 s.
 
         Args:
-            action: [1] fraction of 10 N, clipped to [-1, 1].
+            action: [1] force as a fraction of 10 N, clipped to [-1, 1].
 
         Returns:
-            [4] float32 noisy observation, reward -cost(true next state), terminated (False),
-            truncated (False; the registered TimeLimit sets it), and info (see the class).
+            Noisy observation, [4] float32; reward, -cost(true next state); terminated, False;
+            truncated, False (the registered TimeLimit sets it); and info (see the class).
 
         Raises:
             ValueError: the action is not one finite number.
@@ -298,9 +300,9 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._observe(state), -info["cost"], False, False, info
 
     def render(self) -> np.ndarray | None:
-        """Picture [320, 480, 3] uint8 of the true state, or None without a render mode."""
+        """Render the true state as [320, 480, 3] uint8; returns None without a render mode."""
         if self.render_mode is None:
-            gym.logger.warn('render() draws nothing: make the env with render_mode="rgb_array".')
+            gym.logger.warn('render() returns None: make the env with render_mode="rgb_array".')
             return None
         state = self._started()
         return draw(
@@ -315,11 +317,11 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
         )
 
     def get_state(self) -> dict[str, Any]:
-        """What the episode depends on, see `envs.rewind.Stateful`."""
+        """The state of the episode, see `envs.rewind.Stateful`."""
         return {"state": self._state, "force": self._force, "steps": self._steps}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `get_state` gave."""
+        """Restore a state that `get_state` returned."""
         self._state, self._force, self._steps = state["state"], state["force"], state["steps"]
 
     def _started(self) -> np.ndarray:
@@ -339,7 +341,7 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
 
 
 def _library(state: Any) -> Any:
-    # torch is not a dependency of envs: whoever passes a tensor has imported it already.
+    # envs does not depend on torch; a caller that passes a tensor has imported it already.
     return np if isinstance(state, np.ndarray) else importlib.import_module("torch")
 
 

@@ -1,11 +1,11 @@
-"""The picture of the cart-pole: `draw` turns a state into an RGB array. Nothing else lives here."""
+"""Rendering of the cart-pole: `draw` turns a state into an RGB array."""
 
 import math
 
 import numpy as np
 
 WIDTH, HEIGHT = 480, 320  # pixels
-ZOOM = 3  # drawn this much larger, then averaged down: anti-aliasing
+ZOOM = 3  # anti-aliasing: drawn larger by this factor, then averaged down
 HINGE_Y, TRACK_Y = 158.0, 184.0
 PAPER, INK, GREY, FAINT = "#fbfbf9", "#2f3b4c", "#9aa5b1", "#e3e7ec"
 ORANGE, GREEN, RED = "#e07b28", "#2e9e6b", "#d1344b"
@@ -14,15 +14,15 @@ ORANGE, GREEN, RED = "#e07b28", "#2e9e6b", "#d1344b"
 def draw(
     state: np.ndarray, *, pole_length: float, force: float, captions: tuple[str, str, str]
 ) -> np.ndarray:
-    """Draw track, target of the tip, cart, force and pole.
+    """Draw the track, the target of the tip, the cart, the force and the pole.
 
-    The camera rests at x = 0 and follows a cart that leaves the middle of the picture.
+    The camera is centred at x = 0, and follows the cart once it leaves the middle of the picture.
 
     Args:
         state: [4] x (m), theta (rad, 0 upright, positive leans left), two unused velocities.
         pole_length: in m.
         force: in N, drawn as an arrow.
-        captions: left, centre and right text of the top line.
+        captions: left, centre and right text in the top line.
 
     Returns:
         [320, 480, 3] uint8, C-contiguous.
@@ -70,14 +70,14 @@ def draw(
 
 
 class _Sheet:
-    """A Pillow canvas in pixels of the final picture, enlarged `ZOOM` times."""
+    """A Pillow canvas whose coordinates are pixels of the final picture, enlarged by `ZOOM`."""
 
     def __init__(self) -> None:
         try:
             from PIL import Image, ImageDraw, ImageFont
         except ImportError as error:
             raise ImportError(
-                "Pillow, which draws the cart-pole, is missing: run `pip install pillow`."
+                "Rendering the cart-pole requires Pillow: run `pip install pillow`."
             ) from error
         self.image = Image.new("RGB", (WIDTH * ZOOM, HEIGHT * ZOOM), PAPER)
         self.canvas = ImageDraw.Draw(self.image)

@@ -1,8 +1,8 @@
-"""The DeepMind control suite (Tassa et al. 2018) as Gymnasium environments, vector or pixels.
+"""The DeepMind Control Suite (Tassa et al. 2018) as Gymnasium environments, on vectors or pixels.
 
-Here: the environment on top of shimmy's compatibility layer, with action repeat and pictures, and
-the names of its tasks. Not here: the choice of the OpenGL library (mujoco_backend.py). dm_control
-is imported when the first environment is made, never before.
+This module holds the names of the tasks, and the environment, which adds action repeat and pixels
+to shimmy's compatibility layer. The OpenGL backend is chosen in mujoco_backend.py. dm_control is
+not imported before the first environment is made.
 """
 
 import contextlib
@@ -49,46 +49,51 @@ _TASKS = {
 }
 # (domain, task) in the order of dm_control.suite.ALL_TASKS.
 TASKS = tuple((domain, task) for domain, tasks in _TASKS.items() for task in tasks)
-FAST = {"shadow": False, "reflection": False}  # rendering flags of render="fast"
+FAST = {"shadow": False, "reflection": False}  # MuJoCo's flags for render="fast"
 
 
 class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
-    """One task of the suite; registered as `dmc/<domain>-<task>-v0`, e.g. `dmc/walker-walk-v0`.
+    """One task of the suite, registered as `dmc/<domain>-<task>-v0`, e.g. `dmc/walker-walk-v0`.
 
-    A decision holds its action for `action_repeat` control steps and sums their rewards (each in
-    [0, 1], except in lqr), so the default episode of 1000 control steps is 500 decisions. The time
-    limit truncates; only a task that ends itself (discount 0) terminates. `info` is empty.
+    Each decision repeats its action for `action_repeat` control steps and sums their rewards (each
+    in [0, 1], except in lqr), so the default episode of 1000 control steps has 500 decisions. The
+    time limit truncates; an episode terminates only if the task ends it (discount 0). `info` is
+    empty.
 
-    Vector observations are all entries of the task's observation, flat, float32, in dm_control's
-    order. Pixels are [size, size, 3] uint8 of the last control step. Actions keep the task's
-    bounds and are clipped to them. `reset(seed=s)` starts the trajectory that dm_control gives
-    with `random=s`, bit for bit. The model of lqr is random in dm_control; here it is always
-    that of `random=0`, so that copies agree. Pixels are repeatable with one OpenGL library, not
-    across two. Workers that draw must not be forked from a process that has drawn.
+    Vector observations concatenate all entries of the task's observation, as float32 in
+    dm_control's order. Pixel observations are [size, size, 3] uint8, rendered after the last
+    control step. Actions have the task's bounds and are clipped to them.
 
-    The class stands on shimmy's DmControlCompatibilityV0 and differs from it: one flat float32
-    observation, clipped actions, ResetNeeded instead of a silent reset, its own `render_fps`.
+    `reset(seed=s)` starts the same trajectory as dm_control with `random=s`, bit for bit. In
+    dm_control the model of lqr is random; here it is always that of `random=0`, so that copies of
+    the environment agree. Pixels are reproducible with the same OpenGL library, but differ between
+    libraries. Workers that render must not be forked from a process that has rendered.
+
+    Differs from shimmy's DmControlCompatibilityV0, which it wraps: observations are one flat
+    float32 vector, actions are clipped, stepping a finished episode raises ResetNeeded instead of
+    silently resetting, and `render_fps` is right.
 
     Args:
-        domain, task: names in `TASKS`.
+        domain: name in `TASKS`.
+        task: name in `TASKS`.
         observation: "vector" or "pixels".
         action_repeat: control steps per decision.
         size: height and width of pixel observations.
         camera: index or name; None is 0, or 2 for quadruped (Hafner et al. 2020, Dreamer's code).
-        render: "suite" is the suite's own look, "fast" is without anti-aliasing, shadows and
-            reflections, and 9 to 30 times faster in software. Things thinner than a pixel
-            may vanish (the string of ball_in_cup), and policies do not carry over.
+        render: "suite" renders with the suite's own look. "fast" omits anti-aliasing, shadows and
+            reflections, which is 9 to 30 times faster in software. It may lose objects thinner than
+            a pixel (the string of ball_in_cup), and policies do not transfer between the two.
         render_size: height and width of `render()`.
-        time_limit: in s of simulated time; None is the task's own, and lqr has none.
+        time_limit: in s of simulated time; None is the task's own (lqr has none).
         render_mode: None or "rgb_array".
 
     Attributes:
-        dm_env: the dm_control environment inside; `dm_env.physics` is the simulation.
+        dm_env: the wrapped dm_control environment; `dm_env.physics` is the simulation.
 
     Raises:
         ValueError: an argument is out of range.
         ImportError: dm_control, mujoco or shimmy is missing.
-        RuntimeError: pixels are asked for where nothing can be drawn.
+        RuntimeError: pixels are requested, but MuJoCo cannot render.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}
@@ -113,7 +118,7 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         self.action_repeat = _check_count("action_repeat", action_repeat, "control steps")
         self.size = _check_count("size", size, "pixels")
         if not isinstance(render_size, tuple | list) or len(render_size) != 2:
-            raise ValueError(f"render_size={render_size!r} is no size: pass (height, width).")
+            raise ValueError(f"render_size={render_size!r} is not a size: pass (height, width).")
         height, width = (_check_count("render_size", side, "pixels") for side in render_size)
         self.render_size = (height, width)
         self.observation_kind, self.render_style = observation, render
@@ -123,7 +128,7 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         suite, _, wrapper = load_dm_control()
         if observation == "pixels":
             check_rendering()
-        # lqr draws its model with `random`; every reset replaces the generator, see reset().
+        # lqr draws its model from `random`; every reset replaces that generator, see reset().
         task_kwargs: dict[str, Any] = {"random": 0}
         if time_limit is not None:
             task_kwargs["time_limit"] = _check_seconds("time_limit", time_limit)
@@ -135,7 +140,7 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         self._prepare_drawing()
         self._seeded = self._running = False
 
-        # shimmy writes its (wrong) rate into a dict that all its instances share.
+        # shimmy writes a wrong rate into a dict that all its instances share.
         seconds = self.dm_env.control_timestep() * self.action_repeat
         self.metadata = {**type(self).metadata, "render_fps": 1 / seconds}
         bounds = self.dm_env.action_spec()
@@ -157,7 +162,7 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         """Start an episode.
 
         Args:
-            seed: re-creates the generator of the task, any integer >= 0; None continues it.
+            seed: seed of the task's generator, any integer >= 0; None continues the generator.
             options: unused.
 
         Returns:
@@ -169,7 +174,7 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         elif seed is not None and seed >= 2**32:  # RandomState takes 32 bits
             seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         physics = self.dm_env.physics
-        # quadruped-escape would create an OpenGL context at every reset, even if nobody looks.
+        # quadruped-escape would create an OpenGL context at every reset, even without rendering.
         physics._make_rendering_contexts = lambda: None
         try:
             entries, _ = self._env.reset(seed=seed)
@@ -179,10 +184,10 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._observe(entries), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Hold the action for `action_repeat` control steps, or until the episode ends.
+        """Repeat the action for `action_repeat` control steps, or until the episode ends.
 
         Args:
-            action: [A] clipped to the bounds of `action_space`.
+            action: [A], clipped to the bounds of `action_space`.
 
         Returns:
             The observation, the summed reward, terminated, truncated, and an empty info.
@@ -210,28 +215,32 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._observe(entries), total, terminated, truncated, {}
 
     def render(self) -> np.ndarray | None:
-        """Picture [*render_size, 3] uint8 of the state, or None without a render mode."""
+        """Render the state as [*render_size, 3] uint8; returns None without a render mode."""
         if self.render_mode is None:
-            gym.logger.warn('render() draws nothing: make the env with render_mode="rgb_array".')
+            gym.logger.warn('render() returns None: make the env with render_mode="rgb_array".')
             return None
         return self._draw(*self.render_size)
 
     def close(self) -> None:
-        """End the episode and free the OpenGL context; `reset` may start again."""
-        # physics.free() would free the simulation too, and stable-baselines3's checker resets
-        # an environment that it has closed.
+        """End the episode and free the OpenGL context; `reset` starts a new episode."""
+        # physics.free() would free the simulation too, but SB3's checker resets an environment
+        # after closing it.
         self._running = False
         self._cameras.clear()
         if self.dm_env.physics._contexts:
             self.dm_env.physics._free_rendering_contexts()
 
     def get_state(self) -> dict[str, Any]:
-        """What the episode depends on, see `envs.rewind.Stateful`."""
+        """The state of the episode, see `envs.rewind.Stateful`."""
         flags = {"seeded": self._seeded, "running": self._running}
         return {"task": self._name, **flags, **simulation_state(self.dm_env)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `get_state` gave; ValueError if that was another task."""
+        """Restore a state that `get_state` returned.
+
+        Raises:
+            ValueError: the state belongs to another task.
+        """
         if state["task"] != self._name:
             raise ValueError(
                 f"The snapshot is of {state['task']}, the environment is {self._name}: "
@@ -241,17 +250,17 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         self._seeded, self._running = state["seeded"], state["running"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cameras": {}}  # cameras cannot be copied, the simulation can
+        return {**self.__dict__, "_cameras": {}}  # cameras cannot be copied; they are made anew
 
     def _observe(self, entries: Mapping[str, np.ndarray]) -> np.ndarray:
         if self.observation_kind == "pixels":
             return self._draw(self.size, self.size)
-        # Some entries are 0-dimensional; the order is dm_control's, not that of a spaces.Dict.
+        # Some entries are 0-dimensional. A spaces.Dict would sort the entries.
         return np.concatenate([np.ravel(entry) for entry in entries.values()]).astype(np.float32)
 
     def _draw(self, height: int, width: int) -> np.ndarray:
         camera = self._cameras.get((height, width))
-        if camera is None:  # kept: a new scene per frame costs as much as a fast frame
+        if camera is None:  # cameras are kept, since a new scene costs as much as a fast frame
             check_rendering()
             check_not_forked()
             _, mujoco, _ = load_dm_control()
@@ -261,10 +270,10 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
                 raise rendering_failed(error) from error
             self._cameras[height, width] = camera
         flags = FAST if self.render_style == "fast" else None
-        return camera.render(render_flag_overrides=flags).copy()  # without negative strides
+        return camera.render(render_flag_overrides=flags).copy()  # removes negative strides
 
     def _prepare_drawing(self) -> None:
-        # MuJoCo reads these when the OpenGL context is created, and never again.
+        # MuJoCo reads these only once, when the OpenGL context is created.
         visual = self.dm_env.physics.model.vis
         height, width = self.render_size
         visual.global_.offheight = max(visual.global_.offheight, height, self.size)
@@ -288,7 +297,7 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
 
 @contextlib.contextmanager
 def _quiet_absl() -> Iterator[None]:
-    # mujoco 3.17 warns about cheetah.xml, which is not ours to change.
+    # mujoco 3.17 warns about dm_control's cheetah.xml.
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Which OpenGL library MuJoCo draws with: chosen before the import, or a sentence with the remedy.
+"""Choice of the OpenGL backend that MuJoCo renders with, and errors that explain what is missing.
 
 MuJoCo and dm_control read MUJOCO_GL once, when they are imported, and a wrong value makes the
-import itself fail. So whoever needs them asks `load_dm_control` here instead of importing them.
+import itself fail. They are therefore never imported directly, but through `load_dm_control`.
 """
 
 import functools
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from typing import Any
 
-OFF = "off"  # MUJOCO_GL's own word for "never draw"
+OFF = "off"  # the value of MUJOCO_GL that disables rendering
 PROBE_TIMEOUT = 30.0  # s; a working probe takes half a second
 _REMEDY = (
     "run `apt install libegl1 libgl1` (or `libosmesa6`), unset MUJOCO_GL and start Python again"
@@ -28,14 +28,14 @@ with mujoco.Renderer(model, 8, 8) as renderer:
 
 
 def choose_backend() -> str:
-    """Set MUJOCO_GL, unless it is set, to the first of EGL and OSMesa that draws.
+    """Unless MUJOCO_GL is set, set it to EGL or OSMesa, whichever works first.
 
-    The choice stays in os.environ, so that child processes inherit it. When neither draws it is
-    "off": simulation works, and `check_rendering` names the remedy. macOS and Windows have one
-    library each and are left alone; once dm_control is imported nothing can be chosen any more.
+    The choice is kept in os.environ, so that child processes inherit it. If neither works it is
+    "off": simulation still works, and `check_rendering` suggests a fix. On macOS and Windows, which
+    have a single backend, nothing is set. Nor can anything be chosen once dm_control is imported.
 
     Returns:
-        The backend in MUJOCO_GL's words; "" for the platform's own.
+        The backend as MUJOCO_GL names it; "" for the default of the platform.
     """
     loaded = sys.modules.get("dm_control._render")
     if loaded is not None:
@@ -50,7 +50,7 @@ def choose_backend() -> str:
 
 
 def draws(backend: str) -> bool:
-    """Whether a frame can be drawn, tried in another process: drivers crash, and some hang."""
+    """Whether a backend can render a frame, tried in a subprocess since drivers crash or hang."""
     command = [sys.executable, "-c", _PROBE]
     environment = {**os.environ, "MUJOCO_GL": backend}
     quiet = subprocess.DEVNULL
@@ -71,54 +71,54 @@ def load_dm_control() -> tuple[Any, Any, Any]:
 
     Raises:
         ImportError: a package is missing.
-        RuntimeError: they do not load, most often because of MUJOCO_GL.
+        RuntimeError: a package fails to load, most often because of MUJOCO_GL.
     """
     for package in ("dm_control", "mujoco", "shimmy"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(
-                f"The dmc/ environments need {package}: run `pip install 'totalprop[dmc]'`."
+                f"The dmc/ environments require {package}: run `pip install 'totalprop[dmc]'`."
             )
     backend = choose_backend()
     try:
         from dm_control import mujoco, suite
         from shimmy.dm_control_compatibility import DmControlCompatibilityV0
-    # PyOpenGL without its library fails on an attribute of None.
+    # PyOpenGL raises an AttributeError if its library is missing.
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
         raise RuntimeError(
-            f"dm_control does not load with MUJOCO_GL={backend!r} ({error}): unset it to have one "
-            "chosen, or run `pip install 'totalprop[dmc]'` for versions that fit together."
+            f"dm_control does not load with MUJOCO_GL={backend!r} ({error}): unset MUJOCO_GL to "
+            "choose automatically, or run `pip install 'totalprop[dmc]'` for compatible versions."
         ) from error
     return suite, mujoco, DmControlCompatibilityV0
 
 
 def check_rendering() -> None:
-    """Raise a RuntimeError with the remedy where nothing can be drawn."""
+    """Raise a RuntimeError that suggests a fix if MuJoCo cannot render."""
     backend = choose_backend()
     if backend.lower() in (OFF, "disable", "disabled", "false", "0"):
-        raise RuntimeError(f"MuJoCo cannot draw here (MUJOCO_GL={backend!r}): {_REMEDY}.")
+        raise RuntimeError(f"MuJoCo cannot render here (MUJOCO_GL={backend!r}): {_REMEDY}.")
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if backend == "glfw" and platform.system() == "Linux" and not display:
-        # The second attempt would abort the process without an exception.
+        # A second attempt would abort the process without an exception.
         raise RuntimeError(
-            "MuJoCo cannot draw with GLFW, which needs a display: make a dmc/ environment before "
+            "MuJoCo cannot render with GLFW, which needs a display: make a dmc/ environment before "
             "you import dm_control or shimmy, or start Python with MUJOCO_GL=egl."
         )
 
 
 def check_not_forked() -> None:
-    """Raise a RuntimeError where drawing would hang; to be called before a context is created."""
+    """Raise a RuntimeError if rendering would hang. Call this before creating a context."""
     if _first_drawing_process() != os.getpid():
         raise RuntimeError(
-            "OpenGL hangs in a process forked from one that has drawn: start workers with "
+            "OpenGL hangs in a process forked from one that has rendered: start workers with "
             "'forkserver' or 'spawn' (start_method= in stable-baselines3, context= in gymnasium)."
         )
 
 
 def rendering_failed(error: Exception) -> RuntimeError:
-    """The sentence for a context that cannot be created, to be raised from `error`."""
+    """Make the error for a context that cannot be created, to be raised from `error`."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return RuntimeError(
-        f"MuJoCo cannot draw with MUJOCO_GL={choose_backend()!r} ({reason}): {_REMEDY}."
+        f"MuJoCo cannot render with MUJOCO_GL={choose_backend()!r} ({reason}): {_REMEDY}."
     )
 
 

@@ -314,7 +314,7 @@ COUNT = "is out of range: pass a whole number >= 1 of"
         ({"action_repeat": 2.0}, f"action_repeat=2.0 {COUNT} control steps."),
         ({"size": 0}, f"size=0 {COUNT} pixels."),
         ({"size": True}, f"size=True {COUNT} pixels."),
-        ({"render_size": 64}, "render_size=64 is no size: pass (height, width)."),
+        ({"render_size": 64}, "render_size=64 is not a size: pass (height, width)."),
         ({"render_size": (0, 64)}, f"render_size=0 {COUNT} pixels."),
         ({"time_limit": 0}, "time_limit=0 is out of range: pass seconds > 0, or None."),
         ({"time_limit": math.nan}, "time_limit=nan is out of range: pass seconds > 0, or None."),
@@ -495,7 +495,7 @@ for draw in (env.render, lambda: gymnasium.make("dmc/cartpole-balance-v0", obser
 """
     done = run(code)
     remedy = (
-        "MuJoCo cannot draw here (MUJOCO_GL='off'): run `apt install libegl1 libgl1` "
+        "MuJoCo cannot render here (MUJOCO_GL='off'): run `apt install libegl1 libgl1` "
         "(or `libosmesa6`), unset MUJOCO_GL and start Python again."
     )
     assert done.stdout.splitlines() == ["off", remedy, remedy], done.stderr
@@ -522,13 +522,15 @@ for _ in range(2):
         print(error)
 """
     done = run(code, MUJOCO_GL="glfw", DISPLAY="", WAYLAND_DISPLAY="")
-    message = "MuJoCo cannot draw with GLFW, which needs a display: make a dmc/ environment before "
+    message = (
+        "MuJoCo cannot render with GLFW, which needs a display: make a dmc/ environment before "
+    )
     lines = done.stdout.splitlines()
     assert [line.startswith(message) for line in lines] == [True, True], done.stderr
 
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "shimmy", None)
-    message = "The dmc/ environments need shimmy: run `pip install 'totalprop[dmc]'`."
+    message = "The dmc/ environments require shimmy: run `pip install 'totalprop[dmc]'`."
     with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
         make("walker-walk")
