@@ -1,6 +1,6 @@
-"""The cart-pole against closed forms, golden numbers and both environment checkers.
+"""The cart-pole, against closed forms, golden numbers and two environment checkers.
 
-Golden plant numbers: DOP853 at 1e-12, angle convention DOWN (0 hangs): theta_up = theta_down - pi.
+Golden numbers of the plant: DOP853 at 1e-12, with angle 0 hanging DOWN: theta_up = theta_down - pi.
 """
 
 import copy
@@ -48,7 +48,7 @@ def random_states(count, seed=0):
 
 
 def rollout(env, actions, seed=None):
-    """Every number that an episode gives, flat."""
+    """All numbers of an episode, as one flat array."""
     observation, info = env.reset(seed=seed)
     numbers = [*observation, *info["state"]]
     for action in actions:
@@ -113,7 +113,7 @@ def test_energy_is_conserved_without_force_and_friction(length):
 
 
 def test_friction_removes_energy():
-    # dE/dt = -b x_dot²: compared by a central difference along the flow.
+    # dE/dt = -b x_dot², compared with a central difference along the flow.
     state, h = np.array([0.3, 2.0, 1.5, -3.0]), 1e-4
     derivative = cartpole_derivatives(state, 0.0)
     slope = (energy(state + h * derivative, 0.5) - energy(state - h * derivative, 0.5)) / (2 * h)
@@ -326,7 +326,7 @@ def test_seed_fixes_everything_and_nothing_global_matters():
     np.testing.assert_array_equal(global_state, np.random.get_state()[1])
     assert not np.array_equal(one[: one.size // 2], one[one.size // 2 :])
     other = rollout(second, actions, seed=8)
-    # Both the observations (noise) and the states must depend on the seed.
+    # Observations (noise) and states must both depend on the seed.
     assert (other[:8] != one[:8]).all()
 
 
@@ -449,7 +449,7 @@ def test_importing_envs_imports_neither_torch_nor_pillow():
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
-# The picture
+# Rendering
 
 
 def picture(state, action=None):
@@ -461,7 +461,7 @@ def picture(state, action=None):
 
 
 def orange(image):
-    """Rows and columns of the pole's pixels."""
+    """Rows and columns of the pixels of the pole."""
     return np.nonzero(np.abs(image.astype(int) - [224, 123, 40]).sum(-1) < 30)
 
 
@@ -507,5 +507,5 @@ def test_render_without_a_mode_warns_and_draws_nothing():
 
 def test_missing_pillow_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"Pillow.* is missing: run `pip install pillow`\.$"):
+    with pytest.raises(ImportError, match=r"requires Pillow: run `pip install pillow`\.$"):
         picture(HANGING)

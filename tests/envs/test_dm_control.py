@@ -1,4 +1,4 @@
-"""The control suite against dm_control itself, both environment checkers and a faked backend."""
+"""The control suite, against dm_control, two environment checkers and a fake backend."""
 
 import copy
 import importlib.util
@@ -38,7 +38,7 @@ def random_actions(env, count, seed=0):
 
 
 def rollout(env, actions, seed=None):
-    """Every number of an episode's beginning, flat."""
+    """All numbers of the first steps of an episode, as one flat array."""
     numbers = [env.reset(seed=seed)[0].ravel()]
     for action in actions:
         observation, reward, *_ = env.step(action)
@@ -47,7 +47,7 @@ def rollout(env, actions, seed=None):
 
 
 def run(code, **environment):
-    """Python in a process that has imported nothing yet; MUJOCO_GL is as given, or unset."""
+    """Run Python code in a fresh process with MUJOCO_GL as given, or unset."""
     inherited = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
     inherited["PYTHONPATH"] = str(Path(envs.__file__).parents[1])
     return subprocess.run(
@@ -98,7 +98,7 @@ def test_spec_makes_the_environment_again_and_is_json():
 
 
 def complaints(name, *, skip_render_check, **kwargs):
-    """What both checkers warn about, but for the infinite bounds."""
+    """Warnings of both checkers, except those about infinite bounds."""
     env = make(name, **kwargs).unwrapped
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -114,7 +114,7 @@ def test_both_checkers_accept_vectors(name):
 
 
 def test_both_checkers_accept_vectors_of_quadruped():
-    # Its bounds differ per joint, between 0.8 and 1.1: the task's, so they stay.
+    # The task's bounds differ per joint, between 0.8 and 1.1, and are kept.
     messages = complaints("quadruped-walk", skip_render_check=True)
     assert all("symmetric and normalized" in message for message in messages)
 
@@ -169,7 +169,7 @@ def test_trajectory_is_that_of_dm_control_bit_for_bit(name):
         task_kwargs={"random": 7},
         environment_kwargs={"flat_observation": True},
     )
-    reference.physics._make_rendering_contexts = lambda: None  # escape wants one
+    reference.physics._make_rendering_contexts = lambda: None  # escape would create one
     for seed in (7, None):  # the second episode continues the generator
         observation, _ = env.reset(seed=seed)
         step = reference.reset()
@@ -338,7 +338,7 @@ def test_an_unknown_task_is_gymnasiums_error():
         make("walker-wlak")
 
 
-# Pictures
+# Rendering
 
 
 @pytest.mark.usefixtures("drawing")
@@ -367,7 +367,7 @@ def test_fast_shows_the_same_scene_without_its_shadows():
     for style in ("suite", "fast"):
         env = make("walker-walk", observation="pixels", render=style)
         frames[style] = env.reset(seed=0)[0].astype(float)
-    body = frames["suite"][..., 0] > 150  # the only orange thing
+    body = frames["suite"][..., 0] > 150  # the only orange object
     assert body.sum() > 50
     assert np.abs(frames["suite"] - frames["fast"]).mean(-1)[body].mean() < 30
     assert not np.array_equal(frames["suite"], frames["fast"])
@@ -379,7 +379,7 @@ def test_cameras_have_names_and_pictures_any_size():
     by_name, by_index, default = (
         make("hopper-hop", camera=camera, **kwargs).reset(seed=0)[0] for camera in ("back", 1, None)
     )
-    assert by_name.shape == (490, 490, 3)  # the suite's own buffer has 640 x 480
+    assert by_name.shape == (490, 490, 3)  # the suite's own buffer is 640 x 480
     np.testing.assert_array_equal(by_name, by_index)
     assert not np.array_equal(by_name, default)
 
@@ -406,7 +406,7 @@ def test_a_copied_and_a_reopened_pixel_env_draw_the_same():
     frame, *_ = env.step(action)
     np.testing.assert_array_equal(frame, twin.step(action)[0])
     assert env.unwrapped.dm_env.physics._contexts
-    env.close()  # frees the context, and the next picture makes another
+    env.close()  # frees the context; rendering again creates a new one
     assert not env.unwrapped.dm_env.physics._contexts
     env.reset(seed=0)
     np.testing.assert_array_equal(frame, env.step(action)[0])
@@ -432,7 +432,7 @@ def test_a_fork_of_a_process_that_has_drawn_is_refused(monkeypatch):
 
 @pytest.fixture
 def unchosen(monkeypatch):
-    """A Linux process that has neither imported dm_control nor set MUJOCO_GL."""
+    """Pretend to be a Linux process that has neither imported dm_control nor set MUJOCO_GL."""
     monkeypatch.setitem(sys.modules, "dm_control._render", None)
     monkeypatch.setenv("MUJOCO_GL", "to be restored")
     monkeypatch.delenv("MUJOCO_GL")
@@ -507,7 +507,7 @@ def test_a_backend_that_breaks_the_import_is_named():
     )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: dm_control does not load with MUJOCO_GL='bogus'")
-    assert "unset it" in last
+    assert "unset MUJOCO_GL" in last
 
 
 def test_glfw_without_a_display_is_refused_before_it_aborts():

@@ -1,4 +1,4 @@
-"""A linear-Gaussian chain whose expected cost is known exactly: the yardstick of these tests."""
+"""A linear-Gaussian chain whose expected cost is known in closed form, used by these tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START_STD = torch.tensor([0.3, 0.2, 0.1, 0.1], dtype=F64)
 
 @dataclass(frozen=True)
 class LinearGaussian:
-    """x' ~ N(A x + C h + B u, std), h' = E h + F x' (bypasses the node), u = K [x, h] + b.
+    """x' ~ N(A x + C h + B u, std); h' = E h + F x', which bypasses the node; u = K [x, h] + b.
 
     The cost of a step is |s - target|² / 2 + action_cost·|u|² / 2 with s = [x, h], summed over the
     horizon. Parameters: gain K [2, 4], bias b [2], log_std [2]; P = 12.
@@ -57,7 +57,7 @@ class LinearGaussian:
         parameters: dict[str, Tensor],
         noise: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Mean cost of a rollout with the estimator's nodes; a probe where one is needed."""
+        """Mean cost of a rollout with the estimator's nodes, with a probe if it needs one."""
         state = START_MEAN + START_STD * noise[0]
         credit = state.new_zeros(len(state))
         loss = state.new_zeros(())
@@ -83,7 +83,7 @@ class LinearGaussian:
         return loss
 
     def expected_loss(self, parameters: dict[str, Tensor]) -> Tensor:
-        """E[loss] exactly: mean and covariance of s = [x, h] go through the linear chain."""
+        """E[loss] in closed form, by propagating mean and covariance of s = [x, h]."""
         gain, bias, std = parameters["gain"], parameters["bias"], parameters["log_std"].exp()
         mean, covariance = START_MEAN, torch.diag(START_STD.square())
         to_x = STATE_TO_X + ACTION_TO_X @ gain
@@ -102,7 +102,7 @@ class LinearGaussian:
         return loss
 
     def without_direct_paths(self) -> LinearGaussian:
-        """The chain where parameters act through the nodes only, as the `tap` needs."""
+        """A chain whose parameters act through the nodes only, as the `tap` requires."""
         return replace(self, action_cost=0.0)
 
 

@@ -1,4 +1,4 @@
-"""Baselines: hand numbers, explicit references, and what they do to the mean of the LR leg."""
+"""Baselines: hand-computed numbers, explicit references, and their effect on the LR leg."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_critic_with_a_constant_value_is_leave_one_out():
 
 
 def test_critic_with_one_sample_that_alone_determines_the_slope():
-    """Without it all values are equal: no regression is left, the mean of the others is used."""
+    """Without it all values are equal, so the mean of the other returns replaces the regression."""
     value = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=F64)
     returns = torch.tensor([9.0, 1.0, 2.0, 4.5], dtype=F64)
     found = baselines.critic(returns, value)
@@ -76,7 +76,7 @@ def test_critic_with_one_sample_that_alone_determines_the_slope():
 @pytest.mark.parametrize("outlier", [10.0, 1e3, 1e4, 1e6])
 @pytest.mark.parametrize("n", [10, 2500])
 def test_critic_in_float32_survives_an_outlier_of_the_value(n, outlier):
-    """Leverage close to 1: neither the hat matrix's round-off nor an extrapolation explodes."""
+    """With leverage close to 1, neither round-off in the hat matrix nor extrapolation explodes."""
     generator = torch.Generator().manual_seed(3)
     value = torch.randn(n, generator=generator)
     value[0] = outlier
@@ -107,8 +107,8 @@ def test_one_sample_with_leave_one_out_fails_at_the_node():
 def lr_gradients(baseline, *, n, repeats, seed):
     """[R] LR gradients w.r.t. the mean of N samples each, cost (x + v)², v ~ N(0, 2²) per sample.
 
-    v is known before the noise and is the critic's value (in another scale). The exact gradient
-    is 2 (mean + E v) = 1.
+    v is known before the noise is drawn, and serves as the critic's value on another scale. The
+    exact gradient is 2 (mean + E v) = 1.
     """
     generator = torch.Generator().manual_seed(seed)
     v = 2 * torch.randn(n, repeats, dtype=F64, generator=generator)

@@ -1,4 +1,4 @@
-"""torch.compile: the node is one graph, and compiled gradients are the eager ones."""
+"""torch.compile: a node is one graph, and compiled gradients equal eager ones."""
 
 import shutil
 
@@ -25,7 +25,7 @@ def inputs(dtype):
 
 
 def loss_of(estimator, weight, meter, x, mixing, noise):
-    """Two nodes of a nonlinear model whose parameters act through the action alone."""
+    """Loss after two nodes of a nonlinear model whose parameters act through the action only."""
     credit = x.new_zeros(N)
     total = x.new_zeros(())
     for noise_t in noise:
@@ -68,7 +68,7 @@ def test_compiled_equals_eager(name):
 
 
 def stacked_gradients(compile_with, names):
-    """All estimators in one function, so that it is compiled once; float32."""
+    """Gradients of all estimators, in one function that is compiled once; float32."""
     chosen = [estimators.make(name) for name in names]
 
     def function(weight, meter, *rest):

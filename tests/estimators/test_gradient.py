@@ -1,4 +1,4 @@
-"""`estimators.gradient`: every registered estimator is right in the mean; naive ivw; the tap."""
+"""`estimators.gradient`: the mean of every registered estimator; naive ivw; the tap."""
 
 from dataclasses import replace
 
@@ -82,7 +82,7 @@ def test_ivw_combines_two_whole_graph_gradients_once(chain):
 
 @pytest.mark.parametrize("factor", [1e200, torch.inf, torch.nan])
 def test_ivw_is_lr_when_rp_explodes(factor, chain):
-    """One sample's pathwise gradient explodes at the first node; nothing else changes."""
+    """The pathwise gradient of one sample explodes at the first node, which leaves LR alone."""
     parameters = chain.parameters()
     noise = chain.noise(20, torch.Generator().manual_seed(3))
     blow_up = torch.ones(20, 1, dtype=F64)
@@ -149,7 +149,7 @@ def test_the_loss_is_detached_and_the_gradients_are_like_the_parameters(chain):
 
 
 def test_a_whole_graph_estimator_keeps_its_own_legs_and_baseline(chain):
-    """The LR pass of ivw uses the estimator's baseline: b = 0 gives another gradient."""
+    """The LR pass of ivw uses the estimator's baseline: with b = 0 the gradient differs."""
     plain = one_gradient(chain, estimators.make("ivw"))
     without = one_gradient(chain, estimators.make("ivw", baseline=baselines.none))
     assert (flat(plain.gradients) - flat(without.gradients)).abs().max() > 1e-3

@@ -65,7 +65,7 @@ def test_score_of_a_categorical():
 
 
 def naive_biw(zeta, noise, returns, *, with_baseline):
-    """The double loop of Parmas et al. 2018, Sec. 3.2, with densities, not their logarithms."""
+    """The double loop of Parmas et al. 2018, Sec. 3.2, with densities instead of log-densities."""
     mean, std = zeta
     n = len(mean)
     sample = mean + std * noise
@@ -76,7 +76,7 @@ def naive_biw(zeta, noise, returns, *, with_baseline):
 
     g_mean, g_std = torch.zeros_like(mean), torch.zeros_like(std)
     p = torch.stack([torch.stack([density(j, i) for j in range(n)]) for i in range(n)])
-    c = p / p.sum(0, keepdim=True)  # over the mixture's components
+    c = p / p.sum(0, keepdim=True)  # over the Gaussians
     for i in range(n):
         b = 0.0
         if with_baseline:
@@ -103,7 +103,9 @@ def test_biw_hand_numbers_for_two_samples():
     mean = torch.tensor([[-1.0], [1.0]], dtype=F64)
     zeta, noise = (mean, torch.ones_like(mean)), torch.zeros_like(mean)
     returns = torch.tensor([1.0, 3.0], dtype=F64)
-    c = 1 / (1 + torch.exp(torch.tensor(-2.0, dtype=F64)))  # of each sample for its own mean
+    c = 1 / (
+        1 + torch.exp(torch.tensor(-2.0, dtype=F64))
+    )  # gradient of each sample w.r.t. its own mean
     # b_1 = 3, so only j = 1 counts, at z = 0: no gradient of the mean, -c (1 - 3) of the std.
     g_mean, g_std = legs.biw(zeta, noise, returns, None, baselines.leave_one_out)
     torch.testing.assert_close(g_mean, torch.zeros_like(mean))
@@ -116,7 +118,7 @@ def test_biw_hand_numbers_for_two_samples():
 
 
 def test_biw_of_distant_gaussians_is_the_score_without_a_baseline():
-    """Densities underflow, their logarithms do not: every sample knows only its own Gaussian."""
+    """Densities underflow, log-densities do not: each sample counts for its own Gaussian only."""
     n = 5
     mean = 1e3 * torch.arange(n, dtype=F64).unsqueeze(1).expand(n, 2)
     zeta, noise, returns = (mean, torch.full_like(mean, 0.3)), randn(n, 2, seed=4), randn(n, seed=5)
@@ -147,7 +149,7 @@ def test_biw_without_baseline_is_unbiased():
 
 
 def test_biw_has_a_much_lower_variance_than_the_score():
-    """N = 50, 300 repeats, seed 7: each sample's own gradient; a variance's SE here is < 2 %."""
+    """N = 50, 300 repeats, seed 7: each sample's own gradient; a variance has an SE of < 2 %."""
     biw, score = (
         leg_gradients(leg, baselines.leave_one_out, n=50, repeats=300, seed=7)[0].var(0).sum()
         for leg in (legs.biw, legs.score)
@@ -163,11 +165,11 @@ def test_biw_refuses_other_nodes():
         legs.biw((noise[0],), noise[0], torch.zeros(3), None, baselines.none)
 
 
-# More than two legs in all.
+# More than two legs in total.
 
 
 def antithetic(zeta, noise, returns, value, baseline):
-    """A second, unbiased score leg: a mean-zero control variate, 0.5·score, is taken out."""
+    """A second, unbiased score leg: subtracts 0.5·score, a control variate with mean zero."""
     g = legs.score(zeta, noise, returns, value, baseline)
     scores = legs.score(zeta, noise, torch.full_like(returns, 0.3), value, baselines.none)
     return tuple(one + score for one, score in zip(g, scores, strict=True))
@@ -179,7 +181,7 @@ RULES = ("tpx", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar")
 @pytest.mark.parametrize("second", [legs.biw, antithetic])
 @pytest.mark.parametrize("name", ["lr", *RULES])
 def test_three_legs_mix_with_weights_that_sum_to_at_most_one(name, second):
-    """The gradient is Σ_l k_l leg_l + (1 - Σ k_l) RP with the rule's own mixing."""
+    """The gradient is Σ_l k_l leg_l + (1 - Σ k_l) RP, with the weights k_l from the rule."""
     n, d = 40, 3
     (mean, std), noise, _ = gaussian(n, d, seed=30)
     estimator = make(name, legs=(legs.score, second))
@@ -228,7 +230,7 @@ def covariance_of(stds, correlations):
 def test_three_legs_reach_the_generalised_least_squares_optimum(summed):
     """N = 20000, seed 31: the exact variance under the estimated k is within 1 % of the optimum.
 
-    The loss of a k that is off by its sampling error e is e' V e = O(1 / N): the 1 % is no noise.
+    A sampling error e in k costs e' V e = O(1 / N), so the 1 % leaves room for it.
     """
     covariance = covariance_of((1.0, 1.5, 0.8), (0.1, -0.2, 0.3))
     inverse = torch.linalg.inv(covariance)
@@ -261,7 +263,7 @@ CLIPPED = [
 
 @pytest.mark.parametrize(("stds", "correlations"), CLIPPED)
 def test_three_legs_are_never_worse_than_the_best_one(stds, correlations):
-    """N = 20000, seed 33: where the optimum has negative weights too (1 % for the error of k)."""
+    """N = 20000, seed 33: even if the optimum has negative weights (1 % for the error of k)."""
     covariance = covariance_of(stds, correlations)
     assert torch.linalg.eigvalsh(covariance).min() > 0
     assert (torch.linalg.inv(covariance).sum(0) < 0).any()
@@ -271,7 +273,7 @@ def test_three_legs_are_never_worse_than_the_best_one(stds, correlations):
 
 
 def test_collinear_legs_share_the_weight():
-    """The same leg twice: the system is singular, the mixture is that of the leg once."""
+    """The same leg twice: the system is singular, and the mixture is the same as with one leg."""
     zeta, noise, returns = gaussian(30, 2, seed=40)
     rp = (3 * randn(30, 2, seed=44), randn(30, 2, seed=45))
     g = legs.score(zeta, noise, returns, None, baselines.leave_one_out)

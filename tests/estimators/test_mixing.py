@@ -1,4 +1,4 @@
-"""Weight rules: TPX 2023's worked example, cross-fitting, and what `tpg` minimises."""
+"""Weight rules: the example of Parmas et al. 2023, cross-fitting, and the objective of `tpg`."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-# TPX 2023, App. A: R = x² / 2, x ~ N(0, 1): V_LR = 5/2, V_RP = 1, cov = 1 (Eq. 15).
+# Parmas et al. 2023, App. A: R = x² / 2, x ~ N(0, 1): V_LR = 5/2, V_RP = 1, cov = 1 (Eq. 15).
 
 N_QUADRATIC = 1_000_000
 
@@ -66,8 +66,8 @@ def test_covariance_of_the_quadratic_example():
 
 @pytest.mark.parametrize("name", ["tpx", "tpx-scalar"])
 def test_k_of_the_quadratic_example_with_covariance(name):
-    """k* = 0. The regression's estimate has a standard error of sqrt(8 / N) / 1.5 before clipping:
-    its influence function is (-x⁴/2 + 2x² - 1/2) / 1.5, the baseline's error included.
+    """k* = 0. Before clipping, the regression's k has a standard error of sqrt(8 / N) / 1.5. Its
+    influence function, including the error in the baseline, is (-x⁴/2 + 2x² - 1/2) / 1.5.
     """
     _, k = quadratic(name)
     assert 0 <= k <= 4 * (8 / N_QUADRATIC) ** 0.5 / 1.5
@@ -79,7 +79,7 @@ def test_k_of_the_quadratic_example_without_covariance(name):
     _, k = quadratic(name)
     (rp, _), (lr, _) = quadratic("rp"), quadratic("lr")
     influence = (2.5 * rp.square() - lr.square()) / 3.5**2  # dk = (V_LR dV_RP - V_RP dV_LR) / V²
-    # The baseline's error moves V_LR by 2 cov(lr, x) δb = 2 δb with cov = 1, δb = 1/2 - mean R.
+    # The baseline's error changes V_LR by 2 cov(lr, x) δb = 2 δb with cov = 1, δb = 1/2 - mean R.
     influence = influence - 2 * (0.5 - 0.5 * rp.square()) / 3.5**2
     standard_error = float(influence.std()) / N_QUADRATIC**0.5
     assert standard_error < 2e-3
@@ -101,7 +101,7 @@ def exponential_gradients(name, cross_fit, *, n, repeats, seed=1):
 
 
 def exponential_gradients_with_probe(name, cross_fit, *, n, repeats, seed=2):
-    """The same for rules in parameter space: the mean of each sample is the one parameter."""
+    """The same for rules in parameter space, where the only parameter is the mean."""
     one = torch.ones(n, 1, 1, dtype=F64)
     probe = ControlProbe([one, torch.zeros_like(one)], lambda: DenseJacobian(one))
     estimator, source, found = make(name, cross_fit=cross_fit), generator(seed), []
@@ -130,7 +130,7 @@ def bias_in_standard_errors(g):
 
 @pytest.mark.parametrize("name", CROSS_FITTED)
 def test_k_of_the_same_samples_biases_a_small_batch(name):
-    """N = 6: the in-sample k is more than 6 SE off (100000 repeats; tpg: 3000)."""
+    """N = 6: with an in-sample k the bias exceeds 6 SE (100000 repeats; tpg: 3000)."""
     gradients, repeats = CROSS_FITTED[name]
     g = gradients(name, False, n=6, repeats=repeats)
     assert abs(bias_in_standard_errors(g)) > 6
@@ -138,7 +138,7 @@ def test_k_of_the_same_samples_biases_a_small_batch(name):
 
 @pytest.mark.parametrize("name", CROSS_FITTED)
 def test_cross_fit_is_unbiased_at_a_single_node(name):
-    """The same batches, with k from the other half: within 4 SE (half as many)."""
+    """With k from the other half of each batch the bias is below 4 SE (half as many repeats)."""
     gradients, repeats = CROSS_FITTED[name]
     g = gradients(name, True, n=6, repeats=repeats // 2)
     assert abs(bias_in_standard_errors(g)) <= 4
@@ -147,7 +147,7 @@ def test_cross_fit_is_unbiased_at_a_single_node(name):
 @pytest.mark.parametrize("name", ["tp", "tpx", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar", "tpg"])
 @pytest.mark.parametrize("n", [12, 13])
 def test_cross_fit_uses_the_other_half(name, n):
-    """Explicitly: each half's legs with its own baseline, and the k of the other half."""
+    """Against an explicit computation: each half has its own baseline and the other half's k."""
     rp, lr, probe = toy_legs(n=n)
     halves = slice(0, n // 2), slice(n // 2, n)
     legs_and_k = []
@@ -167,16 +167,16 @@ def test_cross_fit_uses_the_other_half(name, n):
     std = torch.zeros(n, 3, dtype=F64, requires_grad=True)
     noise = rp[1] / rp[0]
     sample, credit = estimator(mean, std, noise, mean.new_zeros(n), probe=probe)
-    row = torch.arange(n, dtype=F64)  # as the return, it tells the leg which rows it is given
+    row = torch.arange(n, dtype=F64)  # used as the return, so that the leg can identify its rows
     found = torch.autograd.grad((sample, credit), mean, (rp[0], row))[0]
     torch.testing.assert_close(found, torch.cat(expected))
 
 
-# The rules on given legs.
+# The rules applied to given legs.
 
 
 def toy_legs(n=200, d=3, seed=3, correlation=0.5):
-    """Legs [N, D] of unlike spreads and a probe; `correlation` 0: the legs are independent."""
+    """Legs [N, D] of unequal spread, independent if `correlation` is 0, and a probe."""
     source = generator(seed)
     spread = torch.tensor([0.5, 1.0, 3.0], dtype=F64)
     common = torch.randn(n, d, dtype=F64, generator=source)
@@ -211,7 +211,7 @@ def test_k_is_broadcastable_and_between_zero_and_one(name):
 
 
 def variances_in_parameter_space(rp, lr, probe):
-    """tr Var_i under each rule's k: no noise, they are those of the samples k was chosen on."""
+    """tr Var_i under each rule's k, on the same samples that k was chosen from (no noise)."""
     rules = ("rp", "lr", "tp", "tpx", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar", "tpg")
     ks = {name: make(name).weight(rp, [lr], probe)[0] for name in rules}
     return {name: parameter_variance(rp, lr, probe, k) for name, k in ks.items()}
@@ -226,7 +226,7 @@ def test_tpg_follows_the_best_rule_where_the_legs_are_independent(seed):
 
 
 def test_tpg_keeps_a_calm_coordinate_from_a_chaotic_one():
-    """RP is 1e6 times worse in one coordinate: `tp` has one k for both and loses the calm one."""
+    """RP is 1e6 times worse in one coordinate. `tp`, with one k for both, loses the other too."""
     rp, lr, probe = toy_legs(seed=6)
     factor = torch.tensor([1e-3, 1e6, 1e-3], dtype=F64)
     rp = tuple(g * factor for g in rp)
@@ -271,10 +271,10 @@ def test_tpg_refuses_what_it_cannot_do():
 
 @pytest.mark.parametrize("reach", [0.0, 1e-6, 1e-3, 1e-2])
 def test_tpg_keeps_a_coordinate_that_parameters_do_not_reach(reach):
-    """A double integrator by Euler steps: its position is moved by the velocity alone.
+    """A double integrator with Euler steps, where only the velocity moves the position.
 
-    RP is precise there. A k of 1 for the position would cost nothing at its own node, and put LR
-    on the path to all earlier ones (variance 10 times that of the other rules).
+    RP is accurate here. A k of 1 for the position would cost nothing at its own node, but would
+    pass LR on to all earlier nodes (with 10 times the variance of the other rules).
     """
     n, horizon, dt = 200, 20, 0.1
 

@@ -1,4 +1,4 @@
-"""The node against plain backprop, score-function surrogates and explicit reverse loops."""
+"""The node against plain backpropagation, score-function surrogates and explicit reverse loops."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def randn(*shape, seed):
     return torch.randn(*shape, dtype=F64, generator=generator(seed))
 
 
-# A recurrent world model: the state h of a GRU bypasses the node, as in Dreamer.
+# A recurrent world model, in which the state h of a GRU bypasses the node, as in Dreamer.
 
 
 class RecurrentWorld:
@@ -67,7 +67,7 @@ class RecurrentWorld:
         return torch.stack(costs)
 
     def surrogate(self, loss, baseline):
-        """Score-function surrogate of loss(costs [H, N]) -> [], linear in the costs."""
+        """Score-function surrogate of a loss(costs [H, N]) -> [] that is linear in the costs."""
         h, x = self.start
         costs, log_probs = [], []
         for noise in self.noise:
@@ -78,7 +78,7 @@ class RecurrentWorld:
         costs = torch.stack(costs)
         leaf = costs.detach().requires_grad_()
         weight = torch.autograd.grad(loss(leaf), leaf)[0]
-        returns = (weight * leaf).detach().flip(0).cumsum(0).flip(0)  # in the loss's scale
+        returns = (weight * leaf).detach().flip(0).cumsum(0).flip(0)  # in the scale of the loss
         advantage = torch.stack([r - baseline(r, None) for r in returns])
         return loss(costs) + (torch.stack(log_probs) * advantage).sum()
 
@@ -118,7 +118,7 @@ def test_rp_equals_plain_backprop(world, loss):
 @pytest.mark.parametrize("loss", [mean_loss, lambda_loss])
 @pytest.mark.parametrize("baseline", [leave_one_out, none])
 def test_lr_equals_score_function_with_bypass(world, loss, baseline):
-    """The lambda weights (TPX 2023, Eq. 17) need no code: the credit carries them."""
+    """The credit carries the lambda weights (Parmas et al. 2023, Eq. 17) without further code."""
     node = world.node_costs(estimators.make("lr", baseline=baseline))
     assert_same_gradients(loss(node), world.surrogate(loss, baseline), world.parameters)
 
@@ -145,11 +145,11 @@ def test_credit_gradient_is_the_return_to_go_in_the_scale_of_the_loss():
         loss = loss + 0.9**t * assign_credit(costs[t], credit).mean()
     loss.backward()
     discounted = costs * 0.9 ** torch.arange(4.0, dtype=F64).unsqueeze(1) / 3
-    expected = discounted.flip(0).cumsum(0)  # the backward visits the last node first
+    expected = discounted.flip(0).cumsum(0)  # the backward pass visits the last node first
     torch.testing.assert_close(torch.stack(seen), expected)
 
 
-# A nonlinear chain in two dimensions with everything through its nodes: explicit reverse loops.
+# A nonlinear chain in two dimensions without bypass, against explicit reverse loops.
 
 
 class NonlinearChain:
@@ -189,7 +189,7 @@ class NonlinearChain:
         return torch.cat([one.flatten() for one in g]), torch.stack(k)
 
     def reverse_loop(self, choose_k):
-        """PIPPS 2018, Alg. 2: adjoints a of zeta, [N, 4] = (mean, std), from the last step back."""
+        """Parmas et al. 2018, Alg. 2: adjoints of zeta, [N, 4] = (mean, std), in reverse order."""
         states, zetas = [self.start], []
         for noise in self.noise:
             zetas.append(vmap(self.zeta, (None, 0))(self.parameters, states[-1]))
@@ -200,7 +200,7 @@ class NonlinearChain:
             return torch.cat(self.zeta(parameters, x))
 
         gradient, ks = torch.zeros(3, dtype=F64), []
-        adjoint = torch.zeros(self.n, 4, dtype=F64)  # of the node after this one
+        adjoint = torch.zeros(self.n, 4, dtype=F64)  # from the next node
         for t in range(self.horizon - 1, -1, -1):
             x, noise, std = states[t + 1], self.noise[t], zetas[t][1]
             zeta_by_x = vmap(jacrev(joined, 1), (None, 0))(self.parameters, x)
@@ -226,13 +226,13 @@ def variance(g):
 
 
 def k_pipps(rp, lr, rp_parameters, lr_parameters):
-    """PIPPS 2018, Alg. 2; TPX 2023, Eq. 5."""
+    """Parmas et al. 2018, Alg. 2; Parmas et al. 2023, Eq. 5."""
     v_rp, v_lr = variance(rp_parameters).sum(), variance(lr_parameters).sum()
     return v_rp / (v_rp + v_lr)
 
 
 def k_tpx(rp, lr, *_):
-    """TPX 2023, Eq. 8, from the mean's adjoints; footnote 4: the same for the std."""
+    """Parmas et al. 2023, Eq. 8, from the mean's adjoints; footnote 4: the std uses the same k."""
     rp, lr = rp[:, :2], lr[:, :2]
     covariance = ((rp - rp.mean(0)) * (lr - lr.mean(0))).sum(0) / (len(rp) - 1)
     numerator = variance(rp) - covariance

@@ -1,4 +1,4 @@
-"""The categorical node: sampling, both legs, and their mixture."""
+"""The categorical node: sampling, its two legs, and their mixture."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_categorical_sample_is_one_hot_with_softmax_frequencies():
 
 @pytest.mark.parametrize("baseline", [leave_one_out, none])
 def test_categorical_lr_matches_enumeration(baseline):
-    """N = 40000, seed 101, cost a table: mean of per-sample gradients <= 4 SE from Σ p_k c_k."""
+    """N = 40000, seed 101, tabular cost: within 4 SE of the gradient of Σ p_k c_k."""
     n, table = 40_000, torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=F64)
     logits = torch.tensor([0.2, -0.4, 0.1, 0.6], dtype=F64, requires_grad=True)
     exact = torch.autograd.grad(logits.softmax(0) @ table, logits)[0]

@@ -21,7 +21,7 @@ def randn(*shape, seed):
 
 
 def fixed(value):
-    """A weight rule of constant k."""
+    """A weight rule with constant k."""
 
     def weight(rp, legs, probe):
         return [torch.full_like(rp[0][:1], value)]
@@ -30,7 +30,7 @@ def fixed(value):
 
 
 def single_node(estimator, *, n=16, d=3, seed=20, loss_scale=1.0, dtype=F64, explode=None, **extra):
-    """Gradient w.r.t. (mean, std), k, at one node; `explode` multiplies dL/dsample, [N, d]."""
+    """Gradient w.r.t. (mean, std) and k of one node; `explode` [N, d] multiplies dL/dsample."""
     mean = randn(n, d, seed=seed).to(dtype).requires_grad_()
     std = (0.5 + randn(n, d, seed=seed + 1).square()).to(dtype).requires_grad_()
     meter = torch.zeros(1, d, dtype=dtype, requires_grad=True)
@@ -44,7 +44,7 @@ def single_node(estimator, *, n=16, d=3, seed=20, loss_scale=1.0, dtype=F64, exp
 
 
 def probe_of(n, d, dtype=F64, seed=30):
-    """Parameters enter every coordinate of every sample: mean = W f_i, std = exp(V f_i)."""
+    """All parameters affect every sample: mean = W f_i, std = exp(V f_i)."""
     features = randn(n, 4, seed=seed).to(dtype)
     parameters = {"w": torch.ones(d, 4, dtype=dtype), "v": torch.zeros(d, 4, dtype=dtype)}
 
@@ -63,7 +63,7 @@ def make_with_probe(name, n=16, d=3, dtype=F64, **changes):
 
 
 def test_uncredited_term_is_shrunk_by_one_minus_k():
-    """Documented behaviour of `assign_credit`: the credited cost mixes, the other keeps RP only."""
+    """As `assign_credit` documents: a credited cost gets the mixture, an uncredited one only RP."""
     mean = randn(5, 2, seed=40).requires_grad_()
     std, noise = torch.full_like(mean, 0.7), randn(5, 2, seed=41)
 
@@ -93,7 +93,7 @@ def test_a_fixed_k_mixes_the_legs_linearly():
 @pytest.mark.parametrize("factor", [1e200, torch.inf, torch.nan])
 @pytest.mark.parametrize("name", [name for name in COMPOSITES if name != "tpg"])
 def test_several_legs_share_what_an_exploded_rp_leaves(name, factor):
-    """Score and batch importance weighting: where RP explodes, their mixture alone is left."""
+    """Where RP explodes, only the mixture of score and batch importance weighting is left."""
     n, d, both = 16, 3, (score, biw)
     explode = torch.ones(n, d, dtype=F64)
     if torch.isfinite(torch.tensor(factor)):
@@ -118,7 +118,7 @@ PER_COORDINATE = ("tpx", "tpx-ivw", "tpg")
 @pytest.mark.parametrize("factor", [1e200, torch.inf, torch.nan])
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_a_half_whose_rp_explodes_does_without_it_under_cross_fit(name, factor):
-    """One sample of the first half explodes; the second half's k would let it through."""
+    """One sample of the first half explodes, which the second half's k would let through."""
     n, d = 16, 3
     explode = torch.ones(n, d, dtype=F64)
     explode[3] = factor
@@ -163,7 +163,7 @@ def test_k_is_one_and_the_gradient_is_lr_where_rp_explodes(name, dtype, factor):
 @pytest.mark.parametrize(("dtype", "factor"), [(F64, 1e200), (torch.float32, 1e25)])
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
 def test_exploded_rp_with_a_large_mean_does_not_leak(name, dtype, factor, spread):
-    """N = 512, RP = factor·(1 + spread·normal): k must be 1 to all digits, or RP swamps the LR."""
+    """N = 512, RP = factor·(1 + spread·normal): k must be exactly 1, or RP dominates LR."""
     n, d = 512, 2
     mean = randn(n, d, seed=50).to(dtype).requires_grad_()
     std = torch.ones_like(mean).detach().requires_grad_()
@@ -197,7 +197,7 @@ def test_k_is_independent_of_the_loss_scale(name, scale):
 @pytest.mark.parametrize("name", COMPOSITES)
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_k_is_independent_of_the_loss_scale_where_rp_is_zero(name, scale):
-    """A cost that does not reach the sample (a step, a dead unit): RP is exactly 0, V_RP = 0."""
+    """The cost has zero derivative in the sample (a step, a dead unit): RP is 0, and so is V_RP."""
     n, d = 16, 3
     estimator, probe = make_with_probe(name)
     _, _, k = single_node(
@@ -220,7 +220,7 @@ def test_meter_gives_k_and_leaves_the_gradient_alone(name, cross_fit):
     *plain, _ = single_node(Unmetered(), **probe)
     assert all(torch.equal(a, b) for a, b in zip(metered, plain, strict=True))
     assert ((k >= 0) & (k <= 1)).all()
-    if not cross_fit:  # the mixture of the two legs with this k is the gradient
+    if not cross_fit:  # the gradient is the mixture of the two legs with this k
         rp, lr = (single_node(estimators.make(one))[:2] for one in ("rp", "lr"))
         for g, g_rp, g_lr in zip(metered, rp, lr, strict=True):
             torch.testing.assert_close(g, k * g_lr + (1 - k) * g_rp)
@@ -267,7 +267,7 @@ def test_tap_is_the_per_sample_gradient_for_rp():
 
 
 def test_extra_axes_are_independent_problems():
-    """[N, R, D] with credit [N, R] equals R nodes [N, D]: statistics are over axis 0 only."""
+    """A node [N, R, D] equals R nodes [N, D], since statistics are taken over axis 0 only."""
     n, r, d = 8, 3, 2
     mean = randn(n, r, d, seed=80).requires_grad_()
     std, noise = 0.2 + randn(n, r, d, seed=81).square(), randn(n, r, d, seed=82)
@@ -355,7 +355,7 @@ def test_shapes_that_would_broadcast_to_another_gradient_are_refused(wrong, mess
 
 
 def test_a_cost_with_an_axis_of_its_own_is_refused():
-    """[N, 1] (1 + [N]) is [N, N]: the same loss, and no score gradient."""
+    """A cost [N, 1] would broadcast to [N, N]: the same loss, but no score gradient."""
     with pytest.raises(ValueError, match=r"cost of shape \[16, 1\] .* credit of shape \[16\]"):
         assign_credit(torch.ones(16, 1), torch.zeros(16))
     assert assign_credit(torch.ones(5, 16), torch.zeros(16)).shape == (5, 16)
@@ -363,7 +363,7 @@ def test_a_cost_with_an_axis_of_its_own_is_refused():
 
 @pytest.mark.parametrize("name", ["lr", "tpx"])
 def test_second_derivatives_are_refused_where_they_would_be_wrong(name):
-    """Of a score leg they are not those of what it estimates: lr gave 0 here."""
+    """Differentiating a score leg does not estimate a second derivative; lr would give 0 here."""
 
     def gradient(name):
         mean = torch.tensor(0.5, dtype=F64, requires_grad=True)

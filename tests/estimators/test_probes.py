@@ -1,4 +1,4 @@
-"""Probes against per-sample Jacobians by autograd, and their Gram matrices."""
+"""Probes and their Gram matrices, against per-sample Jacobians from autograd."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ class Problem:
         return ControlProbe(zeta_jacobian, control_jacobian, counted)
 
     def explicit(self, cotangent):
-        """[N, P] by plain autograd, one sample at a time."""
+        """[N, P] gradients from plain autograd, one sample at a time."""
         rows = []
         for i in range(N):
             leaves = {name: p.clone().requires_grad_() for name, p in self.parameters.items()}
@@ -102,7 +102,7 @@ def test_gram_matches_explicit_covariances(problem):
 
 
 def test_gram_of_a_control_probe_does_not_lose_the_small_covariance_of_a_large_mean():
-    """Cotangents with a mean 1e3 times their spread: the mean's part is subtracted, not summed."""
+    """Cotangents whose mean is 1e3 times their spread: subtracting it must not lose precision."""
     problem = Problem(1)
     shift = torch.tensor(1e3, dtype=F64)
     problem.cotangents = tuple(c + shift for c in problem.cotangents)
@@ -140,7 +140,7 @@ def test_control_jacobian_is_computed_only_when_a_gram_asks_and_once():
 
 
 def test_counted_parameters_weigh_and_all_are_returned():
-    """`tps`: the covariances are those of the counted columns, a call still gives every one."""
+    """`tps`: covariances use the counted columns only, but a call returns all columns."""
     problem = Problem(3)
     everything = problem.control_probe().control_jacobian().jacobian
     probe = problem.control_probe(counted=lambda: DenseJacobian(everything[..., -3:]))  # the bias

@@ -1,4 +1,4 @@
-"""The registry: names, errors, plug-ins."""
+"""The registry: names, errors and plug-ins."""
 
 from dataclasses import FrozenInstanceError
 from importlib.metadata import EntryPoint, EntryPoints
@@ -15,13 +15,13 @@ MINE = Estimator(mixing.pathwise, source="a test")
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
-    """What a test registers is gone after it."""
+    """Undo, after each test, what it registered."""
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 
 @pytest.fixture
 def plugin(monkeypatch):
-    """Another distribution declares the entry point `plugged = test_registry_plugin:MINE`."""
+    """Another distribution that declares the entry point `plugged = test_registry_plugin:MINE`."""
     import sys
     from types import SimpleNamespace
 
@@ -103,7 +103,7 @@ def test_entry_point_plugin_is_found():
     assert "plugged" in estimators.names()
     assert "other" not in estimators.names()
     assert make("plugged", cross_fit=True).source == "a test"
-    assert make("plugged") == MINE  # the second time from the registry
+    assert make("plugged") == MINE  # the second time, from the registry
     assert estimators.names().count("plugged") == 1
 
 

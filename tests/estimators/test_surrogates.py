@@ -11,7 +11,7 @@ ADVANTAGES = [-2.0, -0.5, 0.0, 0.5, 3.0]
 
 
 def grid():
-    """Advantage, log π, log π_old: every pair, inside and outside of the clip range of 0.2."""
+    """Advantage, log π and log π_old in all combinations, within and beyond a clip range of 0.2."""
     advantage, ratio = torch.meshgrid(
         torch.tensor(ADVANTAGES, dtype=torch.float64),
         torch.tensor(RATIOS, dtype=torch.float64),
@@ -53,7 +53,7 @@ def test_no_gradient_leaves_it():
 
 
 def test_with_a_nodes_credit_it_is_ppo_in_the_nodes_parameters():
-    """As its docstring says: loss + advantage·weight·credit', through a score leg."""
+    """As documented: loss + advantage·weight·credit', through a score leg."""
     torch.manual_seed(0)
     mean, std = torch.randn(40, 2).double(), torch.rand(40, 2).double() + 0.5
     mean.requires_grad_(), std.requires_grad_()

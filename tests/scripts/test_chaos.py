@@ -1,4 +1,4 @@
-"""The chaotic-RNN study: what TPX 2023, Sec. 5 and Fig. 3 claim, and the script that shows it."""
+"""The chaotic-RNN study: claims of Parmas et al. 2023, Sec. 5 and Fig. 3, and the script."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ def measure(name, betas, noise):
 
 
 def test_tpx_ignores_a_chaotic_parallel_path_and_tp_does_not():
-    # 12 repeats: the relative standard error of either variance is about 0.4; 1e-4 is far from it.
+    # 12 repeats: the relative standard error of a variance is about 0.4, so 1e-4 is significant.
     noise = draw_noise((1.5, 3.5), repeats=12, samples=200, horizon=100, seed=0)
     tpx, tp = (measure(name, (1.5, 3.5), noise) for name in ("tpx", "tp"))
     assert tpx.variance < 1e-4 * tp.variance
@@ -38,7 +38,7 @@ def test_tp_beats_both_its_legs_at_the_edge_of_chaos():
     tp, rp, lr = (measure(name, (2.45,), noise) for name in ("tp", "rp", "lr"))
     rows = np.random.default_rng(0).integers(20, size=(1000, 20))
     assert np.quantile(lr.g[rows].var(1) / tp.g[rows].var(1), 0.01) > 5
-    # A few exploded samples are all of rp's variance (here thousands of times tp's), so a bootstrap
+    # A few exploded samples make up rp's variance (here thousands of times tp's), so a bootstrap
     # without them says nothing; that a sample has any makes the estimate a low one.
     assert rp.variance > 100 * tp.variance
 
@@ -72,7 +72,7 @@ def test_rp_is_the_derivative_of_the_simulated_loss():
 def test_the_probe_gives_the_per_sample_gradients():
     # Without a baseline a sample's gradient is that of a batch of one; ivw needs all of them.
     noise, betas = draw_noise((1.9, 2.3), repeats=1, samples=20, horizon=8, seed=0), (1.9, 2.3)
-    each = noise.transpose(0, 2)  # [20, 8, 1, 4]: every sample as a repeat
+    each = noise.transpose(0, 2)  # [20, 8, 1, 4]: every sample is a repeat
     rp, lr = (gradients(make(e, baseline=baselines.none), betas, each) for e in ("rp", "lr"))
     v_rp, v_lr = rp.var(0).sum(), lr.var(0).sum()
     k = v_rp / (v_rp + v_lr)
@@ -93,7 +93,7 @@ def test_relative_standard_error_of_a_variance():
     g = np.random.default_rng(0).normal(size=4000)
     assert chaos_report.Measured(g, 0).relative_se == pytest.approx((2 / 3999) ** 0.5, rel=0.1)
     alone = np.zeros(40)
-    alone[3] = 1e200  # one repeat is all of the variance
+    alone[3] = 1e200  # all of the variance is due to one repeat
     assert chaos_report.Measured(alone, 0).relative_se == pytest.approx(1, rel=0.1)
 
 
@@ -147,7 +147,7 @@ def test_redo_measures_one_estimator_again(tmp_path, monkeypatch, no_report):
         chaos, "gradients", lambda e, *args: measured.append(e) or gradients(e, *args)
     )
     chaos.main([*command, "--redo", "tpg"])
-    assert measured == [make("rp"), make("tpg")]  # the first is not timed
+    assert measured == [make("rp"), make("tpg")]  # the first call is not timed
 
 
 def test_redo_measures_what_is_not_among_the_estimators(tmp_path, no_report):

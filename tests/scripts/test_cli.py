@@ -1,4 +1,4 @@
-"""The command `totalprop`."""
+"""The command `totalprop` and its subcommands."""
 
 import subprocess
 import sys

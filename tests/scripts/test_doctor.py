@@ -1,4 +1,4 @@
-"""The doctor: a line per thing, a remedy where one is needed, and it never faints."""
+"""`totalprop doctor`: one line per check, a fix if one fails, and no check stops the report."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What breaks during a training: a sentence, an exit code, and a checkpoint to go on from."""
+"""Faults during training: a one-line error, an exit code, and a checkpoint to resume from."""
 
 import csv
 import subprocess
@@ -127,7 +127,9 @@ def test_everything_that_rewinding_calls_is_watched(monkeypatch):
     names = ["snapshot", "extra_step", "restore", "get_snapshot_values", "set_snapshot_values"]
     assert seen == [f"env.{name}" for name in ("reset", *names)]
     plain = make_env("InvertedPendulum-v5", {}, seed=0, step_timeout=100)
-    with pytest.raises(AttributeError):  # how a checkpoint learns that it cannot be put back
+    with pytest.raises(
+        AttributeError
+    ):  # tells the checkpoint that the environment cannot be restored
         plain.env_method("get_snapshot_values")
 
 
@@ -152,7 +154,7 @@ def test_a_fault_while_learning_is_one_sentence_and_the_run_goes_on(
     train.main([*command, "--name", "quiet"])
     with open(tmp_path / "quiet" / "progress.csv", newline="") as file:
         rates = [row["train/learning_rate"] for row in csv.DictReader(file)]
-    rates = [float(rate) for rate in rates if rate]  # evaluations have rows of their own
+    rates = [float(rate) for rate in rates if rate]  # evaluations have separate rows
     assert rates == sorted(rates, reverse=True) and rates[-1] == 0 < rates[0] <= 3e-4
     calls = []
 

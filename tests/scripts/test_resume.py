@@ -22,7 +22,7 @@ TINY += ["--checkpoint-seconds", "0"]
 
 @pytest.mark.parametrize("agent", list(kill_test.COMMANDS))
 def test_killed_runs_end_bit_for_bit_as_quiet_ones(agent, tmp_path):
-    """The short form of `totalprop kill-test`, whose figures are in results/reliability."""
+    """A short version of `totalprop kill-test`, whose results are in results/reliability."""
     record = kill_test.kill_test(agent, tmp_path, kills=2, kills_in_checkpoints=1, seed=1)
     assert record["differences"] == []
     assert record["kills"] >= 2
@@ -126,11 +126,11 @@ def test_the_table_of_a_resumed_run_has_neither_gaps_nor_doubles(tmp_path):
     first = ResumableCSV(path)
     log(first, {"a": 1, "b": "x, y"}, {"a": 2})
     state = first.state_dict()
-    log(first, {"a": 3, "c": 9.5})  # after the checkpoint, to be written again
+    log(first, {"a": 3, "c": 9.5})  # after the checkpoint, so it is written again
     with open(path, "a") as file:
-        file.write("4,")  # killed in the middle of a row
+        file.write("4,")  # killed while writing a row
     second = ResumableCSV(path)
-    assert "9.5" in path.read_text()  # nothing is lost before the state is known
+    assert "9.5" in path.read_text()  # nothing is dropped before the state is loaded
     second.load_state_dict(state)
     log(second, {"a": 3, "d": 1})
     assert path.read_text() == 'a,b,d\n1,"x, y",\n2,,\n3,,1\n'
@@ -140,8 +140,8 @@ def test_a_checkpoint_before_the_first_row_needs_no_table(tmp_path):
     path = tmp_path / "progress.csv"
     state = ResumableCSV(path).state_dict()
     table = ResumableCSV(path)
-    table.load_state_dict(state)  # killed before there was a file
-    path.write_text("a,b\n1,")  # or in its first row
+    table.load_state_dict(state)  # killed before the file existed
+    path.write_text("a,b\n1,")  # or while writing its first row
     table.load_state_dict(state)
     table.write({"a": 5}, {"a": ()})
     assert path.read_text() == "a\n5\n"

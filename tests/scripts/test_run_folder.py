@@ -1,4 +1,4 @@
-"""What a run's records say of the code that made them."""
+"""The commit that a run records."""
 
 from __future__ import annotations
 

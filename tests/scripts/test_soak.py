@@ -1,4 +1,4 @@
-"""The soak test: what it calls flat and constant, and a minute fraction of the real thing."""
+"""The soak test: its criteria, and a run of a few seconds."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from totalprop.scripts.reliability import soak
 
 TIMES = np.arange(0.0, 3600.0, 10.0)
-WARM_UP = 300 * (1 - np.exp(-TIMES / 200))  # MB, over within the first third
+WARM_UP = 300 * (1 - np.exp(-TIMES / 200))  # MB, gone within the first third
 
 
 def judge(memory, files=None):
@@ -33,7 +33,7 @@ def test_a_file_that_is_being_written_is_no_leak_but_one_that_stays_open_is():
     written, leaked, warm = (np.full(len(TIMES), 6) for _ in range(3))
     written[::7] += 1
     leaked[310:] += 1
-    warm[:60] = 4  # opened in the warm-up
+    warm[:60] = 4  # opened during the warm-up
     memory = np.full(len(TIMES), 500.0)
     assert judge(memory, written)["is_constant"] and judge(memory, warm)["is_constant"]
     assert judge(memory, written)["open_files"] == 6
@@ -68,7 +68,7 @@ def test_a_process_is_watched_and_stopped(tmp_path, monkeypatch, capsys):
     soak.main()
     assert capsys.readouterr().out.startswith("daappo: 120 steps in 3 s, ")
     found = json.loads((tmp_path / "soak.json").read_text())
-    assert found[0] == earlier and len(found) == 2  # what was measured before is kept
+    assert found[0] == earlier and len(found) == 2  # earlier results are kept
     assert 55 < found[1]["megabytes"] < 100 and found[1]["open_files"] == 4
     assert (tmp_path / "soak.png").stat().st_size > 5000
 

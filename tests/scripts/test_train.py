@@ -1,4 +1,4 @@
-"""The command lines, end to end on tiny settings and with wrong input."""
+"""The commands, end to end with tiny settings, and with wrong input."""
 
 import csv
 import json
@@ -38,7 +38,9 @@ def test_the_gif_shows_one_episode(tmp_path):
     from PIL import Image
 
     with Image.open(run(tmp_path) / "rollout.gif") as gif:
-        assert gif.n_frames == 30  # the start and every step but the last, which has reset already
+        assert (
+            gif.n_frames == 30
+        )  # the start and every step except the last, which has already reset
         assert gif.info["duration"] == 100  # ms: 10 Hz
 
 
@@ -58,7 +60,7 @@ def test_evaluate_loads_the_run(tmp_path, capsys):
 def test_evaluate_looks_at_the_picture_s_folder_first(path, tmp_path, capsys, monkeypatch):
     folder = run(tmp_path)
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(evaluate, "evaluate_policy", None)  # rollouts would be for nothing
+    monkeypatch.setattr(evaluate, "evaluate_policy", None)  # the rollouts would be wasted
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(folder), "--gif", str(tmp_path / path)])
@@ -159,7 +161,7 @@ def test_evaluate_says_what_is_missing(tmp_path, capsys):
         assert "is not a run folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [RuntimeError, ImportError])  # OpenGL's is a RuntimeError
+@pytest.mark.parametrize("error", [RuntimeError, ImportError])  # OpenGL raises RuntimeError
 def test_a_missing_picture_does_not_lose_the_run(error, tmp_path, capsys, monkeypatch):
     def no_picture(*args, **kwargs):
         raise error("no renderer")

@@ -1,4 +1,4 @@
-"""The command lines of DreamerTPX and DAAPPO, end to end on the cart-pole."""
+"""The commands with DreamerTPX and DAAPPO, end to end on the cart-pole."""
 
 import dataclasses
 import json
@@ -28,8 +28,8 @@ DAAPPO += ["--eval-every", "60", "--eval-episodes", "2", "--n-epochs", "2", *CAR
 
 
 def options_of(*arguments):
-    """What a command line makes of a run: normalisation, schedule, environment arguments."""
-    job = train_arguments.parse(["daappo", *arguments], usage="")
+    """Normalisation, schedule and environment arguments that a command line results in."""
+    job = train_arguments.Job.of(*train_arguments.parse(["daappo", *arguments], usage=""))
     return job.options.normalize, job.options.learning_rate_schedule, job.env_args
 
 
@@ -121,7 +121,7 @@ def test_diagnose_measures_names_and_draws(dreamer_run, tmp_path, capsys):
 def test_diagnose_needs_no_saved_replay_and_may_let_the_actors_input_have_a_gradient(
     dreamer_run, tmp_path
 ):
-    """The newest checkpoint has the same model and replay; the flag changes the gradient."""
+    """The newest checkpoint has the same model and replay. The flag changes the gradient."""
     found, advised = [], []
     for name in ("stop-grad", "no-stop-grad"):
         copy = shutil.copytree(dreamer_run, tmp_path / name)
@@ -130,14 +130,14 @@ def test_diagnose_needs_no_saved_replay_and_may_let_the_actors_input_have_a_grad
         diagnose.main([str(copy), *DIAGNOSE, "rp", f"--{name}-actor-input"])
         found.append(json.loads((copy / "diagnosis" / "results.json").read_text())["results"]["rp"])
         advised.append((copy / "diagnosis" / "table.md").read_text())
-    diagnose.main([str(tmp_path / "no-stop-grad"), *DIAGNOSE, "rp"])  # as trained: blocked
+    diagnose.main([str(tmp_path / "no-stop-grad"), *DIAGNOSE, "rp"])  # as in training: blocked
     trained = json.loads((tmp_path / "no-stop-grad" / "diagnosis" / "results.json").read_text())
     assert trained["results"]["rp"] == found[0] != found[1]
     assert ["Compare with --no-stop-grad" in text for text in advised] == [True, False]
 
 
 def test_diagnose_measures_the_agent_as_it_is(dreamer_run, tmp_path, monkeypatch):
-    """With its own baseline; and a compiled model is not compiled again."""
+    """The agent's own baseline is used, and a compiled model is not compiled again."""
     seen, update = [], diagnose.DreamerUpdate
 
     def spy(policy, settings):
@@ -185,12 +185,12 @@ def test_variance_prints_the_table_and_the_advice(tmp_path, capsys):
     assert is_decided != ("within its noise" in output)
     first = json.loads((tmp_path / "v.json").read_text())
     variance.main(command)
-    assert json.loads((tmp_path / "v.json").read_text()) == first  # the seed holds
+    assert json.loads((tmp_path / "v.json").read_text()) == first  # the same seed, the same result
     assert int(output.split("; ")[1].split(" steps in all")[0]) == 6 * 5 * (2 * 2 * 3 + 1)
 
 
 def test_rollouts_that_value_an_action_have_noise_of_their_own(monkeypatch):
-    """One step each, of a noisy observation: what differs is what a snapshot would repeat."""
+    """Rollouts of one noisy step differ, although a snapshot alone would repeat the noise."""
     seen, step = [], variance.Sampler._step
 
     def spy(sampler, action):
@@ -207,8 +207,10 @@ def test_rollouts_that_value_an_action_have_noise_of_their_own(monkeypatch):
             seen.clear()
             variance.main([*command, noise])
             runs.append(list(seen))
-        assert runs[0] == runs[1] and len(seen) == 2 * 4 * (2 * 5 + 1)  # the seed holds
-        for i in range(0, len(seen), 11):  # five of each action, and the trajectory's own step
+        assert runs[0] == runs[1] and len(seen) == 2 * 4 * (
+            2 * 5 + 1
+        )  # the same seed, the same result
+        for i in range(0, len(seen), 11):  # five per action, and the step of the trajectory
             first, second = seen[i : i + 5], seen[i + 5 : i + 10]
             assert len(set(first)) == len(set(second)) == differing
             assert (seen[i + 10] in first) == (noise == "noise=0")
@@ -341,7 +343,7 @@ def test_a_sweep_varies_any_flag_and_draws_any_column(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "foreign"])
 def test_a_normalised_run_without_its_statistics_is_not_evaluated(damage, tmp_path, capsys):
-    """The policy would see other numbers than in training, and the return would be another."""
+    """Without them the policy's inputs, and so the return, would differ from training."""
     train.main([*DAAPPO, "--runs", str(tmp_path), "--name", "n", "--normalize", "both"])
     path = tmp_path / "n" / "vec_normalize.json"
     text = {"gone": None, "cut": path.read_text()[:30], "foreign": '{"norm_obs": true}'}[damage]

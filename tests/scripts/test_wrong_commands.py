@@ -1,4 +1,4 @@
-"""Wrong command lines: exit code 2 (usage) or 1 (failure), a sentence, never a traceback."""
+"""Wrong command lines: exit code 2 (usage) or 1 (failure), one line, never a traceback."""
 
 import json
 
@@ -64,7 +64,7 @@ COMMANDS = [[c[0], *CART, *c[1:]] for c in COMMANDS] + OTHERS
 
 
 class Begun(BaseException):
-    """The training began: nothing was found wrong."""
+    """Raised when training begins: no error was found."""
 
 
 def test_there_are_enough():
@@ -85,11 +85,11 @@ def test_wrong_training_commands(command, tmp_path, capsys, monkeypatch):
     text = output.err + output.out
     assert "Traceback" not in text
     assert len(text) > 20
-    if command:  # one sentence, after whatever libraries print; without arguments it is the usage
+    if command:  # one line, after whatever libraries print; without arguments, the usage
         error = [line for line in output.err.splitlines() if "error: " in line]
         assert stop.value.code == 2 or error[0].startswith("error: ")
         assert len(error) == 1 and output.err.rstrip().endswith(error[0]) and len(error[0]) > 20
-    assert not (tmp_path / "runs").exists()  # nothing is begun
+    assert not (tmp_path / "runs").exists()  # nothing was started
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_what_a_usage_error_says(arguments, message, capsys):
     ],
 )  # fmt: skip
 def test_wrong_commands_of_other_scripts(script, arguments, tmp_path, capsys):
-    """The run is one that was killed before it had a model."""
+    """The run was killed before it had a model."""
     run = tmp_path / "run"
     run.mkdir()
     config = {"agent": "pipps", "env_id": "totalprop/CartPoleSwingUp-v0", "env_args": {}}

@@ -1,4 +1,4 @@
-"""Variance split and signal-to-noise against a toy whose answers are known."""
+"""Variance decomposition and signal-to-noise ratio, against a toy with known answers."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_hand_numbers_one_start():
     assert found.mean.tolist() == [1.0, 3.0]
     assert found.within == pytest.approx(4.0)
     assert found.esnr == pytest.approx(2.0)
-    assert found.between != found.between  # nan: one start says nothing of the others
+    assert found.between != found.between  # nan: one start gives no variance between starts
 
 
 def test_hand_numbers_two_starts():
@@ -31,8 +31,8 @@ def test_hand_numbers_two_starts():
     assert found.esnr == pytest.approx(((1 - 1) / 2 + (36 - 4) / 8) / 2)
 
 
-WITHIN = torch.tensor([0.5, 1.0, 2.0], dtype=F64)  # std of each parameter around its start's mean
-BETWEEN = torch.tensor([1.0, 0.1, 0.3], dtype=F64)  # std of the starts' means
+WITHIN = torch.tensor([0.5, 1.0, 2.0], dtype=F64)  # std of each parameter within a start
+BETWEEN = torch.tensor([1.0, 0.1, 0.3], dtype=F64)  # std of the means between starts
 MEAN = torch.tensor([0.4, -0.2, 0.0], dtype=F64)
 
 
@@ -58,7 +58,7 @@ def test_mean_and_variance_split_are_unbiased():
     assert abs(z([f.within for f in found], within)) <= 4
     assert abs(z([f.between for f in found], between)) <= 4
     assert abs(z([f.total for f in found], within + between)) <= 4
-    # The naive between, without the correction, would be off by within / M: it is far from 4 SE.
+    # Without the correction, `between` would be biased by within / M, far more than 4 SE.
     assert abs(z([f.between for f in found], between + within / 3)) > 20
     means = torch.stack([f.mean for f in found])
     error = means.std(0) / len(means) ** 0.5
@@ -81,7 +81,7 @@ def test_esnr_of_a_known_signal():
 
 
 def test_esnr_of_pure_noise_is_zero_in_the_mean():
-    """S = 2000, M = 20, seed 2: without its correction it would be 1 / M."""
+    """S = 2000, M = 20, seed 2: without the correction it would be 1 / M."""
     generator = torch.Generator().manual_seed(2)
     noise = torch.randn(2000, 20, 3, dtype=F64, generator=generator)
     ratios = [statistics_of(one.unsqueeze(0)).esnr for one in noise]

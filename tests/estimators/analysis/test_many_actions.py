@@ -71,7 +71,7 @@ def random_mdp(seed, *, n_states=3, n_actions=2, n_parameters=2):
 
 
 def stationary(mdp):
-    """The law kept by the chain, by iterating it."""
+    """The stationary distribution of the chain, by iteration."""
     chain = np.einsum("sa,saz->sz", mdp[2].numpy(), mdp[0].numpy())
     return np.linalg.matrix_power(chain, 5000)[0]
 
@@ -157,7 +157,7 @@ def test_start_at_the_stationary_law_changes_nothing():
 
 
 def test_float32_is_computed_in_float64():
-    """Rows that sum to 1 in float32 only are normalised: the error stays that of the input."""
+    """Rows that sum to 1 only in float32 are normalised, so no error adds to that of the input."""
     mdp = tuple(x.float() for x in random_mdp(1))
     found, exact = finite_mdp(*mdp, n_steps=200), finite_mdp(*random_mdp(1), n_steps=200)
     assert found.marginal.dtype == F64
@@ -178,7 +178,7 @@ def test_components_add_up_and_infinitely_many_actions_leave_the_chain():
     assert c.variance(1) == pytest.approx((m + p) / 7)
     assert c.variance(math.inf) == pytest.approx(m / 7)
     assert c.variance(10**9) == pytest.approx(m / 7)
-    # Averaging Υ over the policy by hand is the same limit.
+    # Averaging Υ over the policy gives the same limit.
     transition, upsilon, policy = random_mdp(2)
     averaged = (policy.unsqueeze(-1) * upsilon).sum(1, keepdim=True).expand_as(upsilon)
     exact = finite_mdp(transition, averaged, policy, n_steps=7)
@@ -195,7 +195,7 @@ def test_a_constant_shift_of_upsilon_changes_no_component():
 
 
 def test_more_actions_can_raise_the_variance():
-    """Advantages in a chain where the action chooses the next state: P(2) < 0."""
+    """With advantages, in a chain whose action determines the next state, P < 0 at T = 2."""
     mdp, _, _ = sticky_chain(**NEGATIVE, advantage=True)
     c = finite_mdp(*mdp, n_steps=2)
     assert c.state_variance == pytest.approx(0.03411207421875)
@@ -219,7 +219,7 @@ def test_more_actions_can_raise_the_variance():
 
 
 def test_theorem_1_flips_where_the_variances_do():
-    """States iid under π, yet α^e_1 ≠ 0: the threshold is T = 34.367. The bandit rule is wrong."""
+    """States are iid under π, yet α^e_1 ≠ 0: the threshold is T = 34.367, not that of bandits."""
     mdp, _, _ = sticky_chain(**FLIP, advantage=False)
     c = finite_mdp(*mdp, n_steps=34, n_lags=70)
     for t, two_actions, twice_as_long in [
@@ -283,7 +283,7 @@ def test_corollary_1_is_lemma_2_in_a_bandit(n_actions):
 @pytest.mark.parametrize("n_actions", [1, 2, 5])
 @pytest.mark.parametrize("delta", [0.25, 1.0, 2.0])
 def test_lemma_2_is_a_difference_of_variances(delta, n_actions):
-    """With its tail exact; without, it is Eq. 9 as printed; Eq. 30 has the same sides."""
+    """Exact with the tail; Eq. 9 as printed without it; the two sides of Eq. 30 agree with it."""
     n, t = n_actions, 8
     mdp, _, _ = sticky_chain(**{**STICKY, "rho": 0.8}, advantage=True)
     c = finite_mdp(*mdp, n_steps=t, n_lags=40)
@@ -310,7 +310,7 @@ def test_lemma_2_is_a_difference_of_variances(delta, n_actions):
 
 
 def test_theorem_1_is_the_general_condition_at_one():
-    """Σ α_t t/T is on the other side: the gap of the two sides is what must agree."""
+    """Σ α_t t/T is moved to the other side, so the difference of the sides is compared."""
     for seed in range(5):
         c = finite_mdp(*random_mdp(seed), n_steps=6, n_lags=9)
         one, general = theorem_1(c), general_condition(c, 1.0)
@@ -333,7 +333,7 @@ def test_both_ways_can_be_worse():
 
 @pytest.mark.parametrize("delta", [0.003, 0.02, 0.1, 0.3, 0.7, 1.0, 3.0])
 def test_optimal_actions_of_a_bandit(delta):
-    """√(E_a (1-δ) / (V_s δ)) rounded to its better neighbour; the greedy rule stops there too."""
+    """√(E_a (1-δ) / (V_s δ)), rounded to the better integer, where the greedy rule stops too."""
     c = finite_mdp(*gaussian_bandit(), n_steps=1000)
     v_s, e_a = c.state_variance, c.action_variance
 
@@ -362,11 +362,11 @@ def test_optimal_actions_with_covariances_is_a_search():
     assert found.variance == min(tried.values())
     assert optimal_actions(c, 0.5, max_actions=2).n_actions == 2
     assert 1 <= optimal_actions(c.at(n_steps=2), 0.1).n_steps < 1.5
-    assert optimal_actions(c.at(n_steps=1), 0.5).n_actions == 1  # nothing left to give up
+    assert optimal_actions(c.at(n_steps=1), 0.5).n_actions == 1  # no states left to trade
 
 
 def test_table_rows():
-    """Finger, Nauman & Cygan 2022, Table 1: its totals add the covariance rows as they stand."""
+    """Finger in Nauman & Cygan 2022, Table 1: the totals add the covariance rows as printed."""
     c = finite_mdp(*random_mdp(5), n_steps=9)
     rows = list(table(c).values())
     assert rows[0] == pytest.approx(c.state_variance / 2)  # P = 2 parameters
@@ -448,7 +448,7 @@ def test_estimates_are_unbiased(start, k):
     standard_error = found.std(0) / len(found) ** 0.5
     z = ((found.mean(0) - expected) / standard_error)[: None if k else -1]
     assert z.abs().max() <= 4, z
-    # What the n - 1 of a covariance, or noise left in E_a, would add is far outside: 4 SE is small.
+    # Dividing by n, or noise in E_a, would cause errors far above 4 SE.
     lags = len(exact.marginal)
     assert 4 * standard_error[0] < exact.state_variance / 4
     assert 4 * standard_error[lags] < exact.action_variance / 4
@@ -496,7 +496,7 @@ def test_one_large_sample_agrees_with_the_closed_form():
 
 
 def test_extra_action_must_not_drive():
-    """Swapping the two actions takes the first-action covariance away: the axis order matters."""
+    """Swapping the two actions removes the covariance of the driving action: order matters."""
     data = simulate(SMALL, 20000, 3, torch.Generator().manual_seed(4))
     right = estimate_components(data, n_bootstrap=0).components
     wrong = estimate_components(data.flip(2), n_bootstrap=0).components
@@ -559,7 +559,7 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def test_traces_add_over_many_parameters():
-    """P = 40000 in float32: nothing is [P, P], which would be 12.8 GB."""
+    """P = 40000: no array may be [P, P], which would take 12.8 GB in float64."""
     data = torch.randn(4, 3, 2, 40000, generator=torch.Generator().manual_seed(8)) + 100
     found = estimate_components(data, n_bootstrap=3).components
     assert found.n_parameters == 40000

@@ -1,4 +1,4 @@
-"""The world model's loss, filter and open loop against plain distributions and explicit loops."""
+"""The world model's loss, filter and open-loop prediction, against explicit computations."""
 
 import math
 
@@ -37,7 +37,7 @@ def make(shape=(OBSERVATION,), **changes):
 
 
 def batch(shape=(OBSERVATION,)):
-    """observations, actions, rewards, is_first, is_terminal, noise."""
+    """A batch: observations, actions, rewards, is_first, is_terminal and noise."""
     if len(shape) == 3:
         observations = torch.randint(0, 256, (T, B, *shape), generator=generator(1)).byte()
     else:
@@ -57,7 +57,7 @@ def observed(model, data):
 
 
 def gradient_norms(loss, model):
-    """Of each part of the model."""
+    """Gradient norm of each part of the model."""
     parts = {name: list(part.parameters()) for name, part in model.named_children()}
     flat = [p for part in parts.values() for p in part]
     found = iter(torch.autograd.grad(loss, flat, retain_graph=True, materialize_grads=True))
@@ -71,7 +71,7 @@ def gradient_norms(loss, model):
 
 
 def test_parameter_counts_of_the_reference():
-    """danijar/dreamer at 6 actions; actor and critic see agents/test_dreamer_update.py."""
+    """danijar/dreamer with 6 actions; actor and critic: tests/agents/dreamer/test_update.py."""
     model = LatentModel((3, 64, 64), 6, **DREAMER_V1)
     counts = {
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
@@ -88,7 +88,7 @@ def test_images_of_another_size_are_refused():
 
 
 def test_the_whole_model_is_initialised():
-    """No layer keeps PyTorch's default: no bias is left, recurrent weights are orthogonal."""
+    """No layer keeps PyTorch's default: biases are zero, and recurrent weights are orthogonal."""
     model = LatentModel(IMAGE, A, **SIZES, discount_head=True)
     assert not any(p.any() for name, p in model.named_parameters() if "bias" in name)
     recurrent = model.rssm.cell.weight_hh
@@ -147,7 +147,7 @@ def kl_of_steps(model, data):
 
 
 def test_free_nats_after_the_mean():
-    """Above them the loss is kl_scale·KL, below it is constant, whatever single steps say."""
+    """The loss is kl_scale·KL above the free nats and constant below, whatever the single steps."""
     model, data = make(), batch()
     kl = kl_of_steps(model, data)
     assert kl.min() < 0.9 * kl.mean() and kl.max() > 1.1 * kl.mean()
@@ -162,16 +162,16 @@ def test_free_nats_after_the_mean():
         found = torch.autograd.grad(penalty, rssm, materialize_grads=True)
         expected = torch.autograd.grad(0.7 * kl.mean(), rssm, retain_graph=True)
         if factor > 1:
-            # The other two terms cancel to float32's round-off.
+            # The other two terms cancel up to float32 round-off.
             expected = [torch.zeros_like(g) for g in expected]
         torch.testing.assert_close(found, tuple(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_free_nats_per_step():
-    """Each step's KL counts above them only: loss and gradient are those of the steps above."""
+    """Only steps above the free nats contribute to the KL's gradient."""
     model, data = make(), batch()
     kl = kl_of_steps(model, data)
-    free_nats = kl.flatten().sort().values[6:8].mean().item()  # no step is exactly there
+    free_nats = kl.flatten().sort().values[6:8].mean().item()  # no step is exactly at the free nats
     settings = SETTINGS._replace(free_nats=free_nats, free_nats_per_step=True)
     loss, _ = model.loss(*data, settings)
     above = kl > free_nats
@@ -179,7 +179,7 @@ def test_free_nats_per_step():
     expected = 0.7 * (kl[above].sum() + free_nats * (~above).sum()) / (T * B)
     penalty = loss.total - loss.observation - loss.reward
     torch.testing.assert_close(penalty, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loss.kl, kl.mean())  # before the free nats
+    torch.testing.assert_close(loss.kl, kl.mean())  # before free nats are applied
     rssm = list(model.rssm.parameters())
     torch.testing.assert_close(
         torch.autograd.grad(penalty, rssm, materialize_grads=True),
@@ -191,7 +191,7 @@ def test_free_nats_per_step():
 
 @pytest.mark.parametrize("per_step", [False, True])
 def test_below_the_free_nats_the_prior_has_no_gradient(per_step):
-    """Nothing but the KL reads the prior, so its layers tell exactly."""
+    """Only the KL depends on the prior, so the gradient of its layers is exactly zero."""
     model, data = make(), batch()
     most = kl_of_steps(model, data).max().item()
     layers = [*model.rssm.prior_hidden.parameters(), *model.rssm.prior_out.parameters()]
@@ -203,7 +203,7 @@ def test_below_the_free_nats_the_prior_has_no_gradient(per_step):
 
 
 def test_discount_head_s_target():
-    """γ where the episode goes on and 0 where it ended: there the cross entropy is least."""
+    """The cross entropy is smallest at γ while the episode continues, and at 0 where it ends."""
     model, data = make(discount_head=True), batch()
     is_terminal = data[4]
     logits = torch.zeros(T, B)
@@ -238,7 +238,7 @@ def test_each_part_of_the_loss_trains_its_own_head():
         assert norms["encoder"] > 0 and norms["rssm"] > 0
 
 
-# Acting: the filter
+# The filter
 
 
 def test_filter_is_one_step_of_observe():
@@ -267,7 +267,7 @@ def test_filter_without_noise_gives_the_mean_and_draws_nothing():
     torch.testing.assert_close(other.stoch - found.stoch, posterior.std.detach())
 
 
-# The open loop
+# Open-loop prediction
 
 
 def explicit_open_loop(model, data, context, seed):
@@ -299,13 +299,13 @@ def test_open_loop_filters_then_imagines(shape, context):
     )
     assert found.shape == observations.shape and not found.requires_grad
     torch.testing.assert_close(found, explicit_open_loop(model, data, context, 7))
-    if len(shape) == 1:  # in the observation's units
+    if len(shape) == 1:  # in the units of the observation
         features = observed(model, data)[0].features
         torch.testing.assert_close(model.decoder(features), symexp(model.decoder.net(features)))
 
 
 def test_open_loop_does_not_look_ahead():
-    """Later observations change nothing; earlier ones and later actions do."""
+    """Observations after the context have no effect; those in it and later actions do."""
     model, data = make(), batch()
 
     def predict(observations, actions):

@@ -1,4 +1,4 @@
-"""The networks against plain PyTorch modules, closed forms and the reference's parameter counts."""
+"""The networks, against plain PyTorch modules, closed forms and reference parameter counts."""
 
 import math
 
@@ -28,7 +28,7 @@ def generator(seed):
 
 
 def randomise(module, seed=0, scale=0.3):
-    """Weights and biases that are all different: a bias left out or misplaced shows."""
+    """Make all weights and biases differ, so that a missing or misplaced bias is noticed."""
     source = generator(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -53,7 +53,7 @@ def count(module):
 
 
 def test_parameter_counts_of_the_reference():
-    """danijar/dreamer at 3x64x64 images; features 30 + 200."""
+    """danijar/dreamer with 3x64x64 images and features of size 30 + 200."""
     assert count(ImageEncoder(3, depth=32)) == 690_144
     assert count(ImageDecoder(230, 3, depth=32)) == 3_795_555
     assert count(mlp(230, 400, 2, 1)) == 253_201  # reward
@@ -104,7 +104,7 @@ def test_mlp_is_linear_layers_with_elu_between(layers):
 
 
 class EveryKind(nn.Module):
-    """One of each layer that the agent has."""
+    """A module with one layer of each kind that the agent uses."""
 
     def __init__(self):
         super().__init__()
@@ -167,7 +167,7 @@ def test_normalise():
 
 
 def with_weights_of(plain, module):
-    """A plain chain with the module's weights, which lie in the same order."""
+    """Copy a module's weights, which have the same order, into a plain chain."""
     state = zip(plain.state_dict(), module.state_dict().values(), strict=True)
     plain.load_state_dict(dict(state))
     return plain
@@ -205,12 +205,12 @@ def test_image_encoder_equals_plain_convolutions():
 
 
 def test_image_decoder_equals_plain_transposed_convolutions():
-    """Values and gradients: the first layer is written as a matrix product."""
+    """Values and gradients, since the first layer is implemented as a matrix product."""
     decoder = randomise(ImageDecoder(FEATURES, CHANNELS, depth=DEPTH)).double()
     plain = plain_decoder(decoder)
     features = torch.randn(2, 3, FEATURES, dtype=torch.float64, generator=generator(2))
     found, expected = decoder(features), plain(features.flatten(0, 1)).unflatten(0, (2, 3))
-    assert (expected < 0).any()  # no ReLU at the end
+    assert (expected < 0).any()  # no ReLU on the output
     torch.testing.assert_close(found, expected)
     cotangent = torch.randn(found.shape, dtype=torch.float64, generator=generator(3))
     torch.testing.assert_close(
@@ -230,7 +230,7 @@ def test_image_log_prob_is_a_unit_gaussian_summed_over_pixels():
 
 @pytest.mark.parametrize("chunk", [1, 3, 6])
 def test_chunks_change_nothing(chunk, monkeypatch):
-    """5 images at once, and in chunks that leave a rest, and in one too large."""
+    """5 images in one chunk, in chunks that leave a remainder, and in a chunk that is too large."""
     encoder = randomise(ImageEncoder(CHANNELS, depth=DEPTH))
     decoder = randomise(ImageDecoder(FEATURES, CHANNELS, depth=DEPTH))
     parameters = [*encoder.parameters(), *decoder.parameters()]
@@ -295,7 +295,7 @@ def test_vector_log_prob_is_a_gaussian_over_symlog(std):
 
 
 def test_log_probs_are_largest_at_the_decoded_observation():
-    """A closed form: there only the constants are left."""
+    """In closed form: at the decoded observation only the constants remain."""
     decoder = randomise(VectorDecoder(FEATURES, 4, width=5, std=0.3))
     features = torch.randn(6, FEATURES, generator=generator(2))
     constant = -24 * (math.log(0.3) + 0.5 * math.log(2 * math.pi))

@@ -1,4 +1,4 @@
-"""The recurrent state-space model against explicit loops and torch.distributions; float64."""
+"""The RSSM, against explicit loops and torch.distributions, in float64."""
 
 import math
 
@@ -24,7 +24,7 @@ def randn(*shape, seed):
 
 @pytest.fixture
 def rssm():
-    """Weights and biases of about 0.5."""
+    """An RSSM with weights and biases of about 0.5."""
     model = RSSM(A, EMBED, stoch=STOCH, deter=DETER, hidden=HIDDEN).double()
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
@@ -34,7 +34,7 @@ def rssm():
 
 @pytest.fixture
 def sequences():
-    """embeds, actions, is_first, noise: resets at the start, in the middle and never."""
+    """Sequences (embeds, actions, is_first, noise) with resets at the start, midway and never."""
     is_first = torch.zeros(T, B, dtype=torch.bool)
     is_first[0, 0] = is_first[3, 1] = is_first[5, 0] = True
     embeds, actions = randn(T, B, EMBED, seed=1), randn(T, B, A, seed=2)
@@ -116,7 +116,7 @@ def test_stds_do_not_fall_below_the_least(min_std):
 
 
 def explicit_filter(model, embeds, actions, is_first, noise):
-    """One sample and one sequence at a time, in terms of `recur`, `prior` and `posterior`."""
+    """Filter one sequence at a time, with `recur`, `prior` and `posterior`."""
     columns = [[] for _ in range(6)]
     for b in range(embeds.shape[1]):
         deter, stoch = torch.zeros(1, DETER, dtype=F64), torch.zeros(1, STOCH, dtype=F64)
@@ -137,7 +137,7 @@ def explicit_filter(model, embeds, actions, is_first, noise):
 
 
 def test_observe_equals_an_explicit_loop(rssm, sequences):
-    """Values and gradients, and so the split of the posterior's matrix product."""
+    """Values and gradients, which also covers the split of the posterior's matrix product."""
     found, expected = rssm.observe(*sequences), explicit_filter(rssm, *sequences)
     cotangents = [randn(T, B, n, seed=20 + n) for n in (DETER, STOCH, *4 * [STOCH])]
     gradients = []
@@ -152,7 +152,7 @@ def test_observe_equals_an_explicit_loop(rssm, sequences):
 
 @pytest.mark.parametrize("min_work", [2**62, 0])
 def test_float32_equals_float64_in_either_library(rssm, sequences, min_work, monkeypatch):
-    """Matrix products of any size by PyTorch's own choice of library, or by oneDNN."""
+    """With matrix products of all sizes in PyTorch's default library, and in oneDNN."""
     monkeypatch.setattr("totalprop.world_models.latent.linear.MIN_WORK", min_work)
     outcomes = []
     for dtype in (F64, torch.float32):
@@ -168,7 +168,7 @@ def test_float32_equals_float64_in_either_library(rssm, sequences, min_work, mon
 
 
 def test_a_reset_forgets_state_and_action(rssm, sequences):
-    """Sequence 1 resets at t = 3: from there on it is a sequence that begins with no action."""
+    """Sequence 1 resets at t = 3, and continues like a new sequence without a previous action."""
     embeds, actions, _, noise = sequences
     states, _, posterior = rssm.observe(*sequences)
     fresh = actions[3:, 1:2].clone()
@@ -186,7 +186,7 @@ def test_nothing_flows_through_a_reset(rssm, sequences):
     gradients = torch.autograd.grad(states.features[3:, 1].square().sum(), leaves)
     for g in gradients:
         assert not g[:3].any() and g[4:, 1].any()
-    assert not gradients[1][3].any()  # the action before a first step
+    assert not gradients[1][3].any()  # the action before the first step of an episode
     assert gradients[0][3, 1].any() and gradients[2][3, 1].any()
 
 
@@ -204,7 +204,7 @@ def test_sequences_do_not_mix(rssm, sequences):
 
 
 def test_filtered_states_are_causal(rssm, sequences):
-    """State t knows of nothing after t; the state after does."""
+    """State t does not depend on inputs after t, but state t + 1 does."""
     found = rssm.observe(*sequences)[0].features
     changed = [x.clone() for x in sequences]
     for i in (0, 1, 3):
