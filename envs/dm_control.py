@@ -250,7 +250,7 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         self._seeded, self._running = state["seeded"], state["running"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cameras": {}}  # cameras cannot be copied; they are made anew
+        return {**self.__dict__, "_cameras": {}}  # cameras cannot be copied; made on demand
 
     def _observe(self, entries: Mapping[str, np.ndarray]) -> np.ndarray:
         if self.observation_kind == "pixels":

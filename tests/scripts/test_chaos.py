@@ -39,7 +39,7 @@ def test_tp_beats_both_its_legs_at_the_edge_of_chaos():
     rows = np.random.default_rng(0).integers(20, size=(1000, 20))
     assert np.quantile(lr.g[rows].var(1) / tp.g[rows].var(1), 0.01) > 5
     # A few exploded samples make up rp's variance (here thousands of times tp's), so a bootstrap
-    # without them says nothing; that a sample has any makes the estimate a low one.
+    # that misses them is meaningless. The estimate is low because this sample has only a few.
     assert rp.variance > 100 * tp.variance
 
 
