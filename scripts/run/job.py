@@ -61,7 +61,7 @@ class RunOptions:
     """Show progress bars."""
 
     def check(self) -> None:
-        """Raise UserError with one sentence if an option is out of range."""
+        """Raise a UserError if an option is out of range."""
         for name, hint in constructor_hints(RunOptions).items():
             value = getattr(self, name)
             if expected := expectation(hint, value):
@@ -71,17 +71,17 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run as config.json describes it: enough to make its environment and agent again."""
+    """One run as config.json describes it: enough to recreate its environment and agent."""
 
     agent: str
     preset: str
     options: RunOptions
     env_args: dict[str, Any]
-    arguments: dict[str, Any]  # of the agent's constructor
-    policy_kwargs: dict[str, Any]  # as JSON: `policy_kwargs_from_json` makes classes of names
+    arguments: dict[str, Any]  # arguments of the agent's constructor
+    policy_kwargs: dict[str, Any]  # as JSON; `policy_kwargs_from_json` turns names into classes
 
     def environments(self) -> tuple[VecEnv, VecEnv]:
-        """To train in and to evaluate in."""
+        """Make the environments for training and for evaluation."""
         env_id, is_rewound = self.options.env_id, self.arguments.get("action_source") == "rewind"
         limit, seed = self.options.step_timeout, self.arguments["seed"]
         env = make_env(env_id, self.env_args, seed=None, rewindable=is_rewound, step_timeout=limit)
@@ -93,7 +93,7 @@ class Job:
         return env, normalise_like(eval_env, unwrap_vec_normalize(env))
 
     def algorithm(self, env: VecEnv) -> Algorithm:
-        """The untrained agent."""
+        """Make the untrained agent."""
         arguments = dict(self.arguments)
         if self.options.learning_rate_schedule == "linear":
             rate = arguments["learning_rate"]
@@ -105,7 +105,7 @@ class Job:
         return cls(env=env, policy_kwargs=policy_kwargs_from_json(kwargs), **arguments)
 
     def flags(self) -> dict[str, Any]:
-        """What two runs must have in common to learn the same."""
+        """The settings that determine what a run learns."""
         learning = (
             "env_id",
             "total_timesteps",
@@ -141,7 +141,11 @@ class Job:
 
     @staticmethod
     def read(folder: RunFolder) -> Job:
-        """The run of a folder."""
+        """Read the job of a run folder.
+
+        Raises:
+            UserError: config.json is not that of a run of this version.
+        """
         config = folder.read_config()
         try:
             options = {**config["options"], "runs": Path(config["options"]["runs"])}

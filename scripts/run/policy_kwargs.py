@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
 }  # fmt: skip
 NAMES = {activation: name for name, activation in ACTIVATIONS.items()}
-# stable-baselines3's types that no flag can have: the flag's type and help instead
+# Arguments whose types in stable-baselines3 cannot be those of a flag: the flag's type and help.
 SB3_FLAGS: dict[str, tuple[Any, str]] = {
     "net_arch": (
         tuple[str, ...] | None,
@@ -35,7 +35,7 @@ SB3_FLAGS: dict[str, tuple[Any, str]] = {
 
 
 def policy_parameters(entry: AgentEntry) -> dict[str, tuple[type, inspect.Parameter]]:
-    """Name -> (policy class, parameter) of an agent's policy flags."""
+    """Look up an agent's policy flags: name -> (policy class, parameter)."""
     found: dict[str, tuple[type, inspect.Parameter]] = {}
     for cls in entry.cls.policy_aliases.values():
         parameters = inspect.signature(cls.__init__).parameters
@@ -46,7 +46,7 @@ def policy_parameters(entry: AgentEntry) -> dict[str, tuple[type, inspect.Parame
 
 
 def default_policy_kwargs(agent: str, preset: str = "") -> dict[str, Any]:
-    """What a preset sets, and the policies' own defaults, as JSON."""
+    """The policies' defaults, overridden by those of a preset, as JSON."""
     entry = AGENTS[agent]
     defaults = {name: p.default for name, (_, p) in policy_parameters(entry).items()}
     kwargs = {**defaults, **entry.presets.get(preset, {}).get("policy_kwargs", {})}
@@ -55,7 +55,7 @@ def default_policy_kwargs(agent: str, preset: str = "") -> dict[str, Any]:
 
 
 def policy_kwargs_from_json(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's `policy_kwargs`."""
+    """Convert JSON to the `policy_kwargs` that a constructor takes."""
     made = dict(kwargs)
     if "activation_fn" in made:
         made["activation_fn"] = ACTIVATIONS[made["activation_fn"]]
@@ -63,13 +63,13 @@ def policy_kwargs_from_json(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def accepted(cls: type[Algorithm], policy: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that this policy has.
+    """Select the arguments that a policy accepts.
 
     Raises:
-        UserError: one that it does not have was set to something else than its default.
+        UserError: an argument that the policy does not accept differs from its default.
     """
     if policy not in cls.policy_aliases:
-        return dict(kwargs)  # the agent's constructor lists the policies there are
+        return dict(kwargs)  # the agent's constructor raises, and lists the known policies
     parameters = inspect.signature(cls.policy_aliases[policy].__init__).parameters
     others = [inspect.signature(p.__init__).parameters for p in cls.policy_aliases.values()]
     for name in kwargs.keys() - parameters.keys():
@@ -81,22 +81,22 @@ def accepted(cls: type[Algorithm], policy: str, kwargs: Mapping[str, Any]) -> di
 
 
 def to_flag(name: str, value: Any) -> Any:
-    """A JSON value as its flag has it."""
+    """Convert a JSON value to that of its flag."""
     return to_words(value) if name == "net_arch" and value is not None else value
 
 
 def to_words(value: Mapping[str, Sequence[Any]] | Sequence[Any]) -> tuple[str, ...]:
-    """A list or a mapping to lists as the words of one flag: 256 256, pi=512,512 vf=1024,1024."""
+    """Format a list, or a mapping to lists, for a flag: 256 256, or pi=512,512 vf=1024,1024."""
     if isinstance(value, Mapping):
         return tuple(f"{key}={','.join(map(str, items))}" for key, items in value.items())
     return tuple(map(str, value))
 
 
 def from_flag(name: str, value: Any) -> Any:
-    """The JSON value of a flag.
+    """Convert the value of a flag to JSON.
 
     Raises:
-        UserError: layers that are neither numbers nor pi=... vf=...
+        UserError: the layers are neither numbers nor pi=... vf=...
     """
     if name != "net_arch" or value is None:
         return value

@@ -38,9 +38,7 @@ def test_the_gif_shows_one_episode(tmp_path):
     from PIL import Image
 
     with Image.open(run(tmp_path) / "rollout.gif") as gif:
-        assert (
-            gif.n_frames == 30
-        )  # the start and every step except the last, which has already reset
+        assert gif.n_frames == 30  # the start, and every step except the last, which has reset
         assert gif.info["duration"] == 100  # ms: 10 Hz
 
 

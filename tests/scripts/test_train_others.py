@@ -29,7 +29,7 @@ DAAPPO += ["--eval-every", "60", "--eval-episodes", "2", "--n-epochs", "2", *CAR
 
 def options_of(*arguments):
     """Normalisation, schedule and environment arguments that a command line results in."""
-    job = train_arguments.Job.of(*train_arguments.parse(["daappo", *arguments], usage=""))
+    job = train_arguments.parse(["daappo", *arguments], usage="")
     return job.options.normalize, job.options.learning_rate_schedule, job.env_args
 
 
@@ -207,9 +207,7 @@ def test_rollouts_that_value_an_action_have_noise_of_their_own(monkeypatch):
             seen.clear()
             variance.main([*command, noise])
             runs.append(list(seen))
-        assert runs[0] == runs[1] and len(seen) == 2 * 4 * (
-            2 * 5 + 1
-        )  # the same seed, the same result
+        assert runs[0] == runs[1] and len(seen) == 2 * 4 * (2 * 5 + 1)  # same seed, same steps
         for i in range(0, len(seen), 11):  # five per action, and the step of the trajectory
             first, second = seen[i : i + 5], seen[i + 5 : i + 10]
             assert len(set(first)) == len(set(second)) == differing
