@@ -83,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(sentence(record))
     if options.out is not None:
         path = options.out / "soak.json"
-        before = (
-            json.loads(path.read_text()) if path.exists() else []
-        )  # keeps other agents' records
+        before = json.loads(path.read_text()) if path.exists() else []  # other agents' records
         everything = {record["agent"]: record for record in [*before, *records]}
         options.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(list(everything.values())) + "\n")
