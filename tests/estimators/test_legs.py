@@ -103,9 +103,7 @@ def test_biw_hand_numbers_for_two_samples():
     mean = torch.tensor([[-1.0], [1.0]], dtype=F64)
     zeta, noise = (mean, torch.ones_like(mean)), torch.zeros_like(mean)
     returns = torch.tensor([1.0, 3.0], dtype=F64)
-    c = 1 / (
-        1 + torch.exp(torch.tensor(-2.0, dtype=F64))
-    )  # gradient of each sample w.r.t. its own mean
+    c = 1 / (1 + torch.exp(torch.tensor(-2.0, dtype=F64)))  # c_ii: of each sample for its own mean
     # b_1 = 3, so only j = 1 counts, at z = 0: no gradient of the mean, -c (1 - 3) of the std.
     g_mean, g_std = legs.biw(zeta, noise, returns, None, baselines.leave_one_out)
     torch.testing.assert_close(g_mean, torch.zeros_like(mean))

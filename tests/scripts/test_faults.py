@@ -127,9 +127,7 @@ def test_everything_that_rewinding_calls_is_watched(monkeypatch):
     names = ["snapshot", "extra_step", "restore", "get_snapshot_values", "set_snapshot_values"]
     assert seen == [f"env.{name}" for name in ("reset", *names)]
     plain = make_env("InvertedPendulum-v5", {}, seed=0, step_timeout=100)
-    with pytest.raises(
-        AttributeError
-    ):  # tells the checkpoint that the environment cannot be restored
+    with pytest.raises(AttributeError):  # so a checkpoint knows that it cannot be restored
         plain.env_method("get_snapshot_values")
 
 
