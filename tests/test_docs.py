@@ -1,10 +1,11 @@
 """What the README and the documentation show works as printed.
 
-Every Python block runs, in a fresh namespace and an empty folder. A block whose info string contains
+Every Python block runs, in a fresh namespace and an empty folder. A block whose info string has
 `no-run` (```python no-run) is only compiled. A comment `<!-- docs-test: A -> B -->` before a block
-has A replaced by B here, so that it takes seconds instead of minutes; several may follow each other.
-Every command is parsed, not run: those that train by the parser of `totalprop train`, of others the
-flags are looked up in their help. Files that are named or linked exist.
+replaces A by B here, so that it takes seconds instead of minutes; several may follow each other.
+
+Every command is parsed, not run. `totalprop train` has a parser for that; the flags of the others
+are looked up in their help. Files that a page names or links exist.
 """
 
 import re
@@ -20,7 +21,10 @@ from totalprop.scripts.run import arguments as train_arguments
 
 ROOT = Path(__file__).parents[1]
 # docs/results is a link to results/, which has no Python.
-PAGES = [ROOT / "README.md", *(p for p in sorted(ROOT.glob("docs/**/*.md")) if "results" not in p.parts)]
+PAGES = [
+    ROOT / "README.md",
+    *(p for p in sorted(ROOT.glob("docs/**/*.md")) if "results" not in p.parts),
+]
 STUDIES = [*ROOT.glob("results/*/README.md"), ROOT / "CONTRIBUTING.md"]
 CHANGES = r"((?:^<!-- docs-test: .+? -> .+? -->\n)*)"
 FENCE = re.compile(CHANGES + r"^```python\b([^\n]*)\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
@@ -73,8 +77,8 @@ def test_blocks_are_found_with_their_line_and_info():
 
 
 def test_a_block_can_be_shortened_for_the_test():
-    text = "<!-- docs-test: n=450 -> n=30 -->\n<!-- docs-test: m -> k -->\n```python\nm(n=450)\n```\n"
-    assert python_blocks(text) == [(4, "", "k(n=30)\n")]
+    comments = "<!-- docs-test: n=450 -> n=30 -->\n<!-- docs-test: m -> k -->\n"
+    assert python_blocks(f"{comments}```python\nm(n=450)\n```\n") == [(4, "", "k(n=30)\n")]
 
 
 def commands_of(text: str) -> list[list[str]]:
@@ -101,7 +105,7 @@ OTHERS = [words for words in COMMANDS if words[0] != "train"]
 
 def test_commands_are_found():
     text = (
-        '```bash\nmake train ARGS="pipps \\\n  --seed 3"   # x\ntotalprop train dreamer  # y\nls\n```\n'
+        '```bash\nmake train ARGS="pipps \\\n  --seed 3"   # x\ntotalprop train dreamer  # y\n```\n'
         "`totalprop train daappo --seed 1`, `totalprop train`\ntotalprop is\n"
         "```bash\ntotalprop doctor\n```\n"
     )
@@ -144,7 +148,7 @@ def test_make_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", (*PAGES, *STUDIES), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*PAGES, *STUDIES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(path):
     text = path.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
