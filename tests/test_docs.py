@@ -100,6 +100,7 @@ def commands_of(text: str) -> list[list[str]]:
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in (*PAGES, *STUDIES))
 COMMANDS = commands_of(f"{TEXT}\n```bash\n{train.__doc__}\n```\n")
 TRAINING = [words[1:] for words in COMMANDS if words[0] == "train"]
+[YAML] = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 OTHERS = [words for words in COMMANDS if words[0] != "train"]
 
 
@@ -120,7 +121,14 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("command", TRAINING, ids=" ".join)
-def test_training_command_is_understood(command):
+def test_training_command_is_understood(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if command[0] == "--config":  # the file it names: an example of the pages, or a run's
+        path = Path(command[1])
+        text = YAML if path.suffix == ".yaml" else train_arguments.parse(["pipps"], "").config()
+        path = path if path.suffix else path / "config.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     if command[0] == "--resume":
         train_arguments.parse_resume(command)
     elif "--help" in command:
