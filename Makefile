@@ -14,7 +14,7 @@ INPUTS := pyproject.toml constraints.txt
 THREADS := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench clean
+.PHONY: help train test lint format docs bench clean
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,10 @@ lint: $(VENV)/.dev  ## check style (ruff), types (mypy) and spelling
 format: $(VENV)/.dev  ## rewrite the code as make lint wants it
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: $(VENV)/.docs  ## build the documentation into build/docs; every warning is an error
+	@$(THREADS) $(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -b html docs build/docs
+	@echo "open build/docs/index.html"
 
 bench: $(VENV)/.dev  ## time a policy gradient of each estimator: make bench ARGS="dreamer"
 	@$(BIN)/python -m scripts.bench $(ARGS)
@@ -69,3 +73,11 @@ $(VENV)/.dev: $(INPUTS) | $(VENV)/.created
 	@echo "Installing totalprop and its test tools into $(VENV) (once; it takes a minute or more) ..."
 	@$(PIP) -c constraints.txt -e '.[dev,dmc]'
 	@touch $@ $(VENV)/.core $(VENV)/.dmc
+
+# Beside the test tools, which are there already where CI has run the tests.
+$(VENV)/.docs: $(INPUTS) | $(VENV)/.created
+	@"$(BIN)/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: the documentation needs Python 3.11 or newer, this is $$("$(BIN)/python" -V 2>&1); name one: make clean docs PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing totalprop and Sphinx into $(VENV) (once) ..."
+	@$(PIP) -c constraints.txt -e '.[docs]'
+	@touch $@ $(VENV)/.core

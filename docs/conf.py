@@ -1,0 +1,126 @@
+"""Sphinx configuration: `make docs` builds the site into build/docs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+project = "totalprop"
+author = "totalprop contributors"
+copyright = author
+release = metadata.version("totalprop")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+
+html_theme = "furo"
+html_title = "totalprop"
+pygments_style = "friendly"
+pygments_dark_style = "monokai"
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+default_role = "code"  # docstrings write `name`, as in Markdown
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_inherit_docstrings = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+# Every cross-reference must resolve, except into other projects, whose inventories would have to
+# be downloaded, and to type variables, which have no page.
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|numpy|gymnasium|stable_baselines3|collections|pathlib|io|typing)\..*"),
+    (r"py:(class|obj)", r"(Tensor|Module|Path|GymEnv|MaybeCallback|Schedule|VecEnv)"),
+    (r"py:(class|obj)", r"(.*\.)?(Self\w+|Agent|Function|Observations)"),
+    (r"py:(exc|class)", r"\w*(Error|Exception|Interrupt|Stopped|Needed)"),
+    # Napoleon reads "words: more words" in a property's docstring as a type and its description.
+    (r"py:class", r"[a-z_]+|[A-Z]|.* .*"),
+]
+
+_SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):")
+_ITEM = re.compile(r"\s*([-*]|\d+\.) ")
+_NOT_CODE = re.compile(r"(`[^`]*`)")
+_MARKUP = re.compile(r"([*|]|(?<=\w)_(?!\w))")
+
+
+def docstring_to_rst(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Turn a docstring, which is plain text with `names`, into reStructuredText.
+
+    An indented block outside a section is an equation or an example and becomes a literal block.
+    Elsewhere `*`, `|` and a trailing `_` are themselves, not markup.
+    """
+    found: list[str] = []
+    prose: list[str] = []
+    in_section = in_block = in_list = False
+
+    def flush() -> None:
+        parts = _NOT_CODE.split("\n".join(prose))
+        parts[::2] = [_MARKUP.sub(r"\\\1", part) for part in parts[::2]]
+        found.extend("".join(parts).split("\n") if prose else [])
+        prose.clear()
+
+    for line in lines:
+        is_indented = line.startswith(" ")
+        if line.strip() and not is_indented:
+            if in_block:
+                found.append("")
+            in_section, in_block = bool(_SECTION.fullmatch(line.strip())), False
+            in_list = bool(_ITEM.match(line))
+        elif is_indented and not (in_section or in_block or in_list):
+            in_block = True
+            flush()
+            found.extend(["", "::", ""])
+        (found if in_block else prose).append(line)
+    flush()
+    lines[:] = found
+
+
+def leave_out(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """A named tuple's fields say no more than "Alias for field number 0"."""
+    doc = getattr(obj, "__doc__", None) or ""
+    return True if doc.startswith("Alias for field number") else None
+
+
+def title_table(app: Sphinx, docname: str, source: list[str]) -> None:
+    """A study's table.md is generated without a title, and is reached by a link only."""
+    if docname.startswith("results/") and docname.endswith("/table"):
+        title = "" if source[0].startswith("# ") else f"# {Path(docname).parent}\n\n"
+        source[0] = f"---\norphan: true\n---\n\n{title}{source[0]}"
+
+
+def find_results(app: Sphinx, doctree: nodes.document) -> None:
+    """The pages of results/ are read through the link docs/results, which MyST has resolved."""
+    for node in doctree.findall(addnodes.pending_xref):
+        target = Path(node.get("reftarget") or "")
+        if target.is_absolute() and target.is_relative_to(ROOT / "results"):
+            node["reftarget"] = target.relative_to(ROOT).as_posix()
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the functions above; napoleon reads docstrings at priority 500, so after us."""
+    app.connect("source-read", title_table)
+    app.connect("doctree-read", find_results)
+    app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)
+    app.connect("autodoc-skip-member", leave_out)

@@ -1,0 +1,166 @@
+"""What the README and the documentation show works as printed.
+
+Every Python block runs, in a fresh namespace and an empty folder. A block whose info string has
+`no-run` (```python no-run) is only compiled. A comment `<!-- docs-test: A -> B -->` before a block
+replaces A by B here, so that it takes seconds instead of minutes; several may follow each other.
+
+Every command is parsed, not run. `totalprop train` has a parser for that; the flags of the others
+are looked up in their help. Files that a page names or links exist.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from totalprop import PIPPS
+from totalprop.estimators import registry
+from totalprop.scripts import cli, train
+from totalprop.scripts.run import arguments as train_arguments
+
+ROOT = Path(__file__).parents[1]
+# docs/results is a link to results/, which has no Python.
+PAGES = [
+    ROOT / "README.md",
+    *(p for p in sorted(ROOT.glob("docs/**/*.md")) if "results" not in p.parts),
+]
+STUDIES = [*ROOT.glob("results/*/README.md"), ROOT / "CONTRIBUTING.md"]
+CHANGES = r"((?:^<!-- docs-test: .+? -> .+? -->\n)*)"
+FENCE = re.compile(CHANGES + r"^```python\b([^\n]*)\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+
+
+def python_blocks(text: str) -> list[tuple[int, str, str]]:
+    """Returns (line number of the first line of code, rest of the info string, code)."""
+    blocks = []
+    for match in FENCE.finditer(text):
+        code, line = match[3], text.count("\n", 0, match.start(3)) + 1
+        for old, new in re.findall(r"<!-- docs-test: (.+?) -> (.+?) -->", match[1]):
+            assert old in code, f"line {line}: '{old}' is not in the block"
+            code = code.replace(old, new)
+        blocks.append((line, match[2], code))
+    return blocks
+
+
+BLOCKS = [
+    pytest.param(page, *block, id=f"{page.relative_to(ROOT)}:{block[0]}")
+    for page in PAGES
+    for block in python_blocks(page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.fixture
+def _short_and_without_trace(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    for name, value in (("gradient_steps", 2), ("gp_evaluations", 5)):
+        monkeypatch.setitem(PIPPS.__init__.__kwdefaults__, name, value)
+
+
+@pytest.mark.usefixtures("_short_and_without_trace")
+@pytest.mark.parametrize(("page", "first_line", "info", "source"), BLOCKS)
+def test_block_runs(page, first_line, info, source, tmp_path, monkeypatch):
+    # The blank lines make a traceback point at the line of the page.
+    code = compile("\n" * (first_line - 1) + source, str(page), "exec")
+    if "no-run" in info:
+        return
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"__name__": "__main__"})
+
+
+def test_readme_has_python_blocks():
+    assert any(block.values[0].name == "README.md" for block in BLOCKS)
+
+
+def test_blocks_are_found_with_their_line_and_info():
+    text = "a\n```python\nx = 1\n```\n```bash\nls\n```\n\n```python no-run\ny\nz\n```\n"
+    assert python_blocks(text) == [(3, "", "x = 1\n"), (10, " no-run", "y\nz\n")]
+
+
+def test_a_block_can_be_shortened_for_the_test():
+    comments = "<!-- docs-test: n=450 -> n=30 -->\n<!-- docs-test: m -> k -->\n"
+    assert python_blocks(f"{comments}```python\nm(n=450)\n```\n") == [(4, "", "k(n=30)\n")]
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of every `totalprop` command of shell blocks, lines joined at their ends.
+
+    Also those of `make train` and `make bench`, and training commands within a line of the text.
+    """
+    commands = re.findall(r"`totalprop (train \w+ [^`]*--[^`]*)`", text)
+    shell = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    for line in shell.replace("\\\n", " ").splitlines():
+        if found := re.match(r"make (train|bench) ARGS=", line):
+            words = shlex.split(line, comments=True)[2].removeprefix("ARGS=")
+            commands.append(f"{found[1]} {words}")
+        elif line.startswith("totalprop "):
+            commands.append(line.removeprefix("totalprop "))
+    return [shlex.split(command, comments=True) for command in commands]
+
+
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in (*PAGES, *STUDIES))
+COMMANDS = commands_of(f"{TEXT}\n```bash\n{train.__doc__}\n```\n")
+TRAINING = [words[1:] for words in COMMANDS if words[0] == "train"]
+[YAML] = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+OTHERS = [words for words in COMMANDS if words[0] != "train"]
+
+
+def test_commands_are_found():
+    text = (
+        '```bash\nmake train ARGS="pipps \\\n  --seed 3"   # x\ntotalprop train dreamer  # y\n```\n'
+        "`totalprop train daappo --seed 1`, `totalprop train`\ntotalprop is\n"
+        "```bash\ntotalprop doctor\n```\n"
+    )
+    assert commands_of(text) == [
+        ["train", "daappo", "--seed", "1"],
+        ["train", "pipps", "--seed", "3"],
+        ["train", "dreamer"],
+        ["doctor"],
+    ]
+    assert len(TRAINING) > 20
+    assert {words[0] for words in OTHERS} >= {"sweep", "diagnose", "chaos", "bench"}
+
+
+@pytest.mark.parametrize("command", TRAINING, ids=" ".join)
+def test_training_command_is_understood(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if command[0] == "--config":  # the file it names: an example of the pages, or a run's
+        path = Path(command[1])
+        text = YAML if path.suffix == ".yaml" else train_arguments.parse(["pipps"], "").config()
+        path = path if path.suffix else path / "config.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if command[0] == "--resume":
+        train_arguments.parse_resume(command)
+    elif "--help" in command:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            train_arguments.parse(command, usage="")
+    else:
+        train_arguments.parse(command, usage="")
+
+
+@pytest.mark.parametrize("command", OTHERS, ids=" ".join)
+def test_command_has_its_flags(command, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["totalprop"])
+    own, *trained = " ".join(command).split(" -- ")
+    name, *words = own.split()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main([name, "--help"])
+    text = capsys.readouterr().out
+    assert [word for word in words if word.startswith("--") and f"{word} " not in f"{text} "] == []
+    for arguments in trained:  # of `totalprop sweep AGENT ... -- arguments`
+        train_arguments.parse([words[0], *arguments.split()], usage="")
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"^make ([\w-]+)", TEXT, re.MULTILINE))))
+def test_make_target_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *STUDIES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
+    missing = [link for link in links if not (path.parent / link).exists()]
+    named = re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|md|json))`", text)
+    missing += [name for name in named if not (ROOT / name).exists()]
+    assert missing == []
