@@ -52,7 +52,7 @@ from totalprop.agents.daappo.sources import (
     ValueModel,
 )
 from totalprop.agents.persistence import env_state
-from totalprop.agents.persistence.segments import RingFiles
+from totalprop.agents.persistence.segments import Segments
 from totalprop.estimators import Estimator
 from totalprop.world_models.mlp_dynamics import Activation, MLPDynamics, Target
 from totalprop.world_models.mlp_dynamics import fit as fit_dynamics
@@ -218,7 +218,7 @@ class DAAPPO(Algorithm, PPO):
             return
         n_actions = spaces.utils.flatdim(self.action_space)
         self.transitions = TransitionBuffer(self.dynamics_buffer_size, self.state_size, n_actions)
-        self._transition_files = RingFiles("transitions")
+        self._transition_files = Segments("transitions")
         with torch.random.fork_rng():
             torch.manual_seed(self._generator.initial_seed())
             self.value_model = self._new_value_model()

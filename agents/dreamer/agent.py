@@ -43,7 +43,7 @@ from totalprop.agents.dreamer.policy import DreamerPolicy, RecurrentState
 from totalprop.agents.dreamer.pretrained import load_world_model
 from totalprop.agents.dreamer.replay import SequenceReplay
 from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings
-from totalprop.agents.persistence.segments import RingFiles
+from totalprop.agents.persistence.segments import Segments
 from totalprop.estimators import Estimator
 from totalprop.world_models.latent.model import ModelLossSettings, State
 from totalprop.world_models.latent.networks import IMAGE_SIZE
@@ -121,7 +121,7 @@ class DreamerTPX(Algorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"DreamerPolicy": DreamerPolicy}
     policy: DreamerPolicy
-    _replay_files: list[RingFiles]
+    _replay_files: list[Segments]
 
     def __init__(
         self,
@@ -465,7 +465,7 @@ class DreamerTPX(Algorithm):
         assert self.env is not None
         n_envs, dtype = self.env.num_envs, self.observation_space.dtype
         assert dtype is not None
-        self._replay_files = [RingFiles(f"replay{env}") for env in range(n_envs)]
+        self._replay_files = [Segments(f"replay{env}") for env in range(n_envs)]
         return SequenceReplay(
             self.buffer_size,
             self.policy.model_input_shape,

@@ -1,4 +1,4 @@
-"""A ring buffer on disk, in segments: saving writes the rows that are new, not the whole ring."""
+"""Segment files of a ring buffer: saving it writes the new rows, not the whole ring."""
 
 from __future__ import annotations
 
@@ -13,48 +13,52 @@ import numpy as np
 from totalprop.agents.persistence import safe_file
 
 KIND = "replay segment"
-# Files of the agents' rings; older ones have no token.
+# Names of the agents' segments; older versions wrote them without the token.
 SEGMENT = re.compile(r"(replay\d+|transitions)_\d+_\d+(_[0-9a-f]+)?\.zip")
 Rows = Callable[[int, int], dict[str, np.ndarray]]  # (first, stop) -> arrays of stop - first rows
 
 
-class RingFiles:
-    """The segments of one ring: (first row, row after the last, file name), rows counted for ever.
+class Segments:
+    """The files that hold one ring buffer. Rows are numbered from the first ever added.
 
     Args:
-        name: begins the files' names; unique in the folder.
+        name: prefix of the file names; unique in the folder.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.segments: list[tuple[int, int, str]] = []
+        self.entries: list[tuple[int, int, str]] = []  # first row, row after the last, file name
 
     def save(self, folder: Path, count: int, size: int, rows: Rows) -> list[tuple[int, int, str]]:
-        """Write rows up to `count` that no segment holds; drop segments that the ring forgot.
+        """Write the rows that no segment holds yet; drop segments that the ring has overwritten.
 
         Args:
-            count: rows ever added. size: rows that the ring holds at most.
-            rows: reads rows that are in the ring.
+            folder: where the segments are.
+            count: rows ever added.
+            size: capacity of the ring, in rows.
+            rows: reads rows that are still in the ring.
+
         Returns:
-            The segments that together hold the ring.
+            The segments that together hold the ring: (first row, row after the last, file name).
         """
         first = oldest = max(0, count - size)
         kept = []
-        for segment in self.segments:  # up to the first that is missing: its rows and all newer
+        for segment in self.entries:
             start, stop, file = segment
             if stop <= oldest:
                 continue
+            # If a segment is missing, its rows and all newer ones are written again.
             if start > first or stop > count or not (folder / file).exists():
                 break
             kept.append(segment)
             first = stop
         if first < count:
-            # Another training may have been here: its rows of these numbers are others.
+            # Another run may have left segments here: same row numbers, different rows.
             token = secrets.token_hex(4)
             file = f"{self.name}_{first:012d}_{count:012d}_{token}.zip"
             safe_file.write(folder / file, KIND, rows(first, count))
             kept.append((first, count, file))
-        self.segments = kept
+        self.entries = kept
         return list(kept)
 
     def load(
@@ -64,16 +68,22 @@ class RingFiles:
         size: int,
         put: Callable[[int, dict[str, np.ndarray]], None],
     ) -> None:
-        """Read what `save` wrote; `put(first, arrays)` is called with the rows of the ring.
+        """Read the segments and pass their rows to `put`, oldest first.
+
+        Args:
+            folder: where the segments are.
+            segments: what `save` returned.
+            size: capacity of the ring, in rows. Older rows are skipped.
+            put: stores the arrays of consecutive rows, given the number of the first.
 
         Raises:
-            BadFileError: a segment is damaged, does not hold the rows it is named after, or does
-                not begin where the one before it ends.
+            BadFileError: a segment is damaged, does not hold the rows that its name states, or does
+                not begin where the previous one ends.
         """
-        self.segments = [(int(a), int(b), str(file)) for a, b, file in segments]
-        count = self.segments[-1][1] if self.segments else 0
-        expected = min(self.segments[0][0], max(0, count - size)) if self.segments else 0
-        for first, stop, file in self.segments:
+        self.entries = [(int(a), int(b), str(file)) for a, b, file in segments]
+        count = self.entries[-1][1] if self.entries else 0
+        expected = min(self.entries[0][0], max(0, count - size)) if self.entries else 0
+        for first, stop, file in self.entries:
             if Path(file).name != file:
                 raise safe_file.BadFileError(f"a segment is named {file!r}")
             if first != expected:
@@ -84,5 +94,5 @@ class RingFiles:
             arrays = safe_file.read(folder / file, KIND)
             if any(len(array) != stop - first for array in arrays.values()):
                 raise safe_file.BadFileError(f"{file} does not hold {stop - first} rows")
-            skip = max(0, count - size - first)  # overwritten in the ring since
+            skip = max(0, count - size - first)  # rows that the ring has since overwritten
             put(first + skip, {name: array[skip:] for name, array in arrays.items()})
