@@ -9,7 +9,6 @@ gradient step dreamer_update.py.
 from __future__ import annotations
 
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -43,7 +42,6 @@ from totalprop.agents.dreamer.policy import DreamerPolicy, RecurrentState
 from totalprop.agents.dreamer.pretrained import load_world_model
 from totalprop.agents.dreamer.replay import SequenceReplay
 from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings
-from totalprop.agents.persistence.segments import Segments
 from totalprop.estimators import Estimator
 from totalprop.world_models.latent.model import ModelLossSettings, State
 from totalprop.world_models.latent.networks import IMAGE_SIZE
@@ -121,7 +119,6 @@ class DreamerTPX(Algorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"DreamerPolicy": DreamerPolicy}
     policy: DreamerPolicy
-    _replay_files: list[Segments]
 
     def __init__(
         self,
@@ -225,6 +222,22 @@ class DreamerTPX(Algorithm):
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._rng = np.random.default_rng(seed)
+
+    def _new_replay(self) -> SequenceReplay:
+        """An empty replay for the environments that are set."""
+        assert self.env is not None
+        dtype = self.observation_space.dtype
+        assert dtype is not None
+        return SequenceReplay(
+            self.buffer_size,
+            self.policy.model_input_shape,
+            dtype,
+            self.policy.n_actions,
+            self.env.num_envs,
+            device=self.device,
+            storage=self.storage,
+            folder=tempfile.gettempdir(),
+        )
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None,
@@ -407,7 +420,7 @@ class DreamerTPX(Algorithm):
         self.replay_buffer.load(path)
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
-        """Beside the rest: the generators, the filter's state, and the replay in segments."""
+        """Adds the generators, the filter's state, and the replay in segments."""
         memory = None if self._memory is None else [*self._memory[0], self._memory[1]]
         state: dict[str, Any] = {
             **super().state_dict(folder),
@@ -416,13 +429,8 @@ class DreamerTPX(Algorithm):
             "memory": memory,
             "replay": None,
         }
-        replay = self.replay_buffer
-        if replay is not None:
-            state["replay"] = [
-                files.save(folder, count, replay.ring, partial(replay.rows, env))
-                for env, (files, count) in enumerate(zip(self._replay_files, replay.counts))
-            ]
-            state["files"] = [name for segments in state["replay"] for *_, name in segments]
+        if self.replay_buffer is not None:
+            state |= self.replay_buffer.state_dict(folder)
         return state
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
@@ -433,16 +441,9 @@ class DreamerTPX(Algorithm):
         if state["memory"] is not None:
             deter, stoch, action = (tensor.to(self.device) for tensor in state["memory"])
             self._memory = State(deter, stoch), action
-        if state["replay"] is None:
-            return
-        replay = self.replay_buffer = self._new_replay()
-        if len(state["replay"]) != replay.n_envs:
-            raise ValueError(
-                f"the checkpoint is of {len(state['replay'])} environments, here are "
-                f"{replay.n_envs}"
-            )
-        for env, (files, segments) in enumerate(zip(self._replay_files, state["replay"])):
-            files.load(folder, segments, replay.ring, partial(replay.put_rows, env))
+        if state["replay"] is not None:
+            self.replay_buffer = self._new_replay()
+            self.replay_buffer.load_state_dict(state, folder)
 
     def cut_episodes(self) -> None:
         """Begin new episodes at the next `learn`; those that ran count as truncated."""
@@ -450,32 +451,11 @@ class DreamerTPX(Algorithm):
         self._memory = None
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["replay_buffer", "_replay_files", "_update", "_generator", "_rng", "_memory"]
+        own = ["replay_buffer", "_update", "_generator", "_rng", "_memory"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", *(f"_update.{name}_optimizer" for name in OPTIMIZED)], []
-
-    # ----------------------------------------------------------------------------------------
-    # the replay, and the state of a checkpoint
-    # ----------------------------------------------------------------------------------------
-
-    def _new_replay(self) -> SequenceReplay:
-        """An empty replay for the environments, and the files that checkpoints keep it in."""
-        assert self.env is not None
-        n_envs, dtype = self.env.num_envs, self.observation_space.dtype
-        assert dtype is not None
-        self._replay_files = [Segments(f"replay{env}") for env in range(n_envs)]
-        return SequenceReplay(
-            self.buffer_size,
-            self.policy.model_input_shape,
-            dtype,
-            self.policy.n_actions,
-            n_envs,
-            device=self.device,
-            storage=self.storage,
-            folder=tempfile.gettempdir(),
-        )
 
     # ----------------------------------------------------------------------------------------
     # arguments

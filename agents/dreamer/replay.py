@@ -10,6 +10,7 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from totalprop.agents.dreamer.storage import allocate, room, size_text
+from totalprop.agents.persistence.segments import Segments
 
 BLOCK_BYTES = 2**26  # a replay is saved and loaded in blocks, so neither needs it twice in memory
 PATIENCE = 20  # sequences' worth of entries without one of them before that is an error
@@ -111,6 +113,7 @@ class SequenceReplay:
         self._position = np.zeros((n_envs, self._ring), np.int32)
         self._count = [0] * n_envs  # entries ever added
         self._ends: tuple[int, np.ndarray] | None = None  # (length, ends) until an entry is added
+        self._segments = self._new_segments()
 
     @property
     def capacity(self) -> int:
@@ -252,6 +255,7 @@ class SequenceReplay:
         with np.load(path, allow_pickle=False) as file:
             # A load that fails half-way leaves an empty replay, not a mixed one.
             self._count, self._ends = [0] * self.n_envs, None
+            self._segments = self._new_segments()  # the old ones hold other entries
             arrays = {"position": torch.from_numpy(self._position), **self._arrays}
             for key in file.files:
                 if "/" in key:
@@ -260,17 +264,33 @@ class SequenceReplay:
                     arrays[name][int(env), int(start) : int(start) + len(block)] = block
             self._count = filled
 
-    @property
-    def counts(self) -> list[int]:
-        """Entries ever added, of each environment."""
-        return list(self._count)
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """Write the entries that no segment holds yet.
 
-    @property
-    def ring(self) -> int:
-        """Entries of one environment that are kept."""
-        return self._ring
+        Returns:
+            "replay": the segments of each environment. "files": the names of all segments.
+        """
+        segments = [
+            own.save(folder, count, self._ring, partial(self._rows, env))
+            for env, (own, count) in enumerate(zip(self._segments, self._count, strict=True))
+        ]
+        return {"replay": segments, "files": [name for own in segments for *_, name in own]}
 
-    def rows(self, env: int, first: int, stop: int) -> dict[str, np.ndarray]:
+    def load_state_dict(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: the state is of another number of environments, a segment cannot be read,
+                or its entries are not of this replay's kind.
+        """
+        if len(state["replay"]) != self.n_envs:
+            raise ValueError(
+                f"the checkpoint is of {len(state['replay'])} environments, here are {self.n_envs}"
+            )
+        for env, segments in enumerate(state["replay"]):
+            self._segments[env].load(folder, segments, self._ring, partial(self._put_rows, env))
+
+    def _rows(self, env: int, first: int, stop: int) -> dict[str, np.ndarray]:
         """Stored entries of an environment, numbered from the first ever added."""
         slots = np.arange(first, stop) % self._ring
         found = {"position": self._position[env, slots]}
@@ -279,12 +299,8 @@ class SequenceReplay:
             found[name] = array[env].index_select(0, chosen).cpu().numpy()
         return found
 
-    def put_rows(self, env: int, first: int, rows: Mapping[str, np.ndarray]) -> None:
-        """Store what `rows` returned; calls for one environment go from old to new.
-
-        Raises:
-            ValueError: the rows are not of this replay's kind.
-        """
+    def _put_rows(self, env: int, first: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Store what `_rows` returned; calls for one environment go from old to new."""
         if set(rows) != {"position", *self._kinds}:
             raise ValueError(f"rows of {sorted(rows)}; expected those of {self._layout()}")
         n = len(rows["position"])
@@ -365,6 +381,9 @@ class SequenceReplay:
         out = torch.empty(shape, dtype=array.dtype, device=array.device, pin_memory=pinned)
         torch.index_select(array.flatten(0, 1), 0, rows.flatten(), out=out)
         return out.unflatten(0, rows.shape).to(self.device, non_blocking=pinned)
+
+    def _new_segments(self) -> list[Segments]:
+        return [Segments(f"replay{env}") for env in range(self.n_envs)]
 
     def _layout(self) -> str:
         """What must agree between a saved replay and the one that loads it."""

@@ -507,7 +507,7 @@ def test_an_environment_that_returns_its_own_buffer_begins_anew_too():
 
     agent = make(InPlace([CountingEnv])).learn(4)
     agent.learn(4)
-    positions = agent.replay_buffer.rows(0, 0, 10)["position"]
+    positions = agent.replay_buffer._rows(0, 0, 10)["position"]
     np.testing.assert_array_equal(positions, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4])
 
 

@@ -430,6 +430,44 @@ def test_a_load_that_fails_half_way_leaves_an_empty_replay(tmp_path, monkeypatch
     assert len(other) == 0
 
 
+@pytest.mark.parametrize("storage", ["ram", "disk"])
+def test_a_replay_restored_from_its_segments_is_the_same(storage, tmp_path):
+    """The rings of 20 entries are overwritten several times between the first and last state."""
+    replay, loop = filled(4, 60)
+    for more in (0, 9, 30, 5):
+        loop.collect(more, replay)
+        state = replay.state_dict(tmp_path)
+        assert state["files"] == [name for ring in state["replay"] for *_, name in ring]
+        assert {path.name for path in tmp_path.glob("*.zip")} >= set(state["files"])
+        restored = make(60, storage=storage, folder=tmp_path / "scratch")
+        restored.load_state_dict(state, tmp_path)
+        assert len(restored) == len(replay)
+        assert_same(every_window(restored, 3), every_window(replay, 3))
+    loop.collect(13, replay, restored)
+    assert_same(every_window(restored, 3), every_window(replay, 3))
+    first = [r.state_dict(tmp_path)["replay"][0][0] for r in (replay, restored)]
+    assert first[0] == first[1]  # the restored one writes only what is new
+
+
+def test_segments_of_another_number_of_environments_are_refused(tmp_path):
+    replay, _ = filled(9, 60)
+    state = replay.state_dict(tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint is of 3 environments, here are 2"):
+        make(60, 2).load_state_dict(state, tmp_path)
+
+
+def test_a_loaded_file_is_not_taken_for_what_the_segments_hold(tmp_path):
+    """It holds as many entries as the replay did before, and they are others."""
+    replay, _ = filled(9, 60)
+    replay.state_dict(tmp_path)
+    other, _ = filled(9, 60, lengths=[[8, 3], [6], [2, 9]])
+    other.save(tmp_path / "other.npz")
+    replay.load(tmp_path / "other.npz")
+    restored = make(60)
+    restored.load_state_dict(replay.state_dict(tmp_path), tmp_path)
+    assert_same(every_window(restored, 2), every_window(other, 2))
+
+
 def test_a_float64_observation_is_stored_as_float32():
     replay, loop = make(60, dtype=np.float64), Loop(LENGTHS, np.float64)
     loop.collect(20, replay)
