@@ -305,7 +305,7 @@ class DreamerTPX(Algorithm):
                 break
             self._since_round = 0
             assert self.replay_buffer is not None
-            if not self.replay_buffer.is_too_young(self.sequence_length):
+            if not self.replay_buffer.needs_more_steps(self.sequence_length):
                 self.train(self.gradient_steps)
                 self._rounds += 1
                 if log_interval and self._rounds % log_interval == 0:

@@ -1,7 +1,7 @@
-"""The replay of DreamerTPX: whole episodes in, windows of consecutive entries out.
+"""DreamerTPX's replay: stores the steps of whole episodes, samples windows of consecutive entries.
 
-Storage, the alignment of actions and rewards with observations, uniform sampling, and the file it
-is saved in; collecting steps and training on windows is the agent's business.
+It aligns actions and rewards with observations, and reads and writes its files. Collecting steps
+and training on windows is left to the agent.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from totalprop.agents.dreamer.storage import allocate, room, size_text
+from totalprop.agents.dreamer.storage import allocate, available_bytes, format_bytes
 from totalprop.agents.persistence.segments import Segments
 
-BLOCK_BYTES = 2**26  # a replay is saved and loaded in blocks, so neither needs it twice in memory
-PATIENCE = 20  # sequences' worth of entries without one of them before that is an error
+BLOCK_BYTES = 2**26  # `save` and `load` work in blocks, so that neither needs a second copy in RAM
+PATIENCE = 20  # window lengths to collect without a single window before `sample` may fail
 
 
 class SequenceBatch(NamedTuple):
-    """B windows of L consecutive entries of one episode each, on the training device.
+    """B windows of L consecutive entries, each window from one episode; on the training device.
 
     Attributes:
         observation: [L, B, *observation_shape] in the stored dtype.
         action: [L, B, A] float32, the action that led to the observation; zeros where is_first.
         reward: [L, B] float32, received on arriving at the observation; 0 where is_first.
-        is_first: [L, B] bool, the observation was given by a reset.
-        is_terminal: [L, B] bool, the episode terminated here; False where it was truncated.
+        is_first: [L, B] bool, True where the observation comes from a reset.
+        is_terminal: [L, B] bool, True where the episode terminated, False where it was truncated.
     """
 
     observation: Tensor
@@ -45,22 +45,26 @@ class SequenceBatch(NamedTuple):
 
 
 class SequenceReplay:
-    """A ring of entries per environment; every stored window of one episode is equally likely.
+    """One ring buffer per environment; all stored windows within an episode are equally likely.
 
-    Entry t of an episode is (o_t, a_{t-1}, reward on arriving at o_t), with zeros for the action
-    and reward of t = 0; an episode of T decisions has T + 1 entries. danijar/dreamer's convention.
-    Differs from danijar/dreamer: it draws an episode, then a start in it (and never the last one).
-    What is drawn depends on the stored entries and their order alone, not on where they lie.
+    As in danijar/dreamer, entry t of an episode is (o_t, a_{t-1}, reward on arriving at o_t), where
+    the action and reward of t = 0 are zeros. An episode of T decisions has T + 1 entries.
+    danijar/dreamer samples differently: it draws an episode, then a start in it, never the last
+    one. Samples depend only on the stored entries and their order, not on their slots in the ring.
 
     Args:
         capacity: entries over all environments; each ring holds capacity // n_envs.
-        observation_shape, observation_dtype: of one observation; float64 is stored as float32.
+        observation_shape: shape of one observation.
+        observation_dtype: dtype of one observation; float64 is stored as float32.
         action_size: A.
-        device: where batches go.
-        storage: "ram", "disk" (memory-mapped, one scratch file per array in `folder`; the files
-            have no name there and vanish with the process) or "device" (on `device`).
+        n_envs: number of environments.
+        device: where batches are put.
+        storage: "ram", "device" (on `device`) or "disk" (memory-mapped scratch files in `folder`,
+            nameless, so that they vanish with the process).
+        folder: for the scratch files of "disk".
+
     Raises:
-        MemoryError: the arrays are larger than the memory, disk or device they are meant for.
+        MemoryError: the arrays do not fit in the RAM, disk or device they are meant for.
     """
 
     def __init__(
@@ -83,36 +87,37 @@ class SequenceReplay:
             )
         self.n_envs, self.device = n_envs, torch.device(device)
         self._ring = capacity // n_envs
-        kind = np.dtype(observation_dtype)
-        self._kinds: dict[str, tuple[tuple[int, ...], np.dtype]] = {  # of one entry
-            "observation": (tuple(observation_shape), np.dtype("f4") if kind == "f8" else kind),
+        dtype = np.dtype(observation_dtype)
+        self._fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {  # of one entry
+            "observation": (tuple(observation_shape), np.dtype("f4") if dtype == "f8" else dtype),
             "action": ((action_size,), np.dtype("f4")),
             "reward": ((), np.dtype("f4")),
             "is_terminal": ((), np.dtype("?")),
         }
-        homes: dict[str, tuple[torch.device | Path, str, str]] = {
+        places: dict[str, tuple[torch.device | Path, str, str]] = {
             "ram": (torch.device("cpu"), "in RAM", "storage='disk'"),
             "disk": (Path(folder or ""), f"on disk in {folder}", "another folder"),
             "device": (self.device, f"on {self.device}", "storage='ram'"),
         }
-        home, self._place, remedy = homes[storage]
-        if isinstance(home, Path):
-            home.mkdir(parents=True, exist_ok=True)
-        free = room(home)
-        if free is not None and self.bytes > free:
+        place, self._where, remedy = places[storage]
+        if isinstance(place, Path):
+            place.mkdir(parents=True, exist_ok=True)
+        available = available_bytes(place)
+        if available is not None and self.bytes > available:
             raise MemoryError(
-                f"a replay of {self.capacity:,} entries takes {size_text(self.bytes)} "
-                f"{self._place}, which has {size_text(free)}: "
+                f"a replay of {self.capacity:,} entries takes {format_bytes(self.bytes)} "
+                f"{self._where}, which has {format_bytes(available)}: "
                 f"take a smaller buffer_size or {remedy}"
             )
         self._arrays = {  # [n_envs, ring, ...]
-            name: allocate((n_envs, self._ring, *shape), dtype, home)
-            for name, (shape, dtype) in self._kinds.items()
+            name: allocate((n_envs, self._ring, *shape), dtype, place)
+            for name, (shape, dtype) in self._fields.items()
         }
-        # t of each entry; on the host, where windows are chosen. It says which entries are first.
+        # t of each entry, 0 for the first of an episode. On the host, where windows are chosen.
         self._position = np.zeros((n_envs, self._ring), np.int32)
         self._count = [0] * n_envs  # entries ever added
-        self._ends: tuple[int, np.ndarray] | None = None  # (length, ends) until an entry is added
+        # Cache of `_window_ends`: (length, ends). Adding an entry invalidates it.
+        self._ends: tuple[int, np.ndarray] | None = None
         self._segments = self._new_segments()
 
     @property
@@ -122,27 +127,27 @@ class SequenceReplay:
 
     @property
     def bytes(self) -> int:
-        """Size of all arrays, whether touched or not."""
-        entry = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._kinds.values())
+        """Size of all arrays, including pages that are not in use yet."""
+        entry = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._fields.values())
         return self.capacity * (entry + np.dtype(np.int32).itemsize)
 
     def __len__(self) -> int:
         return sum(min(count, self._ring) for count in self._count)
 
     def __repr__(self) -> str:
-        return f"SequenceReplay({len(self):,} of {self.capacity:,} entries {self._place})"
+        return f"SequenceReplay({len(self):,} of {self.capacity:,} entries {self._where})"
 
     def describe(self) -> str:
-        """One line for the start of training: how much of what, and where."""
-        shape, dtype = self._kinds["observation"]
-        size = f"{size_text(self.bytes)} {self._place}"
+        """One line that says how many entries of which shape are kept where, and their size."""
+        shape, dtype = self._fields["observation"]
+        size = f"{format_bytes(self.bytes)} {self._where}"
         return f"replay: {self.capacity:,} entries of {shape} {dtype}, {size}"
 
     def start(self, observations: np.ndarray) -> None:
-        """Begin an episode in every environment: call it after each `VecEnv.reset()`.
+        """Begin an episode in every environment; call it after each `VecEnv.reset()`.
 
         Args:
-            observations: [n_envs, *observation_shape] as reset() returned them.
+            observations: [n_envs, *observation_shape], as `VecEnv.reset()` returned them.
         """
         for env, observation in zip(range(self.n_envs), observations, strict=True):
             self._add(env, observation)
@@ -155,12 +160,16 @@ class SequenceReplay:
         dones: np.ndarray,
         infos: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Store a step of every environment, two entries where an episode ended.
+        """Store a step of every environment; where an episode ended, that makes two entries.
 
         Args:
-            actions: [n_envs, A] as the model is to see them.
-            observations, rewards, dones, infos: as `VecEnv.step()` returned them: the final
-                observation in infos[env]["terminal_observation"], the reset one in observations.
+            actions: [n_envs, A], scaled as the model sees them.
+            observations: [n_envs, *observation_shape], as `VecEnv.step()` returned them: where an
+                episode ended, the first one of the next.
+            rewards: [n_envs], as `VecEnv.step()` returned them.
+            dones: [n_envs], as `VecEnv.step()` returned them.
+            infos: as `VecEnv.step()` returned them. Where an episode ended, "terminal_observation"
+                is its last observation.
         """
         if not all(self._count):
             raise ValueError("step() needs an episode: call start(observations) after env.reset()")
@@ -175,17 +184,17 @@ class SequenceReplay:
             self._add(env, observation)
 
     def sample(self, batch_size: int, length: int, generator: np.random.Generator) -> SequenceBatch:
-        """Draw windows with replacement, each stored window of `length` entries equally likely.
+        """Draw windows with replacement, uniformly from the stored windows of `length` entries.
 
         Raises:
-            ValueError: no stored stretch of an episode is that long.
+            ValueError: no window of this length is stored.
         """
         ends = self._window_ends(length)
         if not len(ends):
             raise ValueError(
-                f"no window of {length} entries is stored, the longest stretch of one episode has "
-                f"{self._longest()}: take a smaller sequence_length or collect more steps "
-                f"(a ring keeps {self._ring:,} entries)"
+                f"no window of {length} entries is stored; the longest stored part of an episode "
+                f"has {self._longest()}: take a smaller sequence_length or collect more steps "
+                f"(a ring holds {self._ring:,} entries)"
             )
         ends = ends[generator.integers(len(ends), size=batch_size)]
         env, slot = np.divmod(ends, self._ring)
@@ -198,22 +207,23 @@ class SequenceReplay:
             **{name: self._gather(array, rows) for name, array in self._arrays.items()},
         )
 
-    def is_too_young(self, length: int) -> bool:
-        """Whether no window is stored yet, and more steps will give one.
+    def needs_more_steps(self, length: int) -> bool:
+        """Whether no window of `length` entries is stored yet, but more steps may bring one.
 
-        2 `length` - 1 consecutive entries hold a window, unless an episode is shorter than one;
-        after PATIENCE `length` entries all of them may be.
+        Any 2 `length` - 1 consecutive entries contain a window unless an episode among them is
+        shorter than that. After PATIENCE x `length` entries without one, all episodes probably are:
+        the answer is then False, so that `sample` raises its error.
         """
         return min(self._count) < PATIENCE * length and not len(self._window_ends(length))
 
     def save(self, path: Path | str) -> None:
-        """Write the stored entries, oldest first, to one .npz file that replaces `path`."""
+        """Write the stored entries, oldest first, to one .npz file, replacing `path` atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         block = max(1, BLOCK_BYTES * self.capacity // self.bytes)
         try:
-            with zipfile.ZipFile(temporary, "w") as file:  # np.savez would need all blocks at once
+            with zipfile.ZipFile(temporary, "w") as file:  # np.savez wants all blocks at once
                 _write(file, "layout", np.array(self._layout()))
                 _write(file, "filled", np.array([len(self._slots(e)) for e in range(self.n_envs)]))
                 for env in range(self.n_envs):
@@ -230,7 +240,11 @@ class SequenceReplay:
             temporary.unlink(missing_ok=True)
 
     def check(self, path: Path | str) -> list[int]:
-        """Entries of each environment in a saved replay; ValueError as for `load`."""
+        """Count the entries of each environment in a saved replay, without loading it.
+
+        Raises:
+            ValueError: as for `load`.
+        """
         try:
             with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
                 layout, filled = file["layout"].item(), file["filled"].tolist()
@@ -246,16 +260,17 @@ class SequenceReplay:
         return list(filled)
 
     def load(self, path: Path | str) -> None:
-        """Replace what is stored by a saved replay; the rings may be larger than they were.
+        """Replace the stored entries by those of a saved replay, whose rings may be smaller.
 
         Raises:
-            ValueError: not a replay, or it holds entries of another kind, or more than fit.
+            ValueError: the file is not a replay, holds entries of another shape or dtype, or more
+                of them than fit.
         """
         filled = self.check(path)
         with np.load(path, allow_pickle=False) as file:
-            # A load that fails half-way leaves an empty replay, not a mixed one.
+            # If loading fails half-way, the replay is left empty, not mixed.
             self._count, self._ends = [0] * self.n_envs, None
-            self._segments = self._new_segments()  # the old ones hold other entries
+            self._segments = self._new_segments()  # the old ones hold different entries
             arrays = {"position": torch.from_numpy(self._position), **self._arrays}
             for key in file.files:
                 if "/" in key:
@@ -265,10 +280,10 @@ class SequenceReplay:
             self._count = filled
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
-        """Write the entries that no segment holds yet.
+        """Write the entries that no segment in the folder holds yet.
 
         Returns:
-            "replay": the segments of each environment. "files": the names of all segments.
+            The segments of each environment under "replay", the names of all under "files".
         """
         segments = [
             own.save(folder, count, self._ring, partial(self._rows, env))
@@ -280,18 +295,19 @@ class SequenceReplay:
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: the state is of another number of environments, a segment cannot be read,
-                or its entries are not of this replay's kind.
+            ValueError: the state is for another number of environments, a segment cannot be read,
+                or its entries have another shape or dtype.
         """
         if len(state["replay"]) != self.n_envs:
             raise ValueError(
-                f"the checkpoint is of {len(state['replay'])} environments, here are {self.n_envs}"
+                f"the checkpoint has {len(state['replay'])} environment(s), the replay has "
+                f"{self.n_envs}"
             )
         for env, segments in enumerate(state["replay"]):
             self._segments[env].load(folder, segments, self._ring, partial(self._put_rows, env))
 
     def _rows(self, env: int, first: int, stop: int) -> dict[str, np.ndarray]:
-        """Stored entries of an environment, numbered from the first ever added."""
+        """Stored entries of an environment; they are numbered from the first ever added."""
         slots = np.arange(first, stop) % self._ring
         found = {"position": self._position[env, slots]}
         for name, array in self._arrays.items():
@@ -300,12 +316,12 @@ class SequenceReplay:
         return found
 
     def _put_rows(self, env: int, first: int, rows: Mapping[str, np.ndarray]) -> None:
-        """Store what `_rows` returned; calls for one environment go from old to new."""
-        if set(rows) != {"position", *self._kinds}:
+        """Store what `_rows` returned; within an environment, older rows must come first."""
+        if set(rows) != {"position", *self._fields}:
             raise ValueError(f"rows of {sorted(rows)}; expected those of {self._layout()}")
         n = len(rows["position"])
         slots = np.arange(first, first + n) % self._ring
-        for name, (shape, dtype) in self._kinds.items():
+        for name, (shape, dtype) in self._fields.items():
             if rows[name].shape != (n, *shape) or rows[name].dtype != dtype:
                 raise ValueError(
                     f"{name} is {rows[name].shape[1:]} {rows[name].dtype}, "
@@ -325,36 +341,36 @@ class SequenceReplay:
         reward: float = 0.0,
         is_terminal: bool = False,
     ) -> None:
-        """Add an entry; without an action it is the first of an episode."""
+        """Add an entry; without an action, it is the first of an episode."""
         slot = self._count[env] % self._ring
         entry = {
             "observation": observation,
-            "action": np.zeros(self._kinds["action"][0]) if action is None else action,
+            "action": np.zeros(self._fields["action"][0]) if action is None else action,
             "reward": reward,
             "is_terminal": is_terminal,
         }
         for name, value in entry.items():
-            shape, dtype = self._kinds[name]
+            shape, dtype = self._fields[name]
             value = np.asarray(value)
             if value.shape != shape or not np.can_cast(value.dtype, dtype, "same_kind"):
                 raise ValueError(
                     f"{name} of environment {env} is {value.shape} {value.dtype}, "
                     f"the replay stores {shape} {dtype}"
                 )
-            # The copy is for torch, which takes no negative strides (a flipped image).
+            # torch accepts no negative strides (a flipped image), so copy.
             self._arrays[name][env, slot] = torch.from_numpy(value.astype(dtype, order="C"))
-        # At slot 0, slot - 1 is the end of the ring, as it should be.
+        # At slot 0, index -1 is the last slot of the ring, which is the previous entry.
         self._position[env, slot] = 0 if action is None else self._position[env, slot - 1] + 1
         self._count[env] += 1
         self._ends = None
 
     def _slots(self, env: int) -> np.ndarray:
-        """[n] where the entries of an environment lie, oldest first."""
+        """[n] slots of an environment's entries, oldest first."""
         filled = min(self._count[env], self._ring)
         return (np.arange(filled) + self._count[env] - filled) % self._ring
 
     def _window_ends(self, length: int) -> np.ndarray:
-        """[n] flat indices of every entry that ends a window, by environment, oldest first."""
+        """[n] flat indices of all entries that end a window, by environment, oldest first."""
         if self._ends is not None and self._ends[0] == length:
             return self._ends[1]
         found = []
@@ -365,18 +381,18 @@ class SequenceReplay:
         return self._ends[1]
 
     def _longest(self) -> int:
-        """Entries of the longest stored stretch of one episode."""
+        """Entries in the longest stored part of an episode."""
         return max(1 + int(self._before(env)[1].max(initial=-1)) for env in range(self.n_envs))
 
     def _before(self, env: int) -> tuple[np.ndarray, np.ndarray]:
-        """[n] slots, oldest first, and the stored entries before each that are of its episode."""
+        """[n] slots, oldest first, and how many stored entries of its episode precede each."""
         slots = self._slots(env)
         return slots, np.minimum(self._position[env, slots], np.arange(len(slots)))
 
     def _gather(self, array: Tensor, rows: Tensor) -> Tensor:
-        """[L, B, ...] on the training device, of [n_envs, ring, ...] and flat rows [L, B]."""
+        """Rows [L, B] of an array [n_envs, ring, ...], as [L, B, ...] on the training device."""
         pinned = array.device.type == "cpu" and self.device.type == "cuda"
-        # A pinned block is not reused before its copy has run: torch's host allocator sees to it.
+        # torch's host allocator does not reuse a pinned block before its copy is complete.
         shape = (rows.numel(), *array.shape[2:])
         out = torch.empty(shape, dtype=array.dtype, device=array.device, pin_memory=pinned)
         torch.index_select(array.flatten(0, 1), 0, rows.flatten(), out=out)
@@ -386,8 +402,8 @@ class SequenceReplay:
         return [Segments(f"replay{env}") for env in range(self.n_envs)]
 
     def _layout(self) -> str:
-        """What must agree between a saved replay and the one that loads it."""
-        (shape, dtype), (action_shape, _) = self._kinds["observation"], self._kinds["action"]
+        """What a saved replay and the one that loads it must have in common."""
+        (shape, dtype), (action_shape, _) = self._fields["observation"], self._fields["action"]
         return f"{self.n_envs} environment(s), observations {shape} {dtype}, actions {action_shape}"
 
 

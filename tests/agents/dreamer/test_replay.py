@@ -189,7 +189,7 @@ def test_stored_windows_are_those_of_brute_force(lengths, ring, decisions, lengt
         assert len(replay) == sum(min(ring, len(history)) for history in histories)
         expected = loop.windows(replay, length)
         fewest = min(len(history) for history in histories)
-        assert replay.is_too_young(length) == (fewest < PATIENCE * length and not expected)
+        assert replay.needs_more_steps(length) == (fewest < PATIENCE * length and not expected)
         has_few = fewest < 2 * length - 1
         # What else lacks a window has an episode, of T + 1 entries, or a ring that is too short.
         if not expected and not has_few:
@@ -254,12 +254,12 @@ def test_a_reset_in_mid_episode_ends_it_without_a_termination():
 def test_too_short_episodes_say_how_long_the_longest_is():
     replay, _ = filled(60, 300)
     assert replay.sample(1, 13, np.random.default_rng(0)).reward.shape == (13, 1)
-    with pytest.raises(ValueError, match=r"14 entries .* one episode has 13: .*sequence_length"):
+    with pytest.raises(ValueError, match=r"14 entries .* an episode has 13: .*sequence_length"):
         replay.sample(1, 14, np.random.default_rng(0))
-    with pytest.raises(ValueError, match=r"one episode has 0: .*collect more steps"):
+    with pytest.raises(ValueError, match=r"an episode has 0: .*collect more steps"):
         make(10).sample(1, 1, np.random.default_rng(0))
     # What the ring has lost no longer counts.
-    with pytest.raises(ValueError, match="one episode has 4:"):
+    with pytest.raises(ValueError, match="an episode has 4:"):
         filled(60, 4, [[50]])[0].sample(1, 5, np.random.default_rng(0))
 
 
@@ -411,7 +411,7 @@ def test_loading_into_another_kind_of_replay_is_refused_and_changes_nothing(tmp_
         "room for 19": make(59),
     }
     for difference, other in others.items():
-        other.start(np.ones((other.n_envs, *other._kinds["observation"][0]), np.uint8))
+        other.start(np.ones((other.n_envs, *other._fields["observation"][0]), np.uint8))
         with pytest.raises(ValueError, match=re.escape(difference)):
             other.load(path)
         assert len(other) == other.n_envs
@@ -452,7 +452,9 @@ def test_a_replay_restored_from_its_segments_is_the_same(storage, tmp_path):
 def test_segments_of_another_number_of_environments_are_refused(tmp_path):
     replay, _ = filled(9, 60)
     state = replay.state_dict(tmp_path)
-    with pytest.raises(ValueError, match="the checkpoint is of 3 environments, here are 2"):
+    with pytest.raises(
+        ValueError, match=r"the checkpoint has 3 environment\(s\), the replay has 2"
+    ):
         make(60, 2).load_state_dict(state, tmp_path)
 
 
