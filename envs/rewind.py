@@ -9,7 +9,7 @@ environments are reached through the wrapper `Rewindable`.
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, SupportsFloat
 
@@ -61,6 +61,10 @@ class Snapshot:
     layers: tuple[tuple[str, dict[str, Any]], ...]
     np_random: dict[str, Any]
     np_random_seed: int | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same as a dict of plain values and arrays, which can be written to a file."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def can_rewind(env: Any) -> bool:
@@ -181,19 +185,12 @@ class Rewindable(gym.Wrapper):
         """`snapshot` of what is inside this wrapper."""
         return snapshot(self.env)
 
-    def restore(self, start: Snapshot) -> None:
-        """`restore` what is inside this wrapper."""
+    def restore(self, start: Snapshot | Mapping[str, Any]) -> None:
+        """`restore` what is inside this wrapper, from a snapshot or its `state_dict`."""
+        if not isinstance(start, Snapshot):
+            layers = tuple((str(name), state) for name, state in start["layers"])
+            start = Snapshot(layers, start["np_random"], start["np_random_seed"])
         restore(self.env, start)
-
-    def get_snapshot_values(self) -> dict[str, Any]:
-        """`snapshot` as a dict of plain values and arrays, to be written to a file."""
-        found = self.snapshot()
-        return {field.name: getattr(found, field.name) for field in fields(found)}
-
-    def set_snapshot_values(self, values: dict[str, Any]) -> None:
-        """`restore` what `get_snapshot_values` returned, in this process or another."""
-        layers = tuple((str(name), state) for name, state in values["layers"])
-        self.restore(Snapshot(layers, values["np_random"], values["np_random_seed"]))
 
     def extra_step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """Step that the wrappers outside do not see; `restore` a snapshot before the next `step`.

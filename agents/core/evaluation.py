@@ -78,7 +78,7 @@ class Evaluation(BaseCallback):
             "timesteps": self.timesteps,
             "returns": self.returns,
             "evaluated": self._evaluated,
-            "environments": env_state.take(self.eval_env),
+            "environments": env_state.snapshot(self.eval_env),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class Evaluation(BaseCallback):
         self.timesteps, self.returns = state["timesteps"], state["returns"]
         self._evaluated = state["evaluated"]
         self._last = self.timesteps[-1] if self.timesteps else 0
-        env_state.put(self.eval_env, state["environments"])
+        env_state.restore(self.eval_env, state["environments"])
 
     def evaluate(self) -> None:
         """Run the rollouts, unless this policy was evaluated already; record and write them."""

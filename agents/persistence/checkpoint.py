@@ -150,7 +150,7 @@ class Checkpoints(BaseCallback):
             "agent": agent.file_values(),
             "training": state,
             "files": files,
-            "environments": env_state.take(agent.env),
+            "environments": env_state.snapshot(agent.env),
             "generators": _generators(),
             "pending": _pending(agent),
             "also": {name: thing.state_dict() for name, thing in self.also.items()},
@@ -247,7 +247,7 @@ class Checkpoints(BaseCallback):
             if name in self.also:
                 self.also[name].load_state_dict(state)
         self._pending = values["pending"]  # `learn` makes the logger
-        if not env_state.put(agent.env, values["environments"]):
+        if not env_state.restore(agent.env, values["environments"]):
             agent.cut_episodes()
         _set_generators(values["generators"])
 

@@ -1,4 +1,8 @@
-"""The state of a vector environment as plain values, where its parts can say it."""
+"""Snapshots of a vector environment as plain values, for files.
+
+Each environment has to be in an `envs.rewind.Rewindable`, and the vector wrappers have to be among
+`LAYERS`. Otherwise a snapshot still holds the wrappers' statistics, but not the running episodes.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
-# Of stable-baselines3's Monitor, which is outside the environments that know their state.
+# Attributes of stable-baselines3's Monitor, which wraps the Rewindable from outside.
 MONITOR = ("rewards", "needs_reset", "episode_returns", "episode_lengths", "total_steps")
-LAYERS: dict[type, tuple[str, ...]] = {  # attributes of the vector environments' own wrappers
+LAYERS: dict[type, tuple[str, ...]] = {  # stable-baselines3's vector wrappers: their state
     VecTransposeImage: (),
     VecCheckNan: (),
     VecMonitor: ("episode_count", "episode_returns", "episode_lengths"),
@@ -26,11 +30,11 @@ LAYERS: dict[type, tuple[str, ...]] = {  # attributes of the vector environments
 }
 
 
-def take(env: VecEnv | None) -> dict[str, Any]:
-    """State of wrappers and environments.
+def snapshot(env: VecEnv | None) -> dict[str, Any]:
+    """Copy the state of all wrappers and environments.
 
-    "environments" is None where they cannot say it: each needs the methods of
-    `envs.rewind.Rewindable`.
+    Returns:
+        A state for `restore`; "environments" is None if they cannot be rewound.
     """
     layers, inner = layers_of(env)
     found = []
@@ -40,35 +44,38 @@ def take(env: VecEnv | None) -> dict[str, Any]:
     environments = None
     if inner is not None and all(type(layer) in LAYERS for layer in layers):
         try:
-            environments = inner.env_method("get_snapshot_values")
+            environments = [start.state_dict() for start in inner.env_method("snapshot")]
         except (AttributeError, ValueError):
             environments = None
     monitors = [_attribute(inner, name) for name in MONITOR] if inner is not None else []
-    seeds = [] if inner is None else list(inner._seeds)  # of a reset that is still to come
+    seeds = [] if inner is None else list(inner._seeds)  # for the next reset
     return {"layers": found, "environments": environments, "monitors": monitors, "seeds": seeds}
 
 
 def check_number(expected: int, env: GymEnv) -> None:
-    """Raise ValueError unless there are as many environments as a checkpoint is of."""
+    """Raise ValueError if `env` has another number of environments than a checkpoint."""
     number = env.num_envs if isinstance(env, VecEnv) else 1
     if number != expected:
         raise ValueError(
-            f"the checkpoint is of {expected} environment(s), env has {number}; resume with "
-            f"{expected}, or `load` a model file, which goes with any number"
+            f"the checkpoint has {expected} environment(s), env has {number}; resume with "
+            f"{expected}, or `load` a model file, which works with any number"
         )
 
 
-def put(env: VecEnv | None, state: dict[str, Any]) -> bool:
-    """Put a state back; False where the episodes could not be: they have to begin anew.
+def restore(env: VecEnv | None, state: dict[str, Any]) -> bool:
+    """Restore what `snapshot` returned.
+
+    Returns:
+        Whether the running episodes were restored too; if not, new ones have to begin.
 
     Raises:
-        ValueError: the vector environment has other wrappers.
+        ValueError: the vector environment has another number of wrappers.
     """
     layers, inner = layers_of(env)
     if len(layers) != len(state["layers"]):
         raise ValueError(
-            f"the checkpoint is of an environment in {len(state['layers'])} vector wrapper(s), env "
-            f"has {len(layers)}; wrap it as it was (VecNormalize, VecMonitor, ...)"
+            f"the checkpoint's environment has {len(state['layers'])} vector wrapper(s), env has "
+            f"{len(layers)}; wrap it as it was (VecNormalize, VecMonitor, ...)"
         )
     for layer, values in zip(layers, state["layers"], strict=True):
         for name, value in values.items():
@@ -81,7 +88,7 @@ def put(env: VecEnv | None, state: dict[str, Any]) -> bool:
         return False
     inner._seeds = state["seeds"]
     for i, values in enumerate(state["environments"]):
-        inner.env_method("set_snapshot_values", values, indices=i)
+        inner.env_method("restore", values, indices=i)
     for name, of_each in zip(MONITOR, state["monitors"], strict=True):
         for i, value in enumerate(of_each or ()):
             inner.set_attr(name, value, indices=i)
@@ -89,7 +96,7 @@ def put(env: VecEnv | None, state: dict[str, Any]) -> bool:
 
 
 def layers_of(env: VecEnv | None) -> tuple[list[VecEnvWrapper], VecEnv | None]:
-    """The wrappers of a vector environment, outermost first, and what is inside them."""
+    """The wrappers of a vector environment, outermost first, and what they wrap."""
     layers = []
     while isinstance(env, VecEnvWrapper):
         layers.append(env)

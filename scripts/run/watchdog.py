@@ -63,9 +63,7 @@ class Watchdog:
                     os._exit(HUNG)
 
 
-REWINDING = (
-    "snapshot", "restore", "extra_step", "get_snapshot_values", "set_snapshot_values"
-)  # fmt: skip
+REWINDING = ("snapshot", "restore", "extra_step")
 
 
 class Watched(gym.Wrapper):

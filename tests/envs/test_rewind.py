@@ -526,12 +526,12 @@ def test_classic_control_of_discrete_actions_goes_on_from_a_snapshot_and_from_it
     env = Rewindable(gym.make(name))
     env.reset(seed=3)
     env.step(1)
-    values = env.get_snapshot_values()
+    values = env.snapshot().state_dict()
     expected = ahead(env)
     other = Rewindable(gym.make(name))
     other.reset(seed=4)
     for candidate in (env, other):
-        candidate.set_snapshot_values(values)
+        candidate.restore(values)
         np.testing.assert_array_equal(ahead(candidate), expected)
 
 

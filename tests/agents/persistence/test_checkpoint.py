@@ -335,7 +335,7 @@ def test_extra_steps_are_counted_on(tmp_path):
 def test_another_number_of_environments_is_refused(cls, n_envs, tmp_path):
     new_agent(cls).learn(60, Checkpoints(tmp_path))
     before = Checkpoints(tmp_path).paths()
-    words = rf"checkpoint is of 2 environment\(s\), env has {n_envs}; resume with 2"
+    words = rf"checkpoint has 2 environment\(s\), env has {n_envs}; resume with 2"
     for env in (make_env(cls, n_envs=n_envs), *([gym.make(CART_POLE)] if n_envs == 1 else [])):
         with pytest.raises(ValueError, match=words):
             Checkpoints(tmp_path).load(cls, env, "cpu")
@@ -346,7 +346,9 @@ def test_other_vector_wrappers_are_refused(tmp_path):
     new_agent(DAAPPO).learn(60, Checkpoints(tmp_path))
     checkpoints = Checkpoints(tmp_path)
     agent = checkpoints.load(DAAPPO, make_env(PIPPS), "cpu")
-    with pytest.raises(ValueError, match=r"in 1 vector wrapper\(s\), env has 0; wrap it as it was"):
+    with pytest.raises(
+        ValueError, match=r"has 1 vector wrapper\(s\), env has 0; wrap it as it was"
+    ):
         checkpoints.restore(agent)
 
 
