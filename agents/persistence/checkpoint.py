@@ -1,9 +1,9 @@
-"""Checkpoints of a training: killed at any moment it goes on bit for bit (on CPU).
+"""Checkpoints: a run killed at any moment resumes bit-identically (on CPU).
 
-Between two rollouts a checkpoint takes the agent with its optimisers and generators, the replay
-(only what is new), the environments where they can be put back, the global generators, the
-logger's pending values, and the callbacks it is told of. Files are numbered in the order of their
-writing, whatever steps they are of; the newest is kept and the one before.
+Checkpoints are written between rollouts. One holds the agent with its optimisers and generators,
+the replay (of which only new rows are written), the environments where they can be rewound, the
+global generators, the scalars that the logger has not written yet, and any callbacks it is given.
+Files are numbered in the order in which they are written; the newest two are kept.
 """
 
 from __future__ import annotations
@@ -27,8 +27,21 @@ from totalprop.agents.persistence import env_state, safe_file
 from totalprop.agents.persistence.segments import SEGMENT
 
 
+class Stateful(Protocol):
+    """An object whose state a checkpoint keeps: plain values, arrays and tensors."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Resumable(Protocol):
-    """What a checkpoint asks of an agent; `agents.core.algorithm.Algorithm` has it."""
+    """What a checkpoint needs of an agent; `agents.core.algorithm.Algorithm` provides it.
+
+    `file_values` and `from_values` cover what a model file holds, `state_dict` and
+    `load_state_dict` what `learn` needs beside it. Large parts of the state may be files of their
+    own in the folder; "files" lists their names.
+    """
 
     num_timesteps: int
     env: VecEnv | None
@@ -59,29 +72,21 @@ class Resumable(Protocol):
 Agent = TypeVar("Agent", bound=Resumable)
 
 KIND = "checkpoint"
-KEPT = 2  # checkpoints in the folder: the newest, and the one before
-MOST_OF_THE_TIME = 0.02  # what checkpoints may cost, by waiting long enough between them
+KEPT = 2  # checkpoints left in the folder
+MAX_TIME_FRACTION = 0.02  # of the run time, for writing checkpoints
 
-# Number of the checkpoint in its folder (older files have none) and the agent's steps.
+# Number of the checkpoint in its folder (missing in older files), and the agent's steps.
 _CHECKPOINT = re.compile(r"checkpoint_(?:(\d+)_)?(\d+)\.zip")
-# Of a write that was killed, see `safe_file.atomic_write`.
+# What `safe_file.atomic_write` leaves behind when it is killed.
 _TEMPORARY = re.compile(rf"\.({_CHECKPOINT.pattern}|{SEGMENT.pattern})\.\d+\.tmp")
 
 
-class Stateful(Protocol):
-    """What a checkpoint can keep beside the agent: plain values, arrays and tensors."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class TrainingStopped(Exception):
-    """Raised between two rollouts, after a checkpoint, once `request_stop` was called."""
+    """Raised after the checkpoint that `request_stop` asked for."""
 
 
 class Checkpoints(BaseCallback):
-    """Writes checkpoints while an agent learns. The last callback of the list.
+    """Callback that writes checkpoints while an agent learns; pass it last in the list.
 
         checkpoints = Checkpoints(folder)
         agent = checkpoints.load(PIPPS, env) or PIPPS("RBFPolicy", env)
@@ -89,10 +94,10 @@ class Checkpoints(BaseCallback):
         agent.learn(450 - agent.num_timesteps, callback=checkpoints, reset_num_timesteps=False)
 
     Args:
-        folder: where the checkpoints go; made if need be. Other files in it are left alone.
-        every_seconds: least time between checkpoints. They wait longer where saving takes more than
-            2 % of the time.
-        also: what else a checkpoint keeps, by name: callbacks with a state, a log file.
+        folder: where the checkpoints go; created if missing. Other files in it are left alone.
+        every_seconds: least time between checkpoints. It grows as needed for writing them to take
+            at most 2 % of the run time.
+        also: other objects whose state is kept, by name: callbacks, a log file.
     """
 
     def __init__(
@@ -108,7 +113,7 @@ class Checkpoints(BaseCallback):
         self._last = time.monotonic()
         self._values: dict[str, Any] | None = None
         self._pending: dict[str, tuple[float, int, tuple[str, ...]]] = {}
-        self._files: dict[str, list[str]] = {}  # that a checkpoint needs, by its name
+        self._files: dict[str, list[str]] = {}  # checkpoint's name -> the segments it needs
         self._stop = False
 
     # ----------------------------------------------------------------------------------------
@@ -116,7 +121,7 @@ class Checkpoints(BaseCallback):
     # ----------------------------------------------------------------------------------------
 
     def request_stop(self) -> None:
-        """Checkpoint before the next rollout and raise TrainingStopped; for signal handlers."""
+        """Save before the next rollout, then raise TrainingStopped; safe in signal handlers."""
         self._stop = True
 
     def _on_training_start(self) -> None:
@@ -128,7 +133,7 @@ class Checkpoints(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         waited = time.monotonic() - self._last
-        if self._stop or waited >= max(self.every_seconds, self.cost / MOST_OF_THE_TIME):
+        if self._stop or waited >= max(self.every_seconds, self.cost / MAX_TIME_FRACTION):
             self.save()
         if self._stop:
             raise TrainingStopped
@@ -140,7 +145,7 @@ class Checkpoints(BaseCallback):
         self.save()
 
     def save(self) -> None:
-        """Write a checkpoint now; only between rollouts."""
+        """Write a checkpoint; valid only between rollouts."""
         started = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         agent: Resumable = self.model  # type: ignore[assignment]
@@ -151,11 +156,12 @@ class Checkpoints(BaseCallback):
             "training": state,
             "files": files,
             "environments": env_state.snapshot(agent.env),
-            "generators": _generators(),
-            "pending": _pending(agent),
+            "generators": _generator_states(),
+            "pending": _pending_scalars(agent),
             "also": {name: thing.state_dict() for name, thing in self.also.items()},
         }
-        paths = self.paths()  # by a number: a second `learn` may begin at step 0 again
+        paths = self.paths()
+        # Steps would not do as the order: a second `learn` may begin at step 0 again.
         number = _number_and_steps(paths[-1])[0] + 1 if paths else 1
         path = self.folder / f"checkpoint_{number:06d}_{agent.num_timesteps:012d}.zip"
         safe_file.write(path, f"{type(agent).__name__} {KIND}", values)
@@ -165,9 +171,9 @@ class Checkpoints(BaseCallback):
         self.cost = self._last - started
 
     def _clean(self) -> None:
-        """Remove checkpoints but the last two, and segments that neither needs.
+        """Remove all checkpoints but the last two, and the segments that neither of them needs.
 
-        Whatever else is in the folder is someone else's, and stays.
+        Nothing else in the folder is touched.
         """
         paths = self.paths()
         for path in paths[:-KEPT]:
@@ -180,11 +186,11 @@ class Checkpoints(BaseCallback):
                 path.unlink()
 
     def _needed(self, path: Path) -> list[str]:
-        """The segments of a checkpoint; read from it where another object wrote it."""
+        """Names of a checkpoint's segments, read from the file if another object wrote it."""
         if path.name not in self._files:
             try:
                 return list(safe_file.read(path)["files"])
-            except (ValueError, OSError, KeyError):  # `load` cannot read it either
+            except (ValueError, OSError, KeyError):  # unreadable for `load` too
                 return []
         return self._files[path.name]
 
@@ -193,25 +199,32 @@ class Checkpoints(BaseCallback):
     # ----------------------------------------------------------------------------------------
 
     def paths(self) -> list[Path]:
-        """The checkpoints in the folder, in the order in which they were written."""
+        """All checkpoints in the folder, in the order in which they were written."""
         found = self.folder.glob("checkpoint_*.zip")
         return sorted((p for p in found if _CHECKPOINT.fullmatch(p.name)), key=_number_and_steps)
 
     def newest_step(self) -> int:
-        """Steps of the newest checkpoint; -1 where there is none."""
+        """The agent's steps in the newest checkpoint; -1 if there is none."""
         paths = self.paths()
         return _number_and_steps(paths[-1])[1] if paths else -1
 
     def load(
         self, cls: type[Agent], env: GymEnv, device: torch.device | str = "auto", **replaced: Any
     ) -> Agent | None:
-        """The agent of the newest readable checkpoint, or None where there is none.
+        """Load the agent from the newest readable checkpoint.
 
         Args:
-            **replaced: what files do not hold, as for the agent's `load`.
+            cls: class of the agent.
+            env: environment to continue in; as many of them as in the checkpoint.
+            device: where the agent's tensors are put.
+            **replaced: attributes that files cannot hold, as for the agent's `load`.
+
+        Returns:
+            The agent, or None if the folder has no checkpoint.
+
         Raises:
-            ValueError: checkpoints are there, but none can be read; or the newest is of another
-                number of environments.
+            ValueError: no checkpoint in the folder can be read, or the newest readable one has
+                another number of environments.
         """
         problems: dict[Path, str] = {}
         for path in reversed(self.paths()):
@@ -221,14 +234,14 @@ class Checkpoints(BaseCallback):
             except (ValueError, OSError, KeyError, TypeError) as error:
                 problems[path] = _reason(path, error)
                 continue
-            env_state.check_number(n_envs, env)  # the caller's error, not the file's
+            env_state.check_number(n_envs, env)  # outside `try`: the file is not to blame
             try:
                 agent = cls.from_values(values["agent"], env, device, replaced, force_reset=False)
                 agent.load_state_dict(values["training"], self.folder)
             except (ValueError, OSError, KeyError) as error:
                 problems[path] = _reason(path, error)
                 continue
-            for broken in problems:  # or it would stay the newest
+            for broken in problems:  # renamed, or it would remain the newest
                 broken.rename(broken.with_name(f"unreadable_{broken.name}"))
                 print(f"skipped {problems[broken]}", file=sys.stderr)
             self._values, self._files[path.name] = values, list(values["files"])
@@ -239,17 +252,20 @@ class Checkpoints(BaseCallback):
         return None
 
     def restore(self, agent: Resumable) -> None:
-        """Put everything around a loaded agent back; the last call before `learn`."""
+        """Restore all that is around a loaded agent; the last call before `learn`.
+
+        This is the environments, the global generators, the logger and the objects in `also`.
+        """
         if self._values is None:
             return
         values, self._values = self._values, None
         for name, state in values["also"].items():
             if name in self.also:
                 self.also[name].load_state_dict(state)
-        self._pending = values["pending"]  # `learn` makes the logger
+        self._pending = values["pending"]  # recorded in `_on_training_start`, which has a logger
         if not env_state.restore(agent.env, values["environments"]):
             agent.cut_episodes()
-        _set_generators(values["generators"])
+        _set_generator_states(values["generators"])
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -257,14 +273,14 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _number_and_steps(path: Path) -> tuple[int, int]:
-    """Of a checkpoint's name; files without a number are older than those with one."""
+    """Parse the name of a checkpoint; unnumbered files are older, and sort first."""
     match = _CHECKPOINT.fullmatch(path.name)
     assert match is not None
     return int(match[1] or 0), int(match[2])
 
 
-def _pending(agent: Resumable) -> dict[str, tuple[float, int, tuple[str, ...]]]:
-    """Scalars recorded since the logger's last dump; pictures are not kept."""
+def _pending_scalars(agent: Resumable) -> dict[str, tuple[float, int, tuple[str, ...]]]:
+    """Scalars recorded since the logger's last dump: (value, count, excluded formats)."""
     logger = agent.logger
     return {
         name: (value, logger.name_to_count[name], logger.name_to_excluded[name])
@@ -273,7 +289,7 @@ def _pending(agent: Resumable) -> dict[str, tuple[float, int, tuple[str, ...]]]:
     }
 
 
-def _generators() -> dict[str, Any]:
+def _generator_states() -> dict[str, Any]:
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),  # noqa: NPY002  (stable-baselines3 draws from it)
@@ -284,7 +300,7 @@ def _generators() -> dict[str, Any]:
     return states
 
 
-def _set_generators(states: dict[str, Any]) -> None:
+def _set_generator_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])  # noqa: NPY002
     torch.set_rng_state(states["torch"])

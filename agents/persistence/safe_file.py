@@ -1,8 +1,8 @@
 """Files without code: a zip of one JSON document and one safetensors member.
 
-Plain values, arrays, tensors, spaces and named classes go in; reading builds these and nothing
-else, so a file of a stranger executes nothing. Writing is atomic: the file is there whole, or as
-it was before. What the values mean is the caller's business.
+A file holds plain values, arrays, tensors, spaces and names of registered classes. Reading builds
+nothing else, so a file from an untrusted source cannot execute code. Writing is atomic: it replaces
+the file completely or not at all. What the values mean is up to the caller.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import totalprop.estimators as estimators
 from totalprop.estimators import Estimator
 
 FORMAT = 2  # 1 was stable-baselines3's, with pickles
-DOCUMENT, TENSORS = "data", "tensors.safetensors"  # "data" is stable-baselines3's name for it
+DOCUMENT, TENSORS = "data", "tensors.safetensors"  # "data" as in stable-baselines3's files
 MAX_DOCUMENT_BYTES = 2**26
 MAX_DEPTH = 64
 
-# Classes that a file may name: reading looks the name up here, it imports nothing.
+# Classes that a file may name. Reading looks names up here and imports nothing.
 _CLASSES: dict[str, type] = {
     f"torch.nn.{kind.__name__}": kind
     for kind in (nn.ReLU, nn.Tanh, nn.ELU, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Sigmoid, nn.Softplus,
@@ -45,7 +45,7 @@ _CLASSES: dict[str, type] = {
     f"stable_baselines3.{kind.__name__}": kind
     for kind in (FlattenExtractor, NatureCNN, CombinedExtractor)
 }  # fmt: skip
-_FORMER_NAMES: dict[str, type] = {}  # in older files
+_FORMER_NAMES: dict[str, type] = {}  # names that older files use
 _LEGS: dict[Any, str] = {estimators.legs.score: "score", estimators.legs.biw: "biw"}
 _BASELINES: dict[Any, str] = {
     getattr(estimators.baselines, name): name
@@ -54,7 +54,7 @@ _BASELINES: dict[Any, str] = {
 
 
 class NotInFile:
-    """Stands for a value that files do not hold: a function, an object of a user's class."""
+    """Stands for a value that files cannot hold, such as a function or a user's own object."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -64,16 +64,17 @@ class NotInFile:
 
 
 class BadFileError(ValueError):
-    """The file is not what it should be; the message says what is wrong with it."""
+    """The file is not what was expected; the message says what is wrong with it."""
 
 
 def register_class(kind: type) -> type:
-    """Let files name a class. Only the name is stored; reading finds the class that is here.
+    """Allow files to name a class. They store only its name; reading looks the class up.
 
-    Its attribute `file_name` is what files call it, whatever module it moves to, and
-    `former_file_names` what older files call it; by default its module and qualified name.
+    The name is the class's attribute `file_name`, which does not change when the class moves to
+    another module, or by default its module and qualified name. The attribute `former_file_names`
+    lists names that older files use.
     """
-    own = vars(kind)  # not a parent's: a subclass is another class
+    own = vars(kind)  # `getattr` would give a subclass its parent's name
     _CLASSES[own.get("file_name", f"{kind.__module__}.{kind.__qualname__}")] = kind
     _FORMER_NAMES.update(dict.fromkeys(own.get("former_file_names", ()), kind))
     return kind
@@ -83,7 +84,9 @@ def write(target: Path | IO[bytes], kind: str, values: Mapping[str, Any]) -> Non
     """Write values under string keys; a path is replaced atomically and durably.
 
     Args:
-        kind: what the file is, compared when it is read.
+        target: path or open binary file.
+        kind: what the file is; `read` compares it.
+        values: what the file holds.
     """
     tensors: dict[str, Tensor] = {}
     document = {"format": FORMAT, "kind": kind, "values": _encode(dict(values), tensors)}
@@ -95,9 +98,10 @@ def write(target: Path | IO[bytes], kind: str, values: Mapping[str, Any]) -> Non
 
 
 class atomic_write:
-    """`with atomic_write(path) as file:` the path holds all of it at the end, or what it held.
+    """`with atomic_write(path) as file:` replaces a file completely or, on an error, not at all.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder.
+    It writes a temporary file in the same folder, then calls fsync, renames it, and calls fsync on
+    the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,7 +131,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can."""
+    """Make renames in a folder durable, if the operating system supports it."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -138,13 +142,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def read(source: Path | IO[bytes], kind: str | None = None) -> dict[str, Any]:
-    """What `write` wrote; tensors on the CPU.
+    """Read what `write` wrote; tensors are on the CPU.
 
     Args:
-        kind: what the file has to be; None: anything.
+        source: path or open binary file.
+        kind: what the file has to be; None accepts any kind.
+
     Raises:
-        BadFileError: truncated, corrupted, foreign, hostile, of a newer format or of another kind.
-        OSError: the file cannot be read; FileNotFoundError: there is none.
+        BadFileError: the file is truncated, corrupted, foreign, hostile, in a newer format or of
+            another kind.
+        OSError: the file cannot be read; FileNotFoundError if it does not exist.
     """
     try:
         with zipfile.ZipFile(source) as file:
@@ -187,7 +194,7 @@ def _read_zip(file: zipfile.ZipFile) -> tuple[dict[str, Any], dict[str, Tensor]]
     if sorted(names) != sorted((DOCUMENT, TENSORS)):
         shown = ", ".join(map(repr, names[:5]))
         raise BadFileError(f"its members are {shown}; expected '{DOCUMENT}' and '{TENSORS}'")
-    # Stored, not compressed: nothing unpacks to more than the file itself.
+    # Only stored members: a compressed one could unpack to any size.
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise BadFileError("its members are compressed, which this project never writes")
     sizes = dict(zip(names, (member.file_size for member in members), strict=True))
@@ -209,7 +216,7 @@ def _read_zip(file: zipfile.ZipFile) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 # --------------------------------------------------------------------------------------------
-# values <-> JSON; what JSON has no word for is {"$kind": ...}
+# values <-> JSON; values that JSON cannot express become {"$tag": ...}
 # --------------------------------------------------------------------------------------------
 
 
@@ -262,7 +269,7 @@ def _missing(value: object) -> dict[str, str]:
 
 
 def _encode_estimator(value: Estimator) -> Any:
-    """By its names; one whose parts have none (a user's own, unregistered) is not in files."""
+    """Encode an estimator by the names of its parts; it is missing if one is not registered."""
     parts = [_LEGS.get(leg) for leg in value.legs], _BASELINES.get(value.baseline)
     for name in estimators.names():
         plain = estimators.make(name)

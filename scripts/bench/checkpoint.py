@@ -13,7 +13,7 @@ from stable_baselines3.common.logger import configure
 
 from totalprop.agents import AGENTS, DAAPPO, PIPPS, DreamerTPX
 from totalprop.agents.core.algorithm import Algorithm
-from totalprop.agents.persistence.checkpoint import MOST_OF_THE_TIME, Checkpoints
+from totalprop.agents.persistence.checkpoint import MAX_TIME_FRACTION, Checkpoints
 from totalprop.envs.rewind import Rewindable
 
 
@@ -50,7 +50,7 @@ def _column(make: Callable[[], Algorithm], steps: int, repeats: int) -> dict[str
             new = [path for path in checkpoints.folder.iterdir() if path.name not in before]
             sizes.append(sum(path.stat().st_size for path in new))
     cost = float(np.median(seconds))
-    interval = max(checkpoints.every_seconds, cost / MOST_OF_THE_TIME)
+    interval = max(checkpoints.every_seconds, cost / MAX_TIME_FRACTION)
     return {
         "new steps": steps,
         "seconds": cost,

@@ -118,7 +118,7 @@ class _Maker:
         return self.changed(apply)
 
     def bytes_(self) -> None:
-        """Damaged, foreign, and pickles."""
+        """Damaged and foreign files, and pickles."""
         content = self.content
         self.add("empty", DAMAGED, lambda p: p.write_bytes(b""))
         self.add("text", DAMAGED, lambda p: p.write_text("no model"))
@@ -140,7 +140,7 @@ class _Maker:
         self.made["stable_baselines3"] = self.folder / "sb3.zip", "holds pickles.*stable-baselines3"
 
     def members(self) -> None:
-        """Of the zip."""
+        """Broken zip containers."""
         bomb = {"data": b" " * 2**27, "tensors.safetensors": b""}
         self.add("no_members", "its members are", _members())
         self.add("other_members", "its members are", _members(readme=b"hello"))
@@ -158,7 +158,7 @@ class _Maker:
         self.add("duplicate_members", "its members are", _duplicate)
 
     def documents(self) -> None:
-        """The JSON in it."""
+        """Broken JSON documents."""
         for name, text in {
             "json_list": "[]", "json_number": "3", "json_null": "null", "json_cut": '{"format": 2',
             "json_deep": "[" * 100_000, "json_objects_deep": '{"a":' * 50_000,
@@ -186,7 +186,7 @@ class _Maker:
         )
 
     def attributes(self) -> None:
-        """The agent's."""
+        """Broken attributes of the agent."""
         for name, value, words in (
             ("unknown_tag", {"$exec": "os.system"}, "unknown '.exec'"),
             ("class_os", {"$class": "os.system"}, "not known here"),
@@ -232,7 +232,7 @@ class _Maker:
         self.add("space_text", "cannot load", self.attribute("observation_space", "Box"))
 
     def weights(self) -> None:
-        """Parameters, and the file of tensors they are in."""
+        """Broken parameters, and a broken file of tensors."""
         self.add("nan_weights", "NaN or infinity", self.tensor(lambda x: x * torch.nan))
         self.add("infinite_weights", "NaN or infinity", self.tensor(lambda x: x + torch.inf))
         self.add("single_precision", "float32 in the file", self.tensor(lambda x: x.float()))

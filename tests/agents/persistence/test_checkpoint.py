@@ -1,4 +1,4 @@
-"""Checkpoints: an interrupted training ends as an uninterrupted one, and damage is survived."""
+"""Checkpoints: an interrupted run ends like an uninterrupted one, and damage is survived."""
 
 import shutil
 
@@ -116,7 +116,7 @@ def run(cls, folder, stops=(), **env_args):
 
 
 @pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
-def test_a_stopped_and_resumed_training_ends_bit_for_bit_as_a_quiet_one(cls, tmp_path):
+def test_a_stopped_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(cls, tmp_path):
     quiet, quiet_evaluation = run(cls, tmp_path / "quiet")
     expected = state_of(quiet, tmp_path)
     generators = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
@@ -133,7 +133,7 @@ def test_a_stopped_and_resumed_training_ends_bit_for_bit_as_a_quiet_one(cls, tmp
 
 
 class Pending(BaseCallback):
-    """The scalars that the logger holds when a rollout starts: first ones, and last ones."""
+    """Keeps the scalars that the logger held at the first and at the last start of a rollout."""
 
     def _on_rollout_start(self):
         logger = self.logger
@@ -150,8 +150,8 @@ class Pending(BaseCallback):
 
 
 @pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
-def test_what_the_logger_had_not_written_is_there_again(cls, tmp_path):
-    """With the logger that `learn` makes: a loaded agent has none before."""
+def test_scalars_that_the_logger_had_not_written_are_restored(cls, tmp_path):
+    """They go into the logger that `learn` makes; a loaded agent has none before."""
 
     def learn(total):
         checkpoints, pending = Checkpoints(tmp_path, every_seconds=0), Pending()
@@ -168,8 +168,8 @@ def test_what_the_logger_had_not_written_is_there_again(cls, tmp_path):
     assert stopped.last and resumed.first == stopped.last
 
 
-def test_a_training_in_parts_that_end_within_a_round_is_the_whole_one(tmp_path):
-    """A checkpoint is taken at the end of each part, whose new agent comes from it."""
+def test_a_run_in_parts_that_end_within_a_round_equals_the_whole_one(tmp_path):
+    """A checkpoint is written at the end of each part, and the next part loads it."""
     settings, ends = {**SETTINGS[DreamerTPX], "seed": 3, "device": "cpu"}, [12, 46, 100, 132]
     found = {}
     for name, stops in {"whole": ends[-1:], "parts": ends}.items():
@@ -186,7 +186,7 @@ def test_a_training_in_parts_that_end_within_a_round_is_the_whole_one(tmp_path):
 
 
 @pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
-def test_environments_that_cannot_be_put_back_begin_new_episodes_and_are_counted(cls, tmp_path):
+def test_environments_that_cannot_be_rewound_begin_new_episodes_and_are_counted(cls, tmp_path):
     agent, _ = run(cls, tmp_path, stops=(70,), rewindable=False)
     assert agent.n_cut_episodes == 2 and agent.num_timesteps >= TOTAL
     again, _ = run(cls, tmp_path / "again", stops=(70,), rewindable=False)
@@ -195,7 +195,7 @@ def test_environments_that_cannot_be_put_back_begin_new_episodes_and_are_counted
 
 @pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
 def test_cut_episodes_begin_with_a_seed_of_their_own_step(cls):
-    """Not with the first episodes again, which the agent has seen."""
+    """The first episodes are not repeated: the agent has seen them."""
     agent = cls(POLICIES[cls], make_env(cls), **SETTINGS[cls], seed=3, device="cpu")
     inner = agent.env.unwrapped
     assert inner._seeds == [3, 4]
@@ -235,7 +235,7 @@ def new_agent(cls, **kwargs):
 @pytest.mark.parametrize("again", ["second learn", "new agent"])
 @pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
 def test_the_newest_checkpoint_is_the_last_written(cls, again, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MOST_OF_THE_TIME", np.inf)
+    monkeypatch.setattr(checkpoint, "MAX_TIME_FRACTION", np.inf)
     folder = tmp_path / "checkpoints"
     agent = new_agent(cls).learn(TOTAL, Checkpoints(folder))
     most = Checkpoints(folder).newest_step()
@@ -263,7 +263,7 @@ def test_the_newest_checkpoint_is_the_last_written(cls, again, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("cls", [DreamerTPX, DAAPPO])
-def test_a_new_training_leaves_the_segments_of_the_last_checkpoint_before_it(cls, tmp_path):
+def test_a_new_run_keeps_the_segments_of_the_last_checkpoint_before_it(cls, tmp_path):
     new_agent(cls).learn(TOTAL, Checkpoints(tmp_path))
     newest = Checkpoints(tmp_path).newest_step()
     checkpoints = Checkpoints(tmp_path)
@@ -288,7 +288,7 @@ def test_checkpoints_without_a_number_are_older_than_those_with_one(tmp_path):
 
 
 @pytest.mark.parametrize("cls", [PIPPS, DreamerTPX, DAAPPO])
-def test_only_the_own_leftovers_are_removed_from_the_folder(cls, tmp_path):
+def test_only_our_own_leftovers_are_removed_from_the_folder(cls, tmp_path):
     folder = tmp_path / "checkpoints"
     theirs = [
         "rl_model_100000_steps.zip", "thesis.tex", "checkpoint_best.zip", "replay.npz",
@@ -339,7 +339,7 @@ def test_another_number_of_environments_is_refused(cls, n_envs, tmp_path):
     for env in (make_env(cls, n_envs=n_envs), *([gym.make(CART_POLE)] if n_envs == 1 else [])):
         with pytest.raises(ValueError, match=words):
             Checkpoints(tmp_path).load(cls, env, "cpu")
-    assert Checkpoints(tmp_path).paths() == before  # and none of them is at fault
+    assert Checkpoints(tmp_path).paths() == before  # no file was set aside as unreadable
 
 
 def test_other_vector_wrappers_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Files that were written before every module moved (tests/golden/) load, act and resume."""
+"""Files written before every module moved (tests/golden/) load, act and resume."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ RUNS = sorted(path.name for path in (GOLDEN / "runs").iterdir())
 
 
 def observations(space):
-    """Those that the actions in the file were taken on."""
+    """The observations that the golden actions answer."""
     if len(space.shape) == 1:
         return np.linspace(-1, 1, 3 * space.shape[0]).reshape(3, -1).astype(space.dtype)
     return (np.arange(3 * np.prod(space.shape)) % 251).reshape(3, *space.shape).astype(np.uint8)

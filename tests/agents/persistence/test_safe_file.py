@@ -1,4 +1,4 @@
-"""Files without code: what goes in comes out, and nothing of a hostile file is executed."""
+"""Files without code: values survive a round trip, and a hostile file executes nothing."""
 
 import os
 import random

@@ -52,7 +52,7 @@ def test_a_segment_that_was_lost_is_written_again(tmp_path):
 
 
 def test_segments_with_a_gap_are_refused(tmp_path):
-    """The rows between would be whatever the memory held."""
+    """The rows in the gap would hold whatever was in memory."""
     ring = Segments("ring")
     for count in (4, 9, 13):
         segments = ring.save(tmp_path, count, 20, lambda a, b: {"x": np.arange(a, b)})
