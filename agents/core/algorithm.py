@@ -1,4 +1,4 @@
-"""save and load of every agent: stable-baselines3's interface, on files without code."""
+"""The base of all agents: stable-baselines3's `BaseAlgorithm` with safe files and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.utils import (
-    check_for_correct_spaces,
-    get_system_info,
-)
+from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor, nn
 
 from totalprop.agents.persistence import safe_file
@@ -25,12 +23,56 @@ SelfAlgorithm = TypeVar("SelfAlgorithm", bound="Algorithm")
 
 
 class Algorithm(BaseAlgorithm):
-    """Base of the agents: `save`, `load`, `set_parameters` through `persistence.safe_file`."""
+    """Base of all agents. It provides what is common to them, with SB3's interface:
+
+    - `save`, `load` and `set_parameters` with files that cannot execute code (`safe_file`);
+    - `state_dict`, `load_state_dict` and `cut_episodes` for exact resume (`checkpoint`);
+    - `set_random_seed`, which also seeds a generator of the agent's own, `_generator`;
+    - `set_env`, which refuses VecNormalize for agents that cannot work with it.
+
+    An agent adds its networks (`_setup_model`), `learn` and `predict`, and extends `state_dict`,
+    `load_state_dict`, `_excluded_save_params` and `_get_torch_save_params` by its own state.
+
+    Attributes:
+        no_vec_normalize: why the agent cannot work with VecNormalize and what to do instead; ""
+            if it can.
+    """
+
+    no_vec_normalize: ClassVar[str] = ""
+    _generator: torch.Generator
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for policy_class in cls.policy_aliases.values():  # files may name them
             safe_file.register_class(policy_class)
+
+    # ----------------------------------------------------------------------------------------
+    # seeds and environments
+    # ----------------------------------------------------------------------------------------
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Like SB3's, and also seed the agent's own generator; None draws a seed for it."""
+        super().set_random_seed(seed)
+        seed = self._draw_seed() if seed is None else seed
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+
+    def _draw_seed(self) -> int:
+        return int(torch.randint(2**31, ()))
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """Like SB3's.
+
+        Raises:
+            ValueError: `env` is wrapped in VecNormalize, and the agent cannot work with that.
+        """
+        is_normalised = isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None
+        if self.no_vec_normalize and is_normalised:
+            raise ValueError(self.no_vec_normalize)
+        super().set_env(env, force_reset)
+
+    # ----------------------------------------------------------------------------------------
+    # files
+    # ----------------------------------------------------------------------------------------
 
     def save(
         self,
@@ -38,15 +80,18 @@ class Algorithm(BaseAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """Write the agent, atomically; without a suffix the path gets ".zip".
+        """Write the agent to a file, atomically.
 
-        Functions and objects of a user's classes (a `cost_fn`, a schedule written as a function, a
-        policy class) are not in the file: pass them again to `load` by name.
+        Functions and objects of a user's own classes (a `cost_fn`, a schedule that is a function, a
+        policy class) are left out: pass them to `load` again, by name.
 
         Args:
-            exclude, include: attributes, as in stable-baselines3.
+            path: where to write; ".zip" is appended if it has no suffix.
+            exclude: attributes to leave out.
+            include: attributes to keep although they are left out by default.
+
         Raises:
-            OSError: the file cannot be written; what was there before is unchanged.
+            OSError: the file cannot be written; an older one of this name is unchanged.
         """
         if isinstance(path, str | Path):
             path = _with_suffix(Path(path))
@@ -57,7 +102,7 @@ class Algorithm(BaseAlgorithm):
     def file_values(
         self, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
     ) -> dict[str, Any]:
-        """What `save` writes: attributes, and the states of networks and optimisers."""
+        """Return what `save` writes: attributes, and the states of networks and optimisers."""
         names = self._get_torch_save_params()[0]
         left_out = {*(exclude or ()), *self._excluded_save_params()} - set(include or ())
         left_out |= {name.split(".")[0] for name in names}
@@ -75,16 +120,22 @@ class Algorithm(BaseAlgorithm):
         force_reset: bool = True,
         **kwargs: Any,
     ) -> SelfAlgorithm:
-        """As in stable-baselines3, but that nothing in the file is executed.
+        """Load an agent. Like SB3's, except that nothing in the file is executed.
 
         Args:
-            custom_objects, **kwargs: attributes that take the place of the file's, step sizes and
-                Adam's eps included; needed where they were functions or objects of your own
-                classes.
+            path: file that `save` wrote.
+            env: environment to set; None for one that only predicts.
+            device: where the agent's tensors are put.
+            custom_objects: attributes that replace the file's, including step sizes and Adam's eps.
+                Functions and objects of your own classes are not in files and have to be given.
+            print_system_info: print versions of Python and packages.
+            force_reset: reset the environment before the next `learn`.
+            **kwargs: as `custom_objects`; these take precedence.
+
         Raises:
             ValueError: the file is damaged, foreign or hostile, holds another agent, or does not
                 fit the environment.
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
         """
         if print_system_info:
             get_system_info()
@@ -107,7 +158,7 @@ class Algorithm(BaseAlgorithm):
         *,
         force_reset: bool = True,
     ) -> SelfAlgorithm:
-        """The agent that `file_values` describes, with some attributes replaced."""
+        """Make the agent that `file_values` describes, with some attributes replaced."""
         attributes, parameters = values["attributes"], values["parameters"]
         kwargs = attributes["policy_kwargs"]
         passed = replaced.get("policy_kwargs", kwargs)
@@ -136,21 +187,23 @@ class Algorithm(BaseAlgorithm):
         agent = cls(policy_class, env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
         unknown = sorted(set(attributes) - set(vars(agent)) - set(cls._late_attributes))
         if mistaken := [name for name in unknown if name in replaced]:
-            raise ValueError(f"{', '.join(mistaken[:3])} passed to load is no argument of it")
+            raise ValueError(
+                f"{', '.join(mistaken[:3])} passed to load: the agent has no such argument"
+            )
         if unknown:
             raise BadFileError(f"it holds unknown attributes: {', '.join(unknown[:3])}")
         vars(agent).update(attributes)
         agent._setup_model()
         own = [_step_sizes(optimizer) for optimizer in agent._optimizers()]
         agent.set_parameters(parameters, exact_match=True, device=device)
-        if replaced:  # what was passed counts, not what the optimisers in the file had
+        if replaced:  # arguments take precedence over the optimisers' states in the file
             for optimizer, sizes in zip(agent._optimizers(), own, strict=True):
                 _set_step_sizes(optimizer, sizes)
         if agent.use_sde:
             agent.policy.reset_noise()  # type: ignore[operator]
         return agent
 
-    # Attributes that exist only after set-up or learning; files may hold them too.
+    # Attributes that exist only after set-up or `learn`; files may hold them too.
     _late_attributes: ClassVar[tuple[str, ...]] = (
         "observation_space", "action_space", "n_envs", "lr_schedule", "rollout_buffer_class",
         "rollout_buffer_kwargs", "start_time", "tensorboard_log", "n_cut_episodes",
@@ -162,10 +215,10 @@ class Algorithm(BaseAlgorithm):
         exact_match: bool = True,
         device: torch.device | str = "auto",
     ) -> None:
-        """As in stable-baselines3, with names, shapes, types and finiteness checked first.
+        """Like SB3's, except that names, shapes, dtypes and finiteness are checked first.
 
         Raises:
-            ValueError: the parameters are not those of this agent; nothing has changed then.
+            ValueError: the parameters do not fit this agent, which is unchanged.
         """
         given = load_path_or_dict
         if not isinstance(given, dict):
@@ -186,15 +239,16 @@ class Algorithm(BaseAlgorithm):
         return [thing for thing in found if isinstance(thing, torch.optim.Optimizer)]
 
     # ----------------------------------------------------------------------------------------
-    # what a checkpoint needs beside the file, see totalprop.agents.persistence.checkpoint
+    # checkpoints, see totalprop.agents.persistence.checkpoint
     # ----------------------------------------------------------------------------------------
 
-    n_cut_episodes = 0  # by resuming in environments that cannot be put back
+    n_cut_episodes = 0  # cut when the run resumed in environments that cannot be rewound
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
-        """What `learn` goes on from and `save` leaves out; only between rollouts.
+        """Return the state that `learn` resumes from and `save` leaves out.
 
-        Large parts may be files of their own in the folder; their names are under "files".
+        It is valid only between rollouts. Large parts may be written to files of their own in the
+        folder; "files" lists their names.
         """
         return {"action_space": self.action_space.np_random.bit_generator.state}
 
@@ -203,11 +257,11 @@ class Algorithm(BaseAlgorithm):
         self.action_space.np_random.bit_generator.state = state["action_space"]
 
     def cut_episodes(self) -> None:
-        """Begin new episodes at the next `learn`; those that ran count as truncated."""
+        """Begin new episodes at the next `learn`; the running ones count as truncated."""
         assert self.env is not None
         self._last_obs = None
         self.n_cut_episodes += self.env.num_envs
-        if self.seed is not None:  # not the first episodes again
+        if self.seed is not None:  # or the first episodes would be repeated
             self.env.seed(self.seed + self.num_timesteps)
 
     @classmethod
@@ -240,7 +294,7 @@ class Algorithm(BaseAlgorithm):
         return ValueError(f"cannot load {path} as a {cls.__name__} model: {text}; {expected}")
 
 
-# Without these an agent cannot be set up; what else files do not hold is rebuilt or optional.
+# An agent cannot be set up without these. Anything else that a file lacks is rebuilt or optional.
 _ESSENTIAL = {
     "learning_rate", "clip_range", "clip_range_vf", "policy_class", "policy_kwargs", "estimator",
     "observation_space", "action_space",
@@ -248,14 +302,14 @@ _ESSENTIAL = {
 
 
 def check_state(name: str, module: nn.Module, state: Any, *, exact_match: bool = True) -> None:
-    """Names, shapes, types and finiteness of a state dict against the module's own.
+    """Check names, shapes, dtypes and finiteness of a state dict against the module's own.
 
     Raises:
-        ValueError: with the first entry that differs.
+        ValueError: an entry does not fit; the message names the first.
     """
     ours = module.state_dict()
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"'{name}' is no state dict")
+        raise ValueError(f"'{name}' is not a state dict")
     for key in sorted(state.keys() ^ ours.keys()):
         if exact_match or key in state:
             side = "the file has" if key in state else "the file lacks"
@@ -275,9 +329,9 @@ def check_state(name: str, module: nn.Module, state: Any, *, exact_match: bool =
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Group sizes, and shapes and finiteness of the moments."""
+    """Check the sizes of the groups, and the shapes and finiteness of the moments."""
     if not isinstance(state, dict) or set(state) != {"state", "param_groups"}:
-        raise ValueError(f"'{name}' is no optimiser state")
+        raise ValueError(f"'{name}' is not the state of an optimiser")
     groups, ours = state["param_groups"], optimizer.param_groups
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in ours]:
         raise ValueError(f"'{name}' in the file is for other parameters")
@@ -287,7 +341,7 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) ->
             raise ValueError(f"'{name}' in the file is for other parameters")
         for key, value in moments.items():
             if not isinstance(value, Tensor):
-                raise ValueError(f"'{key}' in '{name}' is no tensor")
+                raise ValueError(f"'{key}' in '{name}' is not a tensor")
             if value.dim() and value.shape != parameters[index].shape:
                 raise ValueError(
                     f"'{key}' in '{name}' is {list(value.shape)} in the file, "
@@ -298,7 +352,7 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) ->
 
 
 def _step_sizes(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
-    """Per group, and without "eps" for optimisers that have none."""
+    """Learning rate and, if the optimiser has one, eps of each group."""
     keys = ("lr", "eps")
     return [{k: float(group[k]) for k in keys if k in group} for group in optimizer.param_groups]
 
@@ -306,7 +360,7 @@ def _step_sizes(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
 def _set_step_sizes(optimizer: torch.optim.Optimizer, sizes: list[dict[str, float]]) -> None:
     for group, values in zip(optimizer.param_groups, sizes, strict=True):
         for key, value in values.items():
-            if isinstance(group[key], Tensor):  # in a CUDA graph, see `agents.dreamer.update`
+            if isinstance(group[key], Tensor):  # a CUDA graph reads it: agents.dreamer.update
                 group[key].fill_(value)
             else:
                 group[key] = value

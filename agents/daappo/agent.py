@@ -229,12 +229,13 @@ class DAAPPO(Algorithm, PPO):
         self.source = self._new_source()
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """As in stable-baselines3; what extra actions and models draw, too."""
+        """Like SB3's, and also seed what extra actions and models draw."""
         super().set_random_seed(seed)
-        # Own generators: policy and minibatches draw what they would without extra actions.
-        seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-        self._generator = torch.Generator(self.device).manual_seed(seed)
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(self._generator.initial_seed())
+
+    def _draw_seed(self) -> int:
+        # Not from torch: policy and minibatches draw what they would without extra actions.
+        return int(np.random.default_rng().integers(2**31))
 
     @property
     def state_size(self) -> int:

@@ -19,7 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 import totalprop.estimators as estimators
@@ -37,7 +37,7 @@ from totalprop.agents.core.validation import (
 )
 from totalprop.agents.core.workers import explain_dead_workers
 from totalprop.agents.dreamer.imagination import ImaginationSettings
-from totalprop.agents.dreamer.metrics import Round, record_progress
+from totalprop.agents.dreamer.metrics import Round, record_decisions
 from totalprop.agents.dreamer.policy import DreamerPolicy, RecurrentState
 from totalprop.agents.dreamer.pretrained import load_world_model
 from totalprop.agents.dreamer.replay import SequenceReplay
@@ -118,6 +118,7 @@ class DreamerTPX(Algorithm):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"DreamerPolicy": DreamerPolicy}
+    no_vec_normalize: ClassVar[str] = NO_VEC_NORMALIZE
     policy: DreamerPolicy
 
     def __init__(
@@ -217,11 +218,9 @@ class DreamerTPX(Algorithm):
         self._update = DreamerUpdate(self.policy, self._update_settings())
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """As in stable-baselines3; the noise of acting and learning, too."""
+        """Like SB3's, and also seed the noise of acting and learning."""
         super().set_random_seed(seed)
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
-        self._generator = torch.Generator(self.device).manual_seed(seed)
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(self._generator.initial_seed())
 
     def _new_replay(self) -> SequenceReplay:
         """An empty replay for the environments that are set."""
@@ -388,7 +387,7 @@ class DreamerTPX(Algorithm):
 
     def dump_logs(self) -> None:
         """Write everything recorded since the last dump; called every `log_interval` rounds."""
-        record_progress(self)
+        record_decisions(self)
         self.logger.dump(step=self.num_timesteps)
 
     # ----------------------------------------------------------------------------------------
@@ -396,9 +395,7 @@ class DreamerTPX(Algorithm):
     # ----------------------------------------------------------------------------------------
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """As in stable-baselines3; raises ValueError for VecNormalize."""
-        if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
-            raise ValueError(NO_VEC_NORMALIZE)
+        """Like SB3's; raises ValueError for VecNormalize."""
         super().set_env(env, force_reset)
         if force_reset:
             self._memory = None

@@ -7,12 +7,11 @@ from types import TracebackType
 
 import torch
 from stable_baselines3.common.logger import Figure
-from stable_baselines3.common.utils import safe_mean
 from torch import Tensor
 
 from totalprop.agents.core import figures
 from totalprop.agents.core.algorithm import Algorithm
-from totalprop.agents.core.metrics import PICTURE, QUIET
+from totalprop.agents.core.metrics import PICTURE, QUIET, record_progress
 from totalprop.agents.dreamer.update import UpdateRecord
 
 COUNTED = "skipped_steps"  # in a round; the rest are means
@@ -77,17 +76,10 @@ class Round:
         record("train/n_updates", self.agent._n_updates, exclude=QUIET)
 
 
-def record_progress(agent: Algorithm) -> None:
-    """Episode statistics and clocks; decisions and frames, which differ by the action repeat."""
+def record_decisions(agent: Algorithm) -> None:
+    """Record progress in decisions and in frames, which differ by the action repeat."""
     record = agent.logger.record
-    if agent.ep_info_buffer:
-        record("rollout/ep_rew_mean", safe_mean([info["r"] for info in agent.ep_info_buffer]))
-        record("rollout/ep_len_mean", safe_mean([info["l"] for info in agent.ep_info_buffer]))
-    seconds = max((time.time_ns() - agent.start_time) / 1e9, 1e-9)
-    done = agent.num_timesteps - agent._num_timesteps_at_start
-    record("time/fps", int(done / seconds))
-    record("time/time_elapsed", int(seconds), exclude="tensorboard")
-    record("time/total_timesteps", agent.num_timesteps, exclude="tensorboard")
+    record("time/fps", int(record_progress(agent)))
     record("time/decisions", agent.num_timesteps)
     record("time/frames", agent.num_timesteps * action_repeat(agent))
 

@@ -8,7 +8,6 @@ Aoki 2023 (TPX), App. B. The simulation is in particles.py, the optimiser in pol
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -21,8 +20,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import safe_mean
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +27,7 @@ import totalprop.estimators as estimators
 from totalprop.agents.core import figures
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
-from totalprop.agents.core.metrics import PICTURE, QUIET
+from totalprop.agents.core.metrics import PICTURE, QUIET, record_progress
 from totalprop.agents.core.validation import (
     Above,
     AtLeast,
@@ -115,6 +112,7 @@ class PIPPS(Algorithm):
         "RBFPolicy": RBFPolicy,
         "LinearPolicy": LinearPolicy,
     }
+    no_vec_normalize: ClassVar[str] = NO_VEC_NORMALIZE
     policy: ControllerPolicy
 
     def __init__(
@@ -199,12 +197,6 @@ class PIPPS(Algorithm):
         inputs = states + len(self.angle_dims) + controls
         self.dynamics = GaussianProcess(inputs, states).to(self.device)
         self.reward_model = GaussianProcess(inputs, 1).to(self.device)
-
-    def set_random_seed(self, seed: int | None = None) -> None:
-        """As in stable-baselines3; the simulations' noise, too."""
-        super().set_random_seed(seed)
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
-        self._generator = torch.Generator(self.device).manual_seed(seed)
 
     def _settings(self) -> SearchSettings:
         resample, fixed_noise = self._variant()
@@ -356,12 +348,6 @@ class PIPPS(Algorithm):
         with torch.no_grad():
             _, _, states = simulate(model, self.policy, noise, estimators.make("rp"))
         self._predicted = states.cpu().numpy()
-
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """As in stable-baselines3; raises ValueError for VecNormalize."""
-        if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
-            raise ValueError(NO_VEC_NORMALIZE)
-        super().set_env(env, force_reset)
 
     def dump_logs(self) -> None:
         """Write everything recorded since the last dump; called once per `log_interval` trials."""
@@ -554,18 +540,10 @@ class PIPPS(Algorithm):
 
     def _record_progress(self) -> None:
         """Episode statistics and time, as stable-baselines3's algorithms record them."""
-        seconds = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
-        done = self.num_timesteps - self._num_timesteps_at_start
+        self.logger.record("time/fps", record_progress(self))
         if self.ep_info_buffer:
-            rewards = [info["r"] for info in self.ep_info_buffer]
-            self.logger.record("rollout/ep_rew_mean", safe_mean(rewards))
-            lengths = [info["l"] for info in self.ep_info_buffer]
-            self.logger.record("rollout/ep_len_mean", safe_mean(lengths))
-            self.logger.record("rollout/ep_rew", rewards[-1])
+            self.logger.record("rollout/ep_rew", self.ep_info_buffer[-1]["r"])
         self.logger.record("time/trials", self._n_trials)
-        self.logger.record("time/fps", done / seconds)
-        self.logger.record("time/time_elapsed", int(seconds), exclude="tensorboard")
-        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
 
     # ----------------------------------------------------------------------------------------
     # arguments

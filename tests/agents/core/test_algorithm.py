@@ -94,7 +94,7 @@ def test_an_optimiser_without_eps():
 def test_an_argument_that_load_does_not_know_is_not_the_files_fault(tmp_path):
     agent = PIPPS("LinearPolicy", "totalprop/CartPoleSwingUp-v0", device="cpu")
     agent.save(tmp_path / "agent")
-    with pytest.raises(ValueError, match="bogus passed to load is no argument of it"):
+    with pytest.raises(ValueError, match="bogus passed to load: the agent has no such argument"):
         PIPPS.load(tmp_path / "agent", bogus=3)
     with pytest.raises(ValueError, match=r"arguments that fit it, here learning_rate"):
         PIPPS.load(tmp_path / "agent", env="totalprop/CartPoleSwingUp-v0", learning_rate=-1.0)

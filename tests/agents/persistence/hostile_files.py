@@ -247,7 +247,7 @@ class _Maker:
         self.add("module_more", "expected", self.changed(
             lambda d, t: d["values"]["parameters"].update(env={"a": {"$tensor": "0"}})
         ))  # fmt: skip
-        self.add("state_text", "no state dict", self.changed(
+        self.add("state_text", "not a state dict", self.changed(
             lambda d, t: d["values"]["parameters"].update(policy="x")
         ))  # fmt: skip
         plain = safetensors.torch.save(self.tensors)
