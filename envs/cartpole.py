@@ -317,7 +317,7 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
         )
 
     def get_state(self) -> dict[str, Any]:
-        """The state of the episode, see `envs.rewind.Stateful`."""
+        """The state of the episode, see `envs.rewind.HasState`."""
         return {"state": self._state, "force": self._force, "steps": self._steps}
 
     def set_state(self, state: dict[str, Any]) -> None:

@@ -231,7 +231,7 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
             self.dm_env.physics._free_rendering_contexts()
 
     def get_state(self) -> dict[str, Any]:
-        """The state of the episode, see `envs.rewind.Stateful`."""
+        """The state of the episode, see `envs.rewind.HasState`."""
         flags = {"seeded": self._seeded, "running": self._running}
         return {"task": self._name, **flags, **simulation_state(self.dm_env)}
 

@@ -1,10 +1,9 @@
 """Exact snapshots of an environment: `snapshot`, `restore`, `rewound`, `can_rewind`.
 
-From a restored snapshot an environment goes on bit for bit as it did before, so one state can be
-tried with several actions. Here: the walk through the wrappers, and what a dm_control simulation
-depends on. Not here: what other environments of ours consist of; they say so themselves in
-`get_state` and `set_state`, which makes any environment rewindable (see `Stateful`). Vector
-environments are reached through the wrapper `Rewindable`.
+A restored environment continues bit-identically, so several actions can be tried from one state.
+This module walks through the wrappers, and knows the state of a dm_control simulation. Any other
+environment becomes rewindable by implementing `get_state` and `set_state` (see `HasState`). For
+vector environments there is the wrapper `Rewindable`.
 """
 
 import contextlib
@@ -18,29 +17,30 @@ import numpy as np
 from gymnasium.wrappers import PassiveEnvChecker
 from gymnasium.wrappers.utils import RunningMeanStd
 
-# What the suite's tasks write into the model at reset; the tests compare with every array of it.
+# Arrays of the model that the suite's tasks randomise at reset; a test compares with all arrays.
 MODEL_FIELDS = (
     *("body_pos", "body_quat", "dof_damping", "geom_pos", "geom_rgba", "geom_size"),
     *("hfield_data", "light_pos", "site_pos", "site_rgba", "site_size", "wrap_prm"),
 )
-# What every wrapper has, and the one limit that belongs to the environment, not to the episode.
+# Attributes of wrappers that are no state of an episode: what every wrapper has, and a time limit.
 _NOT_STATE = {
     *("env", "_action_space", "_observation_space", "_metadata", "_cached_spec"),
     "_max_episode_steps",
 }
-# Of gymnasium's classic control: what reset and step assign, beside the generator.
+# What reset and step of gymnasium's classic control assign, besides the generator.
 _CLASSIC_CONTROL = "gymnasium.envs.classic_control."
 _CLASSIC_STATE = ("state", "last_u", "steps_beyond_terminated")
 _PLAIN = (int, float, str, type(None), RunningMeanStd)
 
 
-class Stateful(Protocol):
-    """What an environment, or a wrapper, implements to say itself what its state is.
+class HasState(Protocol):
+    """What an environment or a wrapper implements to be rewindable.
 
-    Everything that later steps depend on belongs to the state, but for `np_random` and the
-    configuration. It may hold numbers, strings, None, numeric arrays, and lists, tuples and
-    string-keyed dicts of them, live ones too: `snapshot` copies. `set_state` may keep what it gets,
-    and raises ValueError, before it changes anything, if the state is not of its kind.
+    The state is everything that later steps depend on, except `np_random` and the configuration. It
+    may hold numbers, strings, None, numeric arrays, and lists, tuples and string-keyed dicts of
+    these. `get_state` may return live objects, since `snapshot` copies them, and `set_state` may
+    keep what it is given. `set_state` raises ValueError, before it changes anything, if the state
+    does not fit.
     """
 
     def get_state(self) -> dict[str, Any]: ...
@@ -50,12 +50,12 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """State of an environment and its wrappers at one moment; read-only copies, without code.
+    """State of an environment and its wrappers at one moment; read-only copies of plain values.
 
     Attributes:
         layers: (class name, state) of each wrapper, outermost first, then of the environment.
-        np_random: state of the environment's own generator.
-        np_random_seed: what that generator was seeded with.
+        np_random: state of the environment's generator.
+        np_random_seed: seed of that generator.
     """
 
     layers: tuple[tuple[str, dict[str, Any]], ...]
@@ -68,20 +68,20 @@ class Snapshot:
 
 
 def can_rewind(env: Any) -> bool:
-    """Whether `snapshot` and `restore` support the environment inside all wrappers."""
+    """Whether `snapshot` and `restore` support the innermost environment."""
     return isinstance(env, gym.Env) and (
         _is_rewindable(env.unwrapped) or _is_classic(env.unwrapped)
     )
 
 
 def snapshot(env: gym.Env) -> Snapshot:
-    """Copy everything that the continuation of the episode, and later episodes, depend on.
+    """Copy everything that the rest of the episode, and later episodes, depend on.
 
-    That is the environment's `get_state`, its `np_random`, and of each wrapper its `get_state` or,
-    if it has none, its attributes that are plain values: counters, flags, queues, statistics.
-    Included are thereby TimeLimit's count, stacked frames and running means. Not included are the
-    generator of `action_space`, so that actions sampled after each restore differ, and files:
-    what a Monitor writes at the end of an extra episode stays written.
+    This is the environment's `get_state` and `np_random`, and each wrapper's `get_state` or, if it
+    has none, those of its attributes that are plain values: counters, flags, queues, statistics.
+    TimeLimit's count, stacked frames and running means are thus included. The generator of
+    `action_space` is not, so that actions sampled after each restore differ. Nor are files: what a
+    Monitor writes at the end of an extra episode remains.
 
     Args:
         env: one environment, wrapped or not; `reset` need not have been called.
@@ -105,22 +105,22 @@ def snapshot(env: gym.Env) -> Snapshot:
             state = {name: value for name, value in state.items() if _is_plain(value)}
         layers.append((type(layer).__name__, _copy(state, writeable=False)))
     inner = env.unwrapped
-    generator = inner.np_random.bit_generator.state  # made now, if it was not yet
+    generator = inner.np_random.bit_generator.state  # the property creates the generator if needed
     return Snapshot(tuple(layers), _copy(generator, writeable=False), inner.np_random_seed)
 
 
 def restore(env: gym.Env, start: Snapshot) -> None:
-    """Put the environment, or another one of the same task and wrappers, back to the snapshot.
+    """Restore a snapshot in the same environment, or in another of the same task and wrappers.
 
-    Its configuration (time limit, action repeat, kind of observation) stays as it is. Random
-    numbers repeat too: rollouts from one snapshot share their noise.
+    The configuration (time limit, action repeat, kind of observation) does not change. Random
+    numbers repeat too, so that rollouts from one snapshot share their noise.
 
     Args:
-        env: what the snapshot was taken of, or an equal one in any state, reset or not.
+        env: the environment of the snapshot, or an equal one; it need not have been reset.
         start: the snapshot; it can be restored any number of times.
 
     Raises:
-        ValueError: the environment cannot be rewound, or is not of the snapshot's kind. It is
+        ValueError: the environment cannot be rewound, or the snapshot does not fit. It is
             unchanged then.
     """
     _check_rewindable(env)
@@ -131,7 +131,7 @@ def restore(env: gym.Env, start: Snapshot) -> None:
             f"The snapshot is of {' > '.join(expected)}, the environment is {' > '.join(names)}: "
             "restore it into an environment of the same task and wrappers."
         )
-    # Innermost first: it is the one that may refuse.
+    # Innermost first, since the environment is what may refuse its state.
     for layer, (_, state) in reversed(list(zip(layers, start.layers))):
         copied = _copy(state, writeable=True)
         if _is_rewindable(layer):
@@ -146,13 +146,13 @@ def restore(env: gym.Env, start: Snapshot) -> None:
 
 @contextlib.contextmanager
 def rewound(env: gym.Env) -> Iterator[Snapshot]:
-    """Extra rollouts inside `with` leave no trace: the environment is restored, errors or not.
+    """Restore the environment at the end of `with`, errors or not: extra rollouts leave no trace.
 
     Args:
         env: as for `snapshot`.
 
     Yields:
-        The snapshot of the entry, to be restored before each further rollout inside.
+        The snapshot taken at the start, to be restored before each further rollout.
 
     Raises:
         ValueError: the environment cannot be rewound.
@@ -165,13 +165,13 @@ def rewound(env: gym.Env) -> Iterator[Snapshot]:
 
 
 class Rewindable(gym.Wrapper):
-    """Makes `snapshot`, `restore` and `extra_step` methods, for a VecEnv's `env_method`.
+    """Wrapper with the methods `snapshot`, `restore` and `extra_step`, for a VecEnv's `env_method`.
 
-    What is outside this wrapper, such as a Monitor, sees nothing of the extra steps; so put it
-    inside the Monitor: `DummyVecEnv([lambda: Monitor(Rewindable(gym.make(name)))])`.
+    Wrappers around this one do not see the extra steps. So put it inside the Monitor:
+    `DummyVecEnv([lambda: Monitor(Rewindable(gym.make(name)))])`.
 
     Args:
-        env: the environment, with all wrappers that change what an agent sees.
+        env: the environment in all wrappers that change what an agent sees.
 
     Raises:
         ValueError: the environment cannot be rewound.
@@ -182,34 +182,37 @@ class Rewindable(gym.Wrapper):
         super().__init__(env)
 
     def snapshot(self) -> Snapshot:
-        """`snapshot` of what is inside this wrapper."""
+        """Call `snapshot` on the wrapped environment."""
         return snapshot(self.env)
 
     def restore(self, start: Snapshot | Mapping[str, Any]) -> None:
-        """`restore` what is inside this wrapper, from a snapshot or its `state_dict`."""
+        """Call `restore` on the wrapped environment, with a snapshot or its `state_dict`."""
         if not isinstance(start, Snapshot):
             layers = tuple((str(name), state) for name, state in start["layers"])
             start = Snapshot(layers, start["np_random"], start["np_random_seed"])
         restore(self.env, start)
 
     def extra_step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
-        """Step that the wrappers outside do not see; `restore` a snapshot before the next `step`.
+        """Take a step that outer wrappers do not see; restore a snapshot before the next `step`.
 
         Returns:
-            Observation, reward, terminated, truncated, info. Nothing is reset at an episode's end.
+            Observation, reward, terminated, truncated, info. The end of an episode resets nothing.
         """
         return self.env.step(action)
 
 
 def simulation_state(dm_env: Any) -> dict[str, Any]:
-    """What a dm_control environment's future depends on, for `set_simulation_state`; live arrays.
+    """Return everything that later steps of a dm_control environment depend on, as live arrays.
 
-    Besides MuJoCo's full integration state (with the solver's warm start, without which results
-    agree to 1e-10 only) these are the step counter, the task's generator and numbers, and the
-    parts of the model that tasks randomise at reset.
+    This is MuJoCo's full integration state, the step counter, the task's generator and numbers, and
+    the parts of the model that tasks randomise at reset. The integration state includes the
+    solver's warm start, without which results agree only to 1e-10.
 
     Args:
         dm_env: a `dm_control.rl.control.Environment`.
+
+    Returns:
+        A state for `set_simulation_state`.
     """
     import mujoco
 
@@ -233,10 +236,10 @@ def simulation_state(dm_env: Any) -> dict[str, Any]:
 
 
 def set_simulation_state(dm_env: Any, state: dict[str, Any]) -> None:
-    """Put a dm_control environment back to a `simulation_state`, its own or an equal one's.
+    """Restore a `simulation_state` of this dm_control environment, or of an equal one.
 
     Raises:
-        ValueError: the state is not one of this model and this version of MuJoCo.
+        ValueError: the state is from another model or another version of MuJoCo.
     """
     import mujoco
 
@@ -253,13 +256,13 @@ def set_simulation_state(dm_env: Any, state: dict[str, Any]) -> None:
     for name, value in state["model"].items():
         getattr(model, name)[...] = value
     mujoco.mj_setState(model, data, state["integration"], parts)
-    # dm_control's next step begins with mj_step2, which reads what only forward() computes.
+    # dm_control's next step begins with mj_step2, which needs what only forward() computes.
     physics.forward()
     vars(task).update(state["task_numbers"])
     task.random.set_state(state["task_random"])
     dm_env._step_count = state["step_count"]
     dm_env._reset_next_step = state["reset_next_step"]
-    if new_terrain and physics._contexts:  # OpenGL keeps its own copy
+    if new_terrain and physics._contexts:  # OpenGL has a copy of its own
         with physics._contexts.gl.make_current() as context:
             for index in range(model.nhfield):
                 target = physics._contexts.mujoco.ptr
@@ -274,24 +277,24 @@ def _all_layers(env: gym.Env) -> list[Any]:
 
 
 def _layers(env: gym.Env) -> list[Any]:
-    # The checker only remembers what it has checked, and would check again after each restore.
+    # A checker's only state is what it has checked; restored, it would check again each time.
     return [layer for layer in _all_layers(env) if not isinstance(layer, PassiveEnvChecker)]
 
 
 def _release_checkers(env: gym.Env) -> None:
-    # A checker compares the first step with the first reset, and fails if there was none.
+    # A checker compares the first step with the first reset, and fails if there was no reset.
     for layer in _all_layers(env):
         if isinstance(layer, PassiveEnvChecker) and not layer.checked_reset:
             vars(layer).update(checked_reset=True, checked_step=True, checked_data_reuse=True)
 
 
 def _is_rewindable(layer: Any) -> bool:
-    # Asked of the class: some wrappers hand unknown attributes on to what they wrap.
+    # Ask the class, since some wrappers forward unknown attributes to what they wrap.
     return all(callable(getattr(type(layer), name, None)) for name in ("get_state", "set_state"))
 
 
 def _is_classic(env: Any) -> bool:
-    # Not a subclass of one, which may have more state.
+    # By module, which excludes users' subclasses: they may have more state.
     return type(env).__module__.startswith(_CLASSIC_CONTROL)
 
 
@@ -307,7 +310,7 @@ def _check_rewindable(env: Any) -> None:
 
 
 def _is_plain(value: Any, *, is_inside: bool = False) -> bool:
-    """Whether a value can be put back, from a file too; a queue only if it is an attribute."""
+    """Whether a value can be restored, even from a file; a deque only if it is an attribute."""
     if isinstance(value, np.ndarray | np.generic):
         return value.dtype.kind in "biuf"
     if (isinstance(value, deque) and not is_inside) or type(value) in (list, tuple):

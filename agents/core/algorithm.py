@@ -124,7 +124,7 @@ class Algorithm(BaseAlgorithm):
 
         Args:
             path: file that `save` wrote.
-            env: environment to set; None for one that only predicts.
+            env: environment to set; None if the agent is only to predict.
             device: where the agent's tensors are put.
             custom_objects: attributes that replace the file's, including step sizes and Adam's eps.
                 Functions and objects of your own classes are not in files and have to be given.

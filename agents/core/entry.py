@@ -1,4 +1,4 @@
-"""What train, sweep, bench, the kill test and the soak test know of an agent."""
+"""An agent's entry in the registry, which train, sweep, bench and the reliability tests read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from totalprop.agents.core.algorithm import Algorithm
 
 @dataclass(frozen=True)
 class AgentEntry:
-    """An agent's entry in `totalprop.agents.AGENTS`; the agent's package holds it as ENTRY.
+    """One agent in `totalprop.agents.AGENTS`; the agent's package defines it as ENTRY.
 
     Attributes:
-        cls: the agent's class.
-        run: defaults of the command line's options, for example env_id and total_timesteps.
+        cls: class of the agent.
+        run: the agent's defaults for options of the command line, such as env_id.
         presets: name -> constructor arguments.
-        preset_runs: name -> options of the command line that belong to a preset.
+        preset_runs: name -> options of the command line that a preset sets.
         policy_flags: arguments of the policies that are flags of the command line.
-        quantity: what evaluations report, the "return" of an episode or its "cost" (-return).
+        quantity: what evaluations report, an episode's "return" or its "cost" (-return).
     """
 
     cls: type[Algorithm]

@@ -1,4 +1,4 @@
-"""Callbacks that know the phases of our agents."""
+"""Evaluation of the policy while an agent learns."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from totalprop.agents.persistence import env_state, safe_file
 
 
 class Evaluation(BaseCallback):
-    """Evaluate the policy on environments that learning never sees.
+    """Callback that evaluates the policy in environments that are used for nothing else.
 
     Parmas et al. 2018, Sec. 4.2: "Each trial was evaluated by running the policy 30 times".
 
     Args:
-        eval_env: vector environment used for nothing else; wrapped in VecNormalize (training=False)
-            where the training's is, whose statistics it then gets.
-        n_episodes: rollouts per evaluation.
-        every: steps between evaluations; 0: whenever the policy has changed before a rollout
-            (PIPPS: after each trial's policy search). The final policy is always evaluated.
+        eval_env: vector environment. If the agent learns in a VecNormalize, it has to be in one too
+            (training=False), which gets the statistics of the agent's before each evaluation.
+        n_episodes: episodes per evaluation.
+        every: steps between evaluations; 0 evaluates before each rollout whose policy is new
+            (for PIPPS, after each policy search). The final policy is always evaluated.
         path: JSON file, rewritten after every evaluation: {"timesteps": [k], "returns": [k][n]}.
-        verbose: 1 prints a line per trial.
+        verbose: 1 prints a line per evaluation.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Evaluation(BaseCallback):
         super().__init__(verbose)
         self.eval_env, self.n_episodes, self.path = eval_env, n_episodes, path
         self.every = every
-        self._evaluated = -1  # updates of the policy that was evaluated last
-        self._last = 0  # steps when it was
+        self._evaluated = -1  # number of updates of the policy evaluated last
+        self._last = 0  # steps at the last evaluation
         self.timesteps: list[int] = []
         self.returns: list[list[float]] = []
 
@@ -58,7 +58,7 @@ class Evaluation(BaseCallback):
             )
 
     def _on_training_start(self) -> None:
-        if self._last > self.num_timesteps:  # steps are counted anew
+        if self._last > self.num_timesteps:  # a new `learn` counts steps from 0
             self._last = 0
 
     def _on_step(self) -> bool:
@@ -66,14 +66,14 @@ class Evaluation(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         is_due = self.num_timesteps - self._last >= self.every
-        if self.model._n_updates > 0 and is_due:  # the policy has changed
+        if self.model._n_updates > 0 and is_due:  # `evaluate` skips a policy it has seen
             self.evaluate()
 
     def _on_training_end(self) -> None:
         self.evaluate()
 
     def state_dict(self) -> dict[str, Any]:
-        """For `persistence.checkpoint`: the evaluations so far, and where the environments are."""
+        """Return the evaluations so far and the state of the environments, for a checkpoint."""
         return {
             "timesteps": self.timesteps,
             "returns": self.returns,
@@ -89,21 +89,22 @@ class Evaluation(BaseCallback):
         env_state.restore(self.eval_env, state["environments"])
 
     def evaluate(self) -> None:
-        """Run the rollouts, unless this policy was evaluated already; record and write them."""
+        """Run, log and write an evaluation, unless this policy has had one."""
         if self._evaluated == self.model._n_updates:
             return
         self._evaluated, self._last = self.model._n_updates, self.num_timesteps
         self._copy_statistics()
+        # Deterministic: a recurrent policy then draws no random number that learning would miss.
         returns, _ = evaluate_policy(
             self.model, self.eval_env, self.n_episodes, return_episode_rewards=True, warn=False
-        )  # deterministic: a recurrent policy draws no random number then, and training is the same
+        )
         self.timesteps.append(self.num_timesteps)
         self.returns.append(np.asarray(returns, dtype=float).tolist())
         mean, std = float(np.mean(returns)), float(np.std(returns))
         self.logger.record("eval/mean_reward", mean)
         self.logger.record("eval/std_reward", std)
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
-        self.logger.dump(self.num_timesteps)  # who knows whether another dump follows
+        self.logger.dump(self.num_timesteps)  # after the last evaluation no other dump follows
         if self.verbose:
             tqdm.write(f"{self.num_timesteps:6d} real steps: return {mean:8.2f} ± {std:.2f}")
         if self.path is not None:
@@ -111,7 +112,7 @@ class Evaluation(BaseCallback):
             safe_file.write_text(self.path, json.dumps(record) + "\n")
 
     def _copy_statistics(self) -> None:
-        """Of VecNormalize; stable-baselines3's own asks for the same wrappers around it, too."""
+        """Copy VecNormalize's statistics, whatever the other wrappers are; SB3's wants the same."""
         ours, theirs = map(unwrap_vec_normalize, (self.eval_env, self.training_env))
         if ours is not None and theirs is not None:
             if theirs.norm_obs:

@@ -1,4 +1,4 @@
-"""Matplotlib figures of the agents: arrays in, a Figure out, no global pyplot state."""
+"""Matplotlib figures of the agents: arrays in, a Figure out, without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ QUANTILES = (0.05, 0.25, 0.75, 0.95)
 
 
 def prediction(particles: np.ndarray, path: np.ndarray, labels: Sequence[str]) -> Figure:
-    """Predicted particles against the real trajectory, one panel per state dimension.
+    """Plot predicted particles and the real trajectory, one panel per state dimension.
 
     Args:
-        particles: [H + 1, N, S]. path: [T + 1, S] observed. labels: S names.
+        particles: [H + 1, N, S] predicted states.
+        path: [T + 1, S] observed states.
+        labels: S names of the dimensions.
     """
     n_states = particles.shape[-1]
     figure = Figure(figsize=(3.2 * min(n_states, 4), 2.6 * -(-n_states // 4)), layout="constrained")
@@ -33,7 +35,7 @@ def prediction(particles: np.ndarray, path: np.ndarray, labels: Sequence[str]) -
 
 
 def weights(k: np.ndarray) -> Figure:
-    """Heat map of k [H, S]: 0 (blue) is all reparameterisation, 1 (red) all likelihood ratio."""
+    """Plot a heat map of k [H, S]: 0 (blue) is pure RP, 1 (red) is pure LR."""
     figure = Figure(figsize=(7, 2.4), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(k.T, vmin=0, vmax=1, cmap="coolwarm", aspect="auto", origin="lower")
@@ -51,11 +53,15 @@ def learning_curve(
     threshold: float | None = None,
     title: str = "",
 ) -> Figure:
-    """Evaluations of the policy over training, mean and spread over rollouts.
+    """Plot the evaluations of a run: mean and standard deviation over episodes.
 
     Args:
-        x: [K] trials or steps. values: [K, rollouts] costs or returns.
+        x: [K] trials or steps.
+        values: [K, episodes] costs or returns.
+        xlabel: what x counts.
+        ylabel: what the values are.
         threshold: value that counts as success, or None.
+        title: above the axes.
     """
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
@@ -71,10 +77,12 @@ def learning_curve(
 
 
 def traces(truth: np.ndarray, model: np.ndarray, context: int) -> Figure:
-    """Open-loop prediction of vector observations, one panel per entry.
+    """Plot an open-loop prediction of vector observations, one panel per entry.
 
     Args:
-        truth, model: [T, S]. context: steps that the model saw.
+        truth: [T, S] observations.
+        model: [T, S] their prediction.
+        context: steps in which the model saw the observations.
     """
     n = truth.shape[1]
     columns = min(n, 4)
@@ -86,7 +94,7 @@ def traces(truth: np.ndarray, model: np.ndarray, context: int) -> Figure:
         axes[d].plot(model[:, d], color="C3", lw=1.2, label="model")
         axes[d].axvline(context - 0.5, color="0.6", ls=":", lw=1)
         axes[d].set_title(f"observation {d}", fontsize="small")
-    for axis in axes[max(n - columns, 0) : n]:  # the lowest of each column
+    for axis in axes[max(n - columns, 0) : n]:  # the lowest panel of each column
         axis.set_xlabel("decision", fontsize="small")
         axis.tick_params(labelbottom=True)
     for axis in axes[n:]:

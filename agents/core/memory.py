@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what a training step frees."""
+"""Setting of the C library's allocator: keep the memory that a gradient step frees."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ TOP_PAD = 64 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Reuse freed blocks of any size in this process from here on; False where that isn't glibc's.
+    """Make this process reuse freed blocks of any size; it needs glibc.
 
-    glibc hands large blocks back to the system when they are freed. A step of training frees and
-    takes again gigabytes, and the system then has to clear and map them page by page: a third of
-    the time of DreamerTPX's update from pixels, a fifth of PIPPS's policy gradient. The price: what
-    was once used is not handed back before the process ends, so allocate what lives long before.
+    By default glibc returns large blocks to the operating system when they are freed. A gradient
+    step frees and allocates gigabytes again, and the system has to clear and map them page by page:
+    a third of the time of DreamerTPX's update from pixels, a fifth of PIPPS's policy gradient. In
+    exchange, freed memory is not returned before the process ends. So call this after allocating
+    what lives long.
+
+    Returns:
+        Whether the setting took effect.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # no such function; TypeError: Windows
+    except (OSError, AttributeError, TypeError):  # not glibc; TypeError on Windows
         return False
     settings = ((M_TRIM_THRESHOLD, -1), (M_TOP_PAD, TOP_PAD), (M_MMAP_MAX, 0))
     results = [mallopt(name, value) for name, value in settings]

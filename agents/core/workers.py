@@ -1,4 +1,4 @@
-"""Environments in processes of their own (SubprocVecEnv): which of them died, in a sentence."""
+"""Environments in worker processes (SubprocVecEnv): say which of them died."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Result = TypeVar("Result")
 
 
 def explain_dead_workers(learn: Callable[P, Result]) -> Callable[P, Result]:
-    """Decorate an agent's `learn`: the bare EOFError of a dead worker becomes what happened.
+    """Decorator of an agent's `learn`: replaces the bare EOFError that a dead worker causes.
 
     Raises:
-        RuntimeError: one or more workers of the agent's environment have ended.
+        RuntimeError: worker processes have ended; the message says which, and their exit codes.
     """
 
     @functools.wraps(learn)
@@ -30,19 +30,19 @@ def explain_dead_workers(learn: Callable[P, Result]) -> Callable[P, Result]:
             raise RuntimeError(
                 f"environment process(es) {', '.join(ended)} died; a negative exit code is the "
                 "signal (-9: often the system's, out of memory), else the worker's traceback is "
-                "above. Make the environments again and go on from a checkpoint"
+                "above. Make the environments again and resume from a checkpoint"
             ) from error
 
     return wrapped
 
 
 def _ended_workers(env: VecEnv | None) -> list[str]:
-    """One text for every worker that has ended, as "2 of 4 (exit code -9)"."""
+    """Describe each worker that has ended, like "2 of 4 (exit code -9)"."""
     vec_env = None if env is None else env.unwrapped
     if not isinstance(vec_env, SubprocVecEnv):
         return []
     for process in vec_env.processes:
-        process.join(timeout=0.2)  # the pipe closes a moment before the process has ended
+        process.join(timeout=0.2)  # the pipe closes a moment before the process ends
     return [
         f"{i} of {len(vec_env.processes)} (exit code {process.exitcode})"
         for i, process in enumerate(vec_env.processes)
