@@ -1,9 +1,10 @@
-"""DreamerTPX: DreamerV1 with a plug-in policy gradient.
+"""DreamerTPX: DreamerV1 with an interchangeable policy-gradient estimator.
 
-Loop: act and store -> learn the world model from stored sequences -> imagine from every state of
-the batch and improve actor and critic -> act. Hafner et al. 2020 (DreamerV1); Parmas, Seno & Aoki
-2023 (TPX), Sec. 6. The model is world_models/latent_model.py, the imagination imagination.py, one
-gradient step dreamer_update.py.
+The agent acts and stores the steps, fits the world model to stored sequences, imagines from every
+state of the batch to improve actor and critic, and acts again. Hafner et al. 2020 (DreamerV1);
+Parmas, Seno & Aoki 2023 (TPX), Sec. 6. This module holds the agent and its loop. One gradient step
+is in `update`, the imagined rollouts are in `imagination`, the networks in `policy` and
+`world_models.latent.model`.
 """
 
 from __future__ import annotations
@@ -195,12 +196,14 @@ class DreamerTPX(Algorithm):
         self.nonfinite = nonfinite
         self.bf16, self.compile, self.cuda_graph = bf16, compile, cuda_graph
         self.replay_buffer: SequenceReplay | None = None
-        self._memory: tuple[State, Tensor] | None = None  # of the running episodes
-        # Rounds of updates, and steps since: files hold them, so that rounds and logs go on alike.
+        # Filter state and previous action of the running episodes.
+        self._memory: tuple[State, Tensor] | None = None
+        # Rounds of updates, and steps since the last. Files hold both, so that a loaded agent keeps
+        # the rhythm of updates and logs.
         self._rounds = self._since_round = 0
         if _init_setup_model:
             self._setup_model()
-            if pretrained_world_model is not None:  # not in _setup_model: `load` has its own
+            if pretrained_world_model is not None:  # not in _setup_model, which `load` calls too
                 load_world_model(self.policy.model, pretrained_world_model)
 
     # ----------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ class DreamerTPX(Algorithm):
             total_timesteps, callback, reset_num_timesteps, *args, **kwargs
         )
         assert self.env is not None and isinstance(self._last_obs, np.ndarray)
-        if self.replay_buffer is None:  # not in the constructor: `load` must not allocate it
+        if self.replay_buffer is None:  # not in the constructor, or `load` would allocate it
             self.replay_buffer = self._new_replay()
             if self.verbose:
                 print(self.replay_buffer.describe())
@@ -275,19 +278,24 @@ class DreamerTPX(Algorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfDreamerTPX:
-        """Collect and learn until `total_timesteps` decisions are done.
+        """Collect steps and learn until `total_timesteps` decisions are made.
 
-        A round of updates follows every `train_freq` steps, however many calls they take. It is
-        left out until a window of `sequence_length` entries is stored: an agent that was loaded
-        without its replay first acts with its policy, then learns on.
+        A round of updates follows every `train_freq` steps, even if they are spread over several
+        calls of `learn`. It is skipped while no window of `sequence_length` entries is stored: an
+        agent loaded without its replay first acts with its policy until there is one.
 
         Args:
-            total_timesteps: decisions; exact up to the number of environments. Imagined steps
-                neither count nor trigger callbacks.
+            total_timesteps: decisions to make; exact up to the number of environments. Imagined
+                steps do not count and do not trigger callbacks.
+            callback: as in SB3.
             log_interval: rounds of updates between log dumps.
-            callback, tb_log_name, reset_num_timesteps, progress_bar: as in stable-baselines3.
+            tb_log_name: as in SB3.
+            reset_num_timesteps: as in SB3.
+            progress_bar: as in SB3.
+
         Raises:
-            ValueError: not a finite observation or reward; episodes shorter than a sequence.
+            ValueError: an observation or reward is not finite, or all episodes are shorter than
+                `sequence_length`.
             RuntimeError: an environment's process died.
         """
         total_timesteps, callback = self._setup_learn(
@@ -300,7 +308,7 @@ class DreamerTPX(Algorithm):
             if not self._collect(callback, min(due, total_timesteps)):
                 break
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            if self.num_timesteps < due:  # the rest of the round is the next call's
+            if self.num_timesteps < due:  # the next call of `learn` completes the round
                 break
             self._since_round = 0
             assert self.replay_buffer is not None
@@ -313,7 +321,7 @@ class DreamerTPX(Algorithm):
         return self
 
     def _collect(self, callback: BaseCallback, until: int) -> bool:
-        """Act until `until` steps are done; False if a callback stopped the training."""
+        """Act until `until` steps are made; False if a callback stopped the rollout."""
         env, replay = self.env, self.replay_buffer
         assert env is not None and replay is not None
         callback.on_rollout_start()
@@ -337,12 +345,12 @@ class DreamerTPX(Algorithm):
         return True
 
     def _act(self, observations: np.ndarray) -> np.ndarray:
-        """Scaled actions [n, A]: random at first, then the policy's with exploration noise."""
+        """Scaled actions [n, A]: random for `learning_starts` steps, then of the noisy policy."""
         assert self._memory is not None
         is_random = self.num_timesteps < self.learning_starts
         state, previous = self._memory
         starts = torch.as_tensor(np.asarray(self._last_episode_starts), device=self.device)
-        if is_random:  # the filter need not run: sequences begin with a state of zeros anyway
+        if is_random:  # without the filter, whose state remains zero, as where sequences begin
             shape = (len(observations), self.policy.n_actions)
             actions = self._rng.uniform(-1.0, 1.0, shape).astype(np.float32)
             self._memory = state, torch.as_tensor(actions, device=self.device)
@@ -357,10 +365,10 @@ class DreamerTPX(Algorithm):
         return action.cpu().numpy()
 
     def train(self, gradient_steps: int) -> None:
-        """`gradient_steps` updates of world model, actor and critic."""
+        """Update world model, actor and critic `gradient_steps` times."""
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
-        # Several environments may overshoot the budget: no negative rate then.
+        # Several environments may overshoot the budget; the rate must not become negative.
         rate = self.lr_schedule(max(self._current_progress_remaining, 0.0))
         self._update.set_learning_rate(rate)
         self.logger.record("train/learning_rate", rate)
@@ -382,11 +390,11 @@ class DreamerTPX(Algorithm):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, RecurrentState | None]:
-        """Actions and the recurrent state for the next call; see `DreamerPolicy.predict`."""
+        """Return actions and the recurrent state for the next call; see `DreamerPolicy.predict`."""
         return self.policy.predict(observation, state, episode_start, deterministic)
 
     def dump_logs(self) -> None:
-        """Write everything recorded since the last dump; called every `log_interval` rounds."""
+        """Write everything recorded since the last dump, every `log_interval` rounds."""
         record_decisions(self)
         self.logger.dump(step=self.num_timesteps)
 
@@ -401,23 +409,32 @@ class DreamerTPX(Algorithm):
             self._memory = None
 
     def save_replay_buffer(self, path: Any) -> None:
-        """Write the replay to a file (.npz)."""
+        """Write the replay to a file (.npz).
+
+        Raises:
+            ValueError: there is no replay yet.
+        """
         if self.replay_buffer is None:
-            raise ValueError("there is no replay yet: it is made by the first call of learn")
+            raise ValueError("there is no replay yet: the first call of learn makes it")
         self.replay_buffer.save(path)
 
     def load_replay_buffer(self, path: Any) -> None:
-        """Read a replay that `save_replay_buffer` wrote; the next `learn` starts new episodes."""
+        """Read a replay that `save_replay_buffer` wrote; the next `learn` begins new episodes.
+
+        Raises:
+            ValueError: no environment is set, or the file does not fit.
+        """
         if self.env is None:
             raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
-        if self.replay_buffer is not None:  # before it is lost
+        if self.replay_buffer is not None:  # refuse a bad file before the old replay is lost
             self.replay_buffer.check(path)
-        self._last_obs = self._memory = self.replay_buffer = None  # frees a GPU's before the next
+        # A GPU may not hold two replays, so free the old one first.
+        self._last_obs = self._memory = self.replay_buffer = None
         self.replay_buffer = self._new_replay()
         self.replay_buffer.load(path)
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
-        """Adds the generators, the filter's state, and the replay in segments."""
+        """Add the generators, the filter's state, and the replay in segments."""
         memory = None if self._memory is None else [*self._memory[0], self._memory[1]]
         state: dict[str, Any] = {
             **super().state_dict(folder),
@@ -443,7 +460,7 @@ class DreamerTPX(Algorithm):
             self.replay_buffer.load_state_dict(state, folder)
 
     def cut_episodes(self) -> None:
-        """Begin new episodes at the next `learn`; those that ran count as truncated."""
+        """Begin new episodes at the next `learn`; the running ones count as truncated."""
         super().cut_episodes()
         self._memory = None
 

@@ -1,7 +1,7 @@
-"""A function of tensors as one CUDA graph: recorded once, then launched by one call.
+"""A function of tensors as one CUDA graph: recorded once, then launched by a single call.
 
-A DreamerTPX update is some ten thousand small kernels; a GPU finishes them faster than Python can
-launch them. The recipe is PyTorch's ("CUDA semantics", whole-network capture).
+A DreamerTPX update consists of some ten thousand small kernels, which a GPU finishes faster than
+Python can launch them. The recipe is PyTorch's ("CUDA semantics", whole-network capture).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-EAGER_CALLS = 3  # what is made at first use (Adam's moments, workspaces) must be there to record
+EAGER_CALLS = 3  # before recording: Adam's moments and workspaces are created at first use
 
 Result = TypeVar("Result")
 
 
 class GraphedFunction(Generic[Result]):
-    """`function`, called as usual a few times, then recorded, then replayed.
+    """Calls `function` eagerly a few times, then records it, then replays the recording.
 
     Args:
-        function: of nested tuples of CUDA tensors, to the same. It must not wait for a result on
-            the host or draw random numbers, must keep its state in tensors that it changes in
-            place, and is given the same shapes at each call.
+        function: maps nested tuples of CUDA tensors to nested tuples of CUDA tensors. It must not
+            draw random numbers or wait for a result on the host, must keep its state in tensors
+            that it changes in place, and must be given the same shapes at each call.
     """
 
     def __init__(self, function: Callable[..., Result]) -> None:
@@ -36,10 +36,10 @@ class GraphedFunction(Generic[Result]):
         self._outputs: Any = None
 
     def __call__(self, *inputs: Any) -> Result:
-        """The function's result, in memory of its own.
+        """Return the function's result, which later calls do not overwrite.
 
         Raises:
-            ValueError: the inputs have not the shapes that were recorded.
+            ValueError: the inputs do not have the recorded shapes.
         """
         if self._eager_calls < EAGER_CALLS:
             self._eager_calls += 1
@@ -49,22 +49,22 @@ class GraphedFunction(Generic[Result]):
         self._load(inputs)
         assert self._graph is not None
         self._graph.replay()
-        result: Result = tree_map(_copy, self._outputs)  # the next replay writes over them
+        result: Result = tree_map(_copy, self._outputs)  # the next replay overwrites them
         return result
 
     def _on_side_stream(self, inputs: Any) -> Result:
-        """As PyTorch asks of the calls before a recording."""
+        """Run eagerly on a side stream, as PyTorch requires before a recording."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), warnings.catch_warnings():
-            # Of optimisers that could be recorded and are not: they will be.
+            # The warning says that the optimiser is not being recorded; later calls will be.
             warnings.filterwarnings("ignore", ".*capturable=True")
             result = self.function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         return result
 
     def _record(self, inputs: Any) -> None:
-        """Nothing is computed while recording."""
+        """Record the function; nothing is computed yet."""
         self._inputs = tree_map(_copy, inputs)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

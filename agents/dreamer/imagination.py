@@ -1,10 +1,10 @@
-"""Behaviour learning in a latent model: imagined rollouts, λ-returns, and the actor's loss.
+"""Behaviour learning in a latent model: imagined rollouts, λ-returns, actor and critic loss.
 
     h_t = GRU(h_{t-1}, [z_{t-1}, a_{t-1}]),  a_{t-1} ~ π(s_{t-1}),  z_t ~ p(z_t | h_t)
 
-z_t is the stochastic node whose gradient the estimator takes; the path through h bypasses it.
-Hafner et al. 2020 (DreamerV1), Sec. 3; Parmas et al. 2023 (TPX), Sec. 6 and App. C.1. Pure
-functions: nothing here knows stable-baselines3 or an environment.
+z_t is the stochastic node whose gradient the estimator computes; the path through h bypasses it.
+Hafner et al. 2020 (DreamerV1), Sec. 3; Parmas et al. 2023 (TPX), Sec. 6 and App. C.1. Everything
+here is a pure function, independent of stable-baselines3 and of environments.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from totalprop.world_models.latent.model import State
 
 @dataclass(frozen=True)
 class ImaginationSettings:
-    """What the actor's loss is.
+    """Settings of the actor's loss.
 
     Attributes:
-        gamma, lam: of the λ-return.
+        gamma: discount γ of the λ-return.
+        lam: λ of the λ-return.
         stop_grad_actor_input: block the gradient from an action to the state it was chosen in
-            (DreamerV1). It biases both RP and LR (whose path through h it cuts too), and gives
-            them different means. RP's is that of actions which never react: what an unstable
-            system makes of them grows with every step, in the mean and not only in the noise
-            (results/dreamer/README.md, "The long horizon").
-        discount_weights: weight step t's return by γᵗ (danijar/dreamer), or all alike (TPX 2023,
-            Eq. 17). With a discount head RP does not see what the weights learn, LR does.
+            (DreamerV1). This biases RP and also LR, whose path through h it cuts, so that the two
+            have different means. RP differentiates as if actions never reacted to the state. In an
+            unstable system the effect of such actions grows with every step, in the mean and not
+            only in the noise (results/dreamer/README.md, "The long horizon").
+        discount_weights: weight the return of step t by γᵗ (danijar/dreamer) instead of equally
+            (TPX 2023, Eq. 17). With a discount head, RP ignores how actions change the weights; LR
+            does not.
         entropy_scale: weight of the policy's entropy in the loss; 0 in DreamerV1.
     """
 
@@ -46,7 +48,7 @@ class ImaginationSettings:
 
 
 class ImaginationNoise(NamedTuple):
-    """Every random number of one imagination."""
+    """All random numbers of one imagined rollout."""
 
     action: Tensor  # [H, N, A]
     latent: Tensor  # [H, N, D]
@@ -55,7 +57,7 @@ class ImaginationNoise(NamedTuple):
     def draw(
         horizon: int, n: int, actions: int, latents: int, generator: torch.Generator
     ) -> ImaginationNoise:
-        """Standard normal noise."""
+        """Draw standard normal noise."""
 
         def normal(size: int) -> Tensor:
             return torch.randn((horizon, n, size), generator=generator, device=generator.device)
@@ -64,13 +66,13 @@ class ImaginationNoise(NamedTuple):
 
 
 class Imagined(NamedTuple):
-    """One imagination; everything but the loss is detached."""
+    """An imagined rollout; everything except the loss is detached."""
 
     actor_loss: Tensor  # []
     features: Tensor  # [H, N, F] of the imagined states
     returns: Tensor  # [H - 1, N] λ-returns
-    weights: Tensor  # [H - 1, N] of the steps in both losses
-    entropy: Tensor  # [] of the actions, nats per step
+    weights: Tensor  # [H - 1, N] of the steps, in both losses
+    entropy: Tensor  # [] of the actions, in nats per step
 
 
 def imagine(
@@ -83,14 +85,19 @@ def imagine(
     tap: Tensor | None = None,
     meter: Tensor | None = None,
 ) -> Imagined:
-    """Imagine from N states; the actor loss's gradient is the estimator's policy gradient.
+    """Imagine from N states; backpropagating the actor's loss gives the estimator's gradient.
 
     loss = -mean w_t (R_t + entropy_scale·H(a_{t-1})), t = 1 .. H - 1, with
     R_t = r_t + γ ((1 - λ) V_{t+1} + λ R_{t+1}) and R_H = V_H.
 
     Args:
-        start: states of [N, ...], no gradient. noise: sets the horizon H.
-        tap: zeros [N, P'] for per-sample gradients of the actor's last layer. meter: [H, D] for k.
+        policy: world model, actor and critic.
+        start: states [N, ...], without gradient.
+        noise: all random numbers; its length is the horizon H.
+        estimator: of the gradient at the latent node.
+        settings: of the loss.
+        tap: [N, P'] zeros for per-sample gradients of the actor's last layer, or None.
+        meter: [H, D] tensor whose gradient is k, or None.
     """
     rssm, actor = policy.model.rssm, policy.actor
     needs_probe = estimator.probe != "none" or tap is not None
@@ -103,7 +110,7 @@ def imagine(
         hidden = actor.hidden(seen.detach() if settings.stop_grad_actor_input else seen)
         raw = actor.output(hidden)
         action, entropy = actor.act(raw, action_noise)
-        entropies.append(assign_credit(entropy, credit))  # of the node before
+        entropies.append(assign_credit(entropy, credit))  # to the previous node
         deter = rssm.recur(state, action)
         prior = rssm.prior(deter)
         probe = value = None
@@ -141,7 +148,7 @@ def _losses(
     )
     weights = torch.ones_like(returns)
     if settings.discount_weights:
-        # Detached, as in danijar/dreamer: RP does not see what a learned discount does to them.
+        # Detached as in danijar/dreamer, so no gradient flows through a learned discount.
         weights = torch.cat((torch.ones_like(values[:1]), gamma[:-2].detach())).cumprod(0)
     return Imagined(
         -(weights * returns).mean() - settings.entropy_scale * (weights * entropies[:-1]).mean(),
@@ -153,7 +160,7 @@ def _losses(
 
 
 def critic_loss(policy: DreamerPolicy, imagined: Imagined) -> tuple[Tensor, Tensor]:
-    """mean w_t ½ (V_t - R_t)² with R_t held fixed, and the values [H - 1, N] (detached)."""
+    """Return the loss mean w_t ½ (V_t - R_t)², R_t fixed, and the values [H - 1, N], detached."""
     values = policy.value(imagined.features[:-1])
     loss = (imagined.weights * 0.5 * (values - imagined.returns).square()).mean()
     return loss, values.detach()
@@ -165,9 +172,13 @@ def lambda_returns(rewards: Tensor, values: Tensor, gamma: Tensor | float, lam: 
     Rewards belong to the state they are predicted from, and V(s_t) includes r(s_t).
 
     Args:
-        rewards, values: [H, N]; gradients flow. gamma: a number, or [H, N] from a discount head.
+        rewards: [H, N]; gradients flow.
+        values: [H, N]; gradients flow.
+        gamma: a number, or [H, N] from a discount head.
+        lam: λ in [0, 1].
+
     Returns:
-        [H - 1, N].
+        [H - 1, N] λ-returns.
     """
     if len(rewards) < 2:
         raise ValueError(f"a λ-return needs at least 2 imagined states, got {len(rewards)}")
@@ -185,9 +196,10 @@ def lambda_returns(rewards: Tensor, values: Tensor, gamma: Tensor | float, lam: 
 def _last_layer_probe(
     policy: DreamerPolicy, state: State, hidden: Tensor, raw: Tensor, action_noise: Tensor
 ) -> ControlProbe:
-    """How the actor's last layer moves (mean, std): through the action alone (TPX 2023, Sec. 4).
+    """Jacobian of (mean, std) with respect to the actor's last layer (TPX 2023, Sec. 4).
 
-    Forward-mode: the Jacobian w.r.t. the 2A outputs of the layer, 2A products with a tangent.
+    The layer acts through this step's action alone. Its 2A outputs are differentiated in forward
+    mode, with one Jacobian-vector product each.
     """
     rssm, raw = policy.model.rssm, raw.detach()
     state = state.detach()
@@ -206,16 +218,16 @@ def _last_layer_probe(
 
 
 class LayerJacobian(NamedTuple):
-    """d output / d (weight [F, K], bias [F]) of a linear layer: an outer product, never stored."""
+    """d output / d (weight [F, K], bias [F]) of a linear layer, an outer product, not stored."""
 
     inputs: Tensor  # [N, K]
 
     def rows(self, rows: slice) -> LayerJacobian:
-        """The same for some of the samples."""
+        """The Jacobian of some of the samples."""
         return LayerJacobian(self.inputs[rows])
 
     def gram(self, alpha: Tensor) -> Tensor:
-        """[M, M] covariances Σ_i <α_ai J_i, α_bi J_i> less the mean's part, from α [M, N, F].
+        """[M, M] Σ_i <α_ai J_i, α_bi J_i> - <Σ_i α_ai J_i, Σ_i α_bi J_i> / N, from α [M, N, F].
 
         J Jᵀ is (|x|² + 1) times the identity.
         """
@@ -224,11 +236,11 @@ class LayerJacobian(NamedTuple):
         return covariance(alpha * norm, alpha, total)
 
     def per_sample(self, alpha: Tensor) -> Tensor:
-        """[N, F K + F], from α [N, F]."""
+        """[N, F K + F] products α_i J_i, from α [N, F]."""
         weight = alpha.unsqueeze(-1) * self.inputs.unsqueeze(1)
         return torch.cat((weight.flatten(1), alpha), 1)
 
 
 def last_layer_size(actor: Actor) -> int:
-    """Parameters of the actor's last layer: what the probes know of."""
+    """Number of parameters of the actor's last layer, the ones that probes cover."""
     return sum(p.numel() for p in actor.out.parameters())

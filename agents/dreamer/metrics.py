@@ -14,14 +14,15 @@ from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.metrics import PICTURE, QUIET, record_progress
 from totalprop.agents.dreamer.update import UpdateRecord
 
-COUNTED = "skipped_steps"  # in a round; the rest are means
+COUNTED = "skipped_steps"  # summed over a round; all other scalars are averaged
 
 
 class Round:
-    """Averages over a round of updates, kept on the device until its end.
+    """Averages over a round of updates, kept on the device until the round ends.
 
-    The gradient's signal-to-noise ratio is |mean|² / Σ variance of the actor's gradient over the
-    updates of the round: a batch's gradient, as the optimiser sees it.
+    train/gradient_snr is the signal-to-noise ratio |mean|² / Σ variance of the actor's gradient,
+    with mean and variance over the updates of the round. It is the gradient of a whole batch, as
+    the optimiser sees it.
     """
 
     def __init__(self, agent: Algorithm) -> None:
@@ -36,7 +37,7 @@ class Round:
         return self
 
     def add(self, record: UpdateRecord) -> None:
-        """Take in one update."""
+        """Add one update."""
         self.count += 1
         zero = torch.zeros((), device=self.agent.device)
         for name, value in record.scalars.items():
@@ -85,7 +86,7 @@ def record_decisions(agent: Algorithm) -> None:
 
 
 def action_repeat(agent: Algorithm) -> int:
-    """Frames per decision, from the environment's `action_repeat`; 1 where it has none."""
+    """Frames per decision: the environment's `action_repeat`, or 1 if it has none."""
     env = agent.get_env()
     if env is None or not env.has_attr("action_repeat"):
         return 1

@@ -1,7 +1,7 @@
-"""What a world model predicts when it no longer sees: the truth, the model and its error.
+"""Open-loop predictions of the world model beside the truth, as pictures and videos.
 
-The first steps of stored sequences are filtered, the rest is imagined with the stored actions
-(Hafner et al. 2020, Fig. 4).
+The first steps of stored sequences are filtered, the rest is predicted from the stored actions
+alone (Hafner et al. 2020, Fig. 4).
 """
 
 from __future__ import annotations
@@ -20,20 +20,26 @@ from totalprop.world_models.latent.networks import normalise
 if TYPE_CHECKING:
     from totalprop.agents.dreamer.agent import DreamerTPX
 
-CONTEXT = 5  # danijar/dreamer: filtered steps
-SEED = 0  # own generators: looking must not change training
+CONTEXT = 5  # filtered steps, as in danijar/dreamer
+SEED = 0  # of separate generators, so that predictions do not change what the agent learns
 
 
 def predict_sequences(agent: DreamerTPX, sequences: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """Stored observations and their open-loop predictions, [T, B, ...] each.
+    """Sample stored sequences and predict them open loop.
 
-    Images are float in [0, 1], channel last; vectors are as the environment gives them.
+    Args:
+        agent: its world model predicts, its replay is sampled.
+        sequences: number of sequences, B.
+
+    Returns:
+        Observations and predictions, [T, B, ...] each. Images are float in [0, 1], channel last;
+        vectors are as the environment gives them.
 
     Raises:
         ValueError: the agent has no replay yet.
     """
     if agent.replay_buffer is None:
-        raise ValueError("there is no replay to take sequences from; call learn first")
+        raise ValueError("the agent has no replay to sample from; call learn first")
     batch = agent.replay_buffer.sample(
         sequences, agent.sequence_length, np.random.default_rng(SEED)
     )
@@ -50,7 +56,10 @@ def predict_sequences(agent: DreamerTPX, sequences: int = 6) -> tuple[np.ndarray
 
 
 def video(truth: np.ndarray, model: np.ndarray) -> np.ndarray:
-    """Rows truth, model, error; one column per sequence: [T, B, H, W, C] -> [T, 3 H, B W, 3]."""
+    """Tile images [T, B, H, W, C] to frames [T, 3 H, B W, 3].
+
+    The rows are truth, model and error; each sequence is a column.
+    """
     error = (model - truth + 1) / 2
     rows = [np.concatenate(list(x.swapaxes(0, 1)), axis=2) for x in (truth, model, error)]
     frames = (np.concatenate(rows, axis=1) * 255).round().astype(np.uint8)
@@ -58,12 +67,12 @@ def video(truth: np.ndarray, model: np.ndarray) -> np.ndarray:
 
 
 def film_strip(truth: np.ndarray, model: np.ndarray, every: int = 5) -> np.ndarray:
-    """The first sequence of `video` as one picture, time to the right: [3 H, frames W, 3]."""
+    """Lay out every few frames of the first sequence from left to right: [3 H, frames W, 3]."""
     return np.concatenate(list(video(truth[:, :1], model[:, :1])[::every]), axis=1)
 
 
 def picture(agent: DreamerTPX) -> Figure | Image:
-    """One sequence's prediction for a logger: a film strip of images, curves of vectors."""
+    """Predict one sequence and draw it for a logger: images as a film strip, vectors as curves."""
     truth, model = predict_sequences(agent, 1)
     if truth.ndim == 3:
         return Figure(figures.traces(truth[:, 0], model[:, 0], CONTEXT), close=True)
@@ -71,10 +80,10 @@ def picture(agent: DreamerTPX) -> Figure | Image:
 
 
 class OpenLoopPictures(BaseCallback):
-    """Log what DreamerTPX's world model predicts without seeing: truth, model and error.
+    """Callback that logs open-loop predictions of DreamerTPX's world model.
 
     Args:
-        every: steps between pictures, the first after the first updates.
+        every: steps between pictures; the first follows the first updates.
     """
 
     def __init__(self, every: int) -> None:
@@ -82,14 +91,14 @@ class OpenLoopPictures(BaseCallback):
         self.every, self._last = every, -every
 
     def _on_training_start(self) -> None:
-        if self._last > self.num_timesteps:  # steps are counted anew
+        if self._last > self.num_timesteps:  # a new `learn` counts steps from 0
             self._last = -self.every
 
     def _on_step(self) -> bool:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """For `persistence.checkpoint`."""
+        """Return the steps at the last picture, for a checkpoint."""
         return {"last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -103,6 +112,6 @@ class OpenLoopPictures(BaseCallback):
         if model.replay_buffer is None or model.replay_buffer.needs_more_steps(
             model.sequence_length
         ):
-            return  # loaded without its replay
+            return  # the agent was loaded without its replay
         self._last = self.num_timesteps
         self.logger.record("figures/open_loop", picture(model), PICTURE)

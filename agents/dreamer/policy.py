@@ -1,7 +1,7 @@
 """DreamerTPX's networks as one stable-baselines3 policy: world model, actor and critic.
 
-`predict` is recurrent: its state is (deter, stoch, previous action), a tuple of arrays with one row
-per environment, and `episode_start` resets rows.
+`predict` is recurrent. Its state is (deter, stoch, previous action), a tuple of arrays with one row
+per environment; `episode_start` resets rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ class Actor(nn.Module):
     """tanh-Gaussian policy: 4 hidden layers, mean 5 tanh(raw / 5), std softplus(raw + c) + 1e-4.
 
     Args:
-        features: width of the state's features. actions: A. width: of the hidden layers.
+        features: width F of the state's features.
+        actions: A.
+        width: units of each hidden layer.
+        layers: number of hidden layers.
     """
 
     def __init__(self, features: int, actions: int, *, width: int, layers: int = 4) -> None:
@@ -44,7 +47,7 @@ class Actor(nn.Module):
         initialise(self)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[..., 2 A] raw outputs, for `act`."""
+        """[..., 2 A] raw outputs for `act`."""
         return self.output(self.hidden(features))
 
     def output(self, hidden: Tensor) -> Tensor:
@@ -52,10 +55,10 @@ class Actor(nn.Module):
         return at_least_float32(self.out(hidden))
 
     def act(self, raw: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Action [..., A] in [-1, 1], without noise tanh(mean), and its entropy [...] in nats.
+        """Action [..., A] in [-1, 1] and its entropy [...] in nats; without noise, tanh(mean).
 
-        The entropy is a one-sample estimate: that of the Gaussian plus the tanh's log-slope at the
-        sample. It keeps actions from saturating, where the policy gradient vanishes.
+        The entropy is a one-sample estimate: the Gaussian's entropy plus the log-slope of tanh at
+        the sample. As a bonus it keeps actions from saturating, where the policy gradient vanishes.
         """
         raw_mean, raw_std = raw.chunk(2, -1)
         mean = MEAN_SCALE * (raw_mean / MEAN_SCALE).tanh()
@@ -120,7 +123,7 @@ class DreamerPolicy(BasePolicy):
         return at_least_float32(self.critic(features)).squeeze(-1)
 
     def initial_state(self, n: int) -> tuple[State, Tensor]:
-        """State and previous action of n sequences that have not begun."""
+        """State and previous action at the start of n sequences."""
         state = self.model.rssm.initial(n)
         return state, state.stoch.new_zeros(n, self.n_actions)
 
@@ -138,10 +141,15 @@ class DreamerPolicy(BasePolicy):
         """Filter one observation and act.
 
         Args:
-            observations: [n, ...]. state, action: of the step before. is_first: [n] bool.
-            deterministic: posterior mean and tanh(mean), and no random number is drawn.
+            observations: [n, ...].
+            state: of the previous step.
+            action: [n, A] scaled action of the previous step.
+            is_first: [n] bool, True where an episode begins.
+            deterministic: use the posterior mean and tanh(mean), and draw no random number.
+            generator: of the noise; None for torch's global one.
+
         Returns:
-            scaled actions [n, A] in [-1, 1], and the new state.
+            Scaled actions [n, A] in [-1, 1], and the new state.
         """
         keep = (~is_first).to(action.dtype).unsqueeze(-1)
         state, action = State(state.deter * keep, state.stoch * keep), action * keep
@@ -156,11 +164,11 @@ class DreamerPolicy(BasePolicy):
         return action, state
 
     def to_model(self, observations: Observations) -> Observations:
-        """Observations [n, ...] as the world model takes them: images as they are, others flat."""
+        """Flatten observations [n, ...] for the world model, except images."""
         return observations.reshape(-1, *self.model_input_shape)
 
     def info_to_model(self, info: dict[str, Any]) -> dict[str, Any]:
-        """The info, in a copy if it has a terminal observation: that as the model takes it."""
+        """Flatten the terminal observation of an info, if it has one, in a copy."""
         if (end := info.get("terminal_observation")) is None:
             return info
         return {**info, "terminal_observation": self.to_model(end[None])[0]}
@@ -172,15 +180,19 @@ class DreamerPolicy(BasePolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, RecurrentState | None]:
-        """Actions in the environment's units, and the recurrent state for the next call.
+        """Choose actions, and return them with the recurrent state for the next call.
 
         Args:
-            observation: one or a batch, images channel first or last.
+            observation: one observation or a batch; images may be channel first or last.
             state: what the last call returned; None at the start.
-            episode_start: [n] True where an episode begins: that row's state is reset.
-            deterministic: no random number is drawn.
+            episode_start: [n] True where an episode begins, which resets that row's state.
+            deterministic: draw no random number.
+
+        Returns:
+            Actions in the environment's units, and the recurrent state.
+
         Raises:
-            ValueError: a Gym-style (observation, info) tuple was passed, or a state of another
+            ValueError: the observation is an (observation, info) tuple, or the state is of another
                 batch size.
         """
         self.set_training_mode(False)
@@ -216,16 +228,16 @@ class DreamerPolicy(BasePolicy):
         return (actions if is_batch else actions[0]), memory
 
     def to_env(self, scaled: np.ndarray) -> np.ndarray:
-        """Actions [n, A] in [-1, 1] -> the action space's units, shape and dtype."""
+        """Convert actions [n, A] in [-1, 1] to the action space's units, shape and dtype."""
         space = self.action_space
         assert isinstance(space, spaces.Box)
         actions = self.unscale_action(scaled.reshape(-1, *space.shape))
-        if np.issubdtype(space.dtype, np.integer):  # a cast alone would never give the highest
+        if np.issubdtype(space.dtype, np.integer):  # a cast alone would never give the maximum
             actions = np.rint(actions)
         return np.clip(actions, space.low, space.high).astype(space.dtype)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
-        raise NotImplementedError("the policy is recurrent: call predict, which keeps its state")
+        raise NotImplementedError("the policy is recurrent: call predict, which returns its state")
 
     def forward(self, observation: Tensor) -> Tensor:
         """Not defined for a recurrent policy."""

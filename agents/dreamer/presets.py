@@ -1,4 +1,4 @@
-"""The settings of DreamerTPX's papers and ours, by name: constructor arguments, each number cited.
+"""Presets of DreamerTPX, from its papers and our own: constructor arguments with their sources.
 
 `DreamerTPX("DreamerPolicy", env, **PRESETS["laptop"])`, or `--preset laptop` on the command line.
 """
@@ -33,11 +33,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "free_nats_per_step": False,
     },
     # Parmas et al. 2023 (TPX), Sec. 6: "a greatly modified version" of yusukeurakami's PyTorch
-    # Dreamer. Its 5-bit images and its replay across episode ends are not reproduced.
+    # Dreamer. Its 5-bit images, and its windows across episode ends, are not reproduced.
     "tpx2023": {
         "estimator": "tpx",  # Sec. 4
         "horizon": 15,  # Sec. 6.2: H in {15, 60}
-        "discount_weights": False,  # App. C.1, Eq. 17: all returns are averaged alike
+        "discount_weights": False,  # App. C.1, Eq. 17: a plain mean of the returns
         "stop_grad_actor_input": True,  # App. C.1
         "learning_rate": 8e-5,  # yusukeurakami/dreamer-pytorch, main.py
         "model_learning_rate": 1e-3,  # same
@@ -52,10 +52,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-4,
         "model_learning_rate": 1e-3,
         "adam_eps": 1e-5,
-        # A handful of state entries carry little information: 3 free nats a step would leave the
-        # prior, which imagination runs on, all but untrained.
+        # A handful of state entries carry little information: with 3 free nats per step, the prior,
+        # from which imagination samples, would hardly be trained.
         "free_nats": 0.0,
-        "entropy_scale": 0.03,  # or the actor saturates before the model has learned anything
+        "entropy_scale": 0.03,  # without it, the actor saturates before the model is any good
         "batch_size": 16,
         "sequence_length": 32,
         "imagination_starts": 256,
@@ -74,5 +74,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Images carry more than the state, and the KL term may keep Hafner et al.'s allowance.
+# Images carry more information than the state, so Hafner et al.'s free nats are kept.
 PRESETS["laptop-pixels"] = {**PRESETS["laptop"], "free_nats": 3.0}

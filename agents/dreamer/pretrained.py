@@ -1,4 +1,4 @@
-"""A trained world model for a fresh policy. Parmas et al. 2023 (TPX), App. C.3."""
+"""Load the world model of an earlier run. Parmas et al. 2023 (TPX), App. C.3."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from totalprop.agents.persistence import safe_file
 if TYPE_CHECKING:
     from totalprop.world_models.latent.model import LatentModel
 
-PREFIX = "model."  # of the world model's weights among the policy's
+PREFIX = "model."  # of the world model's entries in the policy's state dict
 
 
 def load_world_model(model: LatentModel, path: str | Path) -> None:
-    """Copy the world model of a saved DreamerTPX into this one; nothing of the file is executed.
+    """Copy the world model of a saved DreamerTPX into `model`; nothing in the file is executed.
 
     Args:
-        path: a file of `DreamerTPX.save`, or a folder that holds it as model.zip.
+        model: receives the weights.
+        path: file that `DreamerTPX.save` wrote, or a folder with one named model.zip.
+
     Raises:
-        ValueError: no such file, not a DreamerTPX, or networks of other sizes.
+        ValueError: the file does not exist, is not a saved DreamerTPX, or has networks of other
+            sizes.
     """
     path = Path(path)
     file = path / "model.zip" if path.is_dir() else path
     if not file.exists() and not file.suffix:
-        file = file.with_suffix(".zip")  # as `save` and `load`
+        file = file.with_suffix(".zip")  # as `save` and `load` do
     where = f"pretrained_world_model='{path}'"
     if not file.exists():
-        raise ValueError(f"{where}: {file} does not exist; give a run folder or a saved DreamerTPX")
+        raise ValueError(f"{where}: {file} does not exist; pass a run folder or a saved DreamerTPX")
     try:
         parameters = safe_file.read(file, "DreamerTPX model")["parameters"]
         policy: dict[str, Tensor] = parameters["policy"]

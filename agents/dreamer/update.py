@@ -1,8 +1,8 @@
 """One gradient step of DreamerTPX: world model, actor and critic on a batch of sequences.
 
-As in danijar/dreamer all three losses are taken with the model as it was before the step. Model and
-critic are frozen in the actor's loss, which passes through them: their weights' gradients, a third
-of the work, are never computed there.
+As in danijar/dreamer, all three losses use the world model as it was before the step. The actor's
+loss is differentiated through model and critic with their weights frozen, which saves the weights'
+gradients, a third of the work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from totalprop.world_models.latent.model import ModelLossSettings, State
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """Everything a gradient step depends on; see `DreamerTPX` for the meanings."""
+    """Settings of a gradient step; `DreamerTPX` explains them."""
 
     estimator: Estimator
     imagination: ImaginationSettings
@@ -50,18 +50,18 @@ class UpdateSettings:
 
 
 class UpdateNoise(NamedTuple):
-    """Every random number of one step."""
+    """All random numbers of one step."""
 
     posterior: Tensor  # [T, B, stoch]
-    starts: Tensor | None  # [N] which of the possible states to imagine from; None for all
+    starts: Tensor | None  # [N] indices of the states to imagine from; None for all
     imagination: ImaginationNoise
 
 
 class UpdateRecord(NamedTuple):
-    """What a step leaves for the logs; nothing is moved off the device."""
+    """What a step leaves for the logs, still on the device."""
 
     scalars: dict[str, Tensor]
-    actor_gradient: Sequence[Tensor]  # like the actor's parameters, before the clip
+    actor_gradient: Sequence[Tensor]  # shaped like the actor's parameters; before clipping
     k: Tensor  # [H, D] mean weight of the LR leg
 
 
@@ -70,7 +70,7 @@ class DreamerUpdate:
 
     def __init__(self, policy: DreamerPolicy, settings: UpdateSettings) -> None:
         self.policy, self.settings = policy, settings
-        if settings.compile:  # steps, not the unrolled sequence, which would compile for minutes
+        if settings.compile:  # single steps: the unrolled sequence would compile for minutes
             rssm = policy.model.rssm
             for name in ("recur", "prior"):
                 setattr(rssm, name, torch.compile(getattr(rssm, name)))
@@ -87,9 +87,10 @@ class DreamerUpdate:
         return optimizer
 
     def _fit_to_graph(self, optimizer: torch.optim.Optimizer) -> None:
-        """A CUDA graph keeps a number as it was when recorded: there the rate is a tensor.
+        """Prepare an optimiser for a CUDA graph, which fixes numbers when it is recorded.
 
-        And it keeps the optimiser's old state when another is loaded: it is recorded anew.
+        The learning rate becomes a tensor, so that it can change. The graph is discarded, since a
+        recorded one would keep using the optimiser's old state after another is loaded.
         """
         graph, device = self.settings.cuda_graph, self.policy.device
         self._step = GraphedFunction(self._take_step) if graph else self._take_step
@@ -99,7 +100,7 @@ class DreamerUpdate:
             group["capturable"] = graph
 
     def set_learning_rate(self, rate: float) -> None:
-        """Step size of actor and critic from here on."""
+        """Set the step size of actor and critic."""
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
@@ -108,7 +109,7 @@ class DreamerUpdate:
                     group["lr"] = rate
 
     def __call__(self, batch: SequenceBatch, generator: torch.Generator) -> UpdateRecord:
-        """Take one step on a batch."""
+        """Draw the random numbers and take one step on a batch."""
         return self._step(batch, self._draw(batch, generator))
 
     def _draw(self, batch: SequenceBatch, generator: torch.Generator) -> UpdateNoise:
@@ -126,16 +127,16 @@ class DreamerUpdate:
         return UpdateNoise(posterior, starts, imagination)
 
     def possible_starts(self, length: int) -> int:
-        """States of a sequence that imagination may start from.
+        """Number of states of a sequence that imagination may start from.
 
-        All of them, or with a discount head all but the last, as in danijar/dreamer (dreamer.py,
-        "last step could be terminal"): an entry that ends its episode is the last of its window,
-        and from there on there is nothing to decide.
+        With a discount head all but the last, as in danijar/dreamer (dreamer.py, "last step could
+        be terminal"), otherwise all. A terminal entry is always the last of its window, and after
+        it there is nothing to decide.
         """
         return length - (self.policy.model.discount_head is not None)
 
     def _take_step(self, batch: SequenceBatch, noise: UpdateNoise) -> UpdateRecord:
-        """Draws no random number and waits for no result, so that a CUDA graph can hold it."""
+        """Take a step without drawing random numbers or waiting for results, for a CUDA graph."""
         settings, policy = self.settings, self.policy
         model_parameters = list(policy.model.parameters())
         with self._precision():
@@ -178,7 +179,7 @@ class DreamerUpdate:
     def actor_gradient(
         self, start: State, noise: ImaginationNoise
     ) -> tuple[PolicyGradient, Imagined]:
-        """The estimator's policy gradient, imagined from N states."""
+        """The estimator's policy gradient, from rollouts imagined from N states."""
         settings, policy = self.settings, self.policy
         horizon, n, latents = noise.latent.shape
         meter = noise.latent.new_zeros(horizon, latents, requires_grad=True)
@@ -208,14 +209,14 @@ class DreamerUpdate:
         self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter],
         gradients: Sequence[Tensor],
     ) -> Tensor:  # fmt: skip
-        """Clip and step; a gradient that is not finite leaves everything as it is."""
+        """Clip and take the step, unless the gradient is not finite; return its norm."""
         norm = torch.nn.utils.get_total_norm(gradients)
         scale = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameter, gradient in zip(parameters, gradients):
-            # Convolutions may return theirs channels-last, and the fused optimiser takes the
-            # memory of both as it lies: entries would be exchanged.
+            # Fused Adam pairs buffers by memory order, so a channels-last gradient (which
+            # convolutions may return) would silently permute entries.
             parameter.grad = (gradient * scale).contiguous()
-        # How torch.amp tells a fused optimiser to do nothing: the device decides, no one waits.
+        # torch.amp's flag for a fused optimiser to skip the step, decided without a sync.
         optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad()
@@ -229,7 +230,7 @@ class DreamerUpdate:
 
 @contextlib.contextmanager
 def _frozen(*modules: nn.Module) -> Iterator[None]:
-    """Parameters that need no gradient here."""
+    """Do without the gradients of these modules' parameters."""
     for module in modules:
         module.requires_grad_(False)
     try:

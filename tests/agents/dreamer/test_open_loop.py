@@ -97,7 +97,7 @@ def test_sequences_may_be_shorter_than_the_context(length):
 
 
 def test_without_a_replay_the_remedy_is_named():
-    with pytest.raises(ValueError, match="no replay to take sequences from; call learn first"):
+    with pytest.raises(ValueError, match="no replay to sample from; call learn first"):
         open_loop.predict_sequences(make())
 
 

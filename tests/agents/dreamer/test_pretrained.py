@@ -84,7 +84,7 @@ def test_wrong_files_are_one_sentence(trained, tmp_path):
     PIPPS("RBFPolicy", Walk(), cost_fn=lambda s: s.sum(-1)).save(tmp_path / "pipps.zip")
     bigger = {"policy_kwargs": {**TINY["policy_kwargs"], "deter": 9}}
     cases = [
-        (tmp_path / "absent", {}, "does not exist; give a run folder"),
+        (tmp_path / "absent", {}, "does not exist; pass a run folder"),
         (tmp_path / "text.zip", {}, "is not a saved DreamerTPX"),
         (tmp_path / "pipps.zip", {}, "it holds a PIPPS model, not a DreamerTPX"),
         (
