@@ -40,11 +40,11 @@ class ImaginationSettings:
         entropy_scale: weight of the policy's entropy in the loss; 0 in DreamerV1.
     """
 
-    gamma: float = 0.99
-    lam: float = 0.95
-    stop_grad_actor_input: bool = True
-    discount_weights: bool = True
-    entropy_scale: float = 0.0
+    gamma: float
+    lam: float
+    stop_grad_actor_input: bool
+    discount_weights: bool
+    entropy_scale: float
 
 
 class ImaginationNoise(NamedTuple):

@@ -45,8 +45,8 @@ class UpdateSettings:
     adam_eps: float
     max_grad_norm: float
     bf16: bool
-    compile: bool = False
-    cuda_graph: bool = False
+    compile: bool
+    cuda_graph: bool
 
 
 class UpdateNoise(NamedTuple):

@@ -15,6 +15,7 @@ from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.dreamer.cuda_graph import EAGER_CALLS
 from totalprop.agents.dreamer.imagination import ImaginationSettings
 from totalprop.agents.dreamer.policy import DreamerPolicy
+from totalprop.agents.dreamer.presets import PRESETS
 from totalprop.agents.dreamer.replay import SequenceBatch
 from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings
 from totalprop.scripts.bench import sheeprl_peer
@@ -110,17 +111,32 @@ def _policy(device: str) -> DreamerPolicy:
 
 
 def _settings(name: str, horizon: int) -> UpdateSettings:
+    v1 = PRESETS["dreamer2020"]
     return UpdateSettings(
         estimator=estimators.make(name),
-        imagination=ImaginationSettings(),
-        model=ModelLossSettings(),
+        imagination=ImaginationSettings(
+            gamma=v1["gamma"],
+            lam=v1["lam"],
+            stop_grad_actor_input=v1["stop_grad_actor_input"],
+            discount_weights=v1["discount_weights"],
+            entropy_scale=0.0,
+        ),
+        model=ModelLossSettings(
+            kl_scale=v1["kl_scale"],
+            free_nats=v1["free_nats"],
+            free_nats_per_step=v1["free_nats_per_step"],
+            gamma=v1["gamma"],
+            discount_scale=10.0,
+        ),
         horizon=horizon,
-        imagination_starts=0,
-        learning_rate=8e-5,
-        model_learning_rate=6e-4,
-        adam_eps=1e-7,
-        max_grad_norm=100.0,
+        imagination_starts=v1["imagination_starts"],
+        learning_rate=v1["learning_rate"],
+        model_learning_rate=v1["model_learning_rate"],
+        adam_eps=v1["adam_eps"],
+        max_grad_norm=v1["max_grad_norm"],
         bf16=False,
+        compile=False,
+        cuda_graph=False,
     )
 
 

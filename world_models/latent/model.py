@@ -50,11 +50,11 @@ class ModelLossSettings(NamedTuple):
         discount_scale: weight of the discount head's cross entropy.
     """
 
-    kl_scale: float = 1.0
-    free_nats: float = 3.0
-    free_nats_per_step: bool = False
-    gamma: float = 0.99
-    discount_scale: float = 10.0
+    kl_scale: float
+    free_nats: float
+    free_nats_per_step: bool
+    gamma: float
+    discount_scale: float
 
 
 class LatentModel(nn.Module):

@@ -34,7 +34,9 @@ F64 = torch.float64
 H, N, A, STOCH, DETER = 4, 6, 2, 3, 4
 SIZES = {"stoch": STOCH, "deter": DETER, "hidden": 5, "width": 5}
 # γ = 7/8 is exact in float32: see test_discount_weights_have_the_dtype_of_the_values.
-UNBLOCKED = ImaginationSettings(gamma=0.875, lam=0.8, stop_grad_actor_input=False)
+UNBLOCKED = ImaginationSettings(
+    gamma=0.875, lam=0.8, stop_grad_actor_input=False, discount_weights=True, entropy_scale=0.0
+)
 BLOCKED = replace(UNBLOCKED, stop_grad_actor_input=True)
 
 

@@ -29,8 +29,12 @@ T, B, A, H, OBSERVATION = 5, 4, 2, 3, 3
 SIZES = {"stoch": 3, "deter": 4, "hidden": 5, "width": 5}
 SETTINGS = UpdateSettings(
     estimator=estimators.make("tpx"),
-    imagination=ImaginationSettings(entropy_scale=0.01),
-    model=ModelLossSettings(free_nats=0.01),
+    imagination=ImaginationSettings(
+        gamma=0.99, lam=0.95, stop_grad_actor_input=True, discount_weights=True, entropy_scale=0.01
+    ),
+    model=ModelLossSettings(
+        kl_scale=1.0, free_nats=0.01, free_nats_per_step=False, gamma=0.99, discount_scale=10.0
+    ),
     horizon=H,
     imagination_starts=0,
     learning_rate=2e-3,
@@ -38,6 +42,8 @@ SETTINGS = UpdateSettings(
     adam_eps=1e-3,  # large: a step is then a smooth function of the gradient
     max_grad_norm=100.0,
     bf16=False,
+    compile=False,
+    cuda_graph=False,
 )
 NAMES = {
     "model_loss", "observation_loss", "reward_loss", "kl", "discount_loss", "actor_loss",

@@ -13,7 +13,9 @@ from totalprop.world_models.latent.rssm import State
 T, B, A, OBSERVATION, STOCH, DETER = 5, 3, 2, 4, 3, 4
 IMAGE = (3, 64, 64)
 SIZES = {"stoch": STOCH, "deter": DETER, "hidden": 5, "width": 5, "conv_depth": 2}
-SETTINGS = ModelLossSettings(kl_scale=0.7, free_nats=0.01, gamma=0.9, discount_scale=4.0)
+SETTINGS = ModelLossSettings(
+    kl_scale=0.7, free_nats=0.01, free_nats_per_step=False, gamma=0.9, discount_scale=4.0
+)
 
 
 def generator(seed):
