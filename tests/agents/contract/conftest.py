@@ -1,0 +1,113 @@
+"""The agents that are held to the contract: every one in `AGENTS`, at the small sizes below."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.agents.contract import probes
+from tests.agents.contract.environments import CountingEnv
+from totalprop.agents import AGENTS
+from totalprop.agents.core.algorithm import Algorithm
+
+# Name in AGENTS -> constructor arguments with which a few episodes take a fraction of a second.
+# A policy search or update must come within 14 steps of one environment.
+SIZES: dict[str, dict[str, Any]] = {
+    "pipps": {
+        "policy": "RBFPolicy", "policy_kwargs": {"n_centres": 4}, "n_particles": 6, "horizon": 3,
+        "gradient_steps": 2, "gp_evaluations": 3,
+    },
+    "dreamer": {
+        "policy": "DreamerPolicy",
+        "policy_kwargs": {"deter": 5, "hidden": 5, "width": 5, "stoch": 3},
+        "sequence_length": 5, "batch_size": 3, "imagination_starts": 4, "horizon": 3,
+        "learning_starts": 14, "train_freq": 7, "gradient_steps": 1, "buffer_size": 200,
+    },
+    "daappo": {
+        "policy": "MlpPolicy", "policy_kwargs": {"net_arch": [8]}, "n_steps": 7, "batch_size": 7,
+        "n_epochs": 1, "n_extra_actions": 2, "simulation_horizon": 2, "dynamics_width": 8,
+        "dynamics_buffer_size": 200,
+    },
+}  # fmt: skip
+
+# Test -> in what the agent differs from stable-baselines3's, and why. Each of these tests must fail:
+# what has been mended is struck off.
+EXCEPTIONS = {
+    "test_the_success_rate_is_logged[pipps]": "a bug: is_success is gathered and not logged",
+    "test_the_success_rate_is_logged[dreamer]": "a bug: is_success is gathered and not logged",
+    "test_agents_do_not_share_what_was_set[dreamer]": "a bug: Adam's moments are shared",
+    "test_agents_do_not_share_what_was_set[daappo]": "a bug, PPO's too: Adam's moments are shared",
+    "test_non_finite_values_of_the_environment_are_one_clear_sentence[daappo-reset]":
+        "a bug: PyTorch's words, in several lines, where the first observation is not finite",
+    "test_spaces_are_learned_in_or_refused_by_the_constructor[daappo-whole numbers]":
+        "a bug, PPO's too: a Box of whole numbers is taken, and gets actions that are none",
+    "test_a_stochastic_evaluation_does_not_change_what_is_learned[daappo]":
+        "as PPO does, it draws its actions from the global generator",
+    "test_another_agent_made_in_between_changes_nothing[daappo]":
+        "as PPO does, it draws from the global generators",
+}  # fmt: skip
+
+TRAINED = 28  # steps of `trained`: four episodes
+
+
+class Maker:
+    """Makes one agent of `AGENTS` at its small sizes.
+
+    Attributes:
+        name: on the command line. cls: the agent's class.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in SIZES:
+            pytest.fail(f"add small sizes of {name} to SIZES in {__file__}", pytrace=False)
+        self.name, self.entry = name, AGENTS[name]
+        self.cls: type[Algorithm] = self.entry.cls
+
+    def arguments(self, **changes: Any) -> dict[str, Any]:
+        """Of the constructor, without the environment."""
+        return {**copy.deepcopy(SIZES[self.name]), "seed": 0, "device": "cpu", **changes}
+
+    def __call__(self, env: Any = None, **changes: Any) -> Algorithm:
+        """A new agent, on a CountingEnv unless another environment is given."""
+        return self.cls(env=CountingEnv() if env is None else env, **self.arguments(**changes))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.name in EXCEPTIONS:
+            item.add_marker(pytest.mark.xfail(reason=EXCEPTIONS[item.name], strict=True))
+
+
+@pytest.fixture(scope="session", params=list(AGENTS))
+def make(request: pytest.FixtureRequest) -> Maker:
+    return Maker(request.param)
+
+
+@pytest.fixture(scope="session")
+def trained(make: Maker) -> Iterator[Algorithm]:
+    """An agent that has learned; tests only read it."""
+    agent = make().learn(TRAINED)
+    before = copy.deepcopy(agent.get_parameters())
+    yield agent
+    probes.assert_same(agent.get_parameters(), before)
+    assert agent.num_timesteps == TRAINED
+
+
+@pytest.fixture(scope="session")
+def file(trained: Algorithm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `trained.save` writes."""
+    path = tmp_path_factory.mktemp("trained") / "agent.zip"
+    trained.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def observations() -> np.ndarray:
+    """[20, 4] of a CountingEnv."""
+    rng = np.random.default_rng(0)
+    return rng.uniform([1, 0, -2, 0], [5, 7, 4, 1], (20, 4)).astype(np.float32)

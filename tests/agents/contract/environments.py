@@ -1,0 +1,79 @@
+"""What the contract is tested in: every number that these environments return is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+LENGTH = 7  # of an episode
+RETURN = -28.0  # of an episode of that length
+LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([4.0, 1.0], np.float32)
+
+
+class CountingEnv(gym.Env):
+    """Observation (episode, time, the action that led here); reward -time on arriving.
+
+    Ends after `length` steps. Nothing is random; actions must lie in [-2, 4] x [0, 1] and come in
+    the space's dtype.
+    """
+
+    def __init__(self, length: int = LENGTH, first: int = 0) -> None:
+        self.observation_space = spaces.Box(-1e3, 1e3, (4,), np.float32)
+        self.action_space = spaces.Box(LOW, HIGH)
+        self.length, self.episode = length, first
+        self.time = self.resets = self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.episode, self.time, self.resets = self.episode + 1, 0, self.resets + 1
+        return np.array([self.episode, 0, 0, 0], np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        assert action.dtype == self.action_space.dtype and self.action_space.contains(action)
+        self.time, self.steps = self.time + 1, self.steps + 1
+        observation = np.array([self.episode, self.time, *action], np.float32)
+        done = self.time >= self.length
+        info = {"is_success": self.episode % 2 == 0} if done else {}
+        return observation, -float(self.time), done, False, info
+
+
+class BrokenEnv(CountingEnv):
+    """Returns a number that is none: at the first reset, in step 3, or as a reward in step 3."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict]:
+        observation, info = super().reset(**kwargs)
+        is_bad = self.where == "reset" and self.episode == 1
+        return (observation * np.float32(np.nan) if is_bad else observation), info
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        observation, reward, *rest = super().step(action)
+        if self.time == 3 and self.where == "observation":
+            observation = observation * np.float32(np.nan)
+        return observation, (np.inf if self.time == 3 and self.where == "reward" else reward), *rest
+
+
+class OtherSpaces(CountingEnv):
+    """The same with an action less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+
+def vector(*lengths: int) -> DummyVecEnv:
+    """Counting environments of these lengths; number i starts its episodes at 100 i."""
+    makers: Sequence[Callable[[], gym.Env]] = [
+        lambda length=length, i=i: Monitor(CountingEnv(length, first=100 * i))
+        for i, length in enumerate(lengths)
+    ]
+    return DummyVecEnv(list(makers))

@@ -1,0 +1,244 @@
+"""`save` and `load`, and parameters that are taken out and set."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecNormalize
+
+from tests.agents.contract.conftest import Maker
+from tests.agents.contract.environments import CountingEnv, OtherSpaces, vector
+from tests.agents.contract.probes import assert_same, assert_same_agents, parameters
+from totalprop import estimators
+from totalprop.agents import AGENTS
+
+# What is kept of a trained agent
+
+
+def actions(agent, observations):
+    return agent.predict(observations, deterministic=True)[0]
+
+
+def test_a_loaded_agent_is_the_same(make, trained, file, observations):
+    loaded = make.cls.load(file, device="cpu")
+    assert_same_agents(loaded, trained)
+    np.testing.assert_array_equal(actions(loaded, observations), actions(trained, observations))
+    for name in make.arguments():
+        if name not in ("policy", "device"):
+            assert getattr(loaded, name) == getattr(trained, name), name
+    assert loaded.policy_class is trained.policy_class
+    assert loaded.observation_space == trained.observation_space
+    assert loaded.action_space == trained.action_space
+    assert list(loaded.ep_info_buffer) == list(trained.ep_info_buffer)
+
+
+def test_an_untrained_agent_is_saved_too(make, observations, tmp_path):
+    agent = make(learning_rate=0.0123)
+    agent.save(tmp_path / "agent")
+    loaded = make.cls.load(tmp_path / "agent", device="cpu")
+    assert_same_agents(loaded, agent)
+    np.testing.assert_array_equal(actions(loaded, observations), actions(agent, observations))
+    assert loaded.learning_rate == 0.0123 and loaded.get_env() is None
+
+
+def test_saving_after_a_stop_within_an_episode(make, tmp_path, observations):
+    agent = make().learn(100, callback=lambda values, _: values["self"].num_timesteps < 10)
+    agent.save(tmp_path / "agent")
+    loaded = make.cls.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
+    assert loaded.num_timesteps == 10
+    np.testing.assert_array_equal(actions(loaded, observations), actions(agent, observations))
+    assert loaded.learn(14, reset_num_timesteps=False).num_timesteps >= 24
+
+
+@pytest.mark.parametrize("kind", ["str", "Path", "suffix", "stream"])
+def test_a_file_is_a_path_with_or_without_suffix_or_a_stream(make, trained, kind, tmp_path):
+    path = {"str": str(tmp_path / "agent"), "suffix": tmp_path / "agent.zip"}.get(
+        kind, io.BytesIO() if kind == "stream" else tmp_path / "new" / "folder" / "agent"
+    )
+    trained.save(path)
+    if kind == "stream":
+        path.seek(0)
+    assert_same_agents(make.cls.load(path, device="cpu"), trained)
+
+
+def test_without_an_environment_it_predicts_but_does_not_learn(make, file, observations):
+    loaded = make.cls.load(file, device="cpu")
+    actions(loaded, observations)
+    with pytest.raises(AssertionError):
+        loaded.learn(7)
+    loaded.set_env(CountingEnv())
+    before = parameters(loaded)
+    loaded.learn(21)
+    assert loaded.num_timesteps == 21 and not torch.equal(parameters(loaded), before)
+
+
+def test_learning_continues_after_load_on_another_number_of_environments(make, file, trained):
+    found = []
+    for _ in range(2):
+        loaded = make.cls.load(file, env=vector(7, 4), device="cpu")
+        assert loaded.n_envs == 2
+        loaded.learn(28, reset_num_timesteps=False)
+        assert loaded.num_timesteps >= 56 and loaded._n_updates > trained._n_updates
+        found.append(loaded)
+    assert_same_agents(*found)  # load seeds from the seed
+
+
+def test_arguments_given_to_load_replace_the_files(make, file):
+    loaded = make.cls.load(file, env=CountingEnv(), device="cpu", learning_rate=0.0321, verbose=0)
+    assert loaded.learning_rate == 0.0321 and loaded.lr_schedule(1.0) == 0.0321
+    with pytest.raises(ValueError, match="bogus passed to load is no argument of it"):
+        make.cls.load(file, device="cpu", bogus=3)
+    with pytest.raises(ValueError, match=r"arguments that fit it, here learning_rate"):
+        make.cls.load(file, env=CountingEnv(), device="cpu", learning_rate=-1.0)
+
+
+def test_objects_are_in_the_file_or_asked_for(make, tmp_path):
+    """An estimator is; a schedule that is a function is not, and must be passed again."""
+    estimator = estimators.make("tpx", baseline=estimators.baselines.none)
+    agent = make(estimator=estimator, learning_rate=lambda p: 0.1 * p)
+    agent.save(tmp_path / "agent")
+    with pytest.raises(ValueError, match=r"learning_rate was a builtins.function.*pass it again"):
+        make.cls.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
+    schedule = {"learning_rate": lambda p: 0.1 * p}
+    loaded = make.cls.load(tmp_path / "agent", CountingEnv(), "cpu", custom_objects=schedule)
+    assert loaded.estimator == estimator and loaded.learning_rate(0.5) == 0.05
+    loaded.learn(14)
+
+
+def test_attributes_can_be_left_out_or_added(make, tmp_path):
+    agent = make()
+    agent.note = "mine"
+    names = set(agent.file_values()["attributes"])
+    assert "note" in names and not {"env", "policy", "_logger"} & names
+    assert "seed" not in agent.file_values(exclude=["seed"])["attributes"]
+
+
+# Files that do not fit
+
+
+def test_a_missing_file(make):
+    with pytest.raises(FileNotFoundError, match="no/such/file.zip does not exist"):
+        make.cls.load("no/such/file")
+
+
+@pytest.mark.parametrize("other", AGENTS)
+def test_a_file_of_another_agent_is_one_clear_sentence(make, file, other):
+    cls = Maker(other).cls
+    if other == make.name:
+        return
+    with pytest.raises(ValueError, match=rf"^cannot load .*agent.zip as a {cls.__name__}") as error:
+        cls.load(file)
+    assert f"expected a file written by {cls.__name__}.save" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_another_library_is_not_unpickled(make, tmp_path):
+    PPO("MlpPolicy", "Pendulum-v1", n_steps=4, batch_size=4, device="cpu").save(tmp_path / "ppo")
+    with pytest.raises(ValueError, match="cannot load") as error:
+        make.cls.load(tmp_path / "ppo")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_one_clear_sentence(make, file, share, tmp_path):
+    content = file.read_bytes()
+    (tmp_path / "cut.zip").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match="cannot load .*cut.zip") as error:
+        make.cls.load(tmp_path / "cut.zip")
+    assert "\n" not in str(error.value)
+
+
+def test_an_environment_with_other_spaces_is_refused(make, file):
+    with pytest.raises(ValueError, match="spaces do not match"):
+        make.cls.load(file, env=OtherSpaces())
+
+
+def test_a_failed_save_leaves_the_file_that_was_there(make, trained, tmp_path, monkeypatch):
+    trained.save(tmp_path / "agent")
+    before = (tmp_path / "agent.zip").read_bytes()
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        make().save(tmp_path / "agent")
+    assert (tmp_path / "agent.zip").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["agent.zip"]
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("source", ["agent", "file"])
+def test_setting_parameters_makes_agents_equal(make, trained, file, observations, source):
+    other = make(seed=1).learn(14)
+    assert not np.array_equal(actions(other, observations), actions(trained, observations))
+    given = copy.deepcopy(trained.get_parameters()) if source == "agent" else file
+    other.set_parameters(given)
+    assert_same(other.get_parameters(), trained.get_parameters())
+    np.testing.assert_array_equal(actions(other, observations), actions(trained, observations))
+    other.learn(7, reset_num_timesteps=False)
+
+
+def test_agents_do_not_share_what_was_set(make):
+    agent, other = make().learn(21), make(seed=1)
+    other.set_parameters(agent.get_parameters())
+    before = copy.deepcopy(agent.get_parameters())
+    other.learn(21)
+    assert_same(agent.get_parameters(), before)
+
+
+def test_parameters_that_do_not_fit_change_nothing(make, trained):
+    """Names, shapes, types and values are checked before the first is set."""
+    agent, good = make(seed=1), trained.get_parameters()
+    before = parameters(agent)
+    name, weight = next((k, v) for k, v in good["policy"].items() if v.is_floating_point())
+    wrong = {
+        "parameters of": {"policy": good["policy"]} if len(good) > 1 else {},
+        "expected": {**good, "policy2": {}},
+        "lacks": {**good, "policy": {k: v for k, v in good["policy"].items() if k != name}},
+        "the file has": {**good, "policy": {**good["policy"], "stray": weight}},
+        r"is \[.*\] in the file, \[": {**good, "policy": {**good["policy"], name: weight[..., :0]}},
+        "is torch.float16 in the file": {
+            **good, "policy": {**good["policy"], name: weight.half()}
+        },
+        "holds a NaN": {**good, "policy": {**good["policy"], name: weight * float("nan")}},
+        "no state dict": {**good, "policy": [weight]},
+    }  # fmt: skip
+    for words, given in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            agent.set_parameters(given)
+        assert torch.equal(parameters(agent), before), words
+
+
+def test_some_of_the_parameters_can_be_set(make, trained):
+    agent = make(seed=1)
+    agent.set_parameters({"policy": trained.get_parameters()["policy"]}, exact_match=False)
+    assert torch.equal(parameters(agent), parameters(trained))
+
+
+def test_vec_normalize_is_carried_along_or_refused(make, file):
+    """By the constructor, by `load` and by `set_env` alike, before any step is taken."""
+
+    def normalised():
+        return VecNormalize(vector(7))
+
+    agent = make()
+    try:
+        taken = make(normalised())
+    except ValueError as error:
+        assert "VecNormalize" in str(error)  # noqa: PT017
+        with pytest.raises(ValueError, match="VecNormalize"):
+            make.cls.load(file, env=normalised())
+        with pytest.raises(ValueError, match="VecNormalize"):
+            agent.set_env(normalised())
+        return
+    assert taken.get_vec_normalize_env() is taken.get_env()
+    taken.learn(14)
+    make.cls.load(file, env=normalised(), device="cpu").learn(14)
+    agent.set_env(normalised())
+    agent.learn(14)
