@@ -35,8 +35,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Test -> in what the agent differs from stable-baselines3's, and why. Each of these tests must fail:
-# what has been mended is struck off.
+# Test -> how the agent differs from stable-baselines3's, and why. The test must fail: whoever mends
+# the agent strikes its line off.
 EXCEPTIONS = {
     "test_the_success_rate_is_logged[pipps]": "a bug: is_success is gathered and not logged",
     "test_the_success_rate_is_logged[dreamer]": "a bug: is_success is gathered and not logged",

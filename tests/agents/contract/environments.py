@@ -62,6 +62,32 @@ class BrokenEnv(CountingEnv):
         return observation, (np.inf if self.time == 3 and self.where == "reward" else reward), *rest
 
 
+class NoisyEnv(CountingEnv):
+    """The first entry of the observation is a random walk from a random start."""
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict]:
+        observation, info = super().reset(**kwargs)
+        self.x = float(self.np_random.normal())
+        observation[0] = self.x
+        return observation, info
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        observation, reward, *rest = super().step(action)
+        self.x += 0.1 * float(self.np_random.normal())
+        observation[0] = self.x
+        return observation, reward, *rest
+
+
+class RewindableEnv(NoisyEnv):
+    """The same, which knows its state."""
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("x", "time", "episode", "steps")}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
 class OtherSpaces(CountingEnv):
     """The same with an action less."""
 

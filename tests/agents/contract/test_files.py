@@ -120,7 +120,7 @@ def test_attributes_can_be_left_out_or_added(make, tmp_path):
 
 
 def test_a_missing_file(make):
-    with pytest.raises(FileNotFoundError, match="no/such/file.zip does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"no/such/file\.zip does not exist"):
         make.cls.load("no/such/file")
 
 
@@ -146,7 +146,7 @@ def test_a_file_of_another_library_is_not_unpickled(make, tmp_path):
 def test_a_truncated_file_is_one_clear_sentence(make, file, share, tmp_path):
     content = file.read_bytes()
     (tmp_path / "cut.zip").write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match="cannot load .*cut.zip") as error:
+    with pytest.raises(ValueError, match=r"cannot load .*cut\.zip") as error:
         make.cls.load(tmp_path / "cut.zip")
     assert "\n" not in str(error.value)
 
