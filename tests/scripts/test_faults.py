@@ -4,15 +4,13 @@ import csv
 import subprocess
 import sys
 import textwrap
-from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecMonitor
 
-from totalprop.agents import DAAPPO, PIPPS, DreamerTPX
+from totalprop.agents import DAAPPO, DreamerTPX
 from totalprop.scripts import train
 from totalprop.scripts.reliability import kill_test
 from totalprop.scripts.run.folder import make_env
@@ -202,28 +200,6 @@ TINY_DREAMER = {
     "horizon": 3, "train_freq": 10, "gradient_steps": 2, "buffer_size": 100, "device": "cpu",
     "policy_kwargs": {"stoch": 3, "deter": 5, "hidden": 5, "width": 5},
 }  # fmt: skip
-TINY_AGENTS = {
-    "pipps": partial(PIPPS, "RBFPolicy", n_particles=6, gradient_steps=1, gp_evaluations=2,
-                     horizon=3, cost_fn=lambda states: states.square().sum(-1)),
-    "dreamer": partial(DreamerTPX, "DreamerPolicy", **TINY_DREAMER),
-    "daappo": partial(DAAPPO, "MlpPolicy", action_source="none", n_steps=16, batch_size=16),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("agent", list(TINY_AGENTS))
-@pytest.mark.parametrize("is_wrapped", [False, True])
-def test_a_worker_process_that_dies(agent, is_wrapped):
-    workers = SubprocVecEnv([lambda: gym.make("Pendulum-v1")] * 2, start_method="forkserver")
-    env = VecMonitor(workers) if is_wrapped else workers
-
-    def kill(variables, _):
-        if variables["self"].num_timesteps >= 10:
-            workers.processes[1].kill()
-        return True
-
-    with pytest.raises(RuntimeError, match=r"process\(es\) 1 of 2 \(exit code -9\) died"):
-        TINY_AGENTS[agent](env=env, device="cpu").learn(1000, callback=kill)
-    workers.processes[0].kill()
 
 
 def test_tensorboard_that_cannot_be_written(tmp_path, capsys, monkeypatch):

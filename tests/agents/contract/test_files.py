@@ -89,7 +89,7 @@ def test_learning_continues_after_load_on_another_number_of_environments(make, f
 def test_arguments_given_to_load_replace_the_files(make, file):
     loaded = make.cls.load(file, env=CountingEnv(), device="cpu", learning_rate=0.0321, verbose=0)
     assert loaded.learning_rate == 0.0321 and loaded.lr_schedule(1.0) == 0.0321
-    with pytest.raises(ValueError, match="bogus passed to load is no argument of it"):
+    with pytest.raises(ValueError, match="bogus passed to load: the agent has no such argument"):
         make.cls.load(file, device="cpu", bogus=3)
     with pytest.raises(ValueError, match=r"arguments that fit it, here learning_rate"):
         make.cls.load(file, env=CountingEnv(), device="cpu", learning_rate=-1.0)

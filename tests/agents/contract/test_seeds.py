@@ -13,8 +13,13 @@ def test_same_seed_same_bits_and_another_seed_others(make, trained):
 
 
 def test_no_seed_differs(make):
-    first, second = (make(seed=None).learn(14) for _ in range(2))
-    assert not torch.equal(parameters(first), parameters(second))
+    agents = first, second = [make(seed=None) for _ in range(2)]
+    own = [
+        {k: v.initial_seed() for k, v in vars(agent).items() if isinstance(v, torch.Generator)}
+        for agent in agents
+    ]
+    assert all(seed != own[1][name] for name, seed in own[0].items())
+    assert not torch.equal(parameters(first.learn(14)), parameters(second.learn(14)))
 
 
 def test_set_random_seed_is_the_seed_of_everything(make):

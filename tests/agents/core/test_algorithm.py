@@ -3,23 +3,18 @@
 import pytest
 import torch
 
-from totalprop.agents import DAAPPO, PIPPS, DreamerTPX
+from tests.agents.contract.conftest import Maker
+from totalprop.agents import DAAPPO, DreamerTPX
 from totalprop.agents.core import algorithm as saving
 from totalprop.agents.persistence import checkpoint
 
-DREAMER = {"policy_kwargs": {"stoch": 3, "deter": 5, "hidden": 5, "width": 5}}
-DREAMER |= {"learning_starts": 20, "sequence_length": 6, "batch_size": 3, "gradient_steps": 1}
-DREAMER |= {"train_freq": 20, "horizon": 3, "imagination_starts": 4}
-SETTINGS = {DreamerTPX: ("DreamerPolicy", DREAMER)}
-DAA = {"n_steps": 20, "batch_size": 20, "n_epochs": 1, "dynamics_width": 8, "n_extra_actions": 2}
-SETTINGS[DAAPPO] = "MlpPolicy", DAA
+NAMES = {DreamerTPX: "dreamer", DAAPPO: "daappo"}
 MODEL, VALUE = "_update.model_optimizer", "value_optimizer"
 
 
 def trained(cls, folder=None):
-    policy, settings = SETTINGS[cls]
-    agent = cls(policy, "Pendulum-v1", **settings, seed=0, device="cpu")
-    return agent.learn(40, None if folder is None else checkpoint.Checkpoints(folder))
+    agent = Maker(NAMES[cls])()
+    return agent.learn(21, None if folder is None else checkpoint.Checkpoints(folder))
 
 
 def groups(agent):
@@ -89,12 +84,3 @@ def test_an_optimiser_without_eps():
     optimizer = torch.optim.SGD([weight], 0.5)
     saving._set_step_sizes(optimizer, saving._step_sizes(torch.optim.SGD([weight], 0.25)))
     assert optimizer.param_groups[0]["lr"] == 0.25 and "eps" not in optimizer.param_groups[0]
-
-
-def test_an_argument_that_load_does_not_know_is_not_the_files_fault(tmp_path):
-    agent = PIPPS("LinearPolicy", "totalprop/CartPoleSwingUp-v0", device="cpu")
-    agent.save(tmp_path / "agent")
-    with pytest.raises(ValueError, match="bogus passed to load: the agent has no such argument"):
-        PIPPS.load(tmp_path / "agent", bogus=3)
-    with pytest.raises(ValueError, match=r"arguments that fit it, here learning_rate"):
-        PIPPS.load(tmp_path / "agent", env="totalprop/CartPoleSwingUp-v0", learning_rate=-1.0)

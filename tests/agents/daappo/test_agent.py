@@ -1,4 +1,4 @@
-"""DAAPPO: PPO without extra actions, its gradient with them, and stable-baselines3's contract.
+"""DAAPPO beside the contract: it is PPO without extra actions; its gradient with them.
 
 All on `Point`, a tiny noisy environment that can be rewound.
 """
@@ -13,12 +13,13 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from tests.agents.contract import probes
+from tests.agents.contract.probes import Trace, parameters
 from totalprop import estimators
 from totalprop.agents import DAAPPO
 from totalprop.agents.daappo import loss
@@ -72,30 +73,9 @@ def make(env=None, **changes):
     return DAAPPO("MlpPolicy", env or Point(), **{**TINY, **SMALL, **changes})
 
 
-def parameters(agent):
-    return torch.nn.utils.parameters_to_vector(agent.policy.parameters()).detach().clone()
-
-
 def assert_same(agent, other):
     """Parameters of all networks and optimisers, bit for bit."""
-    found, expected = agent.get_parameters(), other.get_parameters()
-    assert found.keys() == expected.keys()
-    for name in found:
-        assert_same_tensors(found[name], expected[name])
-
-
-def assert_same_tensors(found, expected):
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key in expected:
-            assert_same_tensors(found[key], expected[key])
-    elif isinstance(expected, list | tuple):
-        for x, y in zip(found, expected, strict=True):
-            assert_same_tensors(x, y)
-    elif isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected)
-    else:
-        assert found == expected
+    probes.assert_same(agent.get_parameters(), other.get_parameters())
 
 
 class Memory(KVWriter):
@@ -164,6 +144,15 @@ def test_until_the_warm_up_is_over_it_is_ppo(name):
         assert values["train/extra_actions"] == 0 and values["dynamics/transition_loss"] > 0
         for key, value in others.items():
             assert values[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+
+
+def test_an_unseeded_agent_draws_from_torch_what_ppo_draws():
+    states = []
+    for cls in (PPO, DAAPPO):
+        torch.manual_seed(5)
+        agent = cls("MlpPolicy", Point(), n_steps=10, batch_size=10, device="cpu")
+        states.append((torch.get_rng_state(), agent.policy.state_dict()))
+    probes.assert_same(*states)
 
 
 class Odd(gym.Env):
@@ -635,46 +624,10 @@ def test_spaces_of_double_precision(source, seen, acted):
     assert torch.isfinite(parameters(make(Double(), action_source=source).learn(32))).all()
 
 
-def test_continuing_is_as_if_it_had_not_stopped():
-    whole = make().learn(64)
-    agent = make().learn(32)
-    agent.predict(np.zeros(3, np.float32), deterministic=True)
-    agent.learn(32, reset_num_timesteps=False)
-    assert agent.num_timesteps == 64
-    assert_same(agent, whole)
-
-
 def test_learn_returns_self_and_rounds_up_to_whole_rollouts():
     agent = make(vector(2))
     assert agent.learn(33) is agent
     assert agent.num_timesteps == 64
-
-
-class Trace(BaseCallback):
-    """The order of events; may stop the training."""
-
-    def __init__(self, stop_at=None, stop_with=False):
-        super().__init__()
-        self.events, self.stop_at, self.stop_with = [], stop_at, stop_with
-
-    def _init_callback(self):
-        self.events.append("init")
-
-    def _on_training_start(self):
-        self.events.append("start")
-
-    def _on_rollout_start(self):
-        self.events.append("rollout+")
-
-    def _on_step(self):
-        self.events.append("step")
-        return self.stop_with if self.num_timesteps == self.stop_at else True
-
-    def _on_rollout_end(self):
-        self.events.append("rollout-")
-
-    def _on_training_end(self):
-        self.events.append("end")
 
 
 @pytest.mark.parametrize("source", ["none", *SOURCES])
@@ -686,14 +639,6 @@ def test_events_are_those_of_ppo(source):
     assert trace.events.count("init") == 1 and trace.events.count("step") == 32
 
 
-@pytest.mark.parametrize("stop", [False, np.bool_(False), torch.tensor(False)])
-def test_a_callback_stops_the_training_and_it_can_go_on(stop):
-    trace = Trace(stop_at=23, stop_with=stop)
-    agent = make().learn(100, callback=trace)
-    assert agent.num_timesteps == 23 and trace.events[-1] == "end"
-    assert agent.learn(16, reset_num_timesteps=False).num_timesteps == 39
-
-
 def test_a_stop_does_not_lose_the_step_that_was_taken():
     """The next learn goes on where the environment is; the recorded pairs are the true ones."""
     agent = make().learn(100, callback=Trace(stop_at=5))
@@ -702,23 +647,6 @@ def test_a_stop_does_not_lose_the_step_that_was_taken():
     clocks = 7 * rows["states"][:, 2], 7 * rows["next_states"][:, 2]
     np.testing.assert_allclose(clocks[1] - clocks[0], 1, atol=1e-5)
     assert agent._last_episode_starts.shape == (1,)
-
-
-def test_logs_are_written_at_the_same_steps_however_the_training_is_cut():
-    def dumps(*budgets):
-        agent = make()
-        found = logged(agent)
-        for budget in budgets:
-            agent.learn(budget, log_interval=3, reset_num_timesteps=False)
-        return [dump["time/total_timesteps"] for dump in found]
-
-    assert dumps(160) == dumps(64, 96) == [48, 96, 144]
-    agent = make()
-    found = logged(agent)
-    agent.learn(32, log_interval=None)
-    assert not found
-    agent.dump_logs()
-    assert len(found) == 1
 
 
 def test_schedules_stay_in_their_range_where_the_last_rollout_overshoots(monkeypatch):
@@ -758,14 +686,6 @@ def test_extra_actions_lie_in_a_space_whose_bounds_single_precision_has_not():
     make(Narrow(), action_source="rewind").learn(32)
 
 
-def test_function_and_list_callbacks():
-    seen, traces = [], [Trace(), Trace()]
-    make().learn(16, callback=lambda values, _: bool(seen.append(values["dones"])) or True)
-    assert len(seen) == 16
-    make().learn(16, callback=traces)
-    assert [t.events.count("step") for t in traces] == [16, 16]
-
-
 @pytest.mark.parametrize("source", SOURCES)
 def test_evaluating_and_saving_does_not_change_the_training(tmp_path, source):
     settings = {"action_source": source}
@@ -781,22 +701,6 @@ def test_evaluating_and_saving_does_not_change_the_training(tmp_path, source):
     assert_same(watched, alone)
     assert (tmp_path / "best_model.zip").exists() and (tmp_path / "evaluations.npz").exists()
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
-
-
-def test_predict():
-    agent = make().learn(16)
-    observations = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    state = torch.get_rng_state()
-    action, memory = agent.predict(observations[0], deterministic=True)
-    assert action.shape == (2,) and memory is None
-    batch, _ = agent.predict(observations, deterministic=True)
-    assert batch.shape == (5, 2) and batch.dtype == np.float32
-    np.testing.assert_allclose(batch[0], action, rtol=1e-5)
-    assert torch.equal(torch.get_rng_state(), state)
-    noisy, _ = agent.predict(np.tile(observations[0], (50, 1)))
-    assert (noisy >= agent.action_space.low).all() and (noisy <= agent.action_space.high).all()
-    assert np.ptp(noisy[:, 0]) > 0.5
-    assert np.isfinite(evaluate_policy(agent, Monitor(Point()), 2)[0])
 
 
 def test_tanh_mean_policy_keeps_the_mean_inside_and_learns(tmp_path):
@@ -825,13 +729,11 @@ def assert_tensors_differ(module, other):
     assert not all(torch.equal(x, y) for x, y in pairs)
 
 
-@pytest.mark.parametrize("with_env", [True, False])
 @pytest.mark.parametrize("source", ["none", *SOURCES])
-def test_save_and_load(tmp_path, source, with_env):
+def test_save_and_load(tmp_path, source):
     agent = make(vector(2), action_source=source, estimator="lr", n_extra_actions=3).learn(64)
     agent.save(tmp_path / "agent")
-    env = vector(2)
-    loaded = DAAPPO.load(tmp_path / "agent", env=env if with_env else None, device="cpu")
+    loaded = DAAPPO.load(tmp_path / "agent", env=vector(2), device="cpu")
     assert_same(loaded, agent)
     assert loaded.num_timesteps == 64
     for name in ("action_source", "n_extra_actions", "estimator", "dynamics_width"):
@@ -846,8 +748,6 @@ def test_save_and_load(tmp_path, source, with_env):
         assert steps == agent.value_optimizer.state_dict()["state"][0]["step"] > 0
     else:
         assert set(agent.get_parameters()) == {"policy", "policy.optimizer"}
-    if not with_env:
-        loaded.set_env(env)
     before = parameters(loaded)
     loaded.learn(32, reset_num_timesteps=False)
     assert loaded.num_timesteps == 96 and not torch.equal(parameters(loaded), before)

@@ -1,9 +1,8 @@
-"""PIPPS: stable-baselines3's contract item by item, the data it stores, and that it learns.
+"""PIPPS beside the contract of tests/agents/contract/: its data, model and cost; that it learns.
 
 All on tiny settings. `CountingEnv` makes every stored number predictable.
 """
 
-import random
 import types
 import warnings
 from pathlib import Path
@@ -15,20 +14,15 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import (
     BaseCallback,
-    CallbackList,
-    CheckpointCallback,
-    EvalCallback,
-    LogEveryNTimesteps,
-    ProgressBarCallback,
-    StopTrainingOnMaxEpisodes,
 )
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.logger import KVWriter, Logger, configure
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 import totalprop.envs  # noqa: F401  (registers the cart-pole)
+from tests.agents.contract.probes import Memory, Trace, parameters
 from totalprop import estimators
 from totalprop.agents import PIPPS
 from totalprop.agents.pipps.presets import PRESETS
@@ -83,26 +77,6 @@ class CostEnv(CountingEnv):
         return 1 - torch.exp(-0.5 * (states[..., 0] - 1.0) ** 2)
 
 
-class BrokenEnv(CountingEnv):
-    """Returns a NaN at the third step of an episode (or at reset)."""
-
-    def __init__(self, where):
-        super().__init__()
-        self.where = where
-
-    def reset(self, **kwargs):
-        observation, info = super().reset(**kwargs)
-        return (observation * np.nan if self.where == "reset" else observation), info
-
-    def step(self, action):
-        observation, reward, *rest = super().step(action)
-        if observation[1] == 3 and self.where == "observation":
-            observation = observation * np.float32(np.nan)
-        if self.state[1] == 3 and self.where == "reward":
-            reward = np.inf
-        return observation, reward, *rest
-
-
 def vector(*lengths):
     """Counting environments of these lengths; number i starts its episodes at 100 i."""
     makers = [
@@ -118,47 +92,6 @@ def make(env=None, policy="RBFPolicy", **changes):
     return PIPPS(policy, CountingEnv() if env is None else env, **{**TINY, **changes})
 
 
-def parameters(agent):
-    return torch.nn.utils.parameters_to_vector(agent.policy.parameters()).detach().clone()
-
-
-class Trace(BaseCallback):
-    """The order of events, and whatever else a test wants to read."""
-
-    def __init__(self, stop_at=None, stop_with=False):
-        super().__init__()
-        self.events, self.stop_at, self.stop_with = [], stop_at, stop_with
-
-    def _on_training_start(self):
-        self.events.append("start")
-
-    def _on_rollout_start(self):
-        self.events.append("rollout+")
-
-    def _on_step(self):
-        self.events.append("step")
-        return self.stop_with if self.num_timesteps == self.stop_at else True
-
-    def _on_rollout_end(self):
-        self.events.append("rollout-")
-
-    def _on_training_end(self):
-        self.events.append("end")
-
-
-class Memory(KVWriter):
-    """Keeps what is logged: one (values, step) per dump."""
-
-    def __init__(self):
-        self.dumps = []
-
-    def write(self, key_values, key_excluded, step=0):
-        self.dumps.append((dict(key_values), step))
-
-    def close(self):
-        pass
-
-
 def logged(agent):
     memory = Memory()
     agent.set_logger(Logger(None, [memory]))
@@ -166,18 +99,6 @@ def logged(agent):
 
 
 # Construction
-
-
-@pytest.mark.parametrize(
-    "env",
-    [CARTPOLE, gym.make(CARTPOLE), DummyVecEnv([CountingEnv])],
-    ids=["id", "instance", "VecEnv"],
-)
-def test_environment_may_be_an_id_an_instance_or_a_vec_env(env):
-    agent = make(env)
-    assert agent.get_env().num_envs == 1
-    action, state = agent.predict(agent.observation_space.sample() * 0)
-    assert action.shape == (1,) and state is None
 
 
 @pytest.mark.parametrize(
@@ -193,18 +114,8 @@ def test_policy_may_be_a_name_or_a_class(policy, expected):
     assert type(make(policy=policy).policy) is expected
 
 
-def test_unknown_policy_name_is_an_error():
-    with pytest.raises(ValueError, match="MlpPolicy"):
-        make(policy="MlpPolicy")
-
-
 def test_policy_kwargs_reach_the_policy():
     assert make(policy_kwargs={"n_centres": 9}).policy.n_centres == 9
-
-
-def test_constructor_without_an_environment_says_what_is_missing():
-    with pytest.raises((ValueError, TypeError, AssertionError), match="env"):
-        PIPPS("RBFPolicy")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -238,12 +149,6 @@ def test_wrong_values_are_one_sentence_with_the_value_and_the_remedy(name):
     with pytest.raises(ValueError, match=f"^{name} must be {expected}.*, got {value!r}$") as error:
         make(**{name: value})
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -0.1])
-def test_learning_rate_must_be_a_positive_number(rate):
-    with pytest.raises(ValueError, match="learning_rate must be above 0"):
-        make(learning_rate=rate)
 
 
 @pytest.mark.parametrize("estimator", ["rp", "tpx", "gr"])
@@ -308,25 +213,6 @@ def test_vec_normalize_is_refused_by_the_constructor():
         make(VecNormalize(DummyVecEnv([CountingEnv])))
 
 
-def test_vec_normalize_is_refused_by_load(tmp_path):
-    make().save(tmp_path / "agent")
-    with pytest.raises(ValueError, match="VecNormalize"):
-        PIPPS.load(tmp_path / "agent", env=VecNormalize(DummyVecEnv([CountingEnv])))
-
-
-def test_vec_normalize_is_refused_by_set_env():
-    """There or at the next `learn`: before any step is taken."""
-    agent = make()
-
-    def use():
-        agent.set_env(VecNormalize(DummyVecEnv([CountingEnv])))
-        agent.learn(7)
-
-    with pytest.raises(ValueError, match="VecNormalize"):
-        use()
-    assert agent.num_timesteps == 0
-
-
 # The loop
 
 
@@ -337,61 +223,9 @@ def test_learn_returns_self_and_uses_the_budget_exactly():
     assert len(agent.dynamics.inputs) == len(agent.reward_model.inputs) == 17
 
 
-@pytest.mark.parametrize("budget", [1, 2, 7, 8])
-def test_any_budget_works(budget):
-    agent = make().learn(budget)
-    assert agent.num_timesteps == budget
-    assert torch.isfinite(parameters(agent)).all()
-
-
 def test_overshoot_is_less_than_the_number_of_environments():
     agent = make(vector(7, 4, 5)).learn(20)
     assert agent.num_timesteps == 21
-
-
-def test_events_come_in_stable_baselines3s_order():
-    trace = Trace()
-    make().learn(17, callback=trace)
-    rollout = ["rollout+", *["step"] * 7, "rollout-"]
-    assert trace.events == [
-        "start",
-        *rollout,
-        *rollout,
-        "rollout+",
-        *["step"] * 3,
-        "rollout-",
-        "end",
-    ]
-
-
-@pytest.mark.parametrize("stop", [False, np.bool_(False), torch.tensor(False)])
-def test_callback_stops_the_training(stop):
-    trace = Trace(stop_at=10, stop_with=stop)
-    agent = make().learn(100, callback=trace)
-    assert agent.num_timesteps == 10
-    assert trace.events.count("step") == 10 and trace.events[-1] == "end"
-    assert agent.learn(7, reset_num_timesteps=False).num_timesteps == 17
-
-
-def test_function_and_list_callbacks():
-    seen, trace = [], Trace()
-    agent = make()
-    agent.learn(
-        7, callback=lambda _locals, _globals: bool(seen.append(_locals["dones"][0])) or True
-    )
-    assert seen == [False] * 6 + [True]
-    agent.learn(7, callback=[trace])
-    assert trace.events.count("step") == 7
-
-
-def test_callbacks_see_the_locals_that_others_rely_on():
-    class Look(Trace):
-        def _on_step(self):
-            needed = {"dones", "infos", "rewards", "total_timesteps", "tb_log_name", "actions"}
-            assert needed <= set(self.locals) and self.locals["self"] is self.model
-            return True
-
-    make().learn(3, callback=Look())
 
 
 def test_counters():
@@ -535,14 +369,6 @@ def test_angle_dims_reach_model_and_policy():
     np.testing.assert_allclose(inputs[:, 2], np.cos(times), atol=1e-12)
     np.testing.assert_allclose(agent.dynamics.targets[:, 1], 1.0)  # the raw difference
     np.testing.assert_allclose(agent.reward_model.inputs[:, 1], np.sin(times + 1), atol=1e-6)
-
-
-@pytest.mark.parametrize("where", ["observation", "reward", "reset"])
-def test_non_finite_values_of_the_environment_are_a_clear_error(where):
-    name = "observation" if where == "reset" else where
-    match = f"environment.*{name}"
-    with pytest.raises(ValueError, match=match):
-        make(BrokenEnv(where)).learn(14)
 
 
 # Which model, which cost
@@ -860,62 +686,6 @@ def test_an_environment_without_cost_from_gymnasium():
 # Callbacks of stable-baselines3
 
 
-def test_eval_callback_does_not_change_the_training(tmp_path):
-    found = []
-    for evaluate in (False, True):
-        agent = make(CARTPOLE)
-        callback = None
-        if evaluate:
-            callback = EvalCallback(
-                Monitor(gym.make(CARTPOLE)),
-                best_model_save_path=str(tmp_path),
-                log_path=str(tmp_path),
-                eval_freq=10,
-                n_eval_episodes=2,
-                deterministic=False,
-                verbose=0,
-            )
-        agent.learn(65, callback=callback)
-        found.append((parameters(agent), agent.dynamics.inputs))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
-    results = np.load(tmp_path / "evaluations.npz")
-    assert results["timesteps"].tolist() == [10, 20, 30, 40, 50, 60]
-    assert results["results"].shape == (6, 2)
-    assert PIPPS.load(tmp_path / "best_model", device="cpu").n_particles == 20
-
-
-def test_checkpoint_callback(tmp_path):
-    agent = make().learn(14, callback=CheckpointCallback(7, str(tmp_path), name_prefix="p"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["p_14_steps.zip", "p_7_steps.zip"]
-    loaded = PIPPS.load(tmp_path / "p_14_steps.zip", env=CountingEnv(), device="cpu")
-    # Checkpoints are taken at a step, before the trial's policy search.
-    assert loaded.num_timesteps == 14 and loaded._n_updates == 3
-    assert agent._n_updates == 6
-
-
-def test_stop_training_on_max_episodes():
-    agent = make().learn(1000, callback=StopTrainingOnMaxEpisodes(3))
-    assert agent.num_timesteps == 21
-
-
-def test_log_every_n_timesteps():
-    agent = make()
-    memory = logged(agent)
-    agent.learn(14, callback=LogEveryNTimesteps(5), log_interval=1000)
-    assert [step for _, step in memory.dumps] == [5, 10]
-
-
-def test_progress_bar(capsys):
-    agent = make().learn(14, callback=ProgressBarCallback())
-    assert agent.learn(7, progress_bar=True).num_timesteps == 7
-    assert "100%" in capsys.readouterr().out
-
-
-def test_callback_lists_with_everything_at_once(tmp_path):
-    callbacks = CallbackList([Trace(), CheckpointCallback(5, str(tmp_path)), LogEveryNTimesteps(4)])
-    assert make(vector(7, 4)).learn(20, callback=callbacks).num_timesteps == 20
-
-
 # Prediction
 
 
@@ -932,42 +702,15 @@ def test_predict_single_batch_and_deterministic():
     np.testing.assert_allclose(batch, LOW + (HIGH - LOW) * (scaled + 1) / 2, atol=1e-5)
 
 
-def test_predict_draws_nothing():
-    agent = make()
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
-    expected = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    own = agent._generator.get_state()
-    for deterministic in (True, False):
-        agent.predict(np.zeros((4, 2), np.float32), deterministic=deterministic)
-    assert torch.equal(torch.get_rng_state(), expected[0])
-    assert np.random.get_state()[1].tolist() == expected[1] and random.getstate() == expected[2]
-    assert torch.equal(agent._generator.get_state(), own)
-
-
-def test_evaluate_policy():
-    agent = make(CARTPOLE).learn(30)
-    mean, std = evaluate_policy(agent, Monitor(gym.make(CARTPOLE)), n_eval_episodes=3)
-    assert -30 <= mean <= 0 and std >= 0
-    rewards, lengths = evaluate_policy(
-        make().learn(7), vector(7, 4), n_eval_episodes=4, return_episode_rewards=True
-    )
-    assert sorted(zip(lengths, rewards, strict=True)) == [(4, -10.0)] * 2 + [(7, -28.0)] * 2
-
-
 # Saving
 
 
 OBSERVATIONS = np.random.default_rng(0).uniform(-1, 5, (20, 2)).astype(np.float32)
 
 
-@pytest.mark.parametrize("trained", [0, 7, 10])
 @pytest.mark.parametrize("policy", ["RBFPolicy", "LinearPolicy"])
-def test_save_load_predict_is_identical(policy, trained, tmp_path):
-    agent = make(policy=policy, angle_dims=(1,), estimator="tp", learning_rate=0.02)
-    if trained:
-        agent.learn(trained)
+def test_save_load_predict_is_identical(policy, tmp_path):
+    agent = make(policy=policy, angle_dims=(1,), estimator="tp", learning_rate=0.02).learn(10)
     agent.save(tmp_path / "agent")
     loaded = PIPPS.load(tmp_path / "agent", device="cpu")
     for key, value in agent.get_parameters().items():
@@ -975,20 +718,10 @@ def test_save_load_predict_is_identical(policy, trained, tmp_path):
             assert torch.equal(tensor, loaded.get_parameters()[key][name]), (key, name)
     expected, _ = agent.predict(OBSERVATIONS)
     assert np.array_equal(loaded.predict(OBSERVATIONS)[0], expected)
-    assert loaded.num_timesteps == trained and loaded._n_trials == agent._n_trials
+    assert loaded.num_timesteps == 10 and loaded._n_trials == agent._n_trials
     for name in ("n_particles", "horizon", "estimator", "seed", "learning_rate"):
         assert getattr(loaded, name) == getattr(agent, name), name
     assert tuple(loaded.angle_dims) == (1,)
-
-
-def test_load_without_an_environment_predicts_but_does_not_learn(tmp_path):
-    make().learn(7).save(tmp_path / "agent")
-    loaded = PIPPS.load(tmp_path / "agent", device="cpu")
-    loaded.predict(OBSERVATIONS)
-    with pytest.raises(AssertionError):
-        loaded.learn(7)
-    loaded.set_env(CountingEnv())
-    assert loaded.learn(7).num_timesteps == 7
 
 
 def test_training_continues_after_load(tmp_path):
@@ -1006,16 +739,6 @@ def test_training_continues_after_load(tmp_path):
     assert np.abs(scaled).max() > 0.1
     np.testing.assert_allclose(loaded.dynamics.inputs[14:, 2:], scaled, atol=1e-5)
     assert "model_fit/standardised_error" in memory.dumps[0][0]
-
-
-def test_load_reseeds_the_generators_from_the_seed(tmp_path):
-    agent = make().learn(14)
-    agent.save(tmp_path / "agent")
-    found = []
-    for _ in range(2):
-        loaded = PIPPS.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
-        found.append(parameters(loaded.learn(14, reset_num_timesteps=False)))
-    assert torch.equal(*found)
 
 
 def test_agent_saved_before_its_first_fit_fits_as_if_it_had_not_been_saved(tmp_path):
@@ -1122,22 +845,6 @@ def test_set_parameters_of_another_model_is_an_error():
 # Vector environments
 
 
-def test_set_env_continues_on_the_new_environment():
-    agent = make().learn(7)
-    agent.set_env(CountingEnv(first=30))
-    agent.learn(7, reset_num_timesteps=False)
-    assert agent.num_timesteps == 14
-    np.testing.assert_array_equal(agent.dynamics.inputs[7, :2], [31, 0])
-
-
-def test_set_env_checks_the_number_of_environments_and_the_spaces():
-    agent = make()
-    with pytest.raises(AssertionError):
-        agent.set_env(vector(7, 4))
-    with pytest.raises(ValueError, match="spaces do not match"):
-        agent.set_env(gym.make(CARTPOLE))
-
-
 # Logging
 
 
@@ -1187,21 +894,6 @@ def test_logged_k_is_the_estimators(estimator, k):
     assert values["train/k"] == values["k/step_03"] == values["k/coordinate_1"] == k
 
 
-@pytest.mark.parametrize(("interval", "expected"), [(1, [7, 14, 21]), (2, [14]), (None, [])])
-def test_log_interval_counts_trials(interval, expected):
-    agent = make()
-    memory = logged(agent)
-    agent.learn(21, log_interval=interval)
-    assert [step for _, step in memory.dumps] == expected
-
-
-def test_learning_rate_is_logged():
-    agent = make(learning_rate=0.02)
-    memory = logged(agent)
-    agent.learn(7)
-    assert memory.dumps[0][0]["train/learning_rate"] == 0.02
-
-
 def test_skipped_gradients_do_not_spoil_the_logged_norm():
     class Sometimes:
         calls = 0
@@ -1234,46 +926,7 @@ def test_figures_and_scalars_reach_tensorboard(tmp_path):
     assert [e.step for e in events.Images("figures/prediction")] == [60]
 
 
-def test_every_output_format_can_be_written(tmp_path, capsys):
-    agent = make(verbose=1, tensorboard_log=str(tmp_path / "tb"))
-    formats = ["stdout", "log", "csv", "json", "tensorboard"]
-    agent.set_logger(configure(str(tmp_path), formats))
-    agent.learn(14)
-    assert "train/" in capsys.readouterr().out
-    assert "train/loss" in (tmp_path / "progress.csv").read_text().splitlines()[0]
-    assert "k/step_01" in (tmp_path / "progress.json").read_text()
-
-
 # Reproducibility
-
-
-def train(seed, env=CARTPOLE, **kwargs):
-    agent = make(env, seed=seed, **kwargs)
-    agent.learn(60)
-    return parameters(agent), [info["r"] for info in agent.ep_info_buffer]
-
-
-def test_same_seed_same_bits():
-    first, second, other = train(3), train(3), train(4)
-    assert torch.equal(first[0], second[0]) and first[1] == second[1]
-    assert not torch.equal(first[0], other[0]) and first[1] != other[1]
-
-
-def test_no_seed_differs():
-    assert not torch.equal(train(None)[0], train(None)[0])
-
-
-def test_training_does_not_depend_on_the_global_generators():
-    """Another agent built, or a plot drawn, between construction and training changes nothing."""
-    found = []
-    for disturb in (False, True):
-        agent = make(CARTPOLE)
-        if disturb:
-            torch.rand(3)
-            np.random.rand(3)
-        agent.learn(60)
-        found.append(parameters(agent))
-    assert torch.equal(*found)
 
 
 # It learns
