@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 
+from totalprop.agents import AGENTS
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, make_env, record_gif
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
@@ -67,7 +68,7 @@ def evaluate(options: argparse.Namespace) -> None:
     n_envs = min(5, options.episodes)
     env = make_env(
         config["env_id"], config["env_args"], seed=options.seed, n_envs=n_envs,
-        rewindable=config["arguments"].get("action_source") == "rewind",
+        rewindable=AGENTS[config["agent"]].rewinds(config["arguments"]),
     )  # fmt: skip
     statistics = statistics_of(folder, config)
     env = normalise_like(env, statistics)

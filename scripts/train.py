@@ -20,16 +20,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from totalprop.agents import AGENTS, DreamerTPX
+from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.evaluation import Evaluation
-from totalprop.agents.dreamer.open_loop import OpenLoopPictures
 from totalprop.agents.persistence.checkpoint import Checkpoints, Stateful, TrainingStopped
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.run.arguments import parse, parse_resume
@@ -117,19 +116,11 @@ def train(job: Job) -> RunFolder:
     # Whatever may fail is made before the folder, so that a typo leaves nothing behind.
     env, eval_env = job.environments()
     algorithm = job.algorithm(env)
-    name = options.name or "_".join(
-        [
-            job.agent,
-            options.env_id.rsplit("/", 1)[-1],
-            _method(arguments),
-            f"seed{arguments['seed']}",
-        ]
-    )
+    method = "_".join(str(arguments[name]) for name in AGENTS[job.agent].named_by)
+    task = options.env_id.rsplit("/", 1)[-1]
+    name = options.name or f"{job.agent}_{task}_{method}_seed{arguments['seed']}"
     folder = RunFolder.create(options.runs, name, job.config())
-    print(
-        f"Training {job.agent} ({arguments['estimator']}) on {options.env_id}, writing to "
-        f"{folder.path}"
-    )
+    print(f"Training {job.agent} ({method}) on {options.env_id}, writing to {folder.path}")
     try:
         with locked(folder.path):
             learn(job, folder, algorithm, eval_env)
@@ -234,10 +225,10 @@ def learn(
     algorithm.set_logger(logger)
     algorithm.tensorboard_log = str(folder.path) if options.tensorboard else None
     callbacks: list[BaseCallback] = [evaluation]
-    if isinstance(algorithm, DreamerTPX) and options.tensorboard:
-        pictures = OpenLoopPictures(max(options.total_timesteps // 10, 1))
-        callbacks.append(pictures)
-        also["pictures"] = pictures
+    if options.tensorboard:
+        for name, pictures in AGENTS[job.agent].callbacks(options.total_timesteps).items():
+            callbacks.append(pictures)
+            also[name] = cast(Stateful, pictures)
     callbacks.append(checkpoints)
     checkpoints.restore(algorithm)
     if env is not None and Job.read(folder) != job:  # the run is extended, and it could be restored
@@ -270,12 +261,6 @@ def learn(
     if statistics is not None:
         save_statistics(statistics, folder.vec_normalize)
     report(algorithm, folder, evaluation, options, job.env_args, stopwatch.seconds)
-
-
-def _method(keywords: dict[str, Any]) -> str:
-    """The part of a run's name for the method: DAAPPO's action source, and the estimator."""
-    source = keywords.get("action_source")
-    return "_".join([*([source] if source else []), str(keywords["estimator"])])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Matplotlib figures of the agents: arrays in, a Figure out, without pyplot's global state."""
+"""Figures of the agents: arrays in, a matplotlib Figure out, without pyplot's state; and GIFs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 QUANTILES = (0.05, 0.25, 0.75, 0.95)
+MAX_GIF_FRAMES = 125  # a GIF of 500 frames at 240 x 320 would exceed 10 MB
 
 
 def prediction(particles: np.ndarray, path: np.ndarray, labels: Sequence[str]) -> Figure:
@@ -101,3 +103,14 @@ def traces(truth: np.ndarray, model: np.ndarray, context: int) -> Figure:
         axis.set_visible(False)
     axes[0].legend(fontsize="small", frameon=False)
     return figure
+
+
+def save_gif(frames: Sequence[np.ndarray], path: Path, *, fps: float) -> None:
+    """Save frames, each [H, W, 3] uint8, as a GIF; long episodes skip frames at equal speed."""
+    from PIL import Image
+
+    step = -(-len(frames) // MAX_GIF_FRAMES)
+    pictures = [Image.fromarray(frame) for frame in frames[::step]]
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], duration=round(1000 * step / fps), loop=0
+    )

@@ -6,6 +6,7 @@ alone (Hafner et al. 2020, Fig. 4).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,6 +78,27 @@ def picture(agent: DreamerTPX) -> Figure | Image:
     if truth.ndim == 3:
         return Figure(figures.traces(truth[:, 0], model[:, 0], CONTEXT), close=True)
     return Image(film_strip(truth, model), "HWC")
+
+
+def write_picture(agent: DreamerTPX, folder: Path) -> list[Path]:
+    """Draw `predict_sequences` into open_loop.png (vectors) or open_loop.gif (images).
+
+    Returns:
+        The path; nothing for an agent that was loaded without its replay.
+
+    Raises:
+        ValueError: the replay holds no sequence yet.
+    """
+    if agent.replay_buffer is None:
+        return []
+    truth, model = predict_sequences(agent)
+    if truth.ndim == 3:
+        path = folder / "open_loop.png"
+        figures.traces(truth[:, 0], model[:, 0], CONTEXT).savefig(path, dpi=120)
+    else:
+        path = folder / "open_loop.gif"
+        figures.save_gif(list(video(truth, model)), path, fps=10)
+    return [path]
 
 
 class OpenLoopPictures(BaseCallback):

@@ -10,6 +10,11 @@ ENTRY = AgentEntry(
     presets=PRESETS,
     policy_flags=("n_centres",),
     quantity="cost",  # of an episode, as in its papers
-)
+    small_run={
+        "total_timesteps": 300, "gradient_steps": 5, "n_particles": 20, "gp_evaluations": 20,
+    },
+    kill_test_factor=4,
+    long_run={"total_timesteps": 300_000, "max_points": 90},
+)  # fmt: skip
 
 __all__ = ["ENTRY", "PIPPS"]

@@ -31,28 +31,12 @@ from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from totalprop.agents import AGENTS
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.scripts.run.entry_runs import command
 from totalprop.scripts.run.folder import RunFolder, current_commit
 
 COMMON = ["--threads", "1", "--no-progress", "--no-tensorboard", "--checkpoint-seconds", "0"]
 COMMON += ["--eval-episodes", "2"]
-CART_POLE = ["--env-id", "totalprop/CartPoleSwingUp-v0"]
-COMMANDS = {  # small runs that still use every part of a run
-    "pipps": ["pipps", "--total-timesteps", "300", "--gradient-steps", "5", "--n-particles", "20",
-              "--gp-evaluations", "20"],
-    "dreamer": [
-        "dreamer", "--preset", "laptop", "--total-timesteps", "300", "--learning-starts", "60",
-        "--sequence-length", "8", "--batch-size", "4", "--imagination-starts", "8",
-        "--gradient-steps", "2", "--eval-every", "40", "--buffer-size", "200", *CART_POLE,
-    ],
-    "daappo": [
-        "daappo", "--total-timesteps", "1200", "--n-steps", "60", "--batch-size", "30",
-        "--dynamics-width", "16", "--n-extra-actions", "2", "--simulation-horizon", "2",
-        "--eval-every", "120", "--n-epochs", "2", "--dynamics-buffer-size", "500",
-        "--normalize", "both", *CART_POLE,
-    ],
-}  # fmt: skip
-LENGTHS = {"pipps": 4, "dreamer": 16, "daappo": 8}  # factors on those steps, for 20 kills or more
-RING = 200  # rows of a ring that are compared: the size of the smallest ring in COMMANDS
+RING = 200  # rows of a ring that are compared: the size of the smallest in a `small_run`
 WHILE_TRAINING = 0.8  # share of the kills that come after the first checkpoint of a process
 # Keys whose values depend on the clock, or on the step at which a process started.
 TIMES = {
@@ -69,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--agents",
         nargs="+",
-        choices=list(COMMANDS),
-        default=list(COMMANDS),
+        choices=list(AGENTS),
+        default=list(AGENTS),
         help="agents to test (default: all)",
     )
     parser.add_argument(
@@ -92,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             record = kill_test(
                 agent, Path(folder), options.kills, options.kills_in_checkpoints, options.seed,
-                length=LENGTHS[agent],
+                length=AGENTS[agent].kill_test_factor,
             )  # fmt: skip
         records.append(record)
         print(json.dumps(record), flush=True)
@@ -102,6 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (options.out / "kill_test.json").write_text(json.dumps(report, indent=1) + "\n")
     if any(record["differences"] for record in records):
         raise SystemExit(1)
+
+
+def small_run(agent: str, **changes: Any) -> list[str]:
+    """Arguments of `totalprop train` for the agent's small run."""
+    return command(agent, {**AGENTS[agent].small_run, **changes})
 
 
 def kill_test(
@@ -116,7 +105,7 @@ def kill_test(
     """Train an agent once undisturbed and once with kills, and compare the results.
 
     Args:
-        agent: name in `COMMANDS`.
+        agent: name in `AGENTS`.
         folder: folder for both runs.
         kills: kills at random moments.
         kills_in_checkpoints: kills while a checkpoint is written.
@@ -126,9 +115,8 @@ def kill_test(
         A record of the kills and of the differences.
     """
     moments = random.Random(seed)
-    arguments = [*COMMANDS[agent], *COMMON, "--runs", str(folder)]
-    place = arguments.index("--total-timesteps") + 1
-    arguments[place] = str(length * int(arguments[place]))
+    steps = length * AGENTS[agent].small_run["total_timesteps"]
+    arguments = [*small_run(agent, total_timesteps=steps), *COMMON, "--runs", str(folder)]
     quiet, killed = folder / "quiet", folder / "killed"
     process = _start([*arguments, "--name", "quiet"])
     _wait_for_checkpoint(process, quiet, -1)
@@ -139,7 +127,7 @@ def kill_test(
     moments.shuffle(plan)
     deaths: list[tuple[str, int]] = []
 
-    def command() -> list[str]:
+    def begin_or_resume() -> list[str]:
         if (killed / "config.json").exists():
             return ["--resume", str(killed)]
         return [*arguments, "--name", "killed"]
@@ -147,7 +135,7 @@ def kill_test(
     for kind in plan:
         if (killed / "summary.json").exists():
             break
-        process = _start(command(), moments.randrange(2, 12) if kind == "checkpoint" else 0)
+        process = _start(begin_or_resume(), moments.randrange(2, 12) if kind == "checkpoint" else 0)
         if kind == "moment":
             if moments.random() < WHILE_TRAINING:  # else possibly while it starts or resumes
                 _wait_for_checkpoint(process, killed, _newest(killed))
@@ -162,10 +150,10 @@ def kill_test(
         elif process.exitcode:
             raise RuntimeError(f"a run ended with exit code {process.exitcode}")
     if not (killed / "summary.json").exists():
-        _wait(_start(command()))
+        _wait(_start(begin_or_resume()))
     return {
         "agent": agent,
-        "steps": int(arguments[place]),
+        "steps": steps,
         "kills": len(deaths),
         "kinds_and_newest_checkpoints": deaths,
         "seconds_of_the_quiet_run": round(life, 1),

@@ -27,23 +27,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from totalprop.agents import AGENTS
 from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.scripts.run.entry_runs import command
 from totalprop.scripts.run.folder import RunFolder, current_commit
 
-COMMANDS = {  # replays and GP data are limited, so that they are full within minutes
-    "pipps": ["pipps", "--total-timesteps", "300000", "--max-points", "90"],
-    "dreamer": [
-        "dreamer", "--preset", "laptop", "--env-id", "dm_control/cheetah-run-v0",
-        "--env-arg", "observation=pixels", "--env-arg", "render=fast",
-        "--env-arg", "action_repeat=4", "--total-timesteps", "1000000", "--buffer-size", "1000",
-        "--learning-starts", "500", "--eval-every", "1000", "--eval-episodes", "2",
-    ],
-    "daappo": [
-        "daappo", "--preset", "recommended", "--env-id", "dm_control/cartpole-swingup-v0",
-        "--env-arg", "action_repeat=4", "--total-timesteps", "10000000",
-        "--dynamics-buffer-size", "10000", "--eval-every", "10000",
-    ],
-}  # fmt: skip
 WARM_UP = 1 / 3  # share of the time
 MOST_GROWTH = 0.02  # of the memory, over the remaining time
 MEGABYTE = 2**20
@@ -57,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--agents",
         nargs="+",
-        choices=list(COMMANDS),
-        default=list(COMMANDS),
+        choices=list(AGENTS),
+        default=list(AGENTS),
         help="agents to train (default: all)",
     )
     parser.add_argument(
@@ -93,11 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
+def long_run(agent: str) -> list[str]:
+    """Arguments of `totalprop train` for the agent's `long_run`."""
+    return command(agent, AGENTS[agent].long_run)
+
+
 def soak(agents: Sequence[str], folder: Path, seconds: float, every: float) -> list[dict[str, Any]]:
     """Train the agents, sample their memory and open files, stop them, and judge the samples.
 
     Args:
-        agents: names in `COMMANDS`.
+        agents: names in `AGENTS`.
         folder: folder for the runs.
         seconds: duration.
         every: seconds between samples.
@@ -123,8 +116,8 @@ def soak(agents: Sequence[str], folder: Path, seconds: float, every: float) -> l
         if ends[agent] != 128 + signal.SIGTERM:
             raise SystemExit(f"error: {agent} ended with exit code {ends[agent]} on SIGTERM")
         steps = Checkpoints(RunFolder(folder / agent).checkpoints).newest_step()
-        command = " ".join(["totalprop train", *COMMANDS[agent]])
-        about = {"agent": agent, "command": command, "commit": current_commit(), "steps": steps}
+        text = " ".join(["totalprop train", *long_run(agent)])
+        about = {"agent": agent, "command": text, "commit": current_commit(), "steps": steps}
         records.append(about | judge(samples[agent]))
     return records
 
@@ -185,9 +178,9 @@ def draw(records: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _start(agent: str, folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "totalprop.scripts.train", *COMMANDS[agent], "--threads", "1"]
-    command += ["--no-progress", "--runs", str(folder), "--name", agent]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    train = [sys.executable, "-m", "totalprop.scripts.train", *long_run(agent), "--threads", "1"]
+    train += ["--no-progress", "--runs", str(folder), "--name", agent]
+    return subprocess.Popen(train, stdout=subprocess.DEVNULL)
 
 
 def _usage(pid: int) -> tuple[float, int]:

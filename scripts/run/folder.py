@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,11 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import totalprop.envs  # noqa: F401  (registers our environments)
 from totalprop.agents import AGENTS
+from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.envs.rewind import Rewindable, can_rewind
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.watchdog import Watchdog, Watched
-
-MAX_GIF_FRAMES = 125  # a GIF of 500 frames at 240 x 320 would exceed 10 MB
 
 CONFIG = ("agent", "env_id", "env_args", "arguments")
 
@@ -83,11 +81,6 @@ class RunFolder:
     def replay(self) -> Path:
         """The replay that a world model was trained on."""
         return self.path / "replay.npz"
-
-    @property
-    def open_loop(self) -> Path:
-        """A world model's open-loop prediction, with suffix .gif (pixels) or .png (vectors)."""
-        return self.path / "open_loop"
 
     @property
     def summary(self) -> Path:
@@ -276,17 +269,6 @@ def record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, *, episodes: int =
         raise UserError(f"cannot record a GIF: {error}") from error
 
 
-def save_gif(frames: Sequence[np.ndarray], path: Path, *, fps: float) -> None:
-    """Save frames, each [H, W, 3] uint8, as a GIF; long episodes skip frames at equal speed."""
-    from PIL import Image
-
-    step = -(-len(frames) // MAX_GIF_FRAMES)
-    pictures = [Image.fromarray(frame) for frame in frames[::step]]
-    pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], duration=round(1000 * step / fps), loop=0
-    )
-
-
 def _record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, episodes: int) -> float:
     fps = env.get_attr("metadata")[0].get("render_fps", 30)
     frames: list[np.ndarray | None] = []
@@ -308,5 +290,5 @@ def _record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, episodes: int) ->
         raise UserError(
             "the environment rendered no frames; does it support render_mode='rgb_array'?"
         )
-    save_gif(pictures, path, fps=fps)
+    figures.save_gif(pictures, path, fps=fps)
     return float(np.mean(returns))

@@ -82,7 +82,7 @@ class Job:
 
     def environments(self) -> tuple[VecEnv, VecEnv]:
         """Make the environments for training and for evaluation."""
-        env_id, is_rewound = self.options.env_id, self.arguments.get("action_source") == "rewind"
+        env_id, is_rewound = self.options.env_id, AGENTS[self.agent].rewinds(self.arguments)
         limit, seed = self.options.step_timeout, self.arguments["seed"]
         env = make_env(env_id, self.env_args, seed=None, rewindable=is_rewound, step_timeout=limit)
         eval_env = make_env(

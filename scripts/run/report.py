@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
-from totalprop.agents import AGENTS, DreamerTPX
+from totalprop.agents import AGENTS
 from totalprop.agents.core import figures
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.evaluation import Evaluation
-from totalprop.agents.dreamer import open_loop
 from totalprop.agents.persistence import safe_file
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import RunFolder, make_env, program, record_gif, save_gif
+from totalprop.scripts.run.folder import RunFolder, make_env, program, record_gif
 from totalprop.scripts.run.job import RunOptions
 from totalprop.scripts.run.normalisation import normalise_like
 
@@ -96,11 +95,8 @@ def _replay_and_pictures(
         The names of the files written.
     """
     written = []
-    dreamer = algorithm if isinstance(algorithm, DreamerTPX) else None
-    if dreamer is not None and dreamer.replay_buffer is None:
-        dreamer = None
-    if dreamer is not None and options.save_replay:
-        dreamer.save_replay_buffer(folder.replay)
+    if options.save_replay and getattr(algorithm, "replay_buffer", None) is not None:
+        algorithm.save_replay_buffer(folder.replay)  # type: ignore[attr-defined]
         written.append(folder.replay.name)
     try:
         render_env = make_env(options.env_id, env_args, seed=0, render=True)
@@ -109,21 +105,12 @@ def _replay_and_pictures(
         written.append(folder.video.name)
     except UserError as error:  # training has succeeded, even if no video can be recorded
         print(f"no video: {error}", file=sys.stderr)
-    if dreamer is not None:
-        try:
-            truth, model = open_loop.predict_sequences(dreamer)
-        except ValueError as error:
-            print(f"no open-loop prediction: {error}", file=sys.stderr)
-            return written
-        if truth.ndim == 3:
-            path = folder.open_loop.with_suffix(".png")
-            figure = figures.traces(truth[:, 0], model[:, 0], open_loop.CONTEXT)
-            figure.savefig(path, dpi=120)
-        else:
-            path = folder.open_loop.with_suffix(".gif")
-            save_gif(list(open_loop.video(truth, model)), path, fps=10)
-        written.append(path.name)
-    return written
+    try:
+        pictures = AGENTS[folder.read_config()["agent"]].pictures(algorithm, folder.path)
+    except ValueError as error:
+        print(f"no picture of the agent: {error}", file=sys.stderr)
+        return written
+    return [*written, *(path.name for path in pictures)]
 
 
 def reward_threshold(env: VecEnv) -> float | None:

@@ -160,7 +160,8 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> int:
 
 def report(options: argparse.Namespace, extra: list[str]) -> None:
     """Write results.json (raw results per seed), table.md and learning_curves.png."""
-    quantity, sign = ("cost", -1) if options.agent == "pipps" else ("return", 1)
+    quantity = AGENTS[options.agent].quantity
+    sign = -1 if quantity == "cost" else 1
     results: dict[str, dict[str, Any]] = {}
     commits = set()
     for value in options.values:

@@ -143,7 +143,7 @@ class OutOfMemory(torch.OutOfMemoryError):
 def test_a_fault_while_learning_is_one_sentence_and_the_run_goes_on(
     error, words, tmp_path, capsys, monkeypatch
 ):
-    command = [*kill_test.COMMANDS["dreamer"], *kill_test.COMMON, "--runs", str(tmp_path)]
+    command = [*kill_test.small_run("dreamer"), *kill_test.COMMON, "--runs", str(tmp_path)]
     command += ["--learning-rate-schedule", "linear"]
     train.main([*command, "--name", "quiet"])
     with open(tmp_path / "quiet" / "progress.csv", newline="") as file:
@@ -188,7 +188,7 @@ def test_a_run_that_had_begun_is_kept_when_memory_runs_out(tmp_path, capsys, mon
         raise MemoryError("no more")
 
     monkeypatch.setattr(DreamerTPX, "train", fail)
-    command = [*kill_test.COMMANDS["dreamer"], *kill_test.COMMON, "--runs", str(tmp_path)]
+    command = [*kill_test.small_run("dreamer"), *kill_test.COMMON, "--runs", str(tmp_path)]
     with pytest.raises(SystemExit):
         train.main([*command, "--name", "run"])
     assert "out of memory: no more" in capsys.readouterr().err
@@ -207,7 +207,7 @@ def test_tensorboard_that_cannot_be_written(tmp_path, capsys, monkeypatch):
         raise PermissionError(13, "Permission denied", "events.out")
 
     monkeypatch.setattr("stable_baselines3.common.logger.SummaryWriter", refuse)
-    command = [*kill_test.COMMANDS["pipps"], "--tensorboard", "--runs", str(tmp_path)]
+    command = [*kill_test.small_run("pipps"), "--tensorboard", "--runs", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
         train.main(command)
     assert stop.value.code == 1 and "Permission denied" in capsys.readouterr().err

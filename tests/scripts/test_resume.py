@@ -9,7 +9,7 @@ import sys
 import pytest
 from stable_baselines3.common.logger import Logger
 
-from totalprop.agents import PIPPS
+from totalprop.agents import AGENTS, PIPPS
 from totalprop.scripts import train
 from totalprop.scripts.reliability import kill_test
 from totalprop.scripts.run.interruption import locked
@@ -20,7 +20,7 @@ TINY += ["--threads", "1", "--no-progress", "--no-tensorboard", "--eval-episodes
 TINY += ["--checkpoint-seconds", "0"]
 
 
-@pytest.mark.parametrize("agent", list(kill_test.COMMANDS))
+@pytest.mark.parametrize("agent", list(AGENTS))
 def test_killed_runs_end_bit_for_bit_as_quiet_ones(agent, tmp_path):
     """A short version of `totalprop kill-test`, whose results are in results/reliability."""
     record = kill_test.kill_test(agent, tmp_path, kills=2, kills_in_checkpoints=1, seed=1)

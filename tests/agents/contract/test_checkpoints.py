@@ -32,7 +32,9 @@ def quiet(make, tmp_path_factory):
     return agent, evaluation, folder, generators
 
 
-def test_a_stopped_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(make, quiet, tmp_path):
+def test_a_stopped_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(
+    make, quiet, tmp_path
+):
     agent, expected, folder, generators = quiet
     torch.rand(5), np.random.rand(5)
     resumed, evaluation = run(make, tmp_path, stops=(20, 50))
@@ -210,7 +212,9 @@ def test_other_vector_wrappers_are_refused(make, quiet):
         pytest.skip("it refuses the wrapper anyway")
     checkpoints = Checkpoints(quiet[2] / "checkpoints")
     agent = load(checkpoints, make, make_env(make).venv)
-    with pytest.raises(ValueError, match=r"has 1 vector wrapper\(s\), env has 0; wrap it as it was"):
+    with pytest.raises(
+        ValueError, match=r"has 1 vector wrapper\(s\), env has 0; wrap it as it was"
+    ):
         checkpoints.restore(agent)
 
 
