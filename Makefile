@@ -19,8 +19,9 @@ THREADS := OMP_NUM_THREADS=1
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-# The DeepMind Control Suite is installed where the agent asks for it.
-train: $(VENV)/$(if $(strip $(foreach word,dreamer daappo dm_control dmc/,$(findstring $(word),$(ARGS)))),.dmc,.core)  ## train an agent: make train ARGS="pipps --help" (default: pipps)
+# The DeepMind Control Suite is installed where an environment of it, or an agent's default, asks for it.
+DMC_AGENTS := $(patsubst agents/%/__init__.py,%,$(shell grep -l '"env_id": "dmc/' agents/*/__init__.py))
+train: $(VENV)/$(if $(strip $(foreach word,$(DMC_AGENTS) dm_control dmc/,$(findstring $(word),$(ARGS)))),.dmc,.core)  ## train an agent: make train ARGS="pipps --help" (default: pipps)
 	@$(BIN)/python -m scripts.train $(or $(strip $(ARGS)),pipps)
 
 test: $(VENV)/.dev  ## run the tests: make test PYTEST_ARGS="-m slow -k rssm"

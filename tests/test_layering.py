@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from totalprop.agents import registry
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("agents", "envs", "estimators", "scripts", "world_models")
-AGENTS = ("daappo", "dreamer", "pipps")
+# Packages of agents; a new one may import what PIPPS may.
+AGENTS = tuple(registry.AGENTS.class_names)
 # What a part may import besides itself; the longest prefix of a module's name is its part.
 PART_MAY_IMPORT = {
     "estimators": set(),
@@ -29,6 +32,8 @@ PART_MAY_IMPORT = {
     },
     "scripts": {"agents", "envs", "estimators", "world_models"},
 }  # fmt: skip
+for agent in AGENTS:
+    PART_MAY_IMPORT.setdefault(f"agents.{agent}", PART_MAY_IMPORT["agents.pipps"])
 THIRD_PARTY = {  # package -> what it may import at module level; absent: anything
     "estimators": {"torch", "numpy"},
     "world_models": {"torch", "numpy", "scipy"},
@@ -157,7 +162,7 @@ def test_tests_write_the_full_names():
 
 def test_no_function_outside_an_agents_package_takes_that_agent():
     """An agent is handed around inside its own package; elsewhere it is an `Algorithm`."""
-    classes = {"DAAPPO": "agents.daappo", "DreamerTPX": "agents.dreamer", "PIPPS": "agents.pipps"}
+    classes = {cls: f"agents.{agent}" for agent, cls in registry.AGENTS.class_names.items()}
     for module, text in SOURCES.items():
         if not module.startswith("agents."):
             continue  # scripts are written for one agent, where they are

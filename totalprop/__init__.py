@@ -36,9 +36,10 @@ _PACKAGES = ("agents", "envs", "estimators", "world_models")
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"totalprop.{name}")
-    if name in __all__:
+    agents = import_module("totalprop.agents")
+    if name == "AGENTS" or name in agents.AGENTS.class_names.values():
         import_module("totalprop.envs")  # registers our environments, which agents make by id
-        return getattr(import_module("totalprop.agents"), name)
+        return getattr(agents, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

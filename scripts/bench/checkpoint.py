@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,6 +16,7 @@ from totalprop.agents import AGENTS, DAAPPO, PIPPS, DreamerTPX
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.persistence.checkpoint import MAX_TIME_FRACTION, Checkpoints
 from totalprop.envs.rewind import Rewindable
+from totalprop.scripts.run.entry_runs import untrained
 
 
 def bench_checkpoint(repeats: int) -> list[dict[str, float]]:
@@ -28,7 +30,11 @@ def bench_checkpoint(repeats: int) -> list[dict[str, float]]:
     Returns:
         One column of the table for each agent.
     """
-    return [_column(make, steps, repeats) for make, steps in TRAINED]
+    found = []
+    for agent in AGENTS:
+        columns = TRAINED.get(agent, [(partial(_in_long_run, agent), 1000)])
+        found += [_column(make, steps, repeats) for make, steps in columns]
+    return found
 
 
 def _column(make: Callable[[], Algorithm], steps: int, repeats: int) -> dict[str, float]:
@@ -76,9 +82,13 @@ def _daappo() -> Algorithm:
     return DAAPPO("MlpPolicy", env, seed=0, device="cpu", **settings)
 
 
-TRAINED: list[tuple[Callable[[], Algorithm], int]] = [
-    (_pipps, 150),
-    (lambda: _dreamer("vector"), 1500),
-    (lambda: _dreamer("pixels"), 500),
-    (_daappo, 10_240),
-]
+def _in_long_run(agent: str) -> Algorithm:
+    return untrained(agent, AGENTS[agent].long_run)
+
+
+# Agent -> (what to measure, new steps of each checkpoint); others are measured in their `long_run`.
+TRAINED: dict[str, list[tuple[Callable[[], Algorithm], int]]] = {
+    "pipps": [(_pipps, 150)],
+    "dreamer": [(lambda: _dreamer("vector"), 1500), (lambda: _dreamer("pixels"), 500)],
+    "daappo": [(_daappo, 10_240)],
+}
