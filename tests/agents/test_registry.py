@@ -19,7 +19,7 @@ from totalprop.agents.core.entry import AgentEntry
 from totalprop.scripts import train
 from totalprop.scripts.bench import checkpoint as bench_checkpoint
 from totalprop.scripts.reliability import kill_test, soak
-from totalprop.scripts.run import entry_runs
+from totalprop.scripts.run import entry_runs, report
 from totalprop.scripts.run.arguments import parse
 from totalprop.scripts.studies import sweep
 
@@ -105,7 +105,8 @@ def test_a_new_agent_is_listed_and_has_its_public_name(fake):
     assert "fake" in AGENTS and AGENTS["fake"].cls is agents.Fake is totalprop.Fake is Fake
 
 
-def test_a_new_agent_is_trained_resumed_and_drawn(fake, tmp_path, capsys):
+def test_a_new_agent_is_trained_resumed_and_drawn(fake, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "record_gif", lambda *_: None)  # takes as long as all the rest
     command = entry_runs.command(fake, RUN)
     command += ["--threads", "1", "--no-progress", "--checkpoint-seconds", "0"]
     train.main([*command, "--preset", "short", "--runs", str(tmp_path)])
