@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from importlib import metadata
@@ -37,13 +38,14 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 default_role = "code"  # docstrings write `name`, as in Markdown
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 
 # Every cross-reference must resolve, except into other projects, whose inventories would have to
 # be downloaded, and to type variables, which have no page.
@@ -53,13 +55,13 @@ nitpick_ignore_regex = [
     (r"py:(class|obj)", r"(Tensor|Module|Path|GymEnv|MaybeCallback|Schedule|VecEnv)"),
     (r"py:(class|obj)", r"(.*\.)?(Self\w+|Agent|Function|Observations)"),
     (r"py:(exc|class)", r"\w*(Error|Exception|Interrupt|Stopped|Needed)"),
-    # Napoleon reads "words: more words" in a property's docstring as a type and its description.
+    # Napoleon reads the words before a colon in "Returns" as a type.
     (r"py:class", r"[a-z_]+|[A-Z]|.* .*"),
 ]
 
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):")
 _ITEM = re.compile(r"\s*([-*]|\d+\.) ")
-_NOT_CODE = re.compile(r"(`[^`]*`)")
+_AS_IT_IS = re.compile(r"(`[^`]*`|(?<!\w)\*\w+\*(?!\w))")  # code, and one *word* of emphasis
 _MARKUP = re.compile(r"([*|]|(?<=\w)_(?!\w))")
 
 
@@ -71,12 +73,13 @@ def docstring_to_rst(
     An indented block outside a section is an equation or an example and becomes a literal block.
     Elsewhere `*`, `|` and a trailing `_` are themselves, not markup.
     """
-    found: list[str] = []
+    # Napoleon takes "words: more words" in a property's first line for a type and a description.
+    found: list[str] = [""] if what in ("property", "attribute") else []
     prose: list[str] = []
     in_section = in_block = in_list = False
 
     def flush() -> None:
-        parts = _NOT_CODE.split("\n".join(prose))
+        parts = _AS_IT_IS.split("\n".join(prose))
         parts[::2] = [_MARKUP.sub(r"\\\1", part) for part in parts[::2]]
         found.extend("".join(parts).split("\n") if prose else [])
         prose.clear()
@@ -97,10 +100,21 @@ def docstring_to_rst(
     lines[:] = found
 
 
+def tidy_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: Any
+) -> tuple[str, Any] | None:
+    """Functions as defaults by their names, without stable-baselines3's private argument."""
+    if signature is None:
+        return None
+    signature = re.sub(r"<function (\w+)[^>]*>", r"\1", signature)
+    return re.sub(r", _init_setup_model: [^,)]*", "", signature), returns
+
+
 def leave_out(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
-    """A named tuple's fields say no more than "Alias for field number 0"."""
-    doc = getattr(obj, "__doc__", None) or ""
-    return True if doc.startswith("Alias for field number") else None
+    """Not a named tuple's fields, of which nothing is known, nor functions that are defaults."""
+    is_field = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+    is_default = what == "class" and inspect.isfunction(obj) and "." not in obj.__qualname__
+    return True if is_field or is_default else None
 
 
 def title_table(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -123,4 +137,5 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", title_table)
     app.connect("doctree-read", find_results)
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)
+    app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-skip-member", leave_out)
