@@ -1,9 +1,9 @@
 """Deterministic controllers as stable-baselines3 policies: RBF network and linear.
 
-Everything inside is float64 and in [-1, 1]; stable-baselines3's `predict` rescales to the action
-space and keeps its dtype. A rollout calls its `Controller` once per step: what does not depend on
-the state is computed once, and the parameter Jacobians of all steps together, when a probe asks
-for the first.
+Inside, actions are float64 in [-1, 1]; stable-baselines3's `predict` rescales them to the action
+space and its dtype. A rollout calls its `Controller` once per step. What does not depend on the
+state is computed once, and the parameter Jacobians of all steps together when a probe asks for the
+first.
 """
 
 from __future__ import annotations
@@ -21,19 +21,11 @@ from torch import Tensor, nn
 from totalprop.agents.core.validation import AtLeast, check_values
 from totalprop.estimators import DenseJacobian
 from totalprop.estimators.probes import covariance
-
-
-def trig_features(x: Tensor, angle_dims: tuple[int, ...]) -> Tensor:
-    """Replace angles by their sine and cosine, appended: [..., S] -> [..., S + len(angle_dims)]."""
-    if not angle_dims:
-        return x
-    angles = x[..., list(angle_dims)]
-    others = [d for d in range(x.shape[-1]) if d not in angle_dims]
-    return torch.cat((x[..., others], angles.sin(), angles.cos()), -1)
+from totalprop.world_models.gp_dynamics import trig_features
 
 
 class ControllerPolicy(BasePolicy):
-    """Base for the two controllers: what stable-baselines3 asks of a policy.
+    """Base of the controllers, with the interface that stable-baselines3 asks of a policy.
 
     Args:
         observation_space: Box [S].
@@ -75,7 +67,12 @@ class ControllerPolicy(BasePolicy):
         """[N, A] before the saturation, from features [N, n_features]."""
 
     def place(self, mean: Tensor, std: Tensor) -> None:
-        """Put a new controller where the features are: their mean and std, [n_features] each."""
+        """Move a new controller to where its features will be.
+
+        Args:
+            mean: [n_features] of the features.
+            std: [n_features] of the features.
+        """
         self.is_placed.fill_(True)
 
     @abstractmethod
@@ -92,13 +89,13 @@ class ControllerPolicy(BasePolicy):
         return self.act(observation.double()).float()
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """As in stable-baselines3, but never a rounding error beyond the bounds."""
+        """Like SB3's, clipped so that rounding never carries an action beyond its bounds."""
         space = self.action_space
         assert isinstance(space, spaces.Box)
         return np.clip(super().unscale_action(scaled_action), space.low, space.high)
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Same as `act`, for observations of any dtype."""
+        """`act` for observations of any dtype."""
         return self.act(observation.double())
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -240,7 +237,7 @@ class LinearPolicy(ControllerPolicy):
 
 
 class Controller:
-    """Any policy, step by step: u_t = π(x_t)."""
+    """A policy in one rollout, step by step: u_t = π(x_t)."""
 
     def __init__(self, policy: ControllerPolicy) -> None:
         self.policy = policy
@@ -255,14 +252,15 @@ class Controller:
         """d action / d parameters at a step, in the form that `estimators.ControlProbe` takes.
 
         Args:
-            step: 0 for the first call. last_layer: of its parameters only (TPX 2023, Sec. 4).
+            step: 0 for the first call.
+            last_layer: only for the parameters of the last layer (TPX 2023, Sec. 4).
         """
         jacobian = self.policy.parameter_jacobian(self.visited[step])
         return DenseJacobian(jacobian[..., self.policy.last_layer] if last_layer else jacobian)
 
 
 class RBFController(Controller):
-    """An RBF network: each step's basis is kept, and its Jacobian is made of it."""
+    """An RBF network in one rollout; Jacobians are built from the stored basis of each step."""
 
     policy: RBFPolicy
 
@@ -289,23 +287,23 @@ class RBFController(Controller):
 
 
 class RBFJacobian(NamedTuple):
-    """d action / d parameters of an RBF network with one control, never as an [N, P] array.
+    """d action / d parameters of an RBF network with one control, without an [N, P] array.
 
-    With z = x e^λ, c = centre e^λ (scaled) and the slope s of the saturation, the three blocks are
-    s φ_k times 2 w_k e^λ (z - c) for the centres, -2 w_k (z - c)² summed over k for λ, and 1 for
-    the weights; sums of squares of differences become matrix products.
+    With z = x e^λ, c = centre e^λ and the slope s of the saturation, the three blocks are s φ_k
+    times 2 w_k e^λ (z - c) for the centres, -2 w_k (z - c)² summed over k for λ, and 1 for the
+    weights. Expanding the squared differences turns their sums into matrix products.
     """
 
     basis: Tensor  # [N, K] φ
     slope: Tensor  # [N] s
     by_scale: Tensor  # [S, N] the block of λ, without s
-    norm: Tensor  # [N] squared norm of each sample's gradient, without s²
+    norm: Tensor  # [N] squared norm of each sample's gradient, divided by s²
     moments: Tensor  # [1 + S, N] (1, z)
     factor: Tensor  # [1 + S, K] (1, 2 w e^λ)
     shift: Tensor  # [1 + S, K] (0, 2 w e^λ c)
 
     def rows(self, rows: slice) -> RBFJacobian:
-        """The same for some of the samples."""
+        """The Jacobian of some of the samples."""
         return self._replace(
             basis=self.basis[rows],
             slope=self.slope[rows],
@@ -315,7 +313,7 @@ class RBFJacobian(NamedTuple):
         )
 
     def gram(self, alpha: Tensor) -> Tensor:
-        """[M, M] covariances Σ_i <α_ai J_i, α_bi J_i> less the mean's part, from α [M, N, 1]."""
+        """[M, M] Σ_i α_ai α_bi |J_i|² - <Σ_i α_ai J_i, Σ_i α_bi J_i> / N, from α [M, N, 1]."""
         a = alpha.squeeze(-1) * self.slope  # [M, N]
         sums = (a.unsqueeze(1) * self.moments).flatten(0, 1) @ self.basis
         sums = sums.view(len(a), -1, sums.shape[-1])  # [M, 1 + S, K]
@@ -340,7 +338,7 @@ class RBFJacobian(NamedTuple):
 def _rbf_jacobians(
     policy: RBFPolicy, steps: list[tuple[Tensor, Tensor, Tensor]]
 ) -> list[RBFJacobian]:
-    """Of H steps, [N, K] arrays one by one (they fit the cache) and all small ones together."""
+    """Jacobians of H steps: [N, K] arrays one by one, which fit the cache, small ones together."""
     z = torch.stack([step[0] for step in steps]).mT  # [H, S, N]
     moments = torch.cat((torch.ones_like(z[:, :1]), z), 1)
     z = moments[:, 1:]

@@ -13,7 +13,6 @@ from totalprop.agents.trials.controllers import (
     RBFPolicy,
     saturate,
     saturate_slope,
-    trig_features,
 )
 
 F64 = torch.float64
@@ -78,15 +77,6 @@ def test_saturation_is_the_papers_and_its_slope_is_its_derivative():
     assert float(saturate(torch.tensor(math.pi / 2, dtype=F64))) == pytest.approx(1.0)
     (slope,) = torch.autograd.grad(u.sum(), v)
     torch.testing.assert_close(saturate_slope(v.detach()), slope, atol=1e-13, rtol=0)
-
-
-def test_trig_features_replace_the_angle():
-    x = states(3)
-    found = trig_features(x, (1,))
-    expected = torch.stack((x[:, 0], x[:, 2], x[:, 3], x[:, 1].sin(), x[:, 1].cos()), -1)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert trig_features(x, ()) is x
-    assert trig_features(x[None], (0, 1)).shape == (1, 3, 6)
 
 
 @pytest.mark.parametrize("policy_class", [RBFPolicy, LinearPolicy])

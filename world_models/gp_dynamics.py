@@ -1,0 +1,158 @@
+"""Gaussian-process model of an environment: its dynamics and, where no cost is known, its reward.
+
+The model encodes states and controls, holds the data and fits both processes. How a simulation
+moves through it (by particles, by moment matching) is up to the agent.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from totalprop.world_models.gp import GaussianProcess
+
+
+class Prediction(NamedTuple):
+    """Marginal distribution of the next state at N states and controls, without noise."""
+
+    mean: Tensor  # [N, S]
+    variance: Tensor  # [N, S]
+    mean_jacobian: Tensor  # [N, S, A] d mean / d control, detached
+    variance_jacobian: Tensor  # [N, S, A] d variance / d control, detached
+
+
+class GPDynamics(nn.Module):
+    """x' - x ~ GP(φ(x), u) and r ~ GP(φ(x'), u), where φ replaces angles by sine and cosine.
+
+    The reward belongs to the state that a step arrives in. Controls are scaled to [-1, 1].
+
+    Args:
+        n_states: entries S of a state.
+        n_controls: entries A of a control.
+        angle_dims: entries of the state that are angles.
+
+    Attributes:
+        gp: the dynamics, from encoded states and controls to state differences.
+        reward_gp: the reward, from encoded next states and controls.
+    """
+
+    def __init__(self, n_states: int, n_controls: int, *, angle_dims: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.n_controls, self.angle_dims = n_controls, tuple(angle_dims)
+        n_inputs = n_states + len(self.angle_dims) + n_controls
+        self.gp = GaussianProcess(n_inputs, n_states)
+        self.reward_gp = GaussianProcess(n_inputs, 1)
+
+    @property
+    def noise(self) -> Tensor:
+        """[S] deviation of the noise of an observed state difference."""
+        return self.gp.noise
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the hyper-parameters of the dynamics have been chosen."""
+        return self.gp.is_fitted
+
+    @property
+    def n_points(self) -> int:
+        """Real steps that the model holds."""
+        return len(self.gp.inputs)
+
+    @property
+    def features(self) -> Tensor:
+        """[n, S + len(angle_dims)] features of the states that the model has data of."""
+        return self.gp.inputs[:, : -self.n_controls]
+
+    def encode(self, states: Tensor, controls: Tensor) -> Tensor:
+        """Inputs of the processes: the features of the states, then the controls.
+
+        Args:
+            states: [..., S]; gradients flow.
+            controls: [..., A]; gradients flow.
+
+        Returns:
+            [..., S + len(angle_dims) + A].
+        """
+        return torch.cat((trig_features(states, self.angle_dims), controls), -1)
+
+    def add(
+        self,
+        states: Tensor,
+        controls: Tensor,
+        next_states: Tensor,
+        rewards: Tensor,
+        *,
+        keep: int = 0,
+    ) -> None:
+        """Append real steps to both processes; hyper-parameters change at the next fit.
+
+        Args:
+            states: [n, S] float64.
+            controls: [n, A] float64.
+            next_states: [n, S] float64.
+            rewards: [n] float64.
+            keep: number of newest steps to keep; 0 for all.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        self.gp.add_data(self.encode(states, controls), next_states - states, keep=keep)
+        arrival = self.encode(next_states, controls)
+        self.reward_gp.add_data(arrival, rewards.unsqueeze(-1), keep=keep)
+
+    def fit(self, *, max_evaluations: int = 200) -> Tensor:
+        """Choose the hyper-parameters of the dynamics, see `GaussianProcess.fit`.
+
+        Returns:
+            [S] negative log marginal likelihood per data point.
+        """
+        return self.gp.fit(max_evaluations=max_evaluations)
+
+    def fit_reward(self, *, max_evaluations: int = 200) -> Tensor:
+        """Choose the hyper-parameters of the reward; only agents without a cost need it.
+
+        Returns:
+            [1] negative log marginal likelihood per data point.
+        """
+        return self.reward_gp.fit(max_evaluations=max_evaluations)
+
+    def predict(self, states: Tensor, controls: Tensor) -> Prediction:
+        """Next states after one step.
+
+        Args:
+            states: [N, S] float64; gradients flow.
+            controls: [N, A] float64; gradients flow.
+        """
+        delta = self.gp.posterior(self.encode(states, controls))
+        by_control = slice(-self.n_controls, None)
+        return Prediction(
+            states + delta.mean,
+            delta.variance,
+            delta.mean_jacobian[..., by_control],
+            delta.variance_jacobian[..., by_control],
+        )
+
+    def reward(self, next_states: Tensor, controls: Tensor) -> Tensor:
+        """Mean reward of arriving in next states [..., S] with controls [..., A]: [...]."""
+        inputs = self.encode(next_states, controls)
+        mean = self.reward_gp.posterior(inputs.flatten(0, -2)).mean
+        return mean.reshape(inputs.shape[:-1])
+
+
+def trig_features(x: Tensor, angle_dims: tuple[int, ...]) -> Tensor:
+    """Drop the angles and append their sines, then their cosines.
+
+    Args:
+        x: [..., S]; gradients flow.
+        angle_dims: entries of x that are angles.
+
+    Returns:
+        [..., S + len(angle_dims)].
+    """
+    if not angle_dims:
+        return x
+    angles = x[..., list(angle_dims)]
+    others = [d for d in range(x.shape[-1]) if d not in angle_dims]
+    return torch.cat((x[..., others], angles.sin(), angles.cos()), -1)
