@@ -1,0 +1,115 @@
+"""The optimisers on costs whose steps are known in closed form, and what they skip."""
+
+import math
+
+import pytest
+import torch
+
+from totalprop.agents.trials.optimisers import Evaluation, adam, quasi_newton, rmsprop2018
+
+F64 = torch.float64
+
+
+def parameters():
+    """Two parameters of different shapes, three numbers."""
+    return [
+        torch.tensor([[1.0, -2.0]], dtype=F64, requires_grad=True),
+        torch.tensor([0.5], dtype=F64, requires_grad=True),
+    ]
+
+
+def flat(tensors):
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+class Quadratic:
+    """Σ w_i θ_i² / 2 with w = (1, 10, 3); NaN at the evaluations of these numbers, from 0."""
+
+    weights = torch.tensor([1.0, 10.0, 3.0], dtype=F64)
+
+    def __init__(self, parameters, nan_at=()):
+        self.parameters, self.nan_at, self.losses = parameters, nan_at, []
+
+    def __call__(self):
+        theta = flat(self.parameters)
+        factor = math.nan if len(self.losses) in self.nan_at else 1.0
+        loss = factor * 0.5 * (self.weights * theta.square()).sum()
+        self.losses.append(float(loss))
+        return Evaluation(loss, factor * self.weights * theta, torch.ones_like(theta))
+
+
+RUN = {
+    "adam": lambda p, f, n: adam(p, f, steps=n, learning_rate=0.1, eps=1e-4),
+    "rmsprop2018": lambda p, f, n: rmsprop2018(p, f, steps=n, learning_rate=0.01, momentum=0.9),
+    "quasi_newton": lambda p, f, n: quasi_newton(p, f, evaluations=n),
+}
+
+
+def test_adam_is_torchs():
+    ours, theirs = parameters(), parameters()
+    assert adam(ours, Quadratic(ours), steps=5, learning_rate=0.1, eps=1e-4) == 0
+    reference = torch.optim.Adam(theirs, lr=0.1, eps=1e-4)
+    for _ in range(5):
+        reference.zero_grad()
+        (0.5 * Quadratic.weights * torch.cat([p.reshape(-1) for p in theirs]) ** 2).sum().backward()
+        reference.step()
+    torch.testing.assert_close(flat(ours), flat(theirs), rtol=1e-12, atol=0)
+
+
+def test_rmsprop2018_steps_in_numbers():
+    """Particles (1, 3) / 2 and (2, -2) / 2: ḡ = 2, V = 1; ḡ = 0, V = 4; m = (2 / √5, 0)."""
+    found = [torch.tensor([1.0, 1.0], dtype=F64, requires_grad=True)]
+    gradient, variance = torch.tensor([2.0, 0.0], dtype=F64), torch.tensor([1.0, 4.0], dtype=F64)
+
+    def run(steps):
+        evaluation = Evaluation(torch.zeros(()), gradient, variance)
+        rmsprop2018(found, lambda: evaluation, steps=steps, learning_rate=0.1, momentum=0.9)
+
+    run(1)
+    expected = torch.tensor([1 - 0.1 * 2 / 5**0.5, 1.0], dtype=F64)
+    torch.testing.assert_close(flat(found), expected)
+    run(2)  # the momentum starts at 0 again
+    expected[0] -= (1 + 1.9) * 0.1 * 2 / 5**0.5
+    torch.testing.assert_close(flat(found), expected)
+
+
+def test_quasi_newton_finds_the_minimum_of_a_quadratic():
+    found = parameters()
+    quasi_newton(found, Quadratic(found), evaluations=50)
+    torch.testing.assert_close(flat(found), torch.zeros(3, dtype=F64), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("evaluations", range(1, 8))
+def test_quasi_newton_ends_at_the_best_point_that_it_evaluated(evaluations):
+    """However few evaluations: SciPy returns the start of a line search that it did not finish."""
+    found = parameters()
+    cost = Quadratic(found)
+    quasi_newton(found, cost, evaluations=evaluations)
+    best = min(cost.losses)
+    assert float(cost().loss) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop2018"])
+def test_steps_without_a_finite_gradient_change_nothing_and_are_counted(name):
+    with_nan, without = parameters(), parameters()
+    assert RUN[name](with_nan, Quadratic(with_nan, nan_at=(0, 2)), 4) == 2
+    assert RUN[name](without, Quadratic(without), 2) == 0
+    assert torch.equal(flat(with_nan), flat(without))
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_quasi_newton_ends_at_a_finite_cost(number):
+    """Wherever one of its first evaluations was not; the next line search may give up there."""
+    found = parameters()
+    cost = Quadratic(found, nan_at=(number,))
+    assert quasi_newton(found, cost, evaluations=50) == 1
+    best = min([loss for loss in cost.losses if math.isfinite(loss)], default=math.inf)
+    assert float(cost().loss) <= best and torch.isfinite(flat(found)).all()
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_without_any_finite_gradient_the_parameters_stay(name):
+    found = parameters()
+    cost = Quadratic(found, nan_at=range(1000))
+    assert RUN[name](found, cost, 3) == len(cost.losses) > 0
+    assert torch.equal(flat(found), flat(parameters()))
