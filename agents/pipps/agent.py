@@ -2,32 +2,30 @@
 
 Loop: one episode on the real system -> fit the model to all data -> optimise the policy on
 simulated particles -> next episode. Parmas, Rasmussen, Peters & Doya 2018 (PIPPS); Parmas, Seno &
-Aoki 2023 (TPX), App. B. The simulation is in particles.py, the optimiser in policy_search.py.
+Aoki 2023 (TPX), App. B. The simulation is in particles.py, the policy search in search.py. Shared
+with other GP-based agents: the model in world_models/gp_dynamics.py, and agents/trials/ with the
+problem (cost and start), the controllers, the optimisers and the metrics.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
-from gymnasium import ObservationWrapper, RewardWrapper, Wrapper, spaces
-from gymnasium.wrappers import NormalizeReward
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Figure
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from torch import Tensor
 from tqdm import tqdm
 
 import totalprop.estimators as estimators
-from totalprop.agents.core import figures
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
-from totalprop.agents.core.metrics import PICTURE, QUIET, record_progress
+from totalprop.agents.core.metrics import QUIET, record_progress
 from totalprop.agents.core.validation import (
     Above,
     AtLeast,
@@ -37,18 +35,14 @@ from totalprop.agents.core.validation import (
     try_estimator,
 )
 from totalprop.agents.core.workers import explain_dead_workers
-from totalprop.agents.persistence import env_state
-from totalprop.agents.pipps.particles import Cost, Noise, ParticleModel, simulate
-from totalprop.agents.pipps.search import OptimizerName, SearchLog, SearchSettings, optimise_policy
-from totalprop.agents.trials.controllers import (
-    ControllerPolicy,
-    LinearPolicy,
-    RBFPolicy,
-    trig_features,
-)
-from totalprop.agents.trials.problem import cost_problem, warn_unused
+from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
+from totalprop.agents.pipps.search import OptimizerName, SearchSettings, optimise_policy
+from totalprop.agents.trials import metrics
+from totalprop.agents.trials.controllers import ControllerPolicy, LinearPolicy, RBFPolicy
+from totalprop.agents.trials.problem import Problem
 from totalprop.estimators import Estimator
 from totalprop.world_models.gp import GaussianProcess
+from totalprop.world_models.gp_dynamics import GPDynamics
 
 LEGS = {"score": estimators.legs.score, "biw": estimators.legs.biw}
 NO_VEC_NORMALIZE = (
@@ -186,6 +180,7 @@ class PIPPS(Algorithm):
     def _setup_model(self) -> None:
         self.angle_dims = tuple(self.angle_dims)  # a list where it comes from a file
         self._check_arguments()
+        self._problem = self._find_problem()
         self._needs_cost_fn |= self.cost_fn is not None  # or it was given to `load`
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -194,24 +189,32 @@ class PIPPS(Algorithm):
             self.observation_space, self.action_space, self.lr_schedule, **kwargs
         ).to(self.device)
         states, controls = self.observation_space.shape[0], self.action_space.shape[0]  # type: ignore[index]
-        inputs = states + len(self.angle_dims) + controls
-        self.dynamics = GaussianProcess(inputs, states).to(self.device)
-        self.reward_model = GaussianProcess(inputs, 1).to(self.device)
+        model = GPDynamics(states, controls, angle_dims=self.angle_dims)
+        self.world_model = model.to(self.device)
 
-    def _settings(self) -> SearchSettings:
-        resample, fixed_noise = self._variant()
-        return SearchSettings(
-            estimator=self._resolved_estimator(),
-            optimizer="quasi-newton" if fixed_noise else self.optimizer,
-            learning_rate=self.lr_schedule(self._current_progress_remaining),
-            gradient_steps=self.gradient_steps,
-            n_particles=self.n_particles,
-            horizon=self.horizon,
-            resample=resample,
-            fixed_noise=fixed_noise,
-            adam_eps=self.adam_eps,
-            momentum=self.momentum,
-        )
+    @property
+    def dynamics(self) -> GaussianProcess:
+        """The GP of state differences; files hold it under this name."""
+        return self.world_model.gp
+
+    @property
+    def reward_model(self) -> GaussianProcess:
+        """The GP of rewards; files hold it under this name."""
+        return self.world_model.reward_gp
+
+    def _find_problem(self) -> Problem:
+        space = self.observation_space
+        assert isinstance(space, spaces.Box)
+        return Problem(self.env, space, cost_fn=self.cost_fn, device=self.device)
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """Like SB3's; cost and start are then the new environment's.
+
+        Raises:
+            ValueError: the environment is wrapped in VecNormalize, or has other spaces.
+        """
+        super().set_env(env, force_reset)
+        self._problem = self._find_problem()
 
     # ----------------------------------------------------------------------------------------
     # the loop
@@ -229,14 +232,17 @@ class PIPPS(Algorithm):
     ) -> SelfPIPPS:
         """Run trials until `total_timesteps` real steps are done; a policy search follows each.
 
-        The random trials count. With 30-step episodes, 450 steps are the papers' 15 searches, the
-        last one on all data. Simulated steps neither count nor trigger callbacks.
+        Random trials count. With 30-step episodes, 450 steps are the papers' 15 searches, the last
+        one on all data. Simulated steps neither count nor trigger callbacks.
 
         Args:
             total_timesteps: real environment steps; exact up to the number of environments.
-            callback, tb_log_name, reset_num_timesteps: as in stable-baselines3.
+            callback: as in stable-baselines3.
             log_interval: trials between log dumps.
-            progress_bar: a bar for each policy search, which is where the time goes.
+            tb_log_name: as in stable-baselines3.
+            reset_num_timesteps: as in stable-baselines3.
+            progress_bar: show a bar for each policy search, which is where the time goes.
+
         Raises:
             ValueError: an observation or reward is not finite.
             RuntimeError: an environment's process died.
@@ -248,10 +254,11 @@ class PIPPS(Algorithm):
             keep_freed_memory()
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
-            # Before the trial: at its end the last search would have no progress left, and no step.
+            # Before the trial: after it, the last search would have no progress and no step left.
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             if self._n_trials >= self.random_trials and not self.policy.is_placed:
-                self._improve_policy(progress_bar)  # a callback's stop came before the first search
+                # A callback stopped an earlier `learn` before the first search.
+                self._improve_policy(progress_bar)
             if not self._collect_trial(callback, total_timesteps):
                 break
             if self._n_trials >= self.random_trials:
@@ -262,7 +269,7 @@ class PIPPS(Algorithm):
         return self
 
     def _collect_trial(self, callback: BaseCallback, total_timesteps: int) -> bool:
-        """One episode of every environment; False if a callback stopped the training."""
+        """One episode of every environment; False if a callback asked to stop."""
         assert self.env is not None and self._last_obs is not None
         callback.on_rollout_start()
         is_random = self._n_trials < self.random_trials
@@ -279,7 +286,7 @@ class PIPPS(Algorithm):
             new_observations, rewards, dones, infos = self.env.step(actions)
             self.num_timesteps += self.env.num_envs
             next_observations = np.array(new_observations)
-            for i in np.flatnonzero(dones):  # the vector environment has reset: take the true end
+            for i in np.flatnonzero(dones):  # already reset: take the true end
                 next_observations[i] = infos[i]["terminal_observation"]
             check_finite(self.num_timesteps, next_observations, rewards)
             starts = np.asarray(self._last_episode_starts, dtype=bool)
@@ -298,36 +305,46 @@ class PIPPS(Algorithm):
             self._update_info_buffer(infos, dones)
         self._n_trials += 1
         self._store(transitions)
-        if self._predicted is not None and from_start:
-            self._record_prediction(np.stack(path)[:, 0])
+        if self._predicted is not None and from_start and self.tensorboard_log is not None:
+            seen = np.stack(path)[:, 0]
+            metrics.record_prediction(self.logger, self._problem, self._predicted, seen)
         callback.on_rollout_end()
         return True
 
     def _store(self, transitions: Sequence[tuple[np.ndarray, ...]]) -> None:
-        """Append a trial to the data of the dynamics and the reward model."""
-        flat = [np.concatenate(parts) for parts in zip(*transitions, strict=True)]
-        scaled = self.policy.scale_action(flat[1])
-        x, u, x_next, reward = (
-            torch.as_tensor(a, dtype=torch.float64, device=self.device)
-            for a in (flat[0], scaled, flat[2], flat[3])
+        """Add a trial to the data of the model, which is first tested on it."""
+        x, u, x_next, reward = (np.concatenate(parts) for parts in zip(*transitions, strict=True))
+        states, controls, next_states, rewards = (
+            torch.as_tensor(part, dtype=torch.float64, device=self.device)
+            for part in (x, self.policy.scale_action(u), x_next, reward)
         )
-        before = torch.cat((trig_features(x, self.angle_dims), u), -1)
-        after = torch.cat((trig_features(x_next, self.angle_dims), u), -1)
-        if self.dynamics.is_fitted:
-            self._record_model_fit(before, x_next - x)
-        self.dynamics.add_data(before, x_next - x, keep=self.max_points)
-        self.reward_model.add_data(after, reward.unsqueeze(-1), keep=self.max_points)
+        model = self.world_model
+        if model.is_fitted:
+            metrics.record_model_fit(self.logger, model, states, controls, next_states)
+        model.add(states, controls, next_states, rewards, keep=self.max_points)
+
+    def dump_logs(self) -> None:
+        """Write everything recorded since the last dump; called once per `log_interval` trials."""
+        self.logger.record("time/fps", record_progress(self))
+        if self.ep_info_buffer:
+            self.logger.record("rollout/ep_rew", self.ep_info_buffer[-1]["r"])
+        self.logger.record("time/trials", self._n_trials)
+        self.logger.dump(step=self.num_timesteps)
+
+    # ----------------------------------------------------------------------------------------
+    # the policy search
+    # ----------------------------------------------------------------------------------------
 
     def _improve_policy(self, show_progress: bool) -> None:
-        """Fit the model and search the policy; the two phases of a trial that take time."""
-        likelihoods = self.dynamics.fit(max_evaluations=self.gp_evaluations)
+        """Fit the model and search the policy, the two phases of a trial that take time."""
+        likelihoods = self.world_model.fit(max_evaluations=self.gp_evaluations)
         model = self._particle_model()
         if not self.policy.is_placed:
-            self._place_policy(model)
+            self._problem.place(self.policy, self.world_model)
         settings = self._settings()
         with tqdm(
             total=settings.gradient_steps,
-            desc=f"trial {self._n_trials}: policy search on {len(self.dynamics.inputs)} points",
+            desc=f"trial {self._n_trials}: policy search on {self.world_model.n_points} points",
             disable=not show_progress,
             leave=False,
         ) as bar:
@@ -338,216 +355,51 @@ class PIPPS(Algorithm):
 
             log = optimise_policy(self.policy, model, settings, self._generator, on_step)
         self._n_updates += len(log.losses)
-        self._remember_prediction(model)
-        self._record_search(log, likelihoods)
-
-    def _remember_prediction(self, model: ParticleModel) -> None:
-        """Simulate the new policy once more, to be compared with the next trial."""
-        size = self.horizon, self.n_particles, len(model.start_mean)
-        noise = Noise.draw(*size, self._generator, resample=False)
-        with torch.no_grad():
-            _, _, states = simulate(model, self.policy, noise, estimators.make("rp"))
-        self._predicted = states.cpu().numpy()
-
-    def dump_logs(self) -> None:
-        """Write everything recorded since the last dump; called once per `log_interval` trials."""
-        self._record_progress()
-        self.logger.dump(step=self.num_timesteps)
-
-    # ----------------------------------------------------------------------------------------
-    # saving
-    # ----------------------------------------------------------------------------------------
-
-    def state_dict(self, folder: Path) -> dict[str, Any]:
-        """Beside the rest: the generator, and the prediction of the next trial."""
-        own = {"generator": self._generator.get_state(), "predicted": self._predicted}
-        return {**super().state_dict(folder), **own}
-
-    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
-        """Restore what `state_dict` returned."""
-        super().load_state_dict(state, folder)
-        self._generator.set_state(state["generator"])
-        self._predicted = state["predicted"]
-
-    def _excluded_save_params(self) -> list[str]:
-        own = ["dynamics", "reward_model", "cost_fn", "_generator", "_predicted"]
-        return [*super()._excluded_save_params(), *own]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "dynamics", "reward_model"], []
-
-    # ----------------------------------------------------------------------------------------
-    # what is simulated: where particles start and what a step costs
-    # ----------------------------------------------------------------------------------------
+        self._predicted = self._simulate_trial(model)
+        log.record(self.logger, draw=self.tensorboard_log is not None)
+        self.logger.record("train/learning_rate", settings.learning_rate)
+        self.logger.record("train/n_updates", self._n_updates, exclude=QUIET)
+        metrics.record_gp(self.logger, self.world_model, likelihoods)
 
     def _particle_model(self) -> ParticleModel:
-        """The model that policies are searched in."""
-        mean, std = self._start_distribution()
-        return ParticleModel(
-            dynamics=self.dynamics,
-            start_mean=torch.as_tensor(mean, dtype=torch.float64, device=self.device),
-            start_std=torch.as_tensor(std, dtype=torch.float64, device=self.device),
-            cost=self._cost(),
-            model_uncertainty=self.model_uncertainty,
-            noise_multiplier=self.noise_multiplier,
-        )
+        """The model that policies are searched in.
 
-    def _cost(self) -> Cost:
-        """The given cost, the environment's own, or a GP on the rewards seen so far."""
+        Raises:
+            ValueError: the agent was made with a cost_fn and loaded without it.
+        """
         if self._needs_cost_fn and self.cost_fn is None:
             raise ValueError(
                 "this agent was made with a cost_fn, which is not in its file; "
                 "pass it again: PIPPS.load(path, env=env, cost_fn=...)"
             )
-        own = self.cost_fn or self._own_cost()
-        if own is not None:
-            return lambda states, actions: own(states)
-        self.reward_model.fit(max_evaluations=self.gp_evaluations)
-
-        def negative_reward(states: Tensor, actions: Tensor) -> Tensor:
-            inputs = torch.cat((trig_features(states, self.angle_dims), actions), -1)
-            mean = self.reward_model.posterior(inputs.flatten(0, -2)).mean
-            return -mean.reshape(states.shape[:-1])
-
-        return negative_reward
-
-    def _own_cost(self) -> Callable[[Tensor], Tensor] | None:
-        """The environment's `cost(states)`; None, with a warning, if PIPPS cannot use it."""
-        own = self._env_attribute("cost")
-        if own is None:
-            return None
-        problem = cost_problem(own, self.observation_space.shape[0], self.device)  # type: ignore[index]
-        if problem is not None:
-            warn_unused("cost", problem)
-            return None
-        return own
-
-    def _start_distribution(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and std [S] of the particles' start: the environment's own, or from its resets."""
-        given = self._own_start()
-        if given is not None:
-            return given
-        starts = np.stack(self._start_observations).astype(np.float64)
-        # One reset says nothing of the spread: assume that of one noisy observation at least.
-        noise = self.dynamics.noise.cpu().numpy() / math.sqrt(2)
-        return starts.mean(0), np.maximum(starts.std(0), noise)
-
-    def _own_start(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The environment's `initial_distribution`, a mean and std [S], or None."""
-        given = self._env_attribute("initial_distribution")
-        if given is None:
-            return None
-        try:
-            mean, std = (np.asarray(part, np.float64) for part in given)
-        except (TypeError, ValueError):
-            mean = std = np.zeros(0)
-        shape = self.observation_space.shape
-        if mean.shape != shape or std.shape != shape:
-            warn_unused("initial_distribution", f"it must be a mean and a std of shape {shape}")
-            return None
-        return mean, std
-
-    def _place_policy(self, model: ParticleModel) -> None:
-        """Put the controller over the start state (unit scale), or over the first data."""
-        if self._own_start() is not None:
-            mean = trig_features(model.start_mean, self.angle_dims)
-            std = torch.ones_like(mean)
-        else:
-            features = self.dynamics.inputs[:, : self.policy.n_features]
-            mean, std = features.mean(0), features.std(0, correction=0)
-            std = torch.where(std > 1e-6 * mean.abs().clamp_min(1.0), std, torch.ones_like(std))
-        self.policy.place(mean, std)
-
-    def _env_attribute(self, name: str) -> Any:
-        """An attribute of the (first) environment, or None.
-
-        It speaks of the environment's own observations and rewards. Where an ObservationWrapper or
-        RewardWrapper (or NormalizeReward, or an unknown vector wrapper) changes them, it is not
-        used, with a warning. A wrapper that does so in a `step` of its own is not noticed.
-        """
-        if self.env is None or not self.env.has_attr(name):
-            return None
-        changing: list[type[Wrapper[Any, Any, Any, Any]]] = [ObservationWrapper]
-        if name == "cost":
-            changing += [RewardWrapper, NormalizeReward]
-        inner = self.env.get_attr("unwrapped", indices=0)[0]
-        if (
-            any(type(layer) not in env_state.LAYERS for layer in env_state.layers_of(self.env)[0])
-            or inner.observation_space != self.observation_space
-            or any(self.env.env_is_wrapped(wrapper, indices=0)[0] for wrapper in changing)
-        ):
-            warn_unused(name, "a wrapper changes what it speaks of")
-            return None
-        return self.env.get_attr(name, indices=0)[0]
-
-    # ----------------------------------------------------------------------------------------
-    # logs
-    # ----------------------------------------------------------------------------------------
-
-    def _record_search(self, log: SearchLog, likelihoods: Tensor) -> None:
-        """Scalars of a policy search and of the model it used; the figure of k."""
-        record = self.logger.record
-        record("train/loss", log.losses[-1])
-        record("train/loss_first", log.losses[0], exclude=QUIET)
-        norms = np.array(log.gradient_norms)
-        record("train/gradient_norm", float(norms[np.isfinite(norms)].mean()))
-        record("train/learning_rate", self._settings().learning_rate)
-        if log.signal_to_noise:
-            record("train/gradient_snr", float(np.mean(log.signal_to_noise)))
-            k = torch.stack(log.k).mean(0)  # [H, S]
-            record("train/k", float(k.mean()))
-            for d, value in enumerate(k.mean(0).tolist()):
-                record(f"k/coordinate_{d}", value, exclude=QUIET)
-            for t, value in enumerate(k.mean(1).tolist()):
-                record(f"k/step_{t + 1:02d}", value, exclude=QUIET)
-            if self.tensorboard_log is not None:
-                record("figures/k", Figure(figures.weights(k.cpu().numpy()), close=True), PICTURE)
-        record("train/skipped_steps", log.skipped, exclude=QUIET)
-        record("train/n_updates", self._n_updates, exclude=QUIET)
-        gp = self.dynamics
-        record("gp/data", len(gp.inputs))
-        record("gp/jitter", gp.jitter, exclude=QUIET)
-        record("gp/negative_log_likelihood", float(likelihoods.mean()))
-        for e in range(gp.targets.shape[1]):
-            record(f"gp/noise_{e}", float(gp.noise[e]), exclude=QUIET)
-            record(f"gp/signal_{e}", float(gp.log_signal[e].exp()), exclude=QUIET)
-            for d, value in enumerate(gp.log_lengthscale[e].exp().tolist()):
-                record(f"gp/lengthscale_{e}_{d}", value, exclude=QUIET)
-
-    def _record_model_fit(self, inputs: Tensor, targets: Tensor) -> None:
-        """One-step predictions of the model for a trial it has not seen.
-
-        Standardised error: sqrt(mean z²), 1 when the predicted spread is right.
-        """
-        with torch.no_grad():
-            posterior = self.dynamics.posterior(inputs)
-            error = targets - posterior.mean
-            std = (posterior.variance + self.dynamics.noise.square()).sqrt()
-        self.logger.record(
-            "model_fit/standardised_error", float((error / std).square().mean().sqrt())
+        if self._problem.cost is None:
+            self.world_model.fit_reward(max_evaluations=self.gp_evaluations)
+        mean, std = self._problem.start_distribution(
+            self._start_observations, self.world_model.noise
         )
-        for d, value in enumerate(error.square().mean(0).sqrt().tolist()):
-            self.logger.record(f"model_fit/rmse_{d}", value, exclude=QUIET)
+        return ParticleModel(
+            dynamics=self.world_model,
+            start_mean=mean,
+            start_std=std,
+            cost=self._problem.step_cost(self.world_model),
+            model_uncertainty=self.model_uncertainty,
+            noise_multiplier=self.noise_multiplier,
+        )
 
-    def _record_prediction(self, path: np.ndarray) -> None:
-        """Figure: the particles predicted before a trial, and the trial itself, [T + 1, S]."""
-        if self.tensorboard_log is not None and self._predicted is not None:
-            names = self._env_attribute("observation_names")
-            if names is None or len(names) != path.shape[1]:
-                names = [f"observation {d}" for d in range(path.shape[1])]
-            figure = figures.prediction(self._predicted, path, names)
-            self.logger.record("figures/prediction", Figure(figure, close=True), PICTURE)
-
-    def _record_progress(self) -> None:
-        """Episode statistics and time, as stable-baselines3's algorithms record them."""
-        self.logger.record("time/fps", record_progress(self))
-        if self.ep_info_buffer:
-            self.logger.record("rollout/ep_rew", self.ep_info_buffer[-1]["r"])
-        self.logger.record("time/trials", self._n_trials)
-
-    # ----------------------------------------------------------------------------------------
-    # arguments
-    # ----------------------------------------------------------------------------------------
+    def _settings(self) -> SearchSettings:
+        resample, fixed_noise = self._variant()
+        return SearchSettings(
+            estimator=self._resolved_estimator(),
+            optimizer="quasi-newton" if fixed_noise else self.optimizer,
+            learning_rate=self.lr_schedule(self._current_progress_remaining),
+            gradient_steps=self.gradient_steps,
+            n_particles=self.n_particles,
+            horizon=self.horizon,
+            resample=resample,
+            fixed_noise=fixed_noise,
+            adam_eps=self.adam_eps,
+            momentum=self.momentum,
+        )
 
     def _variant(self) -> tuple[bool, bool]:
         """Whether the estimator's name asks for Gaussian resampling, and for fixed noise."""
@@ -564,6 +416,40 @@ class PIPPS(Algorithm):
         if self.cross_fit:
             changes["cross_fit"] = True
         return estimators.make("rp" if self.estimator in VARIANTS else self.estimator, **changes)
+
+    def _simulate_trial(self, model: ParticleModel) -> np.ndarray:
+        """States [H + 1, N, S] that the new policy is predicted to visit in the next trial."""
+        size = self.horizon, self.n_particles, len(model.start_mean)
+        noise = Noise.draw(*size, self._generator, resample=False)
+        with torch.no_grad():
+            _, _, states = simulate(model, self.policy, noise, estimators.make("rp"))
+        return states.cpu().numpy()
+
+    # ----------------------------------------------------------------------------------------
+    # files
+    # ----------------------------------------------------------------------------------------
+
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """In addition: the simulations' generator and the prediction for the next trial."""
+        own = {"generator": self._generator.get_state(), "predicted": self._predicted}
+        return {**super().state_dict(folder), **own}
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
+        """Restore what `state_dict` returned."""
+        super().load_state_dict(state, folder)
+        self._generator.set_state(state["generator"])
+        self._predicted = state["predicted"]
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ["world_model", "cost_fn", "_problem", "_generator", "_predicted"]
+        return [*super()._excluded_save_params(), *own]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "dynamics", "reward_model"], []
+
+    # ----------------------------------------------------------------------------------------
+    # arguments
+    # ----------------------------------------------------------------------------------------
 
     def _check_arguments(self) -> None:
         """One sentence per wrong value, before any work is done."""
@@ -584,13 +470,6 @@ class PIPPS(Algorithm):
             )
         self._check_spaces()
         self._check_estimator()
-        if self.cost_fn is None:
-            self._own_cost()  # warns now, not after the first trial
-            return
-        states: int = self.observation_space.shape[0]  # type: ignore[index]
-        problem = cost_problem(self.cost_fn, states, self.device)
-        if problem is not None:
-            raise ValueError(f"cost_fn is not a cost of states: {problem}")
 
     def _check_estimator(self) -> None:
         """Its parts by name, and that they work together, on a node of as many particles."""

@@ -5,20 +5,16 @@ The loss of PIPPS as pure functions: nothing here knows stable-baselines3 or an 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from totalprop.agents.trials.controllers import Controller, ControllerPolicy, trig_features
+from totalprop.agents.trials.controllers import Controller, ControllerPolicy
+from totalprop.agents.trials.problem import Cost
 from totalprop.estimators import ControlProbe, Estimator, assign_credit
-from totalprop.world_models.gp import GaussianProcess, Posterior
-
-Cost = Callable[
-    [Tensor, Tensor], Tensor
-]  # (next states [..., S], scaled actions [..., A]) -> [...]
+from totalprop.world_models.gp_dynamics import GPDynamics, Prediction
 
 
 @dataclass(frozen=True)
@@ -48,15 +44,16 @@ class ParticleModel:
     """What a simulation needs: dynamics, start distribution, cost.
 
     Attributes:
-        dynamics: GP from (features of x, scaled action) to the difference x' - x.
-        start_mean, start_std: [S] of the Gaussian that the particles start from.
-        cost: (next states, scaled actions) -> cost of the step, differentiable.
-        model_uncertainty: add the GP's own variance σ_f²; off is the "TP - σ_f" of Parmas et al.
+        dynamics: predicts the next state from a state and a control.
+        start_mean: [S] mean of the Gaussian that particles start from.
+        start_std: [S] its standard deviation.
+        cost: (next states, controls) -> cost of the step, differentiable.
+        model_uncertainty: add the GP's own variance σ_f²; without it, "TP - σ_f" of Parmas et al.
             2018, Table 2.
         noise_multiplier: factor on the learned noise variance σ_n²; 100 is their "TP + σ_n".
     """
 
-    dynamics: GaussianProcess
+    dynamics: GPDynamics
     start_mean: Tensor
     start_std: Tensor
     cost: Cost
@@ -73,14 +70,19 @@ def simulate(
     tap: Tensor | None = None,
     meter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Roll particles out; the loss's gradient is the estimator's policy gradient.
+    """Roll particles out; the gradient of the loss is the estimator's policy gradient.
 
     x_{t+1} ~ N(x_t + m(x_t, u_t), σ_f² + σ_n²), independent across dimensions, u_t = π(x_t);
     J = mean_i Σ_{t=1..H} c(x_it). Parmas et al. 2018, Sec. 2.4 and 3.1.
 
     Args:
-        noise: of shape [H, N, S]; sets horizon and particles.
-        tap: zeros [N, P] for the per-particle gradients. meter: zeros [H, S] for k.
+        model: dynamics, start and cost.
+        policy: the controller π, whose parameters receive the gradient.
+        noise: sets the horizon H and the number of particles N.
+        estimator: the gradient estimator of every node.
+        tap: [N, P] zeros; its gradient is that of each particle.
+        meter: [H, S] zeros; its gradient is k.
+
     Returns:
         loss [], costs [H, N] (detached), states [H + 1, N, S] (detached).
     """
@@ -90,36 +92,39 @@ def simulate(
     x = model.start_mean + model.start_std * noise.start
     credit = x.new_zeros(len(x))
     meters = [None] * horizon if meter is None else meter.unbind(0)
-    states, actions, credits = [x], [], []
+    states, controls, credits = [x], [], []
     act = policy.controller()
     for t in range(horizon):
         u = act(x)
-        moments = model.dynamics.posterior(torch.cat((trig_features(x, policy.angle_dims), u), -1))
+        found = model.dynamics.predict(x, u)
         if model.model_uncertainty:
-            std = (moments.variance + noise_variance).sqrt()
+            std = (found.variance + noise_variance).sqrt()
         else:
-            std = noise_variance.sqrt().expand_as(moments.mean)
-        probe = _control_probe(act, t, std, moments, estimator) if needs_probe else None
+            std = noise_variance.sqrt().expand_as(found.mean)
+        probe = _control_probe(act, t, std, found, estimator) if needs_probe else None
         if probe is not None and not model.model_uncertainty:
             probe.zeta_jacobian[1].zero_()
         x, credit = estimator(
-            x + moments.mean, std, noise.model[t], credit, probe=probe, tap=tap, meter=meters[t]
+            found.mean, std, noise.model[t], credit, probe=probe, tap=tap, meter=meters[t]
         )
         if noise.resample is not None:
             x = gaussian_resample(x, noise.resample[t])
         states.append(x)
-        actions.append(u)
+        controls.append(u)
         credits.append(credit)
-    path, controls = torch.stack(states), torch.stack(actions)
+    path, all_controls = torch.stack(states), torch.stack(controls)
     if tap is not None:
-        controls = _TappedControls.apply(act, controls, tap)
-    costs = model.cost(path[1:], controls)
+        all_controls = _TappedControls.apply(act, all_controls, tap)
+    costs = model.cost(path[1:], all_controls)
     loss = assign_credit(costs, torch.stack(credits)).sum(0).mean()
     return loss, costs.detach(), path.detach()
 
 
 class _TappedControls(torch.autograd.Function):
-    """The controls [H, N, A]; what a cost sends back through them enters the tap, too."""
+    """The controls [H, N, A], unchanged; what a cost sends back through them also enters the tap.
+
+    That path bypasses the nodes, which would otherwise fill the tap alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, act: Controller, controls: Tensor, tap: Tensor) -> Tensor:
@@ -133,12 +138,13 @@ class _TappedControls(torch.autograd.Function):
 
 
 def gaussian_resample(x: Tensor, noise: Tensor) -> Tensor:
-    """Draw the particles anew from the Gaussian fitted to them, differentiable in x.
+    """Replace particles by draws from the Gaussian fitted to them, differentiable in x.
 
     x'_i = mean + L z_i with L Lᵀ = covariance (Bessel-corrected). Parmas et al. 2018, Sec. 3.1.
 
     Args:
-        x, noise: [N, S].
+        x: [N, S] particles; gradients flow.
+        noise: [N, S] standard normal z.
     """
     mean = x.mean(0)
     centred = x - mean
@@ -146,22 +152,20 @@ def gaussian_resample(x: Tensor, noise: Tensor) -> Tensor:
     jitter = 1e-10 * covariance.diagonal().mean().detach() + 1e-14
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     factor, info = torch.linalg.cholesky_ex(covariance + jitter * eye)
-    factor = torch.where(
-        info == 0, factor, torch.nan
-    )  # of non-finite particles; the step is skipped
+    # Particles that are not finite have no factor: NaN, so that the search skips the step.
+    factor = torch.where(info == 0, factor, torch.nan)
     return mean + noise @ factor.T
 
 
 def _control_probe(
-    act: Controller, t: int, std: Tensor, moments: Posterior, estimator: Estimator
+    act: Controller, t: int, std: Tensor, found: Prediction, estimator: Estimator
 ) -> ControlProbe:
-    controls = slice(-act.policy.n_controls, None)
-    std_jacobian = moments.variance_jacobian[..., controls] / (2 * std.detach().unsqueeze(-1))
+    std_jacobian = found.variance_jacobian / (2 * std.detach().unsqueeze(-1))
     counted = None
     if estimator.probe == "subset":
         counted = lambda: act.jacobian(t, last_layer=True)  # noqa: E731
     return ControlProbe(
-        [moments.mean_jacobian[..., controls], std_jacobian],
+        [found.mean_jacobian, std_jacobian],
         lambda: act.jacobian(t),
         counted,
     )

@@ -1,21 +1,23 @@
-"""The inner loop of PIPPS: optimise a policy in a particle model for a number of gradient steps."""
+"""The policy search of PIPPS: optimise a policy in a particle model for some gradient steps."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from stable_baselines3.common.logger import Figure, Logger
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from totalprop.agents.core import figures
+from totalprop.agents.core.metrics import PICTURE, QUIET
 from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
+from totalprop.agents.trials import optimisers
 from totalprop.agents.trials.controllers import ControllerPolicy
-from totalprop.estimators import Estimator, PolicyGradient, gradient
+from totalprop.agents.trials.optimisers import Evaluation
+from totalprop.estimators import Estimator, gradient
 
 DIAGNOSE_EVERY = 25  # gradient steps between measurements of k and of the gradient's noise
 
@@ -48,10 +50,29 @@ class SearchLog:
     k: list[Tensor] = field(default_factory=list)  # [H, S] each
     skipped: int = 0  # steps whose gradient was not finite
 
+    def record(self, logger: Logger, *, draw: bool) -> None:
+        """Log the search as scalars.
 
-class _Step(NamedTuple):
-    result: PolicyGradient
-    flat: Tensor  # [P]
+        Args:
+            logger: where they go.
+            draw: also log a figure of k.
+        """
+        record = logger.record
+        record("train/loss", self.losses[-1])
+        record("train/loss_first", self.losses[0], exclude=QUIET)
+        norms = np.array(self.gradient_norms)
+        record("train/gradient_norm", float(norms[np.isfinite(norms)].mean()))
+        if self.signal_to_noise:
+            record("train/gradient_snr", float(np.mean(self.signal_to_noise)))
+            k = torch.stack(self.k).mean(0)  # [H, S]
+            record("train/k", float(k.mean()))
+            for d, value in enumerate(k.mean(0).tolist()):
+                record(f"k/coordinate_{d}", value, exclude=QUIET)
+            for t, value in enumerate(k.mean(1).tolist()):
+                record(f"k/step_{t + 1:02d}", value, exclude=QUIET)
+            if draw:
+                record("figures/k", Figure(figures.weights(k.cpu().numpy()), close=True), PICTURE)
+        record("train/skipped_steps", self.skipped, exclude=QUIET)
 
 
 def optimise_policy(
@@ -64,13 +85,18 @@ def optimise_policy(
     """Minimise the simulated cost in place.
 
     Args:
+        policy: the controller, whose parameters change.
+        model: what is simulated.
+        settings: estimator, optimiser and their sizes.
         generator: source of the simulation's noise, on the policy's device.
         on_step: called after each gradient step with its number and loss.
+
     Raises:
-        FloatingPointError: not one gradient was finite.
+        FloatingPointError: no gradient was finite.
     """
     log, parameters = SearchLog(), list(policy.parameters())
     n_states = len(model.start_mean)
+    needs_variance = settings.optimizer == "rmsprop2018"
 
     def draw() -> Noise:
         return Noise.draw(
@@ -79,7 +105,7 @@ def optimise_policy(
 
     fixed = draw() if settings.fixed_noise else None
 
-    def step(per_sample: bool = False) -> _Step:
+    def evaluate() -> Evaluation:
         noise = fixed or draw()
         number = len(log.losses)
         diagnose = number % DIAGNOSE_EVERY == 0
@@ -93,7 +119,7 @@ def optimise_policy(
             parameters,
             settings.estimator,
             samples=settings.n_particles,
-            per_sample=per_sample or diagnose,
+            per_sample=needs_variance or diagnose,
             meter=meter,
         )
         flat = torch.cat([g.reshape(-1) for g in result.gradients])
@@ -101,94 +127,31 @@ def optimise_policy(
         log.gradient_norms.append(float(flat.norm()))
         if diagnose and result.per_sample is not None and result.k is not None:
             log.k.append(result.k)
-            if not settings.resample:  # which makes the particles depend on each other
+            if not settings.resample:  # resampled particles depend on each other
                 variance = result.per_sample.var(0).sum() * len(result.per_sample)
                 tiny = torch.finfo(variance.dtype).tiny  # a gradient of 0 has no noise
                 log.signal_to_noise.append(float(flat.square().sum() / variance.clamp_min(tiny)))
         on_step(number, log.losses[-1])
-        return _Step(result, flat)
+        spread = None
+        if needs_variance:
+            assert result.per_sample is not None
+            spread = result.per_sample.var(0) * len(result.per_sample)  # of a sum over particles
+        return Evaluation(result.loss, flat, spread)
 
-    if settings.optimizer == "quasi-newton":
-        _quasi_newton(parameters, step, settings.gradient_steps, log)
-    elif settings.optimizer == "adam":
-        _adam(parameters, step, settings, log)
+    rate, steps = settings.learning_rate, settings.gradient_steps
+    if settings.optimizer == "adam":
+        log.skipped = optimisers.adam(
+            parameters, evaluate, steps=steps, learning_rate=rate, eps=settings.adam_eps
+        )
+    elif settings.optimizer == "rmsprop2018":
+        log.skipped = optimisers.rmsprop2018(
+            parameters, evaluate, steps=steps, learning_rate=rate, momentum=settings.momentum
+        )
     else:
-        _rmsprop2018(parameters, step, settings, log)
+        log.skipped = optimisers.quasi_newton(parameters, evaluate, evaluations=steps)
     if log.skipped == len(log.losses):
         raise FloatingPointError(
             f"none of the {log.skipped} policy gradients was finite; "
             "choose estimator 'tpx' or 'lr', or a shorter horizon"
         )
     return log
-
-
-def _adam(
-    parameters: Sequence[Tensor],
-    step: Callable[..., _Step],
-    settings: SearchSettings,
-    log: SearchLog,
-) -> None:
-    """Adam, started anew for every search (as the authors' demo does)."""
-    adam = torch.optim.Adam(parameters, lr=settings.learning_rate, eps=settings.adam_eps)
-    for _ in range(settings.gradient_steps):
-        result, flat = step()
-        if not torch.isfinite(flat).all():
-            log.skipped += 1
-            continue
-        for parameter, g in zip(parameters, result.gradients, strict=True):
-            parameter.grad = g
-        adam.step()
-
-
-def _rmsprop2018(
-    parameters: Sequence[Tensor],
-    step: Callable[..., _Step],
-    settings: SearchSettings,
-    log: SearchLog,
-) -> None:
-    """m ← γ m + g / √z, θ ← θ - α m, z = E[g]² + V[g]. Parmas et al. 2018, Sec. 3.3.
-
-    V[g] is the variance of the mean: the particles' sample variance / N. The displayed equation has
-    E[g²] + V[g]; the text defines z as here.
-    """
-    momentum = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
-    momentum = momentum.to(parameters[0].device)
-    for _ in range(settings.gradient_steps):
-        result, flat = step(per_sample=True)
-        assert result.per_sample is not None
-        variance = result.per_sample.var(0) * len(result.per_sample)  # of the sum over particles
-        direction = flat / (flat.square() + variance).sqrt().clamp_min(1e-30)
-        if not torch.isfinite(direction).all():
-            log.skipped += 1
-            continue
-        momentum = settings.momentum * momentum + direction
-        with torch.no_grad():
-            theta = parameters_to_vector(parameters) - settings.learning_rate * momentum
-            vector_to_parameters(theta, parameters)
-
-
-def _quasi_newton(
-    parameters: Sequence[Tensor], step: Callable[..., _Step], evaluations: int, log: SearchLog
-) -> None:
-    """L-BFGS on an objective made deterministic by fixed noise (PIPPS 2018, Sec. 3.3).
-
-    The parameters become the best that were evaluated: a line search that fails returns its start.
-    """
-    least = math.inf
-    best = start = parameters_to_vector(parameters).detach().cpu().numpy()
-
-    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        with torch.no_grad():
-            vector_to_parameters(torch.as_tensor(theta, device=parameters[0].device), parameters)
-        result, flat = step()
-        if not (torch.isfinite(result.loss) and torch.isfinite(flat).all()):
-            log.skipped += 1
-            return 1e25, np.zeros_like(theta)  # a wall: the line search steps back
-        nonlocal least, best
-        if float(result.loss) < least:
-            least, best = float(result.loss), theta.copy()
-        return float(result.loss), flat.cpu().numpy()
-
-    minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxfun": evaluations})
-    with torch.no_grad():
-        vector_to_parameters(torch.as_tensor(best, device=parameters[0].device), parameters)

@@ -1,15 +1,173 @@
-"""What agents that simulate trials ask of an environment's cost, and say where it falls short."""
+"""What agents that simulate trials ask of an environment: its cost, its start, its names."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from gymnasium import ObservationWrapper, RewardWrapper, Wrapper, spaces
+from gymnasium.wrappers import NormalizeReward
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from totalprop.agents.persistence import env_state
+from totalprop.agents.trials.controllers import ControllerPolicy
+from totalprop.world_models.gp_dynamics import GPDynamics
 
-def cost_problem(cost: Any, states: int, device: torch.device) -> str | None:
+Cost = Callable[[Tensor, Tensor], Tensor]  # (next states [..., S], controls [..., A]) -> [...]
+StateCost = Callable[[Tensor], Tensor]  # states [..., S] -> [...]
+
+
+class Problem:
+    """What a simulated trial costs and where it starts.
+
+    An environment may have a differentiable `cost(states)`, an `initial_distribution` (mean, std)
+    and `observation_names`. Each is looked up once, the cost at construction and the others when
+    first needed; an attribute that does not fit is reported with a UserWarning and not used.
+
+    Args:
+        env: vector environment, or None, of which nothing is known.
+        observation_space: Box [S].
+        cost_fn: cost of the next states, which takes precedence over the environment's own.
+        device: device of the states that costs are evaluated on.
+
+    Attributes:
+        cost: `cost_fn`, the environment's own cost, or None: costs are learned from rewards.
+
+    Raises:
+        ValueError: `cost_fn` is not a differentiable cost of states.
+    """
+
+    def __init__(
+        self,
+        env: VecEnv | None,
+        observation_space: spaces.Box,
+        *,
+        cost_fn: StateCost | None = None,
+        device: torch.device,
+    ) -> None:
+        self.env, self.device = env, device
+        self.shape = observation_space.shape
+        self.observation_space = observation_space
+        self.cost = self._own_cost() if cost_fn is None else cost_fn
+        if cost_fn is not None:
+            flaw = cost_flaw(cost_fn, self.shape[0], device)
+            if flaw is not None:
+                raise ValueError(f"cost_fn is not a cost of states: {flaw}")
+
+    # ----------------------------------------------------------------------------------------
+    # for simulations
+    # ----------------------------------------------------------------------------------------
+
+    def step_cost(self, model: GPDynamics) -> Cost:
+        """Cost of a simulated step; without a known cost, minus the reward of a fitted model."""
+        known = self.cost
+        if known is not None:
+            return lambda next_states, controls: known(next_states)
+        return lambda next_states, controls: -model.reward(next_states, controls)
+
+    def start_distribution(
+        self, resets: Sequence[np.ndarray], noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and std [S] of simulated starts: the environment's own, or those of its resets.
+
+        Args:
+            resets: observations [S] that episodes began with.
+            noise: [S] deviation of the noise of an observed state difference.
+        """
+        if self.start is not None:
+            mean, std = self.start
+        else:
+            starts = np.stack(resets).astype(np.float64)
+            # One reset has no spread: assume at least that of one noisy observation.
+            mean = starts.mean(0)
+            std = np.maximum(starts.std(0), noise.cpu().numpy() / math.sqrt(2))
+        return self._tensor(mean), self._tensor(std)
+
+    def place(self, policy: ControllerPolicy, model: GPDynamics) -> None:
+        """Place a new controller at the environment's own start, or over the states seen so far.
+
+        At a known start the controller has unit scale; over data it has their spread.
+        """
+        if self.start is not None:
+            mean = policy.features(self._tensor(self.start[0]))
+            std = torch.ones_like(mean)
+        else:
+            mean, std = model.features.mean(0), model.features.std(0, correction=0)
+            std = torch.where(std > 1e-6 * mean.abs().clamp_min(1.0), std, torch.ones_like(std))
+        policy.place(mean, std)
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.float64, device=self.device)
+
+    # ----------------------------------------------------------------------------------------
+    # what the environment says
+    # ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def start(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The environment's own `initial_distribution`, a mean and std [S], or None."""
+        given = self._attribute("initial_distribution")
+        if given is None:
+            return None
+        try:
+            mean, std = (np.asarray(part, np.float64) for part in given)
+        except (TypeError, ValueError):
+            mean = std = np.zeros(0)
+        if mean.shape != self.shape or std.shape != self.shape:
+            why = f"it must be a mean and a std of shape {self.shape}"
+            _warn_unused("initial_distribution", why)
+            return None
+        return mean, std
+
+    @cached_property
+    def observation_names(self) -> Sequence[str]:
+        """S names, numbered ones where the environment has none that fit."""
+        names = self._attribute("observation_names")
+        if names is None or len(names) != self.shape[0]:
+            return [f"observation {d}" for d in range(self.shape[0])]
+        return names
+
+    def _own_cost(self) -> StateCost | None:
+        """The environment's `cost(states)`; None, with a warning, if it cannot be used."""
+        own = self._attribute("cost")
+        if own is None:
+            return None
+        flaw = cost_flaw(own, self.shape[0], self.device)
+        if flaw is not None:
+            _warn_unused("cost", flaw)
+            return None
+        return own
+
+    def _attribute(self, name: str) -> Any:
+        """An attribute of the (first) environment, or None.
+
+        It refers to the environment's own observations and rewards. Where an ObservationWrapper or
+        RewardWrapper (or NormalizeReward, or an unknown vector wrapper) changes these, it is not
+        used, with a warning. A wrapper that changes them in its own `step` goes unnoticed.
+        """
+        if self.env is None or not self.env.has_attr(name):
+            return None
+        changing: list[type[Wrapper[Any, Any, Any, Any]]] = [ObservationWrapper]
+        if name == "cost":
+            changing += [RewardWrapper, NormalizeReward]
+        inner = self.env.get_attr("unwrapped", indices=0)[0]
+        if (
+            any(type(layer) not in env_state.LAYERS for layer in env_state.layers_of(self.env)[0])
+            or inner.observation_space != self.observation_space
+            or any(self.env.env_is_wrapped(wrapper, indices=0)[0] for wrapper in changing)
+        ):
+            _warn_unused(name, "a wrapper changes what it speaks of")
+            return None
+        return self.env.get_attr(name, indices=0)[0]
+
+
+def cost_flaw(cost: Any, states: int, device: torch.device) -> str | None:
     """Why a cost is not a differentiable function of the states alone, or None if it is."""
     x = torch.zeros(2, 3, states, dtype=torch.float64, device=device, requires_grad=True)
     try:
@@ -30,8 +188,8 @@ def cost_problem(cost: Any, states: int, device: torch.device) -> str | None:
     return None
 
 
-def warn_unused(name: str, why: str) -> None:
-    """Say that an attribute of the environment is learned from data instead."""
+def _warn_unused(name: str, why: str) -> None:
+    """Report that an attribute of the environment is learned from data instead."""
     warnings.warn(
         f"the environment's own `{name}` is not used, because {why}; it is learned from the data",
         stacklevel=3,

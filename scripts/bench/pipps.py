@@ -32,7 +32,7 @@ from totalprop.scripts.bench.checkpoint import bench_checkpoint
 from totalprop.scripts.bench.dreamer import MODES, bench_dreamer
 from totalprop.scripts.bench.ppo import ENV_ID, bench_ppo
 from totalprop.scripts.bench.timing import interleaved_medians
-from totalprop.world_models.gp import GaussianProcess, Posterior
+from totalprop.world_models.gp_dynamics import GPDynamics, Prediction
 
 WHAT = ("pipps", "dreamer", "ppo", "checkpoint")
 HORIZON, PARTICLES = 30, 300  # Parmas et al. 2023, App. B.1
@@ -205,15 +205,15 @@ def _problem(points: int) -> tuple[ParticleModel, RBFPolicy]:
         inputs.append(np.concatenate((observation, action)))
         targets.append(new - observation)
         observation = env.reset()[0] if truncated else new
-    gp = GaussianProcess(5, 4)
-    gp.set_data(torch.as_tensor(np.array(inputs)), torch.as_tensor(np.array(targets)))
-    gp.fit()
+    dynamics = GPDynamics(4, 1)
+    dynamics.gp.set_data(torch.as_tensor(np.array(inputs)), torch.as_tensor(np.array(targets)))
+    dynamics.fit()
     torch.manual_seed(0)
     policy = RBFPolicy(env.observation_space, env.action_space)  # type: ignore[arg-type]
     mean, std = map(torch.as_tensor, env.get_wrapper_attr("initial_distribution"))
     policy.place(mean, torch.ones_like(mean))
     own_cost = env.get_wrapper_attr("cost")
-    return ParticleModel(gp, mean, std, lambda states, actions: own_cost(states)), policy
+    return ParticleModel(dynamics, mean, std, lambda states, actions: own_cost(states)), policy
 
 
 def _gpytorch_model(model: ParticleModel) -> ParticleModel | None:
@@ -223,7 +223,7 @@ def _gpytorch_model(model: ParticleModel) -> ParticleModel | None:
     except ImportError:
         print("GPyTorch is not installed and therefore skipped; pip install gpytorch to compare")
         return None
-    ours = model.dynamics
+    ours = model.dynamics.gp
     batch = torch.Size([ours.targets.shape[1]])
 
     class Exact(gpytorch.models.ExactGP):
@@ -251,10 +251,11 @@ def _gpytorch_model(model: ParticleModel) -> ParticleModel | None:
     class Peer:
         noise = ours.noise
 
-        def posterior(self, x: Tensor) -> Posterior:
-            prediction = exact(x.expand(*batch, *x.shape))
-            variance = prediction.variance.T
-            return Posterior(prediction.mean.T, variance, variance, variance)
+        def predict(self, states: Tensor, controls: Tensor) -> Prediction:
+            inputs = torch.cat((states, controls), -1)
+            delta = exact(inputs.expand(*batch, *inputs.shape))
+            variance = delta.variance.T
+            return Prediction(states + delta.mean.T, variance, variance, variance)
 
     return ParticleModel(Peer(), model.start_mean, model.start_std, model.cost)  # type: ignore[arg-type]
 

@@ -18,8 +18,7 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import totalprop.envs  # noqa: F401  (registers the cart-pole)
 from tests.agents.contract.probes import Memory, Trace, parameters
@@ -425,31 +424,6 @@ def test_a_start_of_another_kind_is_learned_from_the_resets(own, monkeypatch):
         agent.learn(14)
 
 
-class Negated(VecEnvWrapper):
-    """Ten times the observations, the negative rewards."""
-
-    def reset(self):
-        return 10 * self.venv.reset()
-
-    def step_wait(self):
-        observations, rewards, *rest = self.venv.step_wait()
-        return 10 * observations, -rewards, *rest
-
-
-@pytest.mark.parametrize("name", ["cost", "initial_distribution"])
-def test_what_a_vector_wrapper_changes_is_not_the_environments(name):
-    inner = DummyVecEnv([CostEnv])
-    with pytest.warns(UserWarning, match="because a wrapper changes what it speaks of"):
-        assert make(Negated(inner))._env_attribute(name) is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert make(VecMonitor(inner))._env_attribute(name) is not None
-    rescaled = gym.wrappers.NormalizeReward(CostEnv())
-    with pytest.warns(UserWarning, match="because a wrapper changes what it speaks of"):
-        agent = make(rescaled)
-    assert (agent._env_attribute("initial_distribution")) is not None
-
-
 def test_a_registered_estimator_keeps_its_legs(monkeypatch):
     mine = estimators.Estimator(
         estimators.mixing.tpx, legs=(estimators.legs.score, estimators.legs.biw), cross_fit=True
@@ -771,30 +745,6 @@ def test_a_cost_fn_given_to_load_is_asked_for_at_the_next_load(tmp_path):
         loaded.learn(7)
 
 
-class InCentimetres(gym.ObservationWrapper):
-    def observation(self, observation):
-        return 100 * observation
-
-
-@pytest.mark.parametrize(
-    ("wrapper", "names"),
-    [
-        (InCentimetres, ["cost", "initial_distribution"]),
-        (lambda env: gym.wrappers.TransformReward(env, lambda r: -r), ["cost"]),
-        (Monitor, []),
-    ],
-)
-def test_the_environments_own_cost_is_not_used_under_a_wrapper_that_changes_it(wrapper, names):
-    """The space stays what it is; particles in centimetres have no cost in metres."""
-    agent = make(wrapper(CostEnv()))
-    for name in ("cost", "initial_distribution"):
-        if name in names:
-            with pytest.warns(UserWarning, match=f"own `{name}` is not used"):
-                assert agent._env_attribute(name) is None
-        else:
-            assert agent._env_attribute(name) is not None
-
-
 def test_loading_an_agent_that_had_a_cost_fn_does_not_swap_the_cost_silently(tmp_path, monkeypatch):
     """Kept, warned about or refused: anything but a reward GP that nobody asked for."""
     seen = spy_on_search(monkeypatch)
@@ -843,6 +793,33 @@ def test_set_parameters_of_another_model_is_an_error():
 
 
 # Vector environments
+
+
+def test_set_env_replaces_cost_and_start(monkeypatch):
+    seen = spy_on_search(monkeypatch)
+    agent = make().learn(7)
+    agent.set_env(CostEnv())
+    agent.learn(7, reset_num_timesteps=False)
+    assert not torch.equal(seen[0][0].cost(STATE, ACTION), CostEnv().cost(STATE))
+    torch.testing.assert_close(seen[1][0].cost(STATE, ACTION), CostEnv().cost(STATE))
+    np.testing.assert_array_equal(seen[1][0].start_mean, [3.0, 0.0])
+
+
+def test_a_given_cost_survives_set_env(monkeypatch):
+    seen = spy_on_search(monkeypatch)
+    agent = make(cost_fn=cost_of_time)
+    agent.set_env(CostEnv())
+    agent.learn(7)
+    torch.testing.assert_close(seen[0][0].cost(STATE, ACTION), STATE[:, 1])
+
+
+def test_the_models_two_processes_are_those_in_the_file(tmp_path):
+    agent = make().learn(7)
+    agent.save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", device="cpu")
+    assert loaded.dynamics is loaded.world_model.gp
+    assert loaded.reward_model is loaded.world_model.reward_gp
+    assert torch.equal(loaded.world_model.gp.inputs, agent.dynamics.inputs)
 
 
 # Logging

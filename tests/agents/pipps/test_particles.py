@@ -10,9 +10,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from totalprop import estimators
 from totalprop.agents.pipps.particles import Noise, ParticleModel, gaussian_resample, simulate
-from totalprop.agents.trials.controllers import LinearPolicy, RBFPolicy, trig_features
+from totalprop.agents.trials.controllers import LinearPolicy, RBFPolicy
 from totalprop.estimators import ParameterProbe, assign_credit
-from totalprop.world_models.gp import GaussianProcess
+from totalprop.world_models.gp_dynamics import GPDynamics
 
 F64 = torch.float64
 HORIZON, PARTICLES, STATES = 4, 6, 2
@@ -34,13 +34,13 @@ def state_cost(states, actions):
 
 def make(controls=1, angle_dims=(), cost=state_cost, policy_class=RBFPolicy, **changes):
     """A model with fixed hyper-parameters on 15 random points, and a small controller."""
-    dynamics = GaussianProcess(STATES + len(angle_dims) + controls, STATES)
-    n_inputs = dynamics.inputs.shape[1]
-    inputs = torch.randn(15, n_inputs, dtype=F64, generator=generator(0))
-    dynamics.set_data(inputs, 0.5 * torch.randn(15, STATES, dtype=F64, generator=generator(1)))
-    dynamics.log_lengthscale.fill_(0.4)
-    dynamics.log_signal.copy_(torch.tensor([0.5, 0.7], dtype=F64).log())
-    dynamics.log_noise.copy_(torch.tensor([0.2, 0.3], dtype=F64).log())
+    dynamics = GPDynamics(STATES, controls, angle_dims=angle_dims)
+    gp = dynamics.gp
+    inputs = torch.randn(15, gp.inputs.shape[1], dtype=F64, generator=generator(0))
+    gp.set_data(inputs, 0.5 * torch.randn(15, STATES, dtype=F64, generator=generator(1)))
+    gp.log_lengthscale.fill_(0.4)
+    gp.log_signal.copy_(torch.tensor([0.5, 0.7], dtype=F64).log())
+    gp.log_noise.copy_(torch.tensor([0.2, 0.3], dtype=F64).log())
     model = ParticleModel(
         dynamics,
         start_mean=torch.tensor([0.5, -0.5], dtype=F64),
@@ -81,7 +81,7 @@ def plain_rollout(model, policy, noise):
     x, total, path = model.start_mean + model.start_std * noise.start, 0.0, []
     for t in range(len(noise.model)):
         u = policy.act(x)
-        found = model.dynamics.posterior(torch.cat((trig_features(x, policy.angle_dims), u), -1))
+        found = model.dynamics.gp.posterior(model.dynamics.encode(x, u))
         variance = model.noise_multiplier * model.dynamics.noise**2
         if model.model_uncertainty:
             variance = variance + found.variance
@@ -137,7 +137,7 @@ def test_rp_gradient_equals_finite_differences_with_fixed_noise(resample):
 
 def simulate_with_the_general_probe(model, policy, noise, estimator, tap=None):
     """`simulate` with `ParameterProbe` (torch.func) instead of the cheap `ControlProbe`."""
-    dynamics = model.dynamics
+    dynamics = model.dynamics.gp
     named = dict(policy.named_parameters())
     subset = {"weights": named["weights"]} if estimator.probe == "subset" else named
     dense = torch.linalg.inv(
@@ -147,7 +147,7 @@ def simulate_with_the_general_probe(model, policy, noise, estimator, tap=None):
 
     def zeta(parameters, x):  # one sample, all in torch.func's reach
         u = functional_call(policy, {**named, **parameters}, (x[None],))
-        z = torch.cat((trig_features(x[None], policy.angle_dims), u), -1)
+        z = model.dynamics.encode(x[None], u)
         k = torch.stack([kernel(dynamics, e, z)[0] for e in range(STATES)])  # [E, n]
         weights = torch.einsum("en,enm->em", k, dense)
         mean = (weights * dynamics.targets.T).sum(-1)
@@ -158,7 +158,7 @@ def simulate_with_the_general_probe(model, policy, noise, estimator, tap=None):
     credit, loss = x.new_zeros(len(x)), x.new_zeros(())
     for t in range(len(noise.model)):
         u = policy.act(x)
-        found = dynamics.posterior(torch.cat((trig_features(x, policy.angle_dims), u), -1))
+        found = dynamics.posterior(model.dynamics.encode(x, u))
         std = (found.variance + dynamics.noise**2).sqrt()
         probe = ParameterProbe(zeta, subset, x)
         x, credit = estimator(x + found.mean, std, noise.model[t], credit, probe=probe, tap=tap)
@@ -318,7 +318,7 @@ def test_spread_after_one_step(multiplier, uncertainty):
     noise = draw(horizon=1)
     _, _, states = simulate(model, policy, noise, estimators.make("rp"))
     start = model.start_mean[None]
-    found = model.dynamics.posterior(torch.cat((start, policy.act(start)), -1))
+    found = model.dynamics.gp.posterior(torch.cat((start, policy.act(start)), -1))
     variance = multiplier * torch.tensor([0.04, 0.09], dtype=F64)
     if uncertainty:
         assert (found.variance > 0.01).all()

@@ -1,4 +1,4 @@
-"""The three optimisers of a policy, each against numbers or a reference, and their guards."""
+"""The policy search with each optimiser against a reference, its guards and its log."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,7 @@ from totalprop import estimators
 from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
 from totalprop.agents.pipps.search import DIAGNOSE_EVERY, SearchSettings, optimise_policy
 from totalprop.agents.trials.controllers import LinearPolicy
-from totalprop.world_models.gp import GaussianProcess
+from totalprop.world_models.gp_dynamics import GPDynamics
 
 F64 = torch.float64
 N, H, S = 20, 3, 2
@@ -27,10 +27,10 @@ def cost(states, actions):
 
 
 def make(cost=cost):
-    dynamics = GaussianProcess(S + 1, S)
+    dynamics = GPDynamics(S, 1)
     inputs = torch.randn(12, S + 1, dtype=F64, generator=generator(1))
-    dynamics.set_data(inputs, 0.8 * torch.randn(12, S, dtype=F64, generator=generator(2)))
-    dynamics.log_noise.fill_(math.log(0.2))
+    dynamics.gp.set_data(inputs, 0.8 * torch.randn(12, S, dtype=F64, generator=generator(2)))
+    dynamics.gp.log_noise.fill_(math.log(0.2))
     start = torch.zeros(S, dtype=F64)
     model = ParticleModel(dynamics, start, torch.full_like(start, 0.2), cost)
     torch.manual_seed(0)
@@ -134,31 +134,6 @@ def test_rmsprop2018_first_two_steps_by_hand():
     changes = {"optimizer": "rmsprop2018", "gradient_steps": 2}
     optimise_policy(policy, model, settings(**changes), generator(3))
     torch.testing.assert_close(theta(policy), theta(expected), rtol=1e-9, atol=1e-12)
-
-
-def test_rmsprop2018_step_in_numbers(monkeypatch):
-    """Two particles (1, 3) and (2, -2): ḡ = 2, V/N = 1; ḡ = 0, V/N = 4; m = (2/√5, 0)."""
-    from totalprop.agents.pipps import search as policy_search
-
-    model, policy = make()
-    with torch.no_grad():
-        policy.weights.copy_(torch.tensor([[1.0, 1.0]], dtype=F64))
-    shares = torch.tensor([[1.0, 2.0, 0.0], [3.0, -2.0, 0.0]], dtype=F64) / 2
-
-    def fake(rollout, parameters, estimator, **kwargs):
-        total = shares.sum(0)
-        parts = (total[:2].reshape(1, 2), total[2:])
-        return estimators.PolicyGradient(torch.tensor(1.0), parts, shares, None)
-
-    monkeypatch.setattr(policy_search, "gradient", fake)
-    changes = {"optimizer": "rmsprop2018", "gradient_steps": 1}
-    optimise_policy(policy, model, settings(**changes), generator())
-    expected = torch.tensor([1 - 0.1 * 2 / 5**0.5, 1.0, 0.0], dtype=F64)
-    torch.testing.assert_close(theta(policy), expected)
-    optimise_policy(policy, model, settings(**{**changes, "gradient_steps": 2}), generator())
-    moved = (1 + 1.9) * 0.1 * 2 / 5**0.5  # the momentum starts at 0 again
-    expected[0] -= moved
-    torch.testing.assert_close(theta(policy), expected)
 
 
 # Quasi-Newton
