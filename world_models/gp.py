@@ -1,7 +1,7 @@
 """Batched exact Gaussian processes: one per output, shared inputs, float64.
 
-Here live the posterior (with its Jacobian) and the fit of the hyper-parameters. What the outputs
-mean (state differences, rewards) and how particles move through them is the agent's business.
+The posterior (with its Jacobian) and the fit of the hyper-parameters. What the outputs mean (state
+differences, rewards) is defined in gp_dynamics.py.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from scipy.linalg.lapack import dpstrf
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-# Curb on hyper-parameters: no lengthscale beyond 100 input deviations, no signal-to-noise ratio
-# beyond 1000; the power makes the penalty a soft wall. Deisenroth's PILCO code, hypCurb.m.
+# Curb on the hyper-parameters: no lengthscale above 100 standard deviations of the input, no
+# signal-to-noise ratio above 1000. The power makes the penalty a soft wall. Source: hypCurb.m in
+# Deisenroth's PILCO code.
 LENGTHSCALE_CURB, SNR_CURB, CURB_POWER = math.log(100.0), math.log(1000.0), 30
-# Many points along similar trajectories tell no more than some of them, the support: their prior
-# given the support has a variance below SUPPORT_TOLERANCE σ_n² / n each. From SUPPORT_POINTS on the
-# posterior is computed from the support alone. With ε the tolerance, d(x) the prior variance at x
-# given the support and v(x) the posterior one, that changes the variance by at most
-# 2 √(ε d v) + ε d and the mean by at most |β| σ_n √(ε d), whichever points are the support. At the
-# data d < ε σ_n² / n, so the variance changes by less than 2 ε / √n of the predictive one,
-# σ_f² + σ_n² (tests/world_models/test_gp.py). Which points they are depends on the order of the
-# data and on round-off: where the model knows little, two CPUs may differ by as much as the bound.
+# Points along similar trajectories are redundant: some of them, the support, carry the information
+# of all. Given the support, the prior variance of every other point is below
+# SUPPORT_TOLERANCE σ_n² / n. From SUPPORT_POINTS points on, the posterior is computed from the
+# support alone. Let ε be the tolerance, d(x) the prior variance at x given the support, and v(x)
+# the posterior variance. Whichever points are the support, the variance then changes by at most
+# 2 √(ε d v) + ε d and the mean by at most |β| σ_n √(ε d). At the data d < ε σ_n² / n, so the
+# variance changes by less than 2 ε / √n of the predictive variance σ_f² + σ_n²
+# (tests/world_models/test_gp.py). The choice of the support depends on the order of the data and
+# on round-off: where the model knows little, two CPUs may differ by as much as the bound.
 SUPPORT_TOLERANCE, SUPPORT_POINTS = 1e-3, 150
 # With little noise the posterior variance is far below the signal's, and s² - k*ᵀK⁻¹k* loses its
-# digits to the round-off of K⁻¹: above this signal-to-noise ratio a root R of K⁻¹ = RᵀR is used,
-# which keeps them (error below 1e-4 of the predictive variance at a ratio of 3000), at twice the
-# products.
+# digits to the round-off of K⁻¹. Above this signal-to-noise ratio a root R of K⁻¹ = RᵀR keeps them
+# (the error is below 1e-4 of the predictive variance at a ratio of 3000), at twice the cost.
 ROOT_SNR = 100.0
-JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # relative to the signal variance, escalated on failure
+JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # relative to the signal variance, tried in this order
 
 
 class Posterior(NamedTuple):
@@ -52,11 +53,20 @@ class GaussianProcess(nn.Module):
     Source: Rasmussen & Williams 2006, Ch. 2 and 5; Parmas et al. 2018, Sec. 2.4.1 (whose kernel is
     written without the ½).
 
-    Attributes (buffers, float64; the data grow, and a state dict of any size loads):
-        inputs: [n, D], targets: [n, E]
-        log_lengthscale: [E, D], log_signal: [E], log_noise: [E]: logs of deviations, not variances.
-        jitter: added to the diagonal of the last factorisation to make it exist, in units of the
-            signal variance; 0 where the data and noise are well-behaved.
+    Its buffers are float64. A state dict with any number of data points loads.
+
+    Args:
+        n_inputs: inputs D.
+        n_outputs: outputs E.
+
+    Attributes:
+        inputs: [n, D] data.
+        targets: [n, E] data.
+        log_lengthscale: [E, D] log l.
+        log_signal: [E] log s, of a deviation, not a variance.
+        log_noise: [E] log σ_n, of a deviation, not a variance.
+        jitter: relative to the signal variance, what the last factorisation needed on its diagonal;
+            0 if the data and noise are well-behaved.
     """
 
     GROWING_BUFFERS = ("inputs", "targets")
@@ -93,13 +103,26 @@ class GaussianProcess(nn.Module):
         """Append data; the posterior uses them at once, the hyper-parameters at the next `fit`.
 
         Args:
-            keep: points, of which the newest stay; 0 for all.
+            inputs: [n, D].
+            targets: [n, E].
+            keep: number of newest points to keep; 0 for all.
+
+        Raises:
+            ValueError: a value is not finite.
         """
         inputs, targets = torch.cat((self.inputs, inputs)), torch.cat((self.targets, targets))
         self.set_data(inputs[-keep:], targets[-keep:])
 
     def set_data(self, inputs: Tensor, targets: Tensor) -> None:
-        """Replace the data. inputs: [n, D], targets: [n, E]; raises ValueError on non-finite."""
+        """Replace the data.
+
+        Args:
+            inputs: [n, D].
+            targets: [n, E].
+
+        Raises:
+            ValueError: a value is not finite.
+        """
         if not (torch.isfinite(inputs).all() and torch.isfinite(targets).all()):
             raise ValueError("GP data hold a NaN or infinity; check the environment's observations")
         self.inputs = inputs.detach().to(self.inputs)
@@ -109,8 +132,11 @@ class GaussianProcess(nn.Module):
     def fit(self, *, max_evaluations: int = 200) -> Tensor:
         """Choose the hyper-parameters by L-BFGS on the penalised marginal likelihood, per output.
 
-        The first call starts from l = std(inputs), s = std(targets), σ_n = s / 10; later calls from
-        the previous optimum (PILCO's train.m).
+        The first call starts from l = std(inputs), s = std(targets), σ_n = s / 10. Later calls
+        start from the previous optimum (PILCO's train.m).
+
+        Args:
+            max_evaluations: likelihood evaluations per output.
 
         Returns:
             [E] negative log marginal likelihood per data point at the optimum (without penalty).
@@ -123,8 +149,8 @@ class GaussianProcess(nn.Module):
             self.log_noise.copy_((target_std / 10).log())
             self.has_fit.fill_(True)
         losses = []
-        # SciPy's optimiser calls NumPy's BLAS between our evaluations; on few cores its threads and
-        # PyTorch's wait for each other, milliseconds each time. One thread is several times faster.
+        # SciPy calls NumPy's BLAS between our evaluations. On few cores its threads and PyTorch's
+        # wait for each other, milliseconds each time; one thread is several times faster.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -141,8 +167,9 @@ class GaussianProcess(nn.Module):
 
         Args:
             x: [N, D] float64; gradients flow.
+
         Raises:
-            RuntimeError: there are no data yet, or a kernel matrix cannot be factorised.
+            RuntimeError: there is no data yet, or a kernel matrix cannot be factorised.
         """
         if self._factors is None:
             self._factors = _factorise(self)
@@ -160,22 +187,22 @@ class GaussianProcess(nn.Module):
 class _PosteriorMoments(torch.autograd.Function):
     """Mean, variance and their Jacobians in one pass: the backward is two small products.
 
-    With k* = K(x, X) the variance s² - k*ᵀK⁻¹k* needs w = K⁻¹k*, and w is also all that its
-    gradient -2 wᵀ dk*/dx needs: one [N, n] x [n, n] product per output, none in the backward.
-    Where that would be round-off, the variance is s² - |Rk*|², and w = RᵀRk*.
+    With k* = K(x, X), both the variance s² - k*ᵀK⁻¹k* and its gradient -2 wᵀ dk*/dx need only
+    w = K⁻¹k*: one [N, n] x [n, n] product per output, and none in the backward. Where the variance
+    would be lost to round-off it is computed as s² - |Rk*|², with w = RᵀRk*.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        centre: Tensor,  # [D, 1] mean of the data: without it large offsets would cost digits
+        centre: Tensor,  # [D, 1] mean of the data; large offsets would cost digits
         inverse_lengthscale: Tensor,  # [E, D, 1]
         features: Tensor,  # [E, n, D + 2] (X/l, 1, log s² - ½|X/l|²)
         weighted: Tensor,  # [E, D + 1, n] β (X/l, 1)
         plain: Tensor,  # [E, D + 1, n] (X/l, 1)
-        precision: Tensor,  # [E, n, n] (K + σ_n² I)⁻¹, or what stands for it on the support
-        is_root: bool,  # precision is R, and RᵀR the above
+        precision: Tensor,  # [E, n, n] (K + σ_n² I)⁻¹, or its counterpart on the support
+        is_root: bool,  # `precision` is R, with RᵀR the above
         signal_variance: Tensor,  # [E, 1]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Points last: the products with few rows are then twice as fast as with few columns.
@@ -225,7 +252,7 @@ def _log_kernel(scaled: Tensor, log_signal: Tensor) -> Tensor:
 
 
 def _cholesky(k: Tensor, noise_variance: Tensor, signal_variance: Tensor) -> tuple[Tensor, float]:
-    """Lower factor of K + σ_n² I, and the least (relative) jitter that makes it exist."""
+    """Lower factor of K + σ_n² I, and the smallest relative jitter with which it exists."""
     for jitter in JITTERS:
         a = k.clone()
         a.diagonal().add_(noise_variance + jitter * signal_variance)
@@ -239,7 +266,7 @@ def _cholesky(k: Tensor, noise_variance: Tensor, signal_variance: Tensor) -> tup
 
 
 def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
-    """Everything the posterior needs that does not depend on where it is asked."""
+    """The arguments of `_PosteriorMoments` that do not depend on x."""
     if len(gp.inputs) == 0:
         raise RuntimeError("the GP has no data; call set_data (and fit) first")
     inverse_lengthscale = (-gp.log_lengthscale).exp().unsqueeze(1)  # [E, 1, D]
@@ -255,7 +282,7 @@ def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
         gp.jitter = max(gp.jitter, jitter)
         beta = torch.cholesky_solve(gp.targets[:, e, None], factor)
         supports.append(_support(k, noise_variance, factor, beta, as_root=is_root))
-    # Outputs have supports of different sizes; a row of zeros adds nothing.
+    # The supports of the outputs differ in size; rows of zeros contribute nothing.
     scaled = _padded([points[s.points] for points, s in zip(scaled, supports)])
     is_point = _padded([torch.ones_like(s.beta) for s in supports])
     plain = torch.cat((scaled, is_point), -1)  # [E, n, D + 1]
@@ -273,10 +300,10 @@ def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
 
 
 class Support(NamedTuple):
-    """The data points that one output's posterior is computed from: all, or as good as all."""
+    """The data points that the posterior of one output is computed from."""
 
     points: Tensor | slice  # [r]
-    precision: Tensor  # [r, r] what is explained of the variance at x is kᵀ A k, k = K(X_r, x)
+    precision: Tensor  # [r, r] A, with kᵀ A k the explained variance at x, k = K(X_r, x)
     beta: Tensor  # [r, 1] the mean at x is kᵀ β
 
 
@@ -286,12 +313,16 @@ def _support(
     """The support of a kernel matrix k [n, n].
 
     The points are the pivots of a Cholesky factorisation K ≈ V Vᵀ, and K(X, x) ≈ W K(X_r, x) with
-    W = K_nr K_rr⁻¹. Its error at x and X_j is at most the root of both their variances given the
-    support, of which that of X_j is below the tolerance. Then A = Wᵀ (K + σ_n² I)⁻¹ W, β_r = Wᵀ β.
+    W = K_nr K_rr⁻¹. The error at x and X_j is at most the geometric mean of their variances given
+    the support, of which that of X_j is below the tolerance. Then A = Wᵀ (K + σ_n² I)⁻¹ W, and
+    β_r = Wᵀ β.
 
     Args:
-        factor: [n, n] lower Cholesky factor of K + σ_n² I. beta: [n, 1] (K + σ_n² I)⁻¹ y.
-        as_root: the precision is R, A = RᵀR.
+        k: [n, n] kernel matrix K.
+        noise_variance: [] σ_n².
+        factor: [n, n] lower Cholesky factor of K + σ_n² I.
+        beta: [n, 1] (K + σ_n² I)⁻¹ y.
+        as_root: return R in place of A = RᵀR.
     """
     n = len(k)
     if n < SUPPORT_POINTS:
@@ -310,7 +341,7 @@ def _support(
 
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:
-    """[E, r, ...] of E tensors, each with its own r or less; zeros where it has less."""
+    """Stack tensors of different sizes, [E, r, ...] with r the largest, padded with zeros."""
     sizes = [max(size) for size in zip(*(part.shape for part in parts))]
     whole = parts[0].new_zeros(len(parts), *sizes)
     for row, part in zip(whole, parts):
@@ -328,7 +359,10 @@ def negative_log_likelihood(
 
     Args:
         theta: [D + 2] (log l, log s, log σ_n).
-        inputs: [n, D]. target: [n]. log_input_std: [D]; None leaves the curbs out.
+        inputs: [n, D].
+        target: [n].
+        log_input_std: [D] log std x_d; None leaves the curbs out.
+
     Returns:
         The value, and its gradient [D + 2]: ½ tr((K⁻¹ - ββᵀ) dK/dθ) with
         Σ_ij W_ij (x_i - x_j)² written as products of W with the inputs.
@@ -364,9 +398,9 @@ def _fit_output(gp: GaussianProcess, e: int, log_input_std: Tensor, max_evaluati
     target_std = float(target.std(correction=0))
     constant = float(target[0].abs())
     is_constant = target_std <= 1e-12 * constant
-    if is_constant:  # a likelihood without bound: nothing is fitted
+    if is_constant:  # the likelihood is unbounded: nothing is fitted
         gp.log_signal[e], gp.log_noise[e] = math.log(1e-3), math.log(1e-4)
-        if constant > 0:  # away from the data, too: as flat as hyper-parameters may be
+        if constant > 0:  # as flat as the curbs allow, so that it holds away from the data, too
             gp.log_signal[e], gp.log_noise[e] = math.log(constant), math.log(constant / 1000)
             gp.log_lengthscale[e] = log_input_std + LENGTHSCALE_CURB
     start = torch.cat((gp.log_lengthscale[e], gp.log_signal[e : e + 1], gp.log_noise[e : e + 1]))
@@ -376,7 +410,7 @@ def _fit_output(gp: GaussianProcess, e: int, log_input_std: Tensor, max_evaluati
             value, gradient = negative_log_likelihood(
                 torch.from_numpy(theta).to(start), gp.inputs, target, log_input_std
             )
-        except RuntimeError:  # a line search may try impossible values: send it back
+        except RuntimeError:  # a line search may try impossible values: a wall
             return 1e25, np.zeros_like(theta)
         return value, gradient.cpu().numpy()
 
