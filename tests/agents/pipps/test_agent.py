@@ -571,7 +571,7 @@ def test_an_estimator_object_is_used_as_it_is(monkeypatch):
     [
         ({"estimator": estimators.make("lr"), "leg": "biw"}, "brings its own legs and cross_fit"),
         ({"estimator": estimators.make("lr"), "cross_fit": True}, "brings its own legs"),
-        ({"estimator": "ivw", "cross_fit": True}, "cross_fit must be False"),
+        ({"estimator": "ivw", "cross_fit": True}, "set cross_fit=False"),
         (
             {"estimator": estimators.make("tpx", baseline=estimators.baselines.critic)},
             "baseline 'critic' needs value=",
