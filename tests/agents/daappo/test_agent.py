@@ -602,6 +602,15 @@ def test_same_seed_same_bits_and_another_seed_others(source):
     assert not torch.equal(parameters(agent), parameters(other))
 
 
+def test_without_a_seed_sources_are_seeded_at_random_and_not_from_the_global_generators():
+    first, second = make(seed=None), make(seed=None)
+    assert first.source.generator.initial_seed() != second.source.generator.initial_seed()
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first.set_random_seed(None)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], states[1])
+
+
 @pytest.mark.parametrize("estimator", ["lr", "rp", "tpx"])
 @pytest.mark.parametrize("source", ["dynamics", "q"])
 def test_parameters_move_and_stay_finite(source, estimator):
@@ -643,7 +652,8 @@ def test_a_stop_does_not_lose_the_step_that_was_taken():
     """The next learn goes on where the environment is; the recorded pairs are the true ones."""
     agent = make().learn(100, callback=Trace(stop_at=5))
     agent.learn(48, reset_num_timesteps=False)
-    rows = agent.transitions.rows(0, agent.transitions.count)
+    kept = agent.source.transitions
+    rows = kept.rows(0, kept.count)
     clocks = 7 * rows["states"][:, 2], 7 * rows["next_states"][:, 2]
     np.testing.assert_allclose(clocks[1] - clocks[0], 1, atol=1e-5)
     assert agent._last_episode_starts.shape == (1,)

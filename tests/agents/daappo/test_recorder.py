@@ -79,7 +79,7 @@ NORMALISED = {
 @pytest.mark.parametrize("truncates", [True, False])
 def test_transitions_are_raw_and_lead_to_the_true_end(make, normalise, truncates):
     agent = make(vector(normalise=normalise, truncates=truncates), n=2)
-    kept = agent.transitions
+    kept = agent.source.transitions
     assert len(kept) == 2 * STEPS * 3
     n = len(kept)
     states, actions, after = kept.states[:n], kept.actions[:n], kept.next_states[:n]
@@ -101,7 +101,7 @@ def test_transitions_are_raw_and_lead_to_the_true_end(make, normalise, truncates
 def test_ends_that_vec_normalize_clips_are_left_out(make, clip):
     """Times up to 4 are in its statistics, the end at 5 is not: 2.1 deviations from their mean."""
     env = vector(normalise={"clip_obs": clip})
-    kept = make(env, n=2).transitions
+    kept = make(env, n=2).source.transitions
     n, ends = len(kept), kept.next_states[: len(kept), 1].round(2)
     limits = env.obs_rms.mean[1] + np.array([-1, 1]) * clip * env.obs_rms.var[1] ** 0.5
     assert set(ends) <= {1, 2, 3, 4, 5} and {1, 2, 3, 4} <= set(ends)  # all of them true
