@@ -332,8 +332,8 @@ class DAAPPO(Algorithm, PPO):
         for name, parameter in self.policy.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise FloatingPointError(
-                    f"'{name}' is not finite after the update at step {self.num_timesteps}; go on "
-                    "from a checkpoint with a smaller learning_rate or max_grad_norm"
+                    f"'{name}' is not finite after the update at step {self.num_timesteps}; "
+                    "resume from a checkpoint with a smaller learning_rate or max_grad_norm"
                 )
 
     def _draw_extra_actions(self) -> None:

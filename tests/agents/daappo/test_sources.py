@@ -1,4 +1,4 @@
-"""The sources of extra actions, each against an explicit loop or numbers worked out by hand."""
+"""Sources of extra actions against explicit loops or numbers by hand; what sources own."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ LOW, HIGH = np.array([-1.0, -0.5], np.float32), np.array([1.0, 0.5], np.float32)
 
 
 def policy(*, std=1.0, s=S, low=LOW, high=HIGH):
-    """A small random tanh policy with a mean that is not near zero."""
+    """A small random tanh policy whose mean is not close to zero."""
     torch.manual_seed(1)
     observation_space = spaces.Box(-np.inf, np.inf, (s,), np.float32)
     made = ActorCriticPolicy(
@@ -67,7 +67,7 @@ SETTINGS = SourceSettings(
 
 
 def source_of(kind, model):
-    """A source with a model of the test's."""
+    """A source with the given model."""
     source = kind(SETTINGS)
     source.model = model
     return source
@@ -85,20 +85,20 @@ def model():
 
 
 def rollout(normalization=None, rows=R):
-    """Values are not the critic's of now, so that taking them again would be noticed."""
+    """Its values are not the critic's, so that a source that predicted them again would fail."""
     states = torch.randn(rows, S, generator=torch.Generator().manual_seed(5))
     observations = states if normalization is None else normalization.observation(states)
     return seen(observations, states, torch.linspace(-1, 1, rows))
 
 
 def seen(observations, states, values):
-    """A rollout whose own actions and returns do not matter to a source's samples."""
+    """A rollout whose actions and returns are NaN: only fits may read them."""
     nan = torch.full((len(values), A + 1), torch.nan)
     return Rollout(observations, states, values, nan[:, :A], nan[:, A])
 
 
 def normalizer(**settings):
-    """VecNormalize with statistics that are not trivial, and narrow clipping."""
+    """VecNormalize with nontrivial statistics and narrow clipping."""
 
     class Still(gym.Env):
         observation_space = spaces.Box(-np.inf, np.inf, (S,), np.float32)
@@ -115,7 +115,7 @@ def normalizer(**settings):
 
 
 def lambda_advantage(rewards, values, gamma, lam):
-    """λ-return of n-step returns minus the baseline: another form of the same thing."""
+    """The λ-weighted mean of n-step returns minus the baseline, an equivalent form."""
     horizon = len(rewards)
     returns = [
         sum(gamma**i * rewards[i] for i in range(n)) + gamma**n * values[n]
@@ -185,7 +185,7 @@ def test_actions_are_clipped_in_single_precision_whatever_the_space_has():
 
 
 def explicit(made, network, data, returns, normalization, seed=3, rows=R, k=K):
-    """Each action by itself, in plain loops; also whether any action was out of bounds."""
+    """Actions and advantages in plain loops, one action at a time; some actions are clipped."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(rows, k, A, generator=generator)
     later = [torch.randn(rows * k, A, generator=generator) for _ in range(returns.horizon - 1)]
@@ -240,7 +240,7 @@ def test_dynamics_equals_an_explicit_loop(horizon, gradient, normalised):
 
 @pytest.mark.parametrize("horizon", [1, 4])
 def test_action_gradient_equals_finite_differences(horizon):
-    """Through the model and the policy's later actions, whose noise stays."""
+    """The gradient runs through the model and the policy's later actions, whose noise is fixed."""
     made, network, returns, data = policy(std=0.5), model(), Returns(0.9, 0.8, horizon), rollout()
     source = source_of(DynamicsSource, network)
     extra = source(data, behaviour(made), K, returns, gradient=True)
@@ -274,7 +274,7 @@ def test_action_gradient_equals_finite_differences(horizon):
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(("horizon", "std"), [(1, 1.0), (4, 1e-9)])
 def test_chunks_change_nothing_but_the_order_of_later_noise(monkeypatch, gradient, horizon, std):
-    """With one step, or without noise, there is none."""
+    """With a single step, or with almost no noise, nothing changes at all."""
     made, network, data = policy(std=std), model(), rollout()
 
     def extra():
@@ -321,7 +321,7 @@ def test_global_generators_are_left_alone_and_the_own_one_decides(name):
 
 
 def test_states_are_the_later_pairs_of_one_rollout_of_k_plus_2_steps():
-    """Model s' = s + a, reward s + 10 a: by hand, from the noise."""
+    """The model is s' = s + a with reward s_0 + 10 a_1; values are worked out from the noise."""
     made, gamma, lam = policy(s=2), 0.9, 0.8
     data = seen(torch.randn(R, 2), torch.randn(R, 2), torch.full((R,), 99.0))
     source = source_of(StatesSource, lambda s, a: (s + a, s[..., 0] + 10 * a[..., 1]))
@@ -367,7 +367,7 @@ def test_states_are_normalised_as_the_policy_sees_them():
 
 
 def test_q_by_hand():
-    """Q = min(2 + a_0, 2 - a_0) = 2 - |a_0|, at the clipped action; the baseline is V."""
+    """Q = min(2 + a_0, 2 - a_0) = 2 - |a_0| at the clipped action; the baseline is V."""
     made = policy()
     q = QNetworks(S, A, width=4)
     for i, sign in enumerate((1.0, -1.0)):
@@ -402,9 +402,9 @@ def test_q_sees_what_the_policy_sees():
 
 
 class Walk(gym.Env):
-    """x += a_0 (clipped by the caller), reward 10 t + x + a noise of its own; ends after 4 steps.
+    """x += a_0 (clipped by the caller), reward 10 t + x + noise; ends after 4 steps.
 
-    Observation (x, t, 0). Its noise and its episode number belong to its state.
+    It observes (x, t, 0). Its snapshots include the noise's generator and the episode's number.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (S,), np.float32)
