@@ -1,7 +1,7 @@
-"""A deterministic model of vector dynamics: what follows a state and an action, and its reward.
+"""A deterministic model of vector dynamics: the next state and the reward of an action.
 
 Two perceptrons, s' = s + F(s, a) (or F(s, a)) and r = R(s, a), fitted to stored transitions by mean
-squared error. Nauman & Cygan 2022 (DAA), Sec. 4; delta targets and normalised inputs are those of
+squared error. Nauman & Cygan 2022 (DAA), Sec. 4. Delta targets and standardised inputs follow
 MBRL-Lib (Pineda et al. 2021).
 """
 
@@ -25,9 +25,12 @@ class MLPDynamics(nn.Module):
     """(s, a) -> (s', r), differentiable in both.
 
     Args:
-        state_size: S. action_size: A. width: of both networks' hidden layers; layers: how many.
-        target: what the transition network predicts, the next state or the change.
-        normalise: fit in units of the data's mean and standard deviation (`set_scale`).
+        state_size: S, the length of a state.
+        action_size: A, the length of an action.
+        width: hidden units per layer of both networks.
+        layers: hidden layers of both networks.
+        target: what the transition network predicts, the next state or the change of state.
+        normalise: standardise states, targets and rewards by the data's statistics (`set_scale`).
         activation: "relu" or "leaky_relu".
     """
 
@@ -68,14 +71,21 @@ class MLPDynamics(nn.Module):
     def losses(
         self, states: Tensor, actions: Tensor, rewards: Tensor, next_states: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean squared errors of transition and reward, in the units that are fitted in."""
+        """Mean squared errors of transition and reward, standardised by the data's deviations.
+
+        Args:
+            states: [..., S].
+            actions: [..., A].
+            rewards: [...].
+            next_states: [..., S].
+        """
         predicted, reward = self(states, actions)
         transition = ((predicted - next_states) / self.target_std).square().mean()
         return transition, ((reward - rewards) / self.reward_std).square().mean()
 
     @torch.no_grad()
     def set_scale(self, buffer: TransitionBuffer) -> None:
-        """Take means and deviations from the data; does nothing with normalise=False."""
+        """Set means and standard deviations to the data's; no effect with normalise=False."""
         if not self.normalise:
             return
         n = len(buffer)
@@ -99,7 +109,19 @@ def fit(
     batch_size: int,
     rng: np.random.Generator,
 ) -> tuple[float, float]:
-    """Gradient steps on uniform batches; mean transition and reward loss of the last tenth."""
+    """Minimise the sum of both losses on batches drawn uniformly from the buffer.
+
+    Args:
+        model: what is fitted; its scales are set to the data's first.
+        optimizer: of the model's parameters.
+        buffer: holds at least one transition.
+        steps: gradient steps.
+        batch_size: transitions per step.
+        rng: draws the batches.
+
+    Returns:
+        The mean transition loss and the mean reward loss over the last tenth of the steps.
+    """
     model.set_scale(buffer)
     device = next(model.parameters()).device
     late: list[tuple[float, float]] = []
@@ -116,7 +138,7 @@ def fit(
 
 
 def network(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
-    """Orthogonal weights of gain 1, biases 0 (the authors' code)."""
+    """A perceptron with orthogonal weights of gain 1 and zero biases, as in the authors' code."""
     parts: list[nn.Module] = []
     for a, b in pairwise(sizes):
         linear = nn.Linear(a, b)

@@ -1,4 +1,4 @@
-"""Q-networks fitted to the λ-returns of one rollout (QAA). Nauman & Cygan 2022, Sec. 4.2."""
+"""Q-networks fitted to the λ-returns of a rollout (QAA). Nauman & Cygan 2022, Sec. 4.2."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from totalprop.world_models.mlp_dynamics import ACTIVATIONS, Activation, network
 
 
 class QNetworks(nn.Module):
-    """The least of n networks (s, a) -> R; two, as in the 2023 revision, or one.
+    """The smallest value of n networks (s, a) -> Q; the paper has one, its 2023 revision two.
 
     Args:
-        state_size: S. action_size: A. n: networks. width, layers, activation: of each.
+        state_size: S, the length of a state.
+        action_size: A, the length of an action.
+        n: number of networks.
+        width: hidden units per layer.
+        layers: hidden layers.
+        activation: "relu" or "leaky_relu".
     """
 
     def __init__(
@@ -31,12 +36,12 @@ class QNetworks(nn.Module):
         self.networks = nn.ModuleList(network(sizes, ACTIVATIONS[activation]) for _ in range(n))
 
     def all(self, states: Tensor, actions: Tensor) -> Tensor:
-        """[n, ...] of each network."""
+        """Values [n, ...] of all networks at states [..., S] and actions [..., A]."""
         x = torch.cat((states, actions), -1)
         return torch.stack([q(x).squeeze(-1) for q in self.networks])
 
     def forward(self, states: Tensor, actions: Tensor) -> Tensor:
-        """[...] the least."""
+        """The smallest of the networks' values, [...]."""
         return self.all(states, actions).amin(0)
 
     def fit(
@@ -50,7 +55,20 @@ class QNetworks(nn.Module):
         batch_size: int,
         rng: np.random.Generator,
     ) -> float:
-        """Gradient steps on batches of the rollout; the mean loss of the last tenth."""
+        """Minimise the mean squared error of all networks on batches of a rollout.
+
+        Args:
+            optimizer: of this module's parameters.
+            states: [R, S].
+            actions: [R, A].
+            targets: [R].
+            steps: gradient steps.
+            batch_size: rows per step.
+            rng: draws the rows.
+
+        Returns:
+            The mean loss over the last tenth of the steps.
+        """
         late: list[float] = []
         for step in range(steps):
             rows = torch.as_tensor(rng.permutation(len(states))[:batch_size])

@@ -1,4 +1,4 @@
-"""A first-in, first-out buffer of transitions, numbered from the first ever added."""
+"""A ring buffer of transitions, which are numbered from the first one ever added."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import numpy as np
 
 
 class TransitionBuffer:
-    """First in, first out: transitions of vectors in their environment's own units.
+    """The newest transitions between vector states, in the environment's own units.
 
     Args:
-        capacity: transitions held. state_size: S. action_size: A.
+        capacity: number of transitions kept; after that, the oldest are overwritten.
+        state_size: S, the length of a state.
+        action_size: A, the length of an action.
     """
 
     _ARRAYS = ("states", "actions", "rewards", "next_states")
@@ -22,7 +24,7 @@ class TransitionBuffer:
         self.actions = np.empty((capacity, action_size), np.float32)
         self.rewards = np.empty(capacity, np.float32)
         self.next_states = np.empty((capacity, state_size), np.float32)
-        self.count = 0  # ever added
+        self.count = 0  # transitions ever added
 
     def __len__(self) -> int:
         return min(self.count, self.capacity)
@@ -30,19 +32,26 @@ class TransitionBuffer:
     def add(
         self, states: np.ndarray, actions: np.ndarray, rewards: np.ndarray, next_states: np.ndarray
     ) -> None:
-        """Store n transitions: [n, S], [n, A], [n], [n, S] (the true next states of an end)."""
+        """Store n transitions.
+
+        Args:
+            states: [n, S].
+            actions: [n, A].
+            rewards: [n].
+            next_states: [n, S]; at the end of an episode its last state, not the reset's.
+        """
         slots = (self.count + np.arange(len(states))) % self.capacity
         self.states[slots], self.actions[slots] = states, actions
         self.rewards[slots], self.next_states[slots] = rewards, next_states
         self.count += len(states)
 
     def rows(self, first: int, stop: int) -> dict[str, np.ndarray]:
-        """Stored transitions, numbered from the first ever added."""
+        """Transitions number `first` to `stop` - 1, by field; they must still be in the buffer."""
         slots = np.arange(first, stop) % self.capacity
         return {name: getattr(self, name)[slots] for name in self._ARRAYS}
 
     def put_rows(self, first: int, rows: Mapping[str, np.ndarray]) -> None:
-        """Store what `rows` returned; calls go from old to new."""
+        """Store what `rows` returned, from number `first` on; older transitions come first."""
         n = len(rows["rewards"])
         slots = np.arange(first, first + n) % self.capacity
         for name in self._ARRAYS:
@@ -50,6 +59,10 @@ class TransitionBuffer:
         self.count = first + n
 
     def sample(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """n different transitions (all there are, if fewer), drawn uniformly."""
+        """Draw n different transitions uniformly; all of them if there are fewer.
+
+        Returns:
+            States [n, S], actions [n, A], rewards [n] and next states [n, S].
+        """
         rows = rng.choice(len(self), min(n, len(self)), replace=False, shuffle=False)
         return self.states[rows], self.actions[rows], self.rewards[rows], self.next_states[rows]

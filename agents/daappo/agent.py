@@ -1,9 +1,10 @@
 """DAAPPO: PPO whose gradient uses several actions at every visited state.
 
-The collection, the buffer and the value loss are stable-baselines3's. After each rollout a source
-(a learned model, a Q-network, the environment rewound) draws extra actions from the same policy at
-the same states and values them; the clipped loss runs over real and extra actions. Nauman & Cygan
-2022, "On All-Action Policy Gradients". With action_source="none" it is stable-baselines3's PPO.
+Rollouts, the rollout buffer and the value loss are stable-baselines3's. After each rollout a source
+(a learned model, Q-networks, or the environment rewound; see sources.py) draws extra actions from
+the same policy at the same states and values them. The clipped loss (see loss.py) averages over
+real and extra actions. Nauman & Cygan 2022, "On All-Action Policy Gradients". With
+action_source="none" this is stable-baselines3's PPO.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
 
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
@@ -35,31 +35,29 @@ from totalprop.agents.core.validation import (
     try_estimator,
 )
 from totalprop.agents.core.workers import explain_dead_workers
-from totalprop.agents.daappo.loss import extra_loss, normalised, truncated_advantages
+from totalprop.agents.daappo.loss import (
+    approximate_kl,
+    policy_loss,
+    truncated_advantages,
+    value_loss,
+)
 from totalprop.agents.daappo.policy import TanhMeanPolicy
 from totalprop.agents.daappo.recorder import ManyActionRolloutBuffer, RolloutRecorder
 from totalprop.agents.daappo.sources import (
+    SOURCES,
     Behaviour,
-    DynamicsSource,
     ExtraActions,
-    QSource,
+    Normalization,
     Returns,
-    RewindSource,
     Rollout,
     Source,
-    StatesSource,
-    Units,
-    ValueModel,
+    SourceSettings,
 )
 from totalprop.agents.persistence import env_state
-from totalprop.agents.persistence.segments import Segments
 from totalprop.estimators import Estimator
-from totalprop.world_models.mlp_dynamics import Activation, MLPDynamics, Target
-from totalprop.world_models.mlp_dynamics import fit as fit_dynamics
-from totalprop.world_models.q_networks import QNetworks
-from totalprop.world_models.transitions import TransitionBuffer
+from totalprop.world_models.mlp_dynamics import Activation, Target
 
-DIFFERENTIABLE = ("dynamics", "q")  # whose advantage has a gradient in the action
+DIFFERENTIABLE = tuple(name for name, cls in SOURCES.items() if cls and cls.is_differentiable)
 SelfDAAPPO = TypeVar("SelfDAAPPO", bound="DAAPPO")
 FIRST_HORIZON = 2  # where a growing horizon starts (the authors' code)
 
@@ -200,8 +198,6 @@ class DAAPPO(Algorithm, PPO):
         self.dynamics_steps, self.dynamics_buffer_size = dynamics_steps, dynamics_buffer_size
         self.dynamics_warmup, self.n_q = dynamics_warmup, n_q
         self.source: Source | None = None
-        self.value_model: ValueModel | None = None
-        self.value_optimizer: torch.optim.Optimizer | None = None
         if _init_setup_model:
             self._setup_model()
 
@@ -211,137 +207,64 @@ class DAAPPO(Algorithm, PPO):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        is_ppo = self.action_source == "none" and not self.separate_grad_clip
-        self.rollout_buffer_class = None if is_ppo else ManyActionRolloutBuffer
+        self.rollout_buffer_class = None if self._is_ppo else ManyActionRolloutBuffer
         super()._setup_model()
-        if self.action_source == "none":
-            return
-        n_actions = spaces.utils.flatdim(self.action_space)
-        self.transitions = TransitionBuffer(self.dynamics_buffer_size, self.state_size, n_actions)
-        self._transition_files = Segments("transitions")
-        with torch.random.fork_rng():
-            torch.manual_seed(self._generator.initial_seed())
-            self.value_model = self._new_value_model()
-        if self.value_model is not None:
-            self.value_optimizer = torch.optim.Adam(
-                self.value_model.parameters(), self.dynamics_learning_rate, eps=self.dynamics_eps
-            )
         self.source = self._new_source()
 
+    def _new_source(self) -> Source | None:
+        source_class = SOURCES[self.action_source]
+        if source_class is None:
+            return None
+        settings = SourceSettings(
+            state_size=spaces.utils.flatdim(self.observation_space),
+            action_size=spaces.utils.flatdim(self.action_space),
+            device=self.device,
+            seed=self._generator.initial_seed(),
+            timeout_bootstrap=self.timeout_bootstrap,
+            target=self.dynamics_target,
+            normalise=self.dynamics_normalise,
+            width=self.dynamics_width,
+            activation=self.dynamics_activation,
+            n_q=self.n_q,
+            learning_rate=self.dynamics_learning_rate,
+            eps=self.dynamics_eps,
+            batch_size=self.dynamics_batch_size,
+            q_batch_size=self.batch_size,
+            buffer_size=self.dynamics_buffer_size,
+        )
+        return source_class(settings)
+
+    @property
+    def _is_ppo(self) -> bool:
+        """Whether stable-baselines3's own update will do."""
+        return SOURCES[self.action_source] is None and not self.separate_grad_clip
+
+    @property
+    def value_model(self) -> nn.Module | None:
+        """The source's model, "value_model" in files; None if it learns nothing."""
+        return None if self.source is None else self.source.model
+
+    @property
+    def value_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimiser of `value_model`, "value_optimizer" in files."""
+        return None if self.source is None else self.source.optimizer
+
     def set_random_seed(self, seed: int | None = None) -> None:
-        """Like SB3's, and also seed what extra actions and models draw."""
+        """Like SB3's, and also seed the source, whose generators have the seed of `_generator`.
+
+        They are its own, so that policy and minibatches draw the same numbers as without extra
+        actions.
+        """
         super().set_random_seed(seed)
-        self._rng = np.random.default_rng(self._generator.initial_seed())
+        if self.source is not None:  # it is None in set-up, where it is seeded when made
+            self.source.set_random_seed(self._generator.initial_seed())
 
     def _draw_seed(self) -> int:
-        # Not from torch: policy and minibatches draw what they would without extra actions.
+        # Not from torch's global generator, for the same reason.
         return int(np.random.default_rng().integers(2**31))
 
-    @property
-    def state_size(self) -> int:
-        """Entries of an observation."""
-        return spaces.utils.flatdim(self.observation_space)
-
-    def _setup_learn(
-        self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
-    ) -> tuple[int, BaseCallback]:
-        total, callbacks = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
-        if self.action_source == "none" and self.timeout_bootstrap:
-            return total, callbacks
-        transitions = None if self.action_source == "none" else self.transitions
-        self._recorder = RolloutRecorder(
-            self.source, transitions, timeout_bootstrap=self.timeout_bootstrap
-        )
-        both = CallbackList([callbacks, self._recorder])
-        both.model = self  # not init_callback: the user's callbacks have been through it
-        self._recorder.init_callback(self)
-        return total, both
-
     # ----------------------------------------------------------------------------------------
-    # the loop
-    # ----------------------------------------------------------------------------------------
-
-    def train(self) -> None:
-        """Fit the model, draw the extra actions, then PPO's epochs over all of them.
-
-        Raises:
-            FloatingPointError: a parameter of policy or critic has become NaN or infinite.
-        """
-        self._train()
-        for name, parameter in self.policy.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise FloatingPointError(
-                    f"'{name}' is not finite after the update at step {self.num_timesteps}; go on "
-                    "from a checkpoint with a smaller learning_rate or max_grad_norm"
-                )
-
-    def _train(self) -> None:
-        if self.action_source == "none":
-            if self.separate_grad_clip:
-                self._train_epochs()
-            else:
-                super().train()
-            return
-        self.policy.set_training_mode(False)
-        buffer = self.rollout_buffer
-        buffer.extra = self._extra_actions()
-        self.logger.record("train/extra_actions", self.k if buffer.extra is not None else 0)
-        self.logger.record("train/simulation_horizon", self.horizon)
-        self._train_epochs()
-
-    def _extra_actions(self) -> Any:
-        """None while the model is not used yet."""
-        buffer = self.rollout_buffer
-        assert self.source is not None
-
-        def flat(x: np.ndarray) -> torch.Tensor:
-            return torch.as_tensor(buffer.swap_and_flatten(x), device=self.device)
-
-        observations = flat(buffer.observations).float()
-        states = torch.as_tensor(self._recorder.flat_states(), device=self.device)
-        rollout = Rollout(observations, states, flat(buffer.values)[:, 0])
-        behaviour = Behaviour(
-            self.policy, Units(self.get_vec_normalize_env(), self.device), self._generator
-        )
-        actions, targets = flat(buffer.actions).float(), flat(buffer.returns)[:, 0]
-        self._fit_value_model(rollout, behaviour, actions, targets)
-        if self.num_timesteps < self.dynamics_warmup:
-            return None
-        returns = Returns(self.gamma, self.gae_lambda, self.horizon)
-        if self.real_advantage == "matched_horizon":
-            buffer.advantages[:] = truncated_advantages(buffer, self.horizon)
-        gradient = self._resolved_estimator().needs_pathwise
-        extra = self.source(rollout, behaviour, self.k, returns, gradient=gradient)
-        if self._compares_actions():
-            extra = extra.against_the_others()
-        if isinstance(self.source, RewindSource):
-            self.logger.record("time/extra_env_steps", self.source.extra_steps)
-        return extra
-
-    @property
-    def k(self) -> int:
-        """Extra actions per state now."""
-        grown = int(self._grown * self.n_extra_actions) + 1
-        return min(self.n_extra_actions, max(grown, self._least_actions()))
-
-    @property
-    def horizon(self) -> int:
-        """Steps that an extra action is followed now."""
-        return min(
-            self.simulation_horizon, int(self._grown * self.simulation_horizon) + FIRST_HORIZON
-        )
-
-    @property
-    def _grown(self) -> float:
-        """0 until the model is used, 1 from `grow_fraction` of the training after that."""
-        if self.grow_fraction == 0:
-            return 1.0
-        warmup = self.dynamics_warmup / max(self._total_timesteps, 1)
-        done = max(1 - self._current_progress_remaining - warmup, 0.0)
-        return min(done / self.grow_fraction, 1.0)
-
-    # ----------------------------------------------------------------------------------------
-    # environments and files
+    # learn: collect a rollout, train on it, repeat
     # ----------------------------------------------------------------------------------------
 
     @explain_dead_workers
@@ -354,91 +277,133 @@ class DAAPPO(Algorithm, PPO):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfDAAPPO:
-        """As in stable-baselines3; steps are those of the environment, extra ones not counted."""
+        """Like SB3's; the extra steps of a rewound environment do not count as timesteps."""
         self._log_interval = log_interval
         return super().learn(
             total_timesteps, callback, 1, tb_log_name, reset_num_timesteps, progress_bar
         )
 
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
+    ) -> tuple[int, BaseCallback]:
+        total, callbacks = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
+        if self.source is None and self.timeout_bootstrap:
+            return total, callbacks
+        self._recorder = RolloutRecorder(self.source, timeout_bootstrap=self.timeout_bootstrap)
+        both = CallbackList([callbacks, self._recorder])
+        both.model = self  # not init_callback, which the user's callbacks have been through
+        self._recorder.init_callback(self)
+        return total, both
+
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kw: Any) -> bool:
-        """As in stable-baselines3, but that a callback's stop does not lose the last step."""
+        """Like SB3's, except that the last step is kept when a callback stops the rollout."""
         if super().collect_rollouts(env, callback, *args, **kw):
             return True
         self._last_obs = callback.locals["new_obs"]
         self._last_episode_starts = callback.locals["dones"]
         return False
 
-    def set_env(self, env: GymEnv | VecEnv, force_reset: bool = True) -> None:
-        """As in stable-baselines3."""
-        super().set_env(env, force_reset)
-        if self.action_source == "rewind":
-            self._check_arguments()
-            steps = self.source.extra_steps if isinstance(self.source, RewindSource) else 0
-            self.source = self._new_source()
-            if isinstance(self.source, RewindSource):
-                self.source.extra_steps = steps
-
-    def state_dict(self, folder: Path) -> dict[str, Any]:
-        """Beside the rest: generators, transitions in segments, extra steps of a rewind."""
-        state = super().state_dict(folder)
-        if self.action_source != "none":
-            segments = self._transition_files.save(
-                folder, self.transitions.count, self.transitions.capacity, self.transitions.rows
-            )
-            state |= {
-                "generator": self._generator.get_state(),
-                "rng": self._rng.bit_generator.state,
-                "transitions": segments,
-                "files": [name for *_, name in segments],
-            }
-        if isinstance(self.source, RewindSource):
-            state["extra_steps"] = self.source.extra_steps
-        return state
-
-    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
-        """Restore what `state_dict` returned."""
-        super().load_state_dict(state, folder)
-        if self.action_source != "none":
-            self._generator.set_state(state["generator"])
-            self._rng.bit_generator.state = state["rng"]
-            self._transition_files.load(
-                folder, state["transitions"], self.transitions.capacity, self.transitions.put_rows
-            )
-        if isinstance(self.source, RewindSource):
-            self.source.extra_steps = int(state.get("extra_steps", 0))  # older files lack it
-
     def dump_logs(self, iteration: int = 0) -> None:
-        """As in stable-baselines3, but that iterations count on when a training is resumed.
+        """Like SB3's, except that a resumed run continues the count of iterations.
 
         Args:
-            iteration: 0 writes in any case, `learn`'s own calls every `log_interval` iterations.
+            iteration: 0 always writes; other numbers, which `learn` passes, write every
+                `log_interval` iterations.
         """
         done = self.num_timesteps // (self.n_steps * self.n_envs)
         if iteration == 0 or (self._log_interval and done % self._log_interval == 0):
             super().dump_logs(done)
 
-    def _excluded_save_params(self) -> list[str]:
-        own = [
-            "source", "value_model", "value_optimizer", "transitions", "_transition_files",
-            "_generator", "_rng", "_recorder", "_log_interval",
-        ]  # fmt: skip
-        return [*super()._excluded_save_params(), *own]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        names, tensors = super()._get_torch_save_params()
-        if self.value_model is not None:
-            names = [*names, "value_model", "value_optimizer"]
-        return names, tensors
-
     # ----------------------------------------------------------------------------------------
-    # the epochs
+    # train: fit the source, draw extra actions, update the policy
     # ----------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Fit the source's model, draw the extra actions, then run PPO's epochs over all actions.
+
+        Raises:
+            FloatingPointError: a parameter of policy or critic is no longer finite.
+        """
+        if self._is_ppo:
+            super().train()
+        else:
+            self._draw_extra_actions()
+            self._train_epochs()
+        for name, parameter in self.policy.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise FloatingPointError(
+                    f"'{name}' is not finite after the update at step {self.num_timesteps}; "
+                    "resume from a checkpoint with a smaller learning_rate or max_grad_norm"
+                )
+
+    def _draw_extra_actions(self) -> None:
+        """Fit the source, and fill the rollout buffer's `extra` once the warm-up is over."""
+        source, buffer = self.source, self.rollout_buffer
+        if source is None:
+            return
+        self.policy.set_training_mode(False)
+        rollout = self._rollout()
+        normalization = Normalization(self.get_vec_normalize_env(), self.device)
+        behaviour = Behaviour(self.policy, normalization, source.generator)
+        minibatches = -(-len(rollout.states) // self.batch_size)
+        steps = self.dynamics_steps or self.n_epochs * minibatches
+        for name, loss in source.fit(rollout, behaviour, steps=steps).items():
+            self.logger.record(f"dynamics/{name}", loss)
+        buffer.extra = None
+        if self.num_timesteps >= self.dynamics_warmup:
+            if self.real_advantage == "matched_horizon":
+                buffer.advantages[:] = truncated_advantages(buffer, self.horizon)
+            returns = Returns(self.gamma, self.gae_lambda, self.horizon)
+            gradient = self._resolved_estimator().needs_pathwise
+            extra = source(rollout, behaviour, self.k, returns, gradient=gradient)
+            buffer.extra = extra.leave_one_out() if self._compares_actions() else extra
+            if source.extra_steps is not None:
+                self.logger.record("time/extra_env_steps", source.extra_steps)
+        self.logger.record("train/extra_actions", self.k if buffer.extra is not None else 0)
+        self.logger.record("train/simulation_horizon", self.horizon)
+
+    def _rollout(self) -> Rollout:
+        """The rollout that was just collected, as sources read it."""
+        buffer = self.rollout_buffer
+
+        def flat(x: np.ndarray) -> Tensor:
+            return torch.as_tensor(buffer.swap_and_flatten(x), device=self.device)
+
+        return Rollout(
+            observations=flat(buffer.observations).float(),
+            states=torch.as_tensor(self._recorder.flat_states(), device=self.device),
+            values=flat(buffer.values)[:, 0],
+            actions=flat(buffer.actions).float(),
+            returns=flat(buffer.returns)[:, 0],
+        )
+
+    @property
+    def k(self) -> int:
+        """The current number of extra actions per state."""
+        grown = int(self._grown * self.n_extra_actions) + 1
+        return min(self.n_extra_actions, max(grown, self._least_actions()))
+
+    @property
+    def horizon(self) -> int:
+        """The current number of steps that an extra action is followed."""
+        return min(
+            self.simulation_horizon, int(self._grown * self.simulation_horizon) + FIRST_HORIZON
+        )
+
+    @property
+    def _grown(self) -> float:
+        """Rises from 0 at the end of the warm-up to 1 after `grow_fraction` of all steps."""
+        if self.grow_fraction == 0:
+            return 1.0
+        warmup = self.dynamics_warmup / max(self._total_timesteps, 1)
+        done = max(1 - self._current_progress_remaining - warmup, 0.0)
+        return min(done / self.grow_fraction, 1.0)
 
     def _train_epochs(self) -> None:
-        """One round of epochs on the rollout buffer, as `stable_baselines3.PPO.train`."""
+        """PPO's epochs on the rollout buffer, like `stable_baselines3.PPO.train`."""
         policy, buffer = self.policy, self.rollout_buffer
         policy.set_training_mode(True)
-        # The last rollout may overshoot the budget: no negative rate then.
+        # The last rollout may overshoot the budget; the progress would then be negative.
         progress = self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
         self._update_learning_rate(policy.optimizer)
         clip_range = self.clip_range(progress)  # type: ignore[operator]
@@ -449,43 +414,29 @@ class DAAPPO(Algorithm, PPO):
         log: dict[str, list[float]] = defaultdict(list)
         stop = False
         for epoch in range(self.n_epochs):
-            log["approx_kl"] = []  # of the last epoch, as stable-baselines3 logs it
+            log["approx_kl"] = []  # SB3 logs that of the last epoch
             batches: Any = buffer.get(self.batch_size)
             for batch in batches:
                 distribution: Any = policy.get_distribution(batch.observations)
                 values = policy.predict_values(batch.observations).flatten()
                 log_prob = distribution.log_prob(batch.actions)
-                advantages, extra = batch.advantages, batch.extra
-                if self.normalize_advantage:
-                    advantages, extra = normalised(advantages, extra)
-                ratio = (log_prob - batch.old_log_prob).exp()
-                bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
-                terms = -torch.min(advantages * ratio, advantages * bounded)
-                total, count = terms.sum(), terms.numel()
-                if extra is not None:
-                    zeta = self._zeta(distribution, extra)
-                    losses = extra_loss(estimator, zeta, extra, clip_range)
-                    total, count = total + losses.sum(), count + losses.numel()
-                    log["extra_policy_gradient_loss"].append(float(losses.detach().mean()))
-                policy_loss = total / count
-                predicted = values
-                if clip_range_vf is not None:
-                    change = (values - batch.old_values).clamp(-clip_range_vf, clip_range_vf)
-                    predicted = batch.old_values + change
-                value_loss = mse_loss(batch.returns, predicted)
-                entropy_loss = -distribution.entropy().mean()
-                loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
-                with torch.no_grad():
-                    log_ratio = log_prob - batch.old_log_prob
-                    kl = float((log_ratio.exp() - 1 - log_ratio).mean())
+                zeta = None if batch.extra is None else self._zeta(distribution, batch.extra)
+                of_policy = policy_loss(
+                    batch, log_prob, zeta, estimator,
+                    clip_range=clip_range, normalize_advantage=self.normalize_advantage,
+                )  # fmt: skip
+                of_values = value_loss(values, batch, clip_range_vf)
+                of_entropy = -distribution.entropy().mean()
+                loss = of_policy.total + self.ent_coef * of_entropy + self.vf_coef * of_values
+                kl = approximate_kl(log_prob, batch.old_log_prob)
                 log["approx_kl"].append(kl)
-                log["clip_fraction"].append(float(((ratio - 1).abs() > clip_range).float().mean()))
-                for name, value in (
-                    ("policy_gradient_loss", policy_loss), ("value_loss", value_loss),
-                    ("entropy_loss", entropy_loss),
-                ):  # fmt: skip
-                    log[name].append(float(value.detach()))
-                log["loss"] = [float(loss.detach())]  # the last, likewise
+                log["clip_fraction"].append(of_policy.clip_fraction)
+                log["policy_gradient_loss"].append(float(of_policy.total.detach()))
+                log["value_loss"].append(float(of_values.detach()))
+                log["entropy_loss"].append(float(of_entropy.detach()))
+                if of_policy.extra is not None:
+                    log["extra_policy_gradient_loss"].append(float(of_policy.extra))
+                log["loss"] = [float(loss.detach())]  # SB3 logs the last
                 stop = self.target_kl is not None and kl > 1.5 * self.target_kl
                 if stop:
                     if self.verbose:
@@ -510,7 +461,12 @@ class DAAPPO(Algorithm, PPO):
             self.logger.record("train/clip_range_vf", clip_range_vf)
 
     def _zeta(self, distribution: Any, extra: ExtraActions) -> tuple[Tensor, Tensor]:
-        """Mean and deviation [K, B, A] of the policy at the extra samples' states."""
+        """Mean and standard deviation [K, B, A] of the policy at the extra actions' states.
+
+        Args:
+            distribution: the policy's at the B real states.
+            extra: the extra actions.
+        """
         k = extra.actions.shape[1]
         if extra.observations is None:
             gaussian = distribution.distribution
@@ -523,7 +479,7 @@ class DAAPPO(Algorithm, PPO):
         return gaussian.mean.unflatten(0, shape), gaussian.stddev.unflatten(0, shape)
 
     def _clip_groups(self) -> list[list[nn.Parameter]]:
-        """Parameters whose gradient norms are clipped together."""
+        """Groups of parameters; the gradient norm of each group is clipped by itself."""
         everything = list(self.policy.parameters())
         if not self.separate_grad_clip:
             return [everything]
@@ -536,74 +492,42 @@ class DAAPPO(Algorithm, PPO):
         return [[p for p in everything if id(p) not in ids], critic]
 
     # ----------------------------------------------------------------------------------------
-    # what values the extra actions
+    # environments and files
     # ----------------------------------------------------------------------------------------
 
-    def _new_value_model(self) -> ValueModel | None:
-        """What `action_source` learns, untrained; None for one that learns nothing."""
-        n_states = spaces.utils.flatdim(self.observation_space)
-        n_actions = spaces.utils.flatdim(self.action_space)
-        sizes: dict[str, Any] = {
-            "width": self.dynamics_width, "activation": self.dynamics_activation
-        }  # fmt: skip
-        if self.action_source in ("dynamics", "states"):
-            return MLPDynamics(
-                n_states, n_actions, target=self.dynamics_target,
-                normalise=self.dynamics_normalise, **sizes,
-            ).to(self.device)  # fmt: skip
-        if self.action_source == "q":
-            return QNetworks(n_states, n_actions, n=self.n_q, **sizes).to(self.device)
-        return None
+    def set_env(self, env: GymEnv | VecEnv, force_reset: bool = True) -> None:
+        """Like SB3's; an environment that cannot be rewound is refused if the source rewinds it."""
+        super().set_env(env, force_reset)
+        if self.source is not None and self.source.needs_snapshots:
+            self._check_arguments()
 
-    def _new_source(self) -> Source | None:
-        """Where the extra actions come from; None if that is an environment not set yet."""
-        if isinstance(self.value_model, QNetworks):
-            return QSource(self.value_model)
-        if isinstance(self.value_model, MLPDynamics):
-            is_states = self.action_source == "states"
-            return (StatesSource if is_states else DynamicsSource)(self.value_model)
-        if self.env is None:  # `load` without an environment: made when one is set
-            return None
-        return RewindSource(self.env, timeout_bootstrap=self.timeout_bootstrap)
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """The base's state, and the source's."""
+        state = super().state_dict(folder)
+        if self.source is not None:
+            state |= self.source.state_dict(folder)
+        return state
 
-    def _fit_value_model(
-        self,
-        rollout: Rollout,
-        behaviour: Behaviour,
-        actions: torch.Tensor,
-        returns: torch.Tensor,
-    ) -> None:
-        """Fit what is learned: a model to all transitions, Q-networks to this rollout's returns.
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
+        """Restore what `state_dict` returned."""
+        super().load_state_dict(state, folder)
+        if self.source is not None:
+            self.source.load_state_dict(state, folder)
 
-        Args:
-            actions: [R, A] of the rollout, as the policy drew them. returns: [R].
-        Raises:
-            ValueError: there is no transition to fit a model to.
-        """
-        if self.value_model is None:
-            return
-        assert self.value_optimizer is not None
-        batches = -(-len(rollout.states) // self.batch_size)
-        steps = self.dynamics_steps or self.n_epochs * batches
-        if isinstance(self.value_model, QNetworks):
-            loss = self.value_model.fit(
-                self.value_optimizer, rollout.observations, behaviour.clip(actions), returns,
-                steps=steps, batch_size=self.batch_size, rng=self._rng,
-            )  # fmt: skip
-            self.logger.record("dynamics/q_loss", loss)
-        else:
-            if not len(self.transitions):
-                raise ValueError(
-                    "no transition is known: every step is an episode's last, and "
-                    "VecNormalize clips "
-                    "its state; give VecNormalize a larger clip_obs"
-                )
-            transition, reward = fit_dynamics(
-                self.value_model, self.value_optimizer, self.transitions,
-                steps=steps, batch_size=self.dynamics_batch_size, rng=self._rng,
-            )  # fmt: skip
-            self.logger.record("dynamics/transition_loss", transition)
-            self.logger.record("dynamics/reward_loss", reward)
+    def _excluded_save_params(self) -> list[str]:
+        return [
+            *super()._excluded_save_params(),
+            "source",
+            "_generator",
+            "_recorder",
+            "_log_interval",
+        ]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        names, tensors = super()._get_torch_save_params()
+        if self.value_model is not None:
+            names = [*names, "value_model", "value_optimizer"]
+        return names, tensors
 
     # ----------------------------------------------------------------------------------------
     # arguments
@@ -628,18 +552,19 @@ class DAAPPO(Algorithm, PPO):
             _check_rewindable(self.env)
 
     def _resolved_estimator(self) -> Estimator:
-        """The estimator; a name's has no baseline, which the advantages have already."""
+        """The estimator; one made from a name has no baseline, because the advantages have one."""
         if isinstance(self.estimator, Estimator):
             return self.estimator
         return estimators.make(self.estimator, baseline=estimators.baselines.none)
 
     def _compares_actions(self) -> bool:
-        """Whether extra actions are set against the others of their state."""
-        has_several = self.action_source in ("dynamics", "q", "rewind")
-        return self.extra_baseline == "leave-one-out" and has_several
+        """Whether an extra action's baseline includes the other actions at its state."""
+        source = SOURCES[self.action_source]
+        is_possible = source is not None and source.draws_per_state
+        return self.extra_baseline == "leave-one-out" and is_possible
 
     def _least_actions(self) -> int:
-        """Extra actions that are needed: two, if legs are weighed or actions compared."""
+        """The fewest extra actions per state: two if legs are mixed or actions compared, or one."""
         if self._compares_actions():
             return 2
         estimator = estimators.make(self.estimator)
@@ -668,7 +593,7 @@ class DAAPPO(Algorithm, PPO):
             )
 
     def _try_estimator(self) -> None:
-        """With as many actions as a state has when they are fewest."""
+        """Try the estimator with the fewest extra actions that a state will have."""
         if self.action_source == "none":
             return
         k = self.n_extra_actions
@@ -695,9 +620,10 @@ class DAAPPO(Algorithm, PPO):
             raise ValueError("extra actions need a plain Gaussian policy: use_sde must be False")
 
     def _check_wrappers(self, env: VecEnv) -> None:
-        """Extra actions know of VecNormalize; any other wrapper must change nothing."""
+        """Refuse wrappers whose effect a source would miss; sources undo VecNormalize only."""
         layers, _ = env_state.layers_of(env)
-        if self.action_source != "rewind":
+        source = SOURCES[self.action_source]
+        if source is not None and not source.needs_snapshots:
             normalizer = self.get_vec_normalize_env()
             layers = [] if normalizer is None else layers[: layers.index(normalizer)]
         for layer in layers:

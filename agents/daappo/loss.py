@@ -1,20 +1,93 @@
-"""The loss of DAAPPO's epochs as pure functions: the clipped loss over real and extra actions."""
+"""The loss of DAAPPO as pure functions: PPO's clipped loss over real and extra actions."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
+from totalprop.agents.daappo.recorder import ManyActionSamples
 from totalprop.agents.daappo.sources import ExtraActions
 from totalprop.estimators import Estimator, infer_noise, surrogates
+
+
+class PolicyLoss(NamedTuple):
+    """PPO's loss of the policy, and what is logged of it."""
+
+    total: Tensor  # [] mean over real and extra actions
+    extra: Tensor | None  # [] detached mean over the extra actions
+    clip_fraction: float  # of the real actions
+
+
+def policy_loss(
+    batch: ManyActionSamples,
+    log_prob: Tensor,
+    zeta: tuple[Tensor, Tensor] | None,
+    estimator: Estimator,
+    *,
+    clip_range: float,
+    normalize_advantage: bool,
+) -> PolicyLoss:
+    """Clipped loss, averaged over the B real and the K·B extra actions of a minibatch.
+
+    Args:
+        batch: B states with their real and extra actions.
+        log_prob: [B] of the real actions under the current policy; gradients flow.
+        zeta: mean and std, [K, B, A] each, of the current policy at the extra actions' states;
+            gradients flow. None if there are no extra actions.
+        estimator: of the extra actions' gradient.
+        clip_range: ε of the probability ratio.
+        normalize_advantage: standardise the advantages of real and extra actions together.
+    """
+    advantages, extra = batch.advantages, batch.extra
+    if normalize_advantage:
+        advantages, extra = normalised(advantages, extra)
+    ratio = (log_prob - batch.old_log_prob).exp()
+    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
+    terms = -torch.min(advantages * ratio, advantages * bounded)
+    total, count, extra_mean = terms.sum(), terms.numel(), None
+    if extra is not None:
+        assert zeta is not None
+        losses = extra_loss(estimator, zeta, extra, clip_range)
+        total, count = total + losses.sum(), count + losses.numel()
+        extra_mean = losses.detach().mean()
+    clip_fraction = float(((ratio - 1).abs() > clip_range).float().mean())
+    return PolicyLoss(total / count, extra_mean, clip_fraction)
+
+
+def value_loss(values: Tensor, batch: ManyActionSamples, clip_range_vf: float | None) -> Tensor:
+    """Mean squared error of the critic's values [B].
+
+    With `clip_range_vf`, values are kept within that distance of the old ones.
+    """
+    predicted = values
+    if clip_range_vf is not None:
+        change = (values - batch.old_values).clamp(-clip_range_vf, clip_range_vf)
+        predicted = batch.old_values + change
+    return mse_loss(batch.returns, predicted)
+
+
+@torch.no_grad()
+def approximate_kl(log_prob: Tensor, old_log_prob: Tensor) -> float:
+    """KL divergence of old and current policy: mean of (r - 1) - log r, r = π / π_old.
+
+    As in stable-baselines3; see http://joschu.net/blog/kl-approx.html.
+    """
+    log_ratio = log_prob - old_log_prob
+    return float((log_ratio.exp() - 1 - log_ratio).mean())
 
 
 def normalised(
     advantages: Tensor, extra: ExtraActions | None
 ) -> tuple[Tensor, ExtraActions | None]:
-    """Zero mean and unit deviation over the whole block of real and extra actions."""
+    """Advantages standardised over real and extra actions together.
+
+    The extra actions' slopes are divided by the same standard deviation.
+    """
     block = advantages if extra is None else torch.cat((advantages, extra.advantages.flatten()))
     if len(block) < 2:
         return advantages, extra
@@ -31,7 +104,16 @@ def normalised(
 def extra_loss(
     estimator: Estimator, zeta: tuple[Tensor, Tensor], extra: ExtraActions, clip_range: float
 ) -> Tensor:
-    """[K, B] clipped losses whose gradient in zeta is the estimator's, over the K actions."""
+    """Clipped losses [K, B] of the extra actions; their gradient in zeta is the estimator's.
+
+    The estimator's sample axis is the K actions of a state.
+
+    Args:
+        estimator: without a baseline, which the advantages have already.
+        zeta: mean and std of the policy, [K, B, A] each; gradients flow.
+        extra: the extra actions of B states.
+        clip_range: ε of the probability ratio.
+    """
     mean, std = zeta
     actions, advantage = extra.actions.transpose(0, 1), extra.advantages.T
     log_prob = torch.distributions.Normal(mean.detach(), std.detach()).log_prob(actions).sum(-1)
@@ -46,7 +128,7 @@ def extra_loss(
 
 
 def truncated_advantages(buffer: RolloutBuffer, horizon: int) -> np.ndarray:
-    """GAE cut off after `horizon` steps, [T, n_envs]: A_t - (γλ)^H A_{t+H} within an episode."""
+    """GAE truncated after `horizon` steps, [T, n_envs]: A_t - (γλ)^H A_{t+H} within an episode."""
     advantages, starts = buffer.advantages, buffer.episode_starts
     cut = advantages.copy()
     steps = len(advantages)

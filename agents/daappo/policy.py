@@ -1,4 +1,4 @@
-"""The policy of Nauman & Cygan's code: the Gaussian's mean within (-1, 1)."""
+"""The policy of Nauman & Cygan's code: a Gaussian whose mean lies in (-1, 1)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class TanhMeanPolicy(ActorCriticPolicy):
-    """stable-baselines3's MlpPolicy with tanh on the mean of the actions."""
+    """stable-baselines3's MlpPolicy with a tanh on the mean of the actions."""
 
     file_name: ClassVar[str] = "totalprop.TanhMeanPolicy"
     former_file_names: ClassVar[tuple[str, ...]] = ("agents.daa_policy.TanhMeanPolicy",)

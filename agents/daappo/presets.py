@@ -1,7 +1,7 @@
-"""The settings of DAAPPO's papers and ours, by name: constructor arguments, each number cited.
+"""DAAPPO's settings in its papers and our own, by name: constructor arguments, each number cited.
 
 `DAAPPO("MlpPolicy", env, **PRESETS["recommended"])`, or `--preset recommended` on the command line.
-RUNS holds what of a run the constructor does not take; the command line sets that, too.
+RUNS holds the options of a run that are not constructor arguments; `--preset` sets these, too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-# What the papers on many actions have in common: PPO of CleanRL, but no advantage normalisation.
+# Common to the papers on many actions: CleanRL's PPO without advantage normalisation.
 _MANY_ACTIONS: dict[str, Any] = {
     "action_source": "dynamics",
     "estimator": "lr",
@@ -30,8 +30,8 @@ _MANY_ACTIONS: dict[str, Any] = {
     "dynamics_normalise": False,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    # Nauman & Cygan 2022, "On All-Action Policy Gradients", Table 2. Silent: steps of the model's
-    # fit (the rule of the 2023 paper's Alg. 1) and warm-up (none).
+    # Nauman & Cygan 2022, "On All-Action Policy Gradients", Table 2. The paper does not state the
+    # steps of the model's fit (here the rule of the 2023 paper's Alg. 1) or a warm-up (none here).
     "daa2022": {
         **_MANY_ACTIONS,
         "n_steps": 1024,  # the text and all captions; Table 2 says 2048
@@ -45,8 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_q": 1,  # Sec. 4.2: one Q-network
         "policy_kwargs": {"net_arch": [512, 512], "activation_fn": nn.ReLU},
     },
-    # Nauman & Cygan 2023, "On Many-Actions Policy Gradient", App. C.5. Silent: the model's warm-up
-    # (none) and the activation (ReLU).
+    # Nauman & Cygan 2023, "On Many-Actions Policy Gradient", App. C.5. The paper does not state
+    # the model's warm-up (none here) or the activation (ReLU here).
     "mbma2023": {
         **_MANY_ACTIONS,
         "n_steps": 2048,
@@ -59,16 +59,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dynamics_batch_size": 128,
         "dynamics_buffer_size": 25_000,
         "dynamics_steps": 320,  # Alg. 1: epochs x minibatches
-        "n_q": 2,  # the least of two
+        "n_q": 2,  # the smaller of two values
         "policy_kwargs": {
             "net_arch": {"pi": [512, 512], "vf": [1024, 1024]},
             "activation_fn": nn.ReLU,
         },
     },
-    # The authors' code of the 2023 paper: mbma/args.py and mbma/mbma.py. Differs from it: it fits
-    # the model from the end of the warm-up on, the first time in 8 x 640 steps, here every rollout
-    # fits it; its learning rate begins at the full value and ends above 0, here each update's is
-    # that of the next; and it evaluates actions that are sampled.
+    # The authors' code of the 2023 paper: mbma/args.py and mbma/mbma.py. Their code differs from
+    # ours in three ways. It first fits the model after the warm-up, in 8 x 640 steps; ours fits it
+    # after every rollout. Its learning rate starts at the full value and ends above 0; in ours each
+    # update has the value that theirs has one update later. It evaluates with sampled actions.
     "mbma_code": {
         **_MANY_ACTIONS,
         "policy": "TanhMeanPolicy",
@@ -86,17 +86,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dynamics_warmup": 40_000,
         "policy_kwargs": {"net_arch": [512, 512], "activation_fn": nn.LeakyReLU},
     },
-    # Ours (results/daa_ppo/), with observations and rewards normalised (VecNormalize).
+    # Our own (results/daa_ppo/), for observations and rewards normalised by VecNormalize.
     "recommended": {
         "action_source": "dynamics",
         "estimator": "lr",
         "n_steps": 1024,
         "n_extra_actions": 4,
         "simulation_horizon": 8,
-        # What critic and model get wrong about a state is the same for all its actions.
+        # Errors of critic and model that all actions of a state share cancel.
         "extra_baseline": "leave-one-out",
         "normalize_advantage": True,
-        "clip_range_vf": None,  # 0.2 of a raw return is too little to learn from
+        "clip_range_vf": None,  # 0.2 is too small a step for values of unscaled returns
         "timeout_bootstrap": True,
         "dynamics_target": "delta",
         "dynamics_normalise": True,
@@ -105,9 +105,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 RUNS: dict[str, dict[str, Any]] = {
-    # "Slight modifications" of CleanRL's PPO, which normalises and anneals; Table 2: repeat 4
+    # "Slight modifications" of CleanRL's PPO, which normalises and anneals; action repeat: Table 2
     "daa2022": {"normalize": "both", "learning_rate_schedule": "linear", "action_repeat": 4},
-    # Silent on normalisation: off, as in the authors' code
+    # The paper does not mention normalisation: off, as in the authors' code
     "mbma2023": {"normalize": "none", "learning_rate_schedule": "linear", "action_repeat": 4},
     "mbma_code": {"normalize": "none", "learning_rate_schedule": "linear", "action_repeat": 4},
 }

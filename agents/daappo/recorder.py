@@ -1,4 +1,4 @@
-"""What DAAPPO keeps of a rollout beside stable-baselines3's own buffer."""
+"""What DAAPPO records of a rollout in addition to stable-baselines3's rollout buffer."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from totalprop.agents.core.validation import check_finite
-from totalprop.agents.daappo.sources import ExtraActions, RewindSource, Source
-from totalprop.world_models.transitions import TransitionBuffer
+from totalprop.agents.daappo.sources import ExtraActions, Source
 
 
 class ManyActionSamples(NamedTuple):
-    """stable-baselines3's `RolloutBufferSamples` and the extra actions of the same states."""
+    """stable-baselines3's `RolloutBufferSamples`, and the extra actions of the same states."""
 
-    observations: Tensor
-    actions: Tensor
-    old_values: Tensor
-    old_log_prob: Tensor
-    advantages: Tensor
-    returns: Tensor
-    extra: ExtraActions | None
+    observations: Tensor  # [B, S]
+    actions: Tensor  # [B, A]
+    old_values: Tensor  # [B]
+    old_log_prob: Tensor  # [B]
+    advantages: Tensor  # [B]
+    returns: Tensor  # [B]
+    extra: ExtraActions | None  # R = B
 
 
 class ManyActionRolloutBuffer(RolloutBuffer):
@@ -45,49 +44,39 @@ class ManyActionRolloutBuffer(RolloutBuffer):
 
 
 class RolloutRecorder(BaseCallback):
-    """Records transitions in the environment's units, and snapshots for rewinding.
+    """Gives a source the transitions of a rollout, in the environment's units.
 
-    VecNormalize keeps an episode's last state only as the policy would see it: where its clip_obs
-    cut that, the true state is lost, and the transition is not recorded.
+    VecNormalize keeps an episode's last state only as the policy would see it. Where its clip_obs
+    clipped that state, the true one is lost and the transition is not recorded.
 
     It runs after the user's callbacks, inside stable-baselines3's own collection loop.
 
     Args:
-        source: of the extra actions; a `RewindSource` is given snapshots.
-        transitions: where transitions go; None: only time limits are handled.
+        source: of the extra actions; None: only time limits are handled.
         timeout_bootstrap: as in DAAPPO.
     """
 
     model: OnPolicyAlgorithm
 
-    def __init__(
-        self,
-        source: Source | None,
-        transitions: TransitionBuffer | None,
-        *,
-        timeout_bootstrap: bool,
-    ) -> None:
+    def __init__(self, source: Source | None, *, timeout_bootstrap: bool) -> None:
         super().__init__()
-        self.source, self.transitions = source, transitions
-        self.timeout_bootstrap = timeout_bootstrap
-        self.states: list[np.ndarray] = []  # of each step, [n_envs, S]
+        self.source, self.timeout_bootstrap = source, timeout_bootstrap
+        self.states: list[np.ndarray] = []  # [n_envs, S] at each step
 
     def _on_rollout_start(self) -> None:
-        if self.transitions is None:
+        if self.source is None:
             return
         self.states = []
         normalizer = self.model.get_vec_normalize_env()
         last = self.model._last_obs if normalizer is None else normalizer.get_original_obs()
         self._last = self._flat(last)
-        source = self.source
-        if isinstance(source, RewindSource):
-            source.snapshots = [[x] for x in self.training_env.env_method("snapshot")]
+        self.source.start_rollout(self.training_env)
 
     def _on_step(self) -> bool:
         if not self.timeout_bootstrap:  # the time limit counts as an end
             for i in np.flatnonzero(self.locals["dones"]):
                 self.locals["infos"][i]["TimeLimit.truncated"] = False
-        if self.transitions is None:
+        if self.source is None:
             return True
         normalizer = self.model.get_vec_normalize_env()
         observations, rewards = self.locals["new_obs"], self.locals["rewards"]
@@ -104,19 +93,15 @@ class RolloutRecorder(BaseCallback):
                 end = normalizer.unnormalize_obs(end)
             ends[i] = self._flat(end[None])[0]
         actions = self.locals["clipped_actions"]
-        self.transitions.add(
+        self.source.record_step(
             self._last[is_known], actions[is_known], rewards[is_known], ends[is_known]
         )
         self.states.append(self._last)
         self._last = observations
-        source = self.source
-        if isinstance(source, RewindSource):
-            for kept, now in zip(source.snapshots, self.training_env.env_method("snapshot")):
-                kept.append(now)
         return True
 
     def flat_states(self) -> np.ndarray:
-        """[n_envs T, S] in the rollout buffer's flat order: environment by environment."""
+        """Raw states [n_envs T, S] in the buffer's flat order, environment by environment."""
         return np.concatenate(np.stack(self.states, 1))
 
     @staticmethod

@@ -1,23 +1,28 @@
-"""More actions than the one that was taken: where DAAPPO's extra samples come from.
+"""Extra actions: where DAAPPO's samples come from, besides the actions that were taken.
 
-Every source is asked once per rollout, with the policy that gathered it and before any update, and
-answers with `ExtraActions`. Nauman & Cygan 2022 (DAA, QAA, AA), Sec. 4; the simulated states are
-those of its dynamics-states baseline.
+A source owns the model that values its actions, the model's optimiser, the transitions it is fitted
+to, and its random generators. DAAPPO calls it once per rollout, before any update, with the policy
+that collected the rollout. Nauman & Cygan 2022, Sec. 4: DAA (`DynamicsSource`), QAA (`QSource`),
+AA (`RewindSource`) and their dynamics-states baseline (`StatesSource`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
-from torch import Tensor
+from torch import Tensor, nn
 
-from totalprop.world_models.mlp_dynamics import MLPDynamics
+from totalprop.agents.persistence.segments import Segments
+from totalprop.world_models import mlp_dynamics
+from totalprop.world_models.mlp_dynamics import Activation, MLPDynamics, Target
 from totalprop.world_models.q_networks import QNetworks
+from totalprop.world_models.transitions import TransitionBuffer
 
 ROWS = 4096  # simulated at a time: bounds the memory of a differentiated simulation
 
@@ -31,14 +36,17 @@ class ExtraActions(NamedTuple):
     action_gradient: Tensor | None = None  # [R, K, A] of the advantage, for pathwise legs
     observations: Tensor | None = None  # [R, K, S] where they are not the rollout's own
 
-    def against_the_others(self) -> ExtraActions:
-        """Advantages minus the mean of the state's other K - 1: unbiased, as a_j, j ≠ i, is."""
+    def leave_one_out(self) -> ExtraActions:
+        """Subtract from each advantage the mean of the other K - 1 advantages of its state.
+
+        The gradient stays unbiased, because the other actions are independent of this one.
+        """
         k = self.advantages.shape[1]
         centred = self.advantages - self.advantages.mean(1, keepdim=True)
         return self._replace(advantages=centred * (k / (k - 1)))
 
     def rows(self, rows: Any) -> ExtraActions:
-        """The same for some of the states."""
+        """The extra actions of the states selected by `rows`, an index into R."""
         return ExtraActions(
             self.actions[rows],
             self.old_log_prob[rows],
@@ -49,25 +57,29 @@ class ExtraActions(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """What a source may look at, in the rollout buffer's flat order."""
+    """The part of a rollout that a source may read, in the rollout buffer's flat order."""
 
     observations: Tensor  # [R, S] as the policy saw them
     states: Tensor  # [R, S] in the environment's own units
-    values: Tensor  # [R] of the critic
+    values: Tensor  # [R] predicted by the critic
+    actions: Tensor  # [R, A] as the policy drew them, not clipped
+    returns: Tensor  # [R] λ-returns, in the critic's units
 
 
 @dataclass(frozen=True)
 class Returns:
-    """How rewards become an advantage."""
+    """Discounting of an extra action's rewards: γ, λ and the number of steps H."""
 
     gamma: float
     lam: float
     horizon: int
 
     def advantage(self, rewards: list[Tensor], values: list[Tensor]) -> Tensor:
-        """TD(λ) over the steps given: Σ_k (γλ)^k (r_k + γ V_{k+1} - V_k), one more value.
+        """TD(λ) advantage: Σ_k (γλ)^k (r_k + γ V_{k+1} - V_k).
 
-        The values include V at the real state, the baseline.
+        Args:
+            rewards: r_0 .. r_{n-1}.
+            values: V_0 .. V_n; V_0, at the real state, is the baseline.
         """
         total, weight = torch.zeros_like(values[0]), 1.0
         for reward, value, after in zip(rewards, values[:-1], values[1:], strict=True):
@@ -76,8 +88,8 @@ class Returns:
         return total
 
 
-class Units:
-    """VecNormalize's units, frozen for one iteration; without it everything stays as it is."""
+class Normalization:
+    """VecNormalize's statistics, frozen for one iteration; the identity without VecNormalize."""
 
     def __init__(self, vec_normalize: VecNormalize | None, device: torch.device) -> None:
         self.has_observation = vec_normalize is not None and vec_normalize.norm_obs
@@ -97,30 +109,41 @@ class Units:
             self.scale = float((vec_normalize.ret_rms.var + self.epsilon) ** 0.5)
 
     def observation(self, states: Tensor) -> Tensor:
-        """What the policy is shown of raw states."""
+        """Observations as the policy sees them, from raw states [..., S]."""
         if not self.has_observation:
             return states
         limit = self.clip_observation
         return ((states - self.mean) / self.std).clamp(-limit, limit)
 
     def reward(self, rewards: Tensor) -> Tensor:
-        """Raw rewards in the critic's units."""
+        """Rewards in the critic's units, from raw ones."""
         if not self.has_reward:
             return rewards
         return (rewards / self.scale).clamp(-self.clip_reward, self.clip_reward)
 
 
 class Behaviour:
-    """The policy that gathered the rollout: a Gaussian, its critic and the action bounds."""
+    """The policy that collected the rollout: a Gaussian, its critic and the action bounds.
 
-    def __init__(self, policy: ActorCriticPolicy, units: Units, generator: torch.Generator) -> None:
-        self.policy, self.units, self.generator = policy, units, generator
+    Args:
+        policy: networks and action space.
+        normalization: between the environment's units and those of policy and critic.
+        generator: of the noise in `draw`.
+    """
+
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        normalization: Normalization,
+        generator: torch.Generator,
+    ) -> None:
+        self.policy, self.normalization, self.generator = policy, normalization, generator
         space: Any = policy.action_space
         self.low = torch.as_tensor(space.low, device=policy.device).float()
         self.high = torch.as_tensor(space.high, device=policy.device).float()
 
     def draw(self, observations: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """Actions [R, (k,) A] and their log-probabilities; reparameterised."""
+        """Reparameterised actions [R, A] and log-probabilities [R]; [R, k, ...] if k is given."""
         distribution: Any = self.policy.get_distribution(observations).distribution
         mean, std = distribution.mean, distribution.stddev
         if k is not None:
@@ -133,32 +156,179 @@ class Behaviour:
         return actions, log_prob
 
     def value(self, observations: Tensor) -> Tensor:
-        """[...] of the critic."""
+        """Values [...] predicted by the critic at observations [..., S]."""
         return self.policy.predict_values(observations).squeeze(-1)
 
     def clip(self, actions: Tensor) -> Tensor:
-        """As the environment receives them."""
+        """Actions as the environment receives them, within its bounds."""
         return actions.clamp(self.low, self.high)
 
 
-class Source(Protocol):
-    """Draws `k` actions per state and values them."""
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """What sources are made from. The names are those of DAAPPO, without `dynamics_`.
 
-    needs_snapshots: bool
+    Attributes:
+        state_size: S, the length of an observation.
+        action_size: A, the length of an action.
+        device: where models and actions live.
+        seed: of the model's initial weights and both generators.
+        timeout_bootstrap: bootstrap from the value after a time limit.
+        target: what a dynamics model predicts, the next state or the change.
+        normalise: whether a dynamics model standardises its data.
+        width: hidden units of each network.
+        activation: of each network.
+        n_q: number of Q-networks.
+        learning_rate: of the model's Adam.
+        eps: of the model's Adam.
+        batch_size: transitions per batch of a dynamics model's fit.
+        q_batch_size: states per batch of the Q-networks' fit.
+        buffer_size: number of transitions kept.
+    """
+
+    state_size: int
+    action_size: int
+    device: torch.device
+    seed: int
+    timeout_bootstrap: bool
+    target: Target
+    normalise: bool
+    width: int
+    activation: Activation
+    n_q: int
+    learning_rate: float
+    eps: float
+    batch_size: int
+    q_batch_size: int
+    buffer_size: int
+
+
+class Source:
+    """Draws extra actions at the states of a rollout and values them.
+
+    Attributes:
+        is_differentiable: whether its advantages have a gradient in the action.
+        draws_per_state: whether its K actions are at the same state, so that they can be compared.
+        needs_snapshots: whether it needs environments with snapshot, restore and extra_step.
+        model: what it learns; None for a source that learns nothing.
+        optimizer: the model's Adam, or None.
+        transitions: those observed so far, in the environment's own units.
+        generator: draws the actions.
+        rng: draws the batches of the fit.
+        extra_steps: environment steps taken for extra actions; None for a source that takes none.
+    """
+
+    is_differentiable: ClassVar[bool] = False
+    draws_per_state: ClassVar[bool] = True
+    needs_snapshots: ClassVar[bool] = False
+    model: nn.Module | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    extra_steps: int | None = None
+
+    def __init__(self, settings: SourceSettings) -> None:
+        self.settings = settings
+        self.transitions = TransitionBuffer(
+            settings.buffer_size, settings.state_size, settings.action_size
+        )
+        self._segments = Segments("transitions")
+        self.set_random_seed(settings.seed)
+        with torch.random.fork_rng():  # or the policy would draw other numbers than PPO's does
+            torch.manual_seed(settings.seed)
+            model = self._new_model()
+        if model is not None:
+            self.model = model.to(settings.device)
+            self.optimizer = torch.optim.Adam(
+                self.model.parameters(), settings.learning_rate, eps=settings.eps
+            )
+
+    def set_random_seed(self, seed: int) -> None:
+        """Seed both generators."""
+        self.generator = torch.Generator(self.settings.device).manual_seed(seed)
+        self.rng = np.random.default_rng(seed)
+
+    def _new_model(self) -> nn.Module | None:
+        return None
+
+    def start_rollout(self, env: VecEnv) -> None:
+        """Called before the first step of each rollout."""
+
+    def record_step(
+        self, states: np.ndarray, actions: np.ndarray, rewards: np.ndarray, next_states: np.ndarray
+    ) -> None:
+        """Called after each step of the environments, with the transitions known from it.
+
+        Args:
+            states: [n, S].
+            actions: [n, A] as the environments received them.
+            rewards: [n].
+            next_states: [n, S], at the end of an episode its last state.
+        """
+        self.transitions.add(states, actions, rewards, next_states)
+
+    def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
+        """Fit the model, after each rollout.
+
+        Args:
+            rollout: the newest one.
+            behaviour: the policy that collected it.
+            steps: of gradient descent.
+        Returns:
+            Losses by name; none for a source without a model.
+        """
+        return {}
 
     def __call__(
         self, rollout: Rollout, behaviour: Behaviour, k: int, returns: Returns, *, gradient: bool
     ) -> ExtraActions:
-        """With gradient=True, the advantage's gradient in the action too."""
+        """Draw and value `k` extra actions for each state of the rollout.
+
+        Args:
+            rollout: its states and what the critic predicted there.
+            behaviour: the policy that collected it.
+            k: extra actions K per state.
+            returns: how rewards become advantages.
+            gradient: compute the advantages' gradient in the action, too.
+        """
+        raise NotImplementedError
+
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """Generators and transitions; the latter in segments, files of their own in `folder`.
+
+        Model and optimiser are not in it: they are saved with the agent's parameters.
+        """
+        buffer = self.transitions
+        segments = self._segments.save(folder, buffer.count, buffer.capacity, buffer.rows)
+        return {
+            "generator": self.generator.get_state(),
+            "rng": self.rng.bit_generator.state,
+            "transitions": segments,
+            "files": [name for *_, name in segments],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
+        """Restore what `state_dict` returned."""
+        self.generator.set_state(state["generator"])
+        self.rng.bit_generator.state = state["rng"]
+        buffer = self.transitions
+        self._segments.load(folder, state["transitions"], buffer.capacity, buffer.put_rows)
 
 
-class DynamicsSource:
+class DynamicsSource(Source):
     """DAA: each action is followed for H steps through a learned model."""
 
-    needs_snapshots = False
+    is_differentiable = True
+    model: MLPDynamics
+    optimizer: torch.optim.Optimizer
 
-    def __init__(self, model: MLPDynamics) -> None:
-        self.model = model
+    def _new_model(self) -> MLPDynamics:
+        return _new_dynamics(self.settings)
+
+    def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
+        """See `Source.fit`; the data are all transitions kept, not only this rollout's."""
+        return _fit_dynamics(
+            self.model, self.optimizer, self.transitions,
+            steps=steps, batch_size=self.settings.batch_size, rng=self.rng,
+        )  # fmt: skip
 
     def __call__(
         self, rollout: Rollout, behaviour: Behaviour, k: int, returns: Returns, *, gradient: bool
@@ -192,27 +362,39 @@ class DynamicsSource:
         rewards, values = [], [start]
         for step in range(returns.horizon):
             states, reward = self.model(states, behaviour.clip(actions))
-            observations = behaviour.units.observation(states)
-            rewards.append(behaviour.units.reward(reward))
+            observations = behaviour.normalization.observation(states)
+            rewards.append(behaviour.normalization.reward(reward))
             values.append(behaviour.value(observations))
             if step + 1 < returns.horizon:
                 actions, _ = behaviour.draw(observations)
         return returns.advantage(rewards, values)
 
 
-class StatesSource:
-    """Simulated states: one model rollout from each state, whose later pairs are the samples."""
+class StatesSource(Source):
+    """Simulated states: one rollout of the model from each state; its later steps are the samples.
 
-    needs_snapshots = False
+    The K actions of a state are then at K different simulated states.
+    """
 
-    def __init__(self, model: MLPDynamics) -> None:
-        self.model = model
+    draws_per_state = False
+    model: MLPDynamics
+    optimizer: torch.optim.Optimizer
+
+    def _new_model(self) -> MLPDynamics:
+        return _new_dynamics(self.settings)
+
+    def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
+        """See `Source.fit`; the data are all transitions kept, not only this rollout's."""
+        return _fit_dynamics(
+            self.model, self.optimizer, self.transitions,
+            steps=steps, batch_size=self.settings.batch_size, rng=self.rng,
+        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(
         self, rollout: Rollout, behaviour: Behaviour, k: int, returns: Returns, *, gradient: bool
     ) -> ExtraActions:
-        """See `Source`; the pairs are those of steps 1 .. k of a rollout of k + 2 steps."""
+        """See `Source`; the samples are steps 1 .. k of a rollout of k + 2 steps."""
         state, observation = rollout.states, rollout.observations
         rewards, values = [], [rollout.values]
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -220,8 +402,8 @@ class StatesSource:
             action, log_prob = behaviour.draw(observation)
             steps.append((observation, action, log_prob))
             state, reward = self.model(state, behaviour.clip(action))
-            observation = behaviour.units.observation(state)
-            rewards.append(behaviour.units.reward(reward))
+            observation = behaviour.normalization.observation(state)
+            rewards.append(behaviour.normalization.reward(reward))
             values.append(behaviour.value(observation))
         advantages = [returns.advantage(rewards[i:], values[i:]) for i in range(1, k + 1)]
         observations, actions, log_probs = (
@@ -232,24 +414,39 @@ class StatesSource:
         )
 
 
-class RewindSource:
-    """AA: the environment itself, put back to each state; the truth, at its price in steps.
+class RewindSource(Source):
+    """AA: the environment itself, restored to each state of the rollout.
 
-    The environments provide `snapshot()`, `restore(snapshot)` and `extra_step(action)`.
+    Its advantages contain true rewards; the price is K·H further environment steps per state. The
+    environments provide `snapshot()`, `restore(snapshot)` and `extra_step(action)`.
     """
 
     needs_snapshots = True
+    extra_steps: int
 
-    def __init__(self, env: VecEnv, *, timeout_bootstrap: bool) -> None:
-        self.env, self.timeout_bootstrap = env, timeout_bootstrap
-        self.snapshots: list[list[Any]] = []  # of each environment, before each step and at the end
+    def __init__(self, settings: SourceSettings) -> None:
+        super().__init__(settings)
         self.extra_steps = 0
+        self.snapshots: list[list[Any]] = []  # per environment: before each step and at the end
+
+    def start_rollout(self, env: VecEnv) -> None:
+        """See `Source`; `env` is the one that is rewound."""
+        self.env = env
+        self.snapshots = [[snapshot] for snapshot in env.env_method("snapshot")]
+
+    def record_step(
+        self, states: np.ndarray, actions: np.ndarray, rewards: np.ndarray, next_states: np.ndarray
+    ) -> None:
+        """See `Source`."""
+        super().record_step(states, actions, rewards, next_states)
+        for kept, now in zip(self.snapshots, self.env.env_method("snapshot"), strict=True):
+            kept.append(now)
 
     @torch.no_grad()
     def __call__(
         self, rollout: Rollout, behaviour: Behaviour, k: int, returns: Returns, *, gradient: bool
     ) -> ExtraActions:
-        """See `Source`; the environments are left where the rollout left them."""
+        """See `Source`; afterwards the environments are where the rollout left them."""
         actions, log_prob = behaviour.draw(rollout.observations, k)
         advantages = torch.empty_like(log_prob)
         row = 0
@@ -276,11 +473,11 @@ class RewindSource:
             state, reward, terminated, truncated, _ = self._call("extra_step", index, clipped)
             self.extra_steps += 1
             state = torch.as_tensor(state, device=start.device).unsqueeze(0)
-            observation = behaviour.units.observation(state)
+            observation = behaviour.normalization.observation(state)
             value = behaviour.value(observation)[0]
-            if terminated or (truncated and not self.timeout_bootstrap):
+            if terminated or (truncated and not self.settings.timeout_bootstrap):
                 value = torch.zeros_like(value)
-            rewards.append(behaviour.units.reward(torch.as_tensor(reward).to(value)))
+            rewards.append(behaviour.normalization.reward(torch.as_tensor(reward).to(value)))
             values.append(value)
             if terminated or truncated:
                 break
@@ -290,14 +487,37 @@ class RewindSource:
     def _call(self, method: str, index: int, argument: Any) -> Any:
         return self.env.env_method(method, argument, indices=index)[0]
 
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """See `Source`; and the extra steps taken so far."""
+        return {**super().state_dict(folder), "extra_steps": self.extra_steps}
 
-class QSource:
-    """QAA: a Q-network values each action at the state itself."""
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
+        """See `Source`."""
+        super().load_state_dict(state, folder)
+        self.extra_steps = int(state.get("extra_steps", 0))  # older files lack it
 
-    needs_snapshots = False
 
-    def __init__(self, q: QNetworks) -> None:
-        self.q = q
+class QSource(Source):
+    """QAA: Q-networks value each action at the state itself."""
+
+    is_differentiable = True
+    model: QNetworks
+    optimizer: torch.optim.Optimizer
+
+    def _new_model(self) -> QNetworks:
+        settings = self.settings
+        return QNetworks(
+            settings.state_size, settings.action_size,
+            n=settings.n_q, width=settings.width, activation=settings.activation,
+        )  # fmt: skip
+
+    def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
+        """See `Source.fit`; the targets are the λ-returns of this rollout."""
+        loss = self.model.fit(
+            self.optimizer, rollout.observations, behaviour.clip(rollout.actions), rollout.returns,
+            steps=steps, batch_size=self.settings.q_batch_size, rng=self.rng,
+        )  # fmt: skip
+        return {"q_loss": loss}
 
     def __call__(
         self, rollout: Rollout, behaviour: Behaviour, k: int, returns: Returns, *, gradient: bool
@@ -308,9 +528,45 @@ class QSource:
         observations = rollout.observations.unsqueeze(1).expand(-1, k, -1)
         with torch.set_grad_enabled(gradient):
             free = actions.clone().requires_grad_(gradient)
-            advantages = self.q(observations, behaviour.clip(free)) - rollout.values.unsqueeze(1)
+            values = self.model(observations, behaviour.clip(free))
+            advantages = values - rollout.values.unsqueeze(1)
         slope = torch.autograd.grad(advantages.sum(), free)[0] if gradient else None
         return ExtraActions(actions, log_prob, advantages.detach(), slope)
 
 
-ValueModel = MLPDynamics | QNetworks
+# The choices of DAAPPO's `action_source`; "none" is PPO.
+SOURCES: dict[str, type[Source] | None] = {
+    "none": None,
+    "dynamics": DynamicsSource,
+    "q": QSource,
+    "rewind": RewindSource,
+    "states": StatesSource,
+}
+
+
+def _new_dynamics(settings: SourceSettings) -> MLPDynamics:
+    return MLPDynamics(
+        settings.state_size, settings.action_size,
+        target=settings.target, normalise=settings.normalise,
+        width=settings.width, activation=settings.activation,
+    )  # fmt: skip
+
+
+def _fit_dynamics(
+    model: MLPDynamics,
+    optimizer: torch.optim.Optimizer,
+    transitions: TransitionBuffer,
+    *,
+    steps: int,
+    batch_size: int,
+    rng: np.random.Generator,
+) -> dict[str, float]:
+    if not len(transitions):
+        raise ValueError(
+            "no transition is known: every step is the last of its episode, and VecNormalize clips "
+            "its state; give VecNormalize a larger clip_obs"
+        )
+    transition, reward = mlp_dynamics.fit(
+        model, optimizer, transitions, steps=steps, batch_size=batch_size, rng=rng
+    )
+    return {"transition_loss": transition, "reward_loss": reward}

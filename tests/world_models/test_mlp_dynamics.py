@@ -1,4 +1,4 @@
-"""`MLPDynamics` and `TransitionBuffer`: targets, units, a linear system, first in first out."""
+"""`MLPDynamics` and `TransitionBuffer`: targets, scales, a linear system, the ring buffer."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_scales_ignore_slots_that_are_not_filled():
 
 @pytest.mark.parametrize("target", ["delta", "next"])
 def test_what_is_learned_does_not_depend_on_the_units(target):
-    """With normalise=True; without it, it does."""
+    """It does with normalise=False."""
     plain, scaled = linear_data(), linear_data(scale=64.0, offset=32.0, reward_scale=0.25)
     model, losses = trained(plain, target=target, steps=40)
     other, other_losses = trained(scaled, target=target, steps=40)

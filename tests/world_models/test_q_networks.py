@@ -1,4 +1,4 @@
-"""`QNetworks`: the least of several, fitted to targets."""
+"""`QNetworks`: the smallest of several values, fitted to targets."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_value_is_the_least_of_the_networks(n):
     assert torch.equal(q(states, actions), each.min(0).values)
 
 
-def test_networks_are_initialised_apart():
+def test_networks_are_initialised_differently():
     q = QNetworks(3, 2, n=2, width=8)
     first, second = (net[0].weight for net in q.networks)
     assert not torch.equal(first, second)

@@ -1,6 +1,6 @@
-"""DAAPPO beside the contract: it is PPO without extra actions; its gradient with them.
+"""DAAPPO beyond the contract of all agents: PPO without extra actions, the gradient with them.
 
-All on `Point`, a tiny noisy environment that can be rewound.
+All tests run on `Point`, a tiny noisy environment that can be rewound.
 """
 
 import copy
@@ -33,7 +33,7 @@ SMALL = {"policy_kwargs": {"net_arch": [8]}}
 
 
 class Point(gym.Env):
-    """A point on a line pushed about, with noise; truncated after 7 steps, ends beyond 2."""
+    """A point pushed along a line, with noise; truncated after 7 steps, terminated beyond ±2."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
     action_space = spaces.Box(np.float32([-1.0, -0.5]), np.float32([1.0, 0.5]))
@@ -74,12 +74,12 @@ def make(env=None, **changes):
 
 
 def assert_same(agent, other):
-    """Parameters of all networks and optimisers, bit for bit."""
+    """All networks and optimisers have the same bits."""
     probes.assert_same(agent.get_parameters(), other.get_parameters())
 
 
 class Memory(KVWriter):
-    """Keeps what is logged, one dictionary per dump, without times."""
+    """Keeps what is logged, one dictionary per dump, without wall-clock times."""
 
     def __init__(self):
         self.dumps = []
@@ -112,7 +112,7 @@ VARIANTS = {
 
 
 def pair(name, **changes):
-    """PPO and DAAPPO after equal training, with what they logged."""
+    """PPO and DAAPPO after the same number of steps, with what they logged."""
     settings = dict(VARIANTS[name])
     worlds = {k: settings.pop(k) for k in ("n", "normalise") if k in settings}
     budget, agents, logs = 48 * worlds.get("n", 1), [], []
@@ -137,7 +137,7 @@ def test_none_is_stable_baselines3s_ppo_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_until_the_warm_up_is_over_it_is_ppo(name):
-    """The model is fitted meanwhile; neither that nor our loss's text changes anything."""
+    """Neither the model's fit nor our own code for the loss changes the result."""
     ppo, daa, (expected, found) = pair(name, dynamics_warmup=10**9)
     torch.testing.assert_close(parameters(daa), parameters(ppo), rtol=1e-5, atol=1e-7)
     for values, others in zip(found[1:], expected[1:]):
@@ -156,7 +156,7 @@ def test_an_unseeded_agent_draws_from_torch_what_ppo_draws():
 
 
 class Odd(gym.Env):
-    """Spaces that only PPO itself can take."""
+    """An environment with spaces that only action_source='none' supports."""
 
     def __init__(self, observation_space, action_space):
         self.observation_space, self.action_space = observation_space, action_space
@@ -219,7 +219,7 @@ def test_warm_up_counts_steps_of_the_environment():
 
 @pytest.fixture
 def gathered(monkeypatch):
-    """An agent after one rollout, its policy perturbed: ratios in and out of the clip range."""
+    """An agent after one rollout; its policy is perturbed, so that some ratios are clipped."""
     train = DAAPPO._train_epochs
 
     def made(**changes):
@@ -237,7 +237,7 @@ def gathered(monkeypatch):
 
 
 def gradient(agent, monkeypatch):
-    """What the update gives its optimiser."""
+    """The gradient that the update passes to the optimiser."""
     seen = []
 
     def step():
@@ -252,7 +252,7 @@ def gradient(agent, monkeypatch):
 
 
 def whole_batch(agent):
-    """Everything in one minibatch; advantages normalised over the block if the agent does so."""
+    """The rollout in one minibatch, with its advantages normalised if the agent does so."""
     (batch,) = agent.rollout_buffer.get(None)
     real, extra = batch.advantages, batch.extra
     slope = extra.action_gradient
@@ -268,7 +268,7 @@ def whole_batch(agent):
 
 
 def policy_at(agent, observations, actions):
-    """Mean, deviation and log-probability, from the networks themselves."""
+    """Mean, standard deviation and log-probability, computed from the policy's networks."""
     policy = agent.policy
     mean = policy.action_net(policy.mlp_extractor(observations)[0])
     std = policy.log_std.exp().expand_as(mean)
@@ -282,7 +282,7 @@ def clip_loss(advantage, ratio):
 
 
 def rest(agent, batch):
-    """Value and entropy terms."""
+    """The value and entropy terms of the loss."""
     values = agent.policy.predict_values(batch.observations)[:, 0]
     entropy = (agent.policy.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
     return 0.5 * (values - batch.returns).square().mean() - agent.ent_coef * entropy
@@ -322,7 +322,7 @@ def test_lr_is_ppos_clip_gradient_over_real_and_extra_actions(
 def test_rp_is_the_value_gradient_through_the_reparameterised_action(
     gathered, monkeypatch, source, normalize_advantage
 ):
-    """-E[ratio dA/da da/dθ], nothing where the ratio is clipped; the real action keeps PPO's."""
+    """-E[ratio dA/da da/dθ], and 0 where the ratio is clipped; real actions have PPO's gradient."""
     agent = gathered(action_source=source, normalize_advantage=normalize_advantage, estimator="rp")
     batch, real, extra, slope = whole_batch(agent)
     assert slope.abs().max() > 1e-3
@@ -344,7 +344,7 @@ def test_rp_is_the_value_gradient_through_the_reparameterised_action(
 
 
 def synthetic(k=5, b=4):
-    """Leaves [K, B, 2] of the policy, and extra actions with random slopes, in double."""
+    """Mean and std [K, B, 2] as leaves, extra actions with random slopes, and the ratios."""
     g = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -359,7 +359,7 @@ def synthetic(k=5, b=4):
 
 
 def mixed(name):
-    """Gradients in mean and deviation, [K, B, 2] each."""
+    """Gradients of the estimator in mean and standard deviation, [K, B, 2] each."""
     zeta, extra, _ = synthetic()
     estimator = estimators.make(name, baseline=estimators.baselines.none)
     losses = loss.extra_loss(estimator, zeta, extra, 0.2)
@@ -422,7 +422,7 @@ def test_value_of_the_loss_is_ppos_for_every_estimator():
 
 @pytest.mark.parametrize(("estimator", "least"), [("lr", 1), ("rp", 1), ("tpx", 2)])
 def test_k_grows_from_what_the_estimator_needs(estimator, least):
-    """One action has no variance, with which `tpx` would weigh its legs."""
+    """`tpx` weighs its legs by variances over actions, which a single action does not have."""
     agent = make(estimator=estimator, grow_fraction=1.0, n_extra_actions=8)
     agent._current_progress_remaining = 1.0
     assert agent.k == least
@@ -453,7 +453,7 @@ def test_norms_of_policy_and_critic_are_clipped_apart_where_asked(gathered, monk
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("source", SOURCES)
 def test_rollouts_are_those_without_extra_actions(monkeypatch, source, n):
-    """Sources draw from their own generators and put the environment back; without updates."""
+    """Sources have their own generators and restore the environment. Updates are left out here."""
     monkeypatch.setattr(DAAPPO, "_train_epochs", lambda agent: None)
     monkeypatch.setattr(PPO, "train", lambda agent: None)
     rows, states = {}, {}
@@ -480,7 +480,7 @@ def test_rollouts_are_those_without_extra_actions(monkeypatch, source, n):
 
 
 def test_first_updates_differ_by_the_extra_actions_only():
-    """The first rollout is that of PPO; what is learned from it is not."""
+    """The first rollout equals PPO's; the update from it does not."""
     agent, ppo = make().learn(16), make(action_source="none").learn(16)
     np.testing.assert_array_equal(
         agent.rollout_buffer.observations, ppo.rollout_buffer.observations
@@ -488,7 +488,7 @@ def test_first_updates_differ_by_the_extra_actions_only():
     assert not torch.equal(parameters(agent), parameters(ppo))
 
 
-def test_extra_steps_are_counted_apart():
+def test_extra_steps_are_counted_separately():
     agent = make(action_source="rewind", simulation_horizon=1)
     dumps = logged(agent)
     agent.learn(48)
@@ -538,14 +538,14 @@ def test_matched_horizon_is_used_for_the_real_action_and_not_for_returns(gathere
     np.testing.assert_array_equal(warming.rollout_buffer.advantages, gae.rollout_buffer.advantages)
 
 
-GROWTH = [  # done of the training, K of 4, H of 8
+GROWTH = [  # fraction of all steps, K of 4, H of 8
     (0.0, 1, 2), (0.124, 1, 3), (0.126, 2, 4), (0.25, 3, 6), (0.37, 3, 7), (0.376, 4, 8),
     (0.5, 4, 8), (1.0, 4, 8), (1.2, 4, 8),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("done", "k", "horizon"), GROWTH)
-def test_k_and_horizon_grow_over_half_of_the_training(done, k, horizon):
+def test_k_and_horizon_grow_over_half_of_all_steps(done, k, horizon):
     agent = make(grow_fraction=0.5, n_extra_actions=4, simulation_horizon=8)
     agent._current_progress_remaining = 1 - done
     assert (agent.k, agent.horizon) == (k, horizon)
@@ -553,7 +553,7 @@ def test_k_and_horizon_grow_over_half_of_the_training(done, k, horizon):
 
 @pytest.mark.parametrize(("done", "k", "horizon"), GROWTH)
 def test_growth_begins_where_the_model_is_first_used(done, k, horizon):
-    """Of 1000 steps 400 are the warm-up: what grew from step 0 would be full by then."""
+    """The warm-up is 400 of 1000 steps; growth from step 0 would be complete by then."""
     agent = make(grow_fraction=0.5, n_extra_actions=4, simulation_horizon=8, dynamics_warmup=400)
     agent._total_timesteps = 1000
     agent._current_progress_remaining = 1 - (0.4 + done)
@@ -602,6 +602,15 @@ def test_same_seed_same_bits_and_another_seed_others(source):
     assert not torch.equal(parameters(agent), parameters(other))
 
 
+def test_without_a_seed_sources_are_seeded_at_random_and_not_from_the_global_generators():
+    first, second = make(seed=None), make(seed=None)
+    assert first.source.generator.initial_seed() != second.source.generator.initial_seed()
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first.set_random_seed(None)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], states[1])
+
+
 @pytest.mark.parametrize("estimator", ["lr", "rp", "tpx"])
 @pytest.mark.parametrize("source", ["dynamics", "q"])
 def test_parameters_move_and_stay_finite(source, estimator):
@@ -640,10 +649,11 @@ def test_events_are_those_of_ppo(source):
 
 
 def test_a_stop_does_not_lose_the_step_that_was_taken():
-    """The next learn goes on where the environment is; the recorded pairs are the true ones."""
+    """The next `learn` continues from the environment's state, so recorded transitions are real."""
     agent = make().learn(100, callback=Trace(stop_at=5))
     agent.learn(48, reset_num_timesteps=False)
-    rows = agent.transitions.rows(0, agent.transitions.count)
+    kept = agent.source.transitions
+    rows = kept.rows(0, kept.count)
     clocks = 7 * rows["states"][:, 2], 7 * rows["next_states"][:, 2]
     np.testing.assert_allclose(clocks[1] - clocks[0], 1, atol=1e-5)
     assert agent._last_episode_starts.shape == (1,)
@@ -687,7 +697,7 @@ def test_extra_actions_lie_in_a_space_whose_bounds_single_precision_has_not():
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_evaluating_and_saving_does_not_change_the_training(tmp_path, source):
+def test_evaluating_and_saving_do_not_change_learning(tmp_path, source):
     settings = {"action_source": source}
     alone = make(vector(2, normalise=True), **settings).learn(64)
     callbacks = [

@@ -1,4 +1,6 @@
-"""DAAPPO's argument errors: one sentence with the value, what was expected and what to do."""
+"""DAAPPO's argument errors: one sentence with the value, what was expected and the remedy."""
+
+from typing import get_args
 
 import gymnasium as gym
 import numpy as np
@@ -11,13 +13,15 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 import totalprop.envs  # noqa: F401  (registers the cart-pole)
 from totalprop import estimators
 from totalprop.agents import DAAPPO
+from totalprop.agents.core.validation import constructor_hints
+from totalprop.agents.daappo.sources import SOURCES
 from totalprop.envs.rewind import Rewindable
 
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)
 
 
 class Still(gym.Env):
-    """Never stepped; of any spaces."""
+    """An environment of any spaces, which is never stepped."""
 
     def __init__(self, observation_space=VECTOR, action_space=VECTOR):
         self.observation_space, self.action_space = observation_space, action_space
@@ -55,6 +59,11 @@ def test_a_wrong_value_is_named_with_what_was_expected(name, value, message):
     with pytest.raises(ValueError, match=f"{name} must be .*{message}") as error:
         make(**{name: value})
     assert "\n" not in str(error.value)
+
+
+def test_every_source_is_a_choice_and_every_choice_a_source():
+    choices = constructor_hints(DAAPPO)["action_source"]
+    assert get_args(choices) == tuple(SOURCES)
 
 
 LEAST = {
@@ -152,7 +161,7 @@ def test_load_checks_too(tmp_path):
 
 
 class Louder(VecEnvWrapper):
-    """Ten times the observations."""
+    """Multiplies observations by 10."""
 
     def reset(self):
         return 10 * self.venv.reset()

@@ -1,4 +1,4 @@
-"""What is kept of a rollout: raw transitions, their true ends, their order, and time limits."""
+"""What is recorded of a rollout: raw transitions, true last states, order, time limits."""
 
 import gymnasium as gym
 import numpy as np
@@ -19,7 +19,7 @@ TINY = {
 
 
 class CountingEnv(gym.Env):
-    """Observation (episode, time, the action that led here); reward 10 time on arriving.
+    """Observes (episode, time, previous action); the reward is 10 times the new time.
 
     Ends after 5 steps. Actions lie in [-0.1, 0.1], so that almost all are clipped.
     """
@@ -56,7 +56,7 @@ def vector(n=3, normalise=False, **settings):
 
 @pytest.fixture
 def make(monkeypatch):
-    """An agent after rollouts without updates; its buffer is as the updates would find it."""
+    """An agent after rollouts without updates, with the buffer that an update would read."""
 
     def made(env, n=1, **changes):
         monkeypatch.setattr(DAAPPO, "_train_epochs", lambda agent: None)
@@ -79,7 +79,7 @@ NORMALISED = {
 @pytest.mark.parametrize("truncates", [True, False])
 def test_transitions_are_raw_and_lead_to_the_true_end(make, normalise, truncates):
     agent = make(vector(normalise=normalise, truncates=truncates), n=2)
-    kept = agent.transitions
+    kept = agent.source.transitions
     assert len(kept) == 2 * STEPS * 3
     n = len(kept)
     states, actions, after = kept.states[:n], kept.actions[:n], kept.next_states[:n]
@@ -99,9 +99,9 @@ def test_transitions_are_raw_and_lead_to_the_true_end(make, normalise, truncates
 
 @pytest.mark.parametrize("clip", [0.7, 1.3, 10.0])
 def test_ends_that_vec_normalize_clips_are_left_out(make, clip):
-    """Times up to 4 are in its statistics, the end at 5 is not: 2.1 deviations from their mean."""
+    """Its statistics have times 0 to 4; the last, 5, lies 2.1 deviations from their mean."""
     env = vector(normalise={"clip_obs": clip})
-    kept = make(env, n=2).transitions
+    kept = make(env, n=2).source.transitions
     n, ends = len(kept), kept.next_states[: len(kept), 1].round(2)
     limits = env.obs_rms.mean[1] + np.array([-1, 1]) * clip * env.obs_rms.var[1] ** 0.5
     assert set(ends) <= {1, 2, 3, 4, 5} and {1, 2, 3, 4} <= set(ends)  # all of them true
@@ -114,7 +114,7 @@ def test_ends_that_vec_normalize_clips_are_left_out(make, clip):
 
 
 def test_a_model_of_no_transition_is_refused():
-    """Every step is an end, and the statistics know the constant start only."""
+    """Every step ends its episode, and the statistics have only seen the constant first state."""
 
     class OneStep(CountingEnv):
         def reset(self, **kwargs):
@@ -171,7 +171,7 @@ def test_timeout_bootstrap_decides_what_follows_a_time_limit(
     ("bad", "name"), [(2, "observation"), (LENGTH, "observation"), (-3, "reward")]
 )
 def test_numbers_that_are_none_are_refused(make, bad, name):
-    """At an end too, where the next observation is the reset's."""
+    """Also at the end of an episode, where the next observation is the reset's."""
     with pytest.raises(ValueError, match=f"non-finite {name} at step {abs(bad)}"):
         make(vector(1, bad=bad))
 

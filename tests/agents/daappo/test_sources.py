@@ -1,6 +1,7 @@
-"""The sources of extra actions, each against an explicit loop or numbers worked out by hand."""
+"""Sources of extra actions against explicit loops or numbers by hand; what sources own."""
 
 import copy
+import dataclasses
 
 import gymnasium as gym
 import numpy as np
@@ -12,18 +13,22 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from totalprop.agents.daappo import sources as extra_actions
 from totalprop.agents.daappo.sources import (
+    SOURCES,
     Behaviour,
     DynamicsSource,
     ExtraActions,
+    Normalization,
     QSource,
     Returns,
     RewindSource,
     Rollout,
+    SourceSettings,
     StatesSource,
-    Units,
 )
+from totalprop.world_models import mlp_dynamics
 from totalprop.world_models.mlp_dynamics import MLPDynamics
 from totalprop.world_models.q_networks import QNetworks
+from totalprop.world_models.transitions import TransitionBuffer
 
 CPU = torch.device("cpu")
 R, K, S, A = 6, 3, 3, 2
@@ -31,7 +36,7 @@ LOW, HIGH = np.array([-1.0, -0.5], np.float32), np.array([1.0, 0.5], np.float32)
 
 
 def policy(*, std=1.0, s=S, low=LOW, high=HIGH):
-    """A small random tanh policy with a mean that is not near zero."""
+    """A small random tanh policy whose mean is not close to zero."""
     torch.manual_seed(1)
     observation_space = spaces.Box(-np.inf, np.inf, (s,), np.float32)
     made = ActorCriticPolicy(
@@ -48,8 +53,24 @@ def policy(*, std=1.0, s=S, low=LOW, high=HIGH):
     return made
 
 
-def behaviour(made, units=None, seed=3):
-    return Behaviour(made, units or Units(None, CPU), torch.Generator().manual_seed(seed))
+def behaviour(made, normalization=None, seed=3):
+    return Behaviour(
+        made, normalization or Normalization(None, CPU), torch.Generator().manual_seed(seed)
+    )
+
+
+SETTINGS = SourceSettings(
+    state_size=S, action_size=A, device=CPU, seed=0, timeout_bootstrap=True, target="delta",
+    normalise=True, width=4, activation="relu", n_q=2, learning_rate=1e-2, eps=1e-5, batch_size=8,
+    q_batch_size=4, buffer_size=20,
+)  # fmt: skip
+
+
+def source_of(kind, model):
+    """A source with the given model."""
+    source = kind(SETTINGS)
+    source.model = model
+    return source
 
 
 def model():
@@ -63,15 +84,21 @@ def model():
     return made
 
 
-def rollout(units=None, rows=R):
-    """Values are not the critic's of now, so that taking them again would be noticed."""
+def rollout(normalization=None, rows=R):
+    """Its values are not the critic's, so that a source that predicted them again would fail."""
     states = torch.randn(rows, S, generator=torch.Generator().manual_seed(5))
-    observations = states if units is None else units.observation(states)
-    return Rollout(observations, states, torch.linspace(-1, 1, rows))
+    observations = states if normalization is None else normalization.observation(states)
+    return seen(observations, states, torch.linspace(-1, 1, rows))
+
+
+def seen(observations, states, values):
+    """A rollout whose actions and returns are NaN: only fits may read them."""
+    nan = torch.full((len(values), A + 1), torch.nan)
+    return Rollout(observations, states, values, nan[:, :A], nan[:, A])
 
 
 def normalizer(**settings):
-    """VecNormalize with statistics that are not trivial, and narrow clipping."""
+    """VecNormalize with nontrivial statistics and narrow clipping."""
 
     class Still(gym.Env):
         observation_space = spaces.Box(-np.inf, np.inf, (S,), np.float32)
@@ -84,11 +111,11 @@ def normalizer(**settings):
     return made
 
 
-# Returns, units, the policy
+# Returns, normalization, the policy
 
 
 def lambda_advantage(rewards, values, gamma, lam):
-    """λ-return of n-step returns minus the baseline: another form of the same thing."""
+    """The λ-weighted mean of n-step returns minus the baseline, an equivalent form."""
     horizon = len(rewards)
     returns = [
         sum(gamma**i * rewards[i] for i in range(n)) + gamma**n * values[n]
@@ -110,25 +137,25 @@ def test_advantage_is_the_lambda_return_less_the_baseline(lam, horizon):
 
 @pytest.mark.parametrize("norm_obs", [True, False])
 @pytest.mark.parametrize("norm_reward", [True, False])
-def test_units_are_those_of_vec_normalize(norm_obs, norm_reward):
+def test_normalization_is_vec_normalizes(norm_obs, norm_reward):
     vec = normalizer(norm_obs=norm_obs, norm_reward=norm_reward)
-    units = Units(vec, CPU)
+    normalization = Normalization(vec, CPU)
     states, rewards = np.random.default_rng(0).normal(size=(2, 50, S)).astype(np.float32)
     rewards = 4 * rewards[:, 0]
-    found = units.observation(torch.as_tensor(states))
+    found = normalization.observation(torch.as_tensor(states))
     np.testing.assert_allclose(found, vec.normalize_obs(states), rtol=1e-5, atol=1e-6)
-    found = units.reward(torch.as_tensor(rewards))
+    found = normalization.reward(torch.as_tensor(rewards))
     np.testing.assert_allclose(found, vec.normalize_reward(rewards), rtol=1e-5, atol=1e-6)
 
 
-def test_units_are_frozen():
+def test_normalization_is_frozen():
     vec = normalizer()
-    units, states = Units(vec, CPU), torch.ones(1, S)
-    before = units.observation(states), units.reward(torch.ones(1))
+    normalization, states = Normalization(vec, CPU), torch.ones(1, S)
+    before = normalization.observation(states), normalization.reward(torch.ones(1))
     vec.obs_rms.mean[:] = 50.0
     vec.ret_rms.var = np.array(1e4)
-    assert torch.equal(units.observation(states), before[0])
-    assert torch.equal(units.reward(torch.ones(1)), before[1])
+    assert torch.equal(normalization.observation(states), before[0])
+    assert torch.equal(normalization.reward(torch.ones(1)), before[1])
 
 
 def test_draws_have_the_policys_log_probabilities_and_moments():
@@ -157,8 +184,8 @@ def test_actions_are_clipped_in_single_precision_whatever_the_space_has():
 # The learned model
 
 
-def explicit(made, network, data, returns, units, seed=3, rows=R, k=K):
-    """Each action by itself, in plain loops; also whether any action was out of bounds."""
+def explicit(made, network, data, returns, normalization, seed=3, rows=R, k=K):
+    """Actions and advantages in plain loops, one action at a time; some actions are clipped."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(rows, k, A, generator=generator)
     later = [torch.randn(rows * k, A, generator=generator) for _ in range(returns.horizon - 1)]
@@ -181,8 +208,8 @@ def explicit(made, network, data, returns, units, seed=3, rows=R, k=K):
                 bounded = action.clamp(low, high)
                 is_clipped |= not torch.equal(bounded, action)
                 state, reward = network(state, bounded)
-                observation = units.observation(state)
-                rewards.append(units.reward(reward))
+                observation = normalization.observation(state)
+                rewards.append(normalization.reward(reward))
                 values.append(made.predict_values(observation[None])[0, 0])
             advantages[i, j] = lambda_advantage(rewards, values, returns.gamma, returns.lam)
     assert is_clipped
@@ -194,11 +221,13 @@ def explicit(made, network, data, returns, units, seed=3, rows=R, k=K):
 @pytest.mark.parametrize("horizon", [1, 4])
 def test_dynamics_equals_an_explicit_loop(horizon, gradient, normalised):
     made, network, returns = policy(), model(), Returns(0.9, 0.8, horizon)
-    units = Units(normalizer() if normalised else None, CPU)
-    data = rollout(units)
-    extra = DynamicsSource(network)(data, behaviour(made, units), K, returns, gradient=gradient)
+    normalization = Normalization(normalizer() if normalised else None, CPU)
+    data = rollout(normalization)
+    extra = source_of(DynamicsSource, network)(
+        data, behaviour(made, normalization), K, returns, gradient=gradient
+    )
     with torch.no_grad():
-        actions, advantages = explicit(made, network, data, returns, units)
+        actions, advantages = explicit(made, network, data, returns, normalization)
     torch.testing.assert_close(extra.actions, actions)
     torch.testing.assert_close(extra.advantages, advantages, rtol=1e-4, atol=1e-5)
     wide = data.observations.repeat_interleave(K, 0)
@@ -211,9 +240,9 @@ def test_dynamics_equals_an_explicit_loop(horizon, gradient, normalised):
 
 @pytest.mark.parametrize("horizon", [1, 4])
 def test_action_gradient_equals_finite_differences(horizon):
-    """Through the model and the policy's later actions, whose noise stays."""
+    """The gradient runs through the model and the policy's later actions, whose noise is fixed."""
     made, network, returns, data = policy(std=0.5), model(), Returns(0.9, 0.8, horizon), rollout()
-    source = DynamicsSource(network)
+    source = source_of(DynamicsSource, network)
     extra = source(data, behaviour(made), K, returns, gradient=True)
     states, start = data.states.repeat_interleave(K, 0), data.values.repeat_interleave(K)
 
@@ -245,12 +274,14 @@ def test_action_gradient_equals_finite_differences(horizon):
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(("horizon", "std"), [(1, 1.0), (4, 1e-9)])
 def test_chunks_change_nothing_but_the_order_of_later_noise(monkeypatch, gradient, horizon, std):
-    """With one step, or without noise, there is none."""
+    """With a single step, or with almost no noise, nothing changes at all."""
     made, network, data = policy(std=std), model(), rollout()
 
     def extra():
         returns = Returns(0.9, 0.8, horizon)
-        return DynamicsSource(network)(data, behaviour(made), K, returns, gradient=gradient)
+        return source_of(DynamicsSource, network)(
+            data, behaviour(made), K, returns, gradient=gradient
+        )
 
     whole = extra()
     monkeypatch.setattr(extra_actions, "ROWS", 5)
@@ -263,7 +294,11 @@ def test_chunks_change_nothing_but_the_order_of_later_noise(monkeypatch, gradien
 def sources():
     torch.manual_seed(4)
     q = QNetworks(S, A, width=8)
-    return {"dynamics": DynamicsSource(model()), "states": StatesSource(model()), "q": QSource(q)}
+    return {
+        "dynamics": source_of(DynamicsSource, model()),
+        "states": source_of(StatesSource, model()),
+        "q": source_of(QSource, q),
+    }
 
 
 @pytest.mark.parametrize("name", ["dynamics", "states", "q"])
@@ -286,10 +321,10 @@ def test_global_generators_are_left_alone_and_the_own_one_decides(name):
 
 
 def test_states_are_the_later_pairs_of_one_rollout_of_k_plus_2_steps():
-    """Model s' = s + a, reward s + 10 a: by hand, from the noise."""
+    """The model is s' = s + a with reward s_0 + 10 a_1; values are worked out from the noise."""
     made, gamma, lam = policy(s=2), 0.9, 0.8
-    data = Rollout(torch.randn(R, 2), torch.randn(R, 2), torch.full((R,), 99.0))
-    source = StatesSource(lambda s, a: (s + a, s[..., 0] + 10 * a[..., 1]))
+    data = seen(torch.randn(R, 2), torch.randn(R, 2), torch.full((R,), 99.0))
+    source = source_of(StatesSource, lambda s, a: (s + a, s[..., 0] + 10 * a[..., 1]))
     extra = source(data, behaviour(made), K, Returns(gamma, lam, 99), gradient=False)
     generator = torch.Generator().manual_seed(3)
     state, observation = data.states, data.observations
@@ -318,21 +353,21 @@ def test_states_are_the_later_pairs_of_one_rollout_of_k_plus_2_steps():
 
 
 def test_states_are_normalised_as_the_policy_sees_them():
-    units, network = Units(normalizer(), CPU), model()
-    data, made = rollout(units), policy()
-    extra = StatesSource(network)(
-        data, behaviour(made, units), 1, Returns(0.9, 0.8, 9), gradient=False
+    normalization, network = Normalization(normalizer(), CPU), model()
+    data, made = rollout(normalization), policy()
+    extra = source_of(StatesSource, network)(
+        data, behaviour(made, normalization), 1, Returns(0.9, 0.8, 9), gradient=False
     )
     action = behaviour(made).draw(data.observations)[0]
     state, _ = network(data.states, behaviour(made).clip(action))
-    torch.testing.assert_close(extra.observations[:, 0], units.observation(state))
+    torch.testing.assert_close(extra.observations[:, 0], normalization.observation(state))
 
 
 # The Q-network
 
 
 def test_q_by_hand():
-    """Q = min(2 + a_0, 2 - a_0) = 2 - |a_0|, at the clipped action; the baseline is V."""
+    """Q = min(2 + a_0, 2 - a_0) = 2 - |a_0| at the clipped action; the baseline is V."""
     made = policy()
     q = QNetworks(S, A, width=4)
     for i, sign in enumerate((1.0, -1.0)):
@@ -341,7 +376,7 @@ def test_q_by_hand():
             q.networks[i].weight.zero_()[0, S] = sign
             q.networks[i].bias.fill_(2.0)
     data = rollout()
-    extra = QSource(q)(data, behaviour(made), K, Returns(0.9, 0.8, 3), gradient=True)
+    extra = source_of(QSource, q)(data, behaviour(made), K, Returns(0.9, 0.8, 3), gradient=True)
     action = extra.actions[..., 0]
     expected = 2 - action.clamp(-1, 1).abs() - data.values[:, None]
     torch.testing.assert_close(extra.advantages, expected)
@@ -353,12 +388,12 @@ def test_q_by_hand():
 
 
 def test_q_sees_what_the_policy_sees():
-    units, source = Units(normalizer(), CPU), sources()["q"]
-    data, made = rollout(units), policy()
-    extra = source(data, behaviour(made, units), K, Returns(0.9, 0.8, 3), gradient=False)
+    normalization, source = Normalization(normalizer(), CPU), sources()["q"]
+    data, made = rollout(normalization), policy()
+    extra = source(data, behaviour(made, normalization), K, Returns(0.9, 0.8, 3), gradient=False)
     for j in range(K):
         bounded = behaviour(made).clip(extra.actions[:, j])
-        expected = source.q(data.observations, bounded) - data.values
+        expected = source.model(data.observations, bounded) - data.values
         torch.testing.assert_close(extra.advantages[:, j], expected)
     assert extra.action_gradient is None
 
@@ -367,9 +402,9 @@ def test_q_sees_what_the_policy_sees():
 
 
 class Walk(gym.Env):
-    """x += a_0 (clipped by the caller), reward 10 t + x + a noise of its own; ends after 4 steps.
+    """x += a_0 (clipped by the caller), reward 10 t + x + noise; ends after 4 steps.
 
-    Observation (x, t, 0). Its noise and its episode number belong to its state.
+    It observes (x, t, 0). Its snapshots include the noise's generator and the episode's number.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (S,), np.float32)
@@ -415,21 +450,21 @@ class Walk(gym.Env):
         return self.step(action)
 
 
-def recorded(ends=("terminated",), steps=6):
-    """A vector environment after `steps`, its snapshots, and the states in the buffer's order."""
+def recorded(ends=("terminated",), steps=6, **changes):
+    """A vector environment after `steps`, a source that recorded them, and the rollout."""
     vec = DummyVecEnv([lambda end=end: Walk(end) for end in ends])
     vec.seed(0)
-    observations, seen = vec.reset(), []
-    snapshots = [[s] for s in vec.env_method("snapshot")]
+    observations, states = vec.reset(), []
+    source = RewindSource(dataclasses.replace(SETTINGS, **changes))
+    source.start_rollout(vec)
     rng = np.random.default_rng(0)
     for _ in range(steps):
-        seen.append(observations)
+        states.append(observations)
         actions = rng.uniform(LOW, HIGH, (len(ends), A)).astype(np.float32)
-        observations = vec.step(actions)[0]
-        for kept, now in zip(snapshots, vec.env_method("snapshot")):
-            kept.append(now)
-    states = torch.as_tensor(np.concatenate(np.stack(seen, 1)))
-    return vec, snapshots, Rollout(states, states, torch.linspace(-3, 3, len(states)))
+        observations, rewards = vec.step(actions)[:2]
+        source.record_step(states[-1], actions, rewards, observations)
+    states = torch.as_tensor(np.concatenate(np.stack(states, 1)))
+    return vec, source, seen(states, states, torch.linspace(-3, 3, len(states)))
 
 
 @pytest.mark.parametrize("horizon", [1, 3, 9])
@@ -439,15 +474,13 @@ def recorded(ends=("terminated",), steps=6):
 )
 def test_rewind_gives_true_rewards_and_values(ends, timeout_bootstrap, horizon):
     made, returns = policy(), Returns(0.9, 0.8, horizon)
-    vec, snapshots, data = recorded(ends)
-    source = RewindSource(vec, timeout_bootstrap=timeout_bootstrap)
-    source.snapshots = snapshots
+    vec, source, data = recorded(ends, timeout_bootstrap=timeout_bootstrap)
     extra = source(data, behaviour(made), K, returns, gradient=False)
 
     generator = torch.Generator().manual_seed(3)
     first = torch.randn(len(data.states), K, A, generator=generator)
     row = steps = 0
-    for end, kept in zip(ends, snapshots):
+    for end, kept in zip(ends, source.snapshots):
         for snapshot in kept[:-1]:
             for j in range(K):
                 env = Walk(end)
@@ -483,9 +516,7 @@ def test_rewind_gives_true_rewards_and_values(ends, timeout_bootstrap, horizon):
 
 @pytest.mark.parametrize("fail_at", [None, 1, 10, 23])
 def test_rewind_leaves_the_environments_where_they_were(fail_at):
-    vec, snapshots, data = recorded(("truncated", "terminated"))
-    source = RewindSource(vec, timeout_bootstrap=True)
-    source.snapshots = snapshots
+    vec, source, data = recorded(("truncated", "terminated"))
     before = vec.env_method("snapshot")
     vec.envs[1].fail_at = fail_at
 
@@ -510,40 +541,172 @@ def test_rewind_gives_actions_in_the_spaces_own_precision():
 
     vec = DummyVecEnv([Double])
     vec.reset()
-    source = RewindSource(vec, timeout_bootstrap=True)
-    source.snapshots = [vec.env_method("snapshot") * 2]
-    data = Rollout(torch.zeros(1, S), torch.zeros(1, S), torch.zeros(1))
+    source = RewindSource(SETTINGS)
+    source.start_rollout(vec)
+    source.record_step(np.zeros((1, S)), np.zeros((1, A)), np.zeros(1), np.zeros((1, S)))
+    data = seen(torch.zeros(1, S), torch.zeros(1, S), torch.zeros(1))
     source(data, behaviour(policy()), K, Returns(0.9, 0.8, 2), gradient=False)
 
 
-def test_rewind_uses_vec_normalizes_units():
-    vec, snapshots, data = recorded()
-    units, made = Units(normalizer(), CPU), policy()
-    data = data._replace(observations=units.observation(data.states))
-    source = RewindSource(vec, timeout_bootstrap=True)
-    source.snapshots = snapshots
-    extra = source(data, behaviour(made, units), 1, Returns(0.9, 0.8, 1), gradient=False)
-    for row, snapshot in enumerate(snapshots[0][:-1]):
+def test_rewind_normalises_like_vec_normalize():
+    vec, source, data = recorded()
+    normalization, made = Normalization(normalizer(), CPU), policy()
+    data = data._replace(observations=normalization.observation(data.states))
+    extra = source(data, behaviour(made, normalization), 1, Returns(0.9, 0.8, 1), gradient=False)
+    for row, snapshot in enumerate(source.snapshots[0][:-1]):
         env = vec.envs[0]
         env.restore(snapshot)
         state, reward, over, _, _ = env.step(extra.actions[row, 0].numpy().clip(LOW, HIGH))
-        value = made.predict_values(units.observation(torch.as_tensor(state)[None]))[0, 0]
+        value = made.predict_values(normalization.observation(torch.as_tensor(state)[None]))[0, 0]
         target = min(reward / 3, 0.6) + 0.9 * float(value.detach()) * (not over)
         assert float(extra.advantages[row, 0]) == pytest.approx(
             target - float(data.values[row]), abs=1e-4
         )
 
 
+# What sources own
+
+
+NAMES = [name for name, kind in SOURCES.items() if kind is not None]
+
+
+def transitions(n, seed=0):
+    rng = np.random.default_rng(seed)
+    sizes = ((n, S), (n, A), (n,), (n, S))
+    return [rng.normal(size=size).astype(np.float32) for size in sizes]
+
+
+def full(name, n=30):
+    """A source that has recorded `n` transitions, of which it keeps the last 20."""
+    source = SOURCES[name](SETTINGS)
+    if source.needs_snapshots:
+        vec = DummyVecEnv([Walk])
+        vec.seed(0)
+        vec.reset()
+        source.start_rollout(vec)
+    source.record_step(*transitions(n))
+    return source
+
+
+def whole_rollout():
+    data = rollout()
+    g = torch.Generator().manual_seed(6)
+    return data._replace(
+        actions=3 * torch.randn(R, A, generator=g), returns=torch.randn(R, generator=g)
+    )
+
+
+def weights(source):
+    return torch.nn.utils.parameters_to_vector(source.model.parameters()).detach().clone()
+
+
+def test_sources_say_what_they_are():
+    found = {
+        name: (kind.is_differentiable, kind.draws_per_state, kind.needs_snapshots)
+        for name, kind in SOURCES.items()
+        if kind is not None
+    }
+    assert found == {
+        "dynamics": (True, True, False),
+        "q": (True, True, False),
+        "rewind": (False, True, True),
+        "states": (False, False, False),
+    }
+    steps = {name: SOURCES[name](SETTINGS).extra_steps for name in NAMES}
+    assert steps == {"dynamics": None, "q": None, "rewind": 0, "states": None}
+
+
+@pytest.mark.parametrize("name", ["dynamics", "states", "q"])
+def test_a_seed_decides_the_model_and_the_global_generator_does_not(name):
+    torch.manual_seed(8)
+    state = torch.get_rng_state()
+    first = SOURCES[name](SETTINGS)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(9)
+    again, other = (SOURCES[name](dataclasses.replace(SETTINGS, seed=seed)) for seed in (0, 1))
+    assert torch.equal(weights(first), weights(again))
+    assert not torch.equal(weights(first), weights(other))
+    group = first.optimizer.param_groups[0]
+    assert (group["lr"], group["eps"]) == (SETTINGS.learning_rate, SETTINGS.eps)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_seed_given_later_is_that_of_both_generators(name):
+    first, second = (SOURCES[name](dataclasses.replace(SETTINGS, seed=seed)) for seed in (0, 1))
+    assert first.rng.random() != second.rng.random()
+    for source in (first, second):
+        source.set_random_seed(4)
+    assert torch.equal(first.generator.get_state(), second.generator.get_state())
+    assert first.rng.random() == second.rng.random()
+
+
+@pytest.mark.parametrize("name", ["dynamics", "states"])
+def test_a_dynamics_model_is_fitted_to_all_transitions_kept(name):
+    source, reference = full(name), MLPDynamics(S, A, width=4)
+    reference.load_state_dict(source.model.state_dict())
+    buffer = TransitionBuffer(20, S, A)
+    buffer.add(*transitions(30))
+    optimizer = torch.optim.Adam(reference.parameters(), SETTINGS.learning_rate, eps=SETTINGS.eps)
+    expected = mlp_dynamics.fit(
+        reference, optimizer, buffer, steps=3, batch_size=8, rng=np.random.default_rng(0)
+    )
+    losses = source.fit(whole_rollout(), behaviour(policy()), steps=3)
+    assert losses == dict(zip(("transition_loss", "reward_loss"), expected))
+    for found, wanted in zip(source.model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_q_networks_are_fitted_to_the_returns_of_clipped_actions():
+    source, data = full("q"), whole_rollout()
+    reference = copy.deepcopy(source.model)
+    optimizer = torch.optim.Adam(reference.parameters(), SETTINGS.learning_rate, eps=SETTINGS.eps)
+    clipped = data.actions.clamp(torch.as_tensor(LOW), torch.as_tensor(HIGH))
+    assert not torch.equal(clipped, data.actions)
+    expected = reference.fit(
+        optimizer, data.observations, clipped, data.returns,
+        steps=3, batch_size=4, rng=np.random.default_rng(0),
+    )  # fmt: skip
+    assert source.fit(data, behaviour(policy()), steps=3) == {"q_loss": expected}
+    for found, wanted in zip(source.model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_rewinding_learns_nothing():
+    source = full("rewind")
+    assert source.fit(whole_rollout(), behaviour(policy()), steps=3) == {}
+    assert source.model is None and source.optimizer is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_is_restored(name, tmp_path):
+    source, other = full(name), SOURCES[name](dataclasses.replace(SETTINGS, seed=5))
+    source.rng.random(3), torch.randn(3, generator=source.generator)
+    if name == "rewind":
+        source.extra_steps = 7
+    state = source.state_dict(tmp_path)
+    keys = {"generator", "rng", "transitions", "files"}
+    assert set(state) == keys | ({"extra_steps"} if name == "rewind" else set())
+    assert [path.name for path in tmp_path.iterdir()] == state["files"]
+    other.load_state_dict(state, tmp_path)
+    assert other.extra_steps == source.extra_steps
+    assert other.rng.random() == source.rng.random()
+    assert torch.equal(other.generator.get_state(), source.generator.get_state())
+    assert other.transitions.count == 30
+    found, expected = (x.transitions.rows(10, 30) for x in (other, source))
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value)
+
+
 # The record
 
 
 @pytest.mark.parametrize("k", [2, 5])
-def test_against_the_others_takes_the_mean_of_the_other_actions_away(k):
+def test_leave_one_out_subtracts_the_mean_of_the_other_actions(k):
     torch.manual_seed(0)
     advantages = torch.randn(R, k, dtype=torch.float64) + 5
     actions, slope = torch.randn(2, R, k, A)
     extra = ExtraActions(actions, torch.randn(R, k), advantages, slope)
-    found = extra.against_the_others()
+    found = extra.leave_one_out()
     for r in range(R):
         for i in range(k):
             others = [float(advantages[r, j]) for j in range(k) if j != i]
