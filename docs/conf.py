@@ -106,7 +106,7 @@ def tidy_signature(
     """Functions as defaults by their names, without stable-baselines3's private argument."""
     if signature is None:
         return None
-    signature = re.sub(r"<function (\w+)[^>]*>", r"\1", signature)
+    signature = re.sub(r"<function (\w+)[^>]*>", r"\1", signature).replace("<factory>", "...")
     return re.sub(r", _init_setup_model: [^,)]*", "", signature), returns
 
 
