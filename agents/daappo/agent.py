@@ -540,16 +540,16 @@ class DAAPPO(Algorithm, PPO):
         if self._compares_actions() and self.n_extra_actions < 2:
             raise ValueError(
                 "extra_baseline 'leave-one-out' compares the actions of a state: "
-                "n_extra_actions must "
-                f"be at least 2, got {self.n_extra_actions}"
+                f"n_extra_actions must be at least 2, got {self.n_extra_actions}"
             )
         self._try_estimator()
-        if self.action_source != "none" or self.separate_grad_clip:
+        source = SOURCES[self.action_source]
+        if source is not None or self.separate_grad_clip:
             self._check_spaces()
-        if self.action_source != "none" and self.env is not None:
+        if source is not None and self.env is not None:
             self._check_wrappers(self.env)
-        if self.action_source == "rewind" and self.env is not None:
-            _check_rewindable(self.env)
+            if source.needs_snapshots:
+                _check_rewindable(self.env)
 
     def _resolved_estimator(self) -> Estimator:
         """The estimator; one made from a name has no baseline, because the advantages have one."""
@@ -588,8 +588,7 @@ class DAAPPO(Algorithm, PPO):
         if self.n_extra_actions < self._least_actions():
             raise ValueError(
                 f"estimator {self.estimator!r} compares the actions of a state: "
-                "n_extra_actions must "
-                f"be at least 2, got {self.n_extra_actions}"
+                f"n_extra_actions must be at least 2, got {self.n_extra_actions}"
             )
 
     def _try_estimator(self) -> None:
@@ -613,8 +612,7 @@ class DAAPPO(Algorithm, PPO):
             if not isinstance(space, spaces.Box) or len(space.shape) != 1:
                 raise ValueError(
                     f"extra actions and separate_grad_clip need a vector {name} (Box), got "
-                    f"{space}; "
-                    "use action_source='none' and separate_grad_clip=False"
+                    f"{space}; use action_source='none' and separate_grad_clip=False"
                 )
         if self.use_sde:
             raise ValueError("extra actions need a plain Gaussian policy: use_sde must be False")
@@ -630,10 +628,9 @@ class DAAPPO(Algorithm, PPO):
             if type(layer) not in env_state.LAYERS:
                 known = ", ".join(kind.__name__ for kind in env_state.LAYERS)
                 raise ValueError(
-                    f"extra actions do not know what {type(layer).__name__} does to "
-                    "observations and "
-                    f"rewards: only {known} may be around VecNormalize, or around environments to "
-                    "rewind; wrap the single environments, or use action_source='none'"
+                    f"extra actions do not know what {type(layer).__name__} does to observations "
+                    f"and rewards: only {known} may be around VecNormalize, or around environments "
+                    "to rewind; wrap the single environments, or use action_source='none'"
                 )
 
 

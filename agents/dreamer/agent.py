@@ -489,9 +489,8 @@ class DreamerTPX(Algorithm):
         is_object = isinstance(self.estimator, estimators.Estimator)
         if is_object and self.baseline != "leave-one-out":
             raise ValueError(
-                "an Estimator brings its own baseline: pass baseline to "
-                "estimators.make(...), not to "
-                "DreamerTPX"
+                "an Estimator brings its own baseline: pass baseline to estimators.make(...), "
+                "not to DreamerTPX"
             )
         entries = self.sequence_length - self.discount_head  # as DreamerUpdate.possible_starts
         starts = possible = self.batch_size * entries
@@ -516,14 +515,13 @@ class DreamerTPX(Algorithm):
         if is_picture and not is_image_space(space):
             raise ValueError(
                 "images must be uint8 in [0, 255] of shape [height, width, channels], "
-                f"got {space}; "
-                "if it is a vector, wrap the environment in gymnasium.wrappers.FlattenObservation"
+                f"got {space}; if it is a vector, wrap the environment in "
+                "gymnasium.wrappers.FlattenObservation"
             )
         if is_image_space(space) and space.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(
-                f"images must be {IMAGE_SIZE}x{IMAGE_SIZE}, got {space.shape} (channel "
-                "first); wrap "
-                "the environment in gymnasium.wrappers.ResizeObservation(env, "
+                f"images must be {IMAGE_SIZE}x{IMAGE_SIZE}, got {space.shape} (channel first); "
+                "wrap the environment in gymnasium.wrappers.ResizeObservation(env, "
                 f"({IMAGE_SIZE}, {IMAGE_SIZE}))"
             )
         if self.get_vec_normalize_env() is not None:
