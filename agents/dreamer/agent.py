@@ -225,22 +225,6 @@ class DreamerTPX(Algorithm):
         super().set_random_seed(seed)
         self._rng = np.random.default_rng(self._generator.initial_seed())
 
-    def _new_replay(self) -> SequenceReplay:
-        """An empty replay for the environments that are set."""
-        assert self.env is not None
-        dtype = self.observation_space.dtype
-        assert dtype is not None
-        return SequenceReplay(
-            self.buffer_size,
-            self.policy.model_input_shape,
-            dtype,
-            self.policy.n_actions,
-            self.env.num_envs,
-            device=self.device,
-            storage=self.storage,
-            folder=tempfile.gettempdir(),
-        )
-
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None,
         reset_num_timesteps: bool = True, *args: Any, **kwargs: Any,
@@ -263,6 +247,22 @@ class DreamerTPX(Algorithm):
             self.replay_buffer.start(self.policy.to_model(self._last_obs))
             self._memory = self.policy.initial_state(self.env.num_envs)
         return total, callback
+
+    def _new_replay(self) -> SequenceReplay:
+        """An empty replay for the environments that are set."""
+        assert self.env is not None
+        dtype = self.observation_space.dtype
+        assert dtype is not None
+        return SequenceReplay(
+            self.buffer_size,
+            self.policy.model_input_shape,
+            dtype,
+            self.policy.n_actions,
+            self.env.num_envs,
+            device=self.device,
+            storage=self.storage,
+            folder=tempfile.gettempdir(),
+        )
 
     # ----------------------------------------------------------------------------------------
     # the loop

@@ -1,4 +1,4 @@
-"""What `load` takes from a file and what from its own arguments."""
+"""What `load` takes from the file, and what from its arguments."""
 
 import pytest
 import torch

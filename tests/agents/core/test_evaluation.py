@@ -1,4 +1,4 @@
-"""`Evaluation`: when it evaluates, what it writes, and that it leaves the training alone."""
+"""`Evaluation`: when it evaluates, what it writes, and that learning is the same without it."""
 
 import json
 
@@ -31,7 +31,7 @@ TINY = {
 
 
 class CountingEnv(gym.Env):
-    """Observation (episode, time); the reward of a step is the first action, but 1 in step 1."""
+    """Observation (episode, time); the reward of step 1 is 1, of later steps the first action."""
 
     action_space = spaces.Box(-1, 1, (1,), np.float32)
     observation_space = spaces.Box(-1e3, 1e3, (2,), np.float32)
@@ -117,7 +117,7 @@ def test_returns_are_those_of_the_deterministic_policy():
     assert callback.returns == [[pytest.approx(expected, abs=1e-5)]]
 
 
-def test_training_is_the_same_with_and_without():
+def test_learning_is_the_same_with_and_without():
     found = []
     for callback in (None, evaluation(), evaluation(every=20, n_episodes=5)):
         agent = make().learn(60, callback=callback)
@@ -134,8 +134,8 @@ def test_result_is_logged_and_printed(capsys):
     assert "    20 real steps: return " in out and "    30 real steps: return " in out
 
 
-def test_a_second_learn_is_evaluated_on_the_way_too():
-    """It counts steps anew; what the first had evaluated last is more steps than it has."""
+def test_a_second_learn_is_evaluated_before_its_end_too():
+    """It counts steps from 0, below the step of the first one's last evaluation."""
     callback, agent = evaluation(every=15), make()
     for _ in range(2):
         agent.learn(50, callback=callback)

@@ -1,4 +1,4 @@
-"""The allocator keeps what a step frees: the same work again faults hardly a page."""
+"""The allocator keeps freed memory: repeating an allocation causes hardly any page faults."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ print(kept, given_back, min(faults() for _ in range(8)))  # now and then the hea
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
 def test_freed_blocks_are_used_again():
-    # In a process of its own: the setting cannot be taken back.
+    # In a process of its own, since the setting cannot be undone.
     command = [sys.executable, "-c", SCRIPT]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kept, given_back, again = output.split()

@@ -88,7 +88,7 @@ class PixelEnv(gym.Env):
 
 
 class BrokenEnv(CountingEnv):
-    """Observes a number that is none: in step 3, or in the last step."""
+    """Observes a non-finite number in step 3, or in the last step."""
 
     def __init__(self, where):
         super().__init__()
@@ -131,7 +131,7 @@ def stored(agent, env=0):
 
 
 def assert_same_training(agent, other):
-    """The same parameters, optimisers and replay, bit for bit."""
+    """Assert bit-identical parameters, optimisers and replays."""
     assert_same(agent.get_parameters(), other.get_parameters())
     for env in range(agent.n_envs):
         for name, values in vars(stored(agent, env)).items():
@@ -181,7 +181,7 @@ def test_learning_starts_and_train_freq_count_steps_of_all_environments():
 
 
 def test_callbacks_see_the_environments_own_terminal_observation():
-    """The replay's is flat."""
+    """The replay stores it flat."""
 
     class Matrix(gym.ObservationWrapper):
         observation_space = spaces.Box(-1e3, 1e3, (2, 2), np.float32)
@@ -208,7 +208,7 @@ def test_callbacks_see_the_environments_own_terminal_observation():
 @pytest.mark.parametrize("cuts", [[30, 20], [13, 4, 16, 17], [25] * 2, [1] * 50], ids=str)
 @pytest.mark.parametrize("name", ENVS)
 def test_reset_num_timesteps_false_continues_as_if_it_had_not_stopped(name, cuts):
-    """In an episode, in a round, with predictions between: memory and updates are the same."""
+    """Interrupted within an episode and a round, with predictions in between."""
     whole = make(ENVS[name]()).learn(50)
     agent, state = make(ENVS[name]()), None
     for cut in cuts:
@@ -221,7 +221,7 @@ def test_reset_num_timesteps_false_continues_as_if_it_had_not_stopped(name, cuts
 
 
 def test_updates_per_step_do_not_depend_on_how_learn_is_cut():
-    """Also where a callback stops, with environments that overshoot, and before learning."""
+    """Even if a callback stops it, if environments overshoot, and before the first update."""
     agent = make(vector(7, 8), train_freq=8)
     for stop in (4, 10, 24, 30, 38):
         agent.learn(100, Trace(stop_at=stop), reset_num_timesteps=False)
@@ -285,7 +285,7 @@ def episodes(budget, length=LENGTH, first=1):
 
 
 def check_entries(entries, expected, length=LENGTH, truncates=False):
-    """Every stored number, from the episodes alone: [(number, decisions)]."""
+    """Check every stored number against what the episodes [(number, decisions)] imply."""
     times = np.concatenate([np.arange(decisions + 1) for _, decisions in expected])
     observation = entries.observation.reshape(-1, 4)
     np.testing.assert_array_equal(entries.time, times)
@@ -366,7 +366,7 @@ def test_rounds_are_logged_alike_however_the_training_is_cut():
 
 
 def test_an_environment_that_returns_its_own_buffer_begins_anew_too():
-    """Some vector environments write every observation into the same array."""
+    """Some vector environments write all observations into the same array."""
 
     class InPlace(DummyVecEnv):
         def reset(self):
@@ -435,7 +435,7 @@ def test_random_actions_come_first_and_are_uniform_over_the_space(monkeypatch):
 
 
 def test_random_actions_are_not_the_global_generators():
-    """Two agents with one seed act alike, whatever is drawn elsewhere."""
+    """Two agents with the same seed act alike, whatever is drawn elsewhere."""
     first = make().learn(15)
     second = make()
     np.random.rand(3)
@@ -446,7 +446,7 @@ def test_random_actions_are_not_the_global_generators():
 
 @pytest.mark.parametrize("lengths", [(7,), (7, 4)])
 def test_policy_acts_after_the_random_steps_with_the_right_memory(lengths, monkeypatch):
-    """Without noise: what the policy said is what is done, and what it hears at the next step."""
+    """Without noise, the policy's action is executed and enters the filter at the next step."""
     agent, n = make(vector(*lengths), exploration_noise=0.0), len(lengths)
     seen = spy_on_steps(agent, monkeypatch)
     agent.learn(STARTS + 20 * n)
@@ -618,7 +618,7 @@ def test_optimisers_are_saved_the_next_update_is_the_same(tmp_path):
 
 
 def test_replay_is_neither_in_the_file_nor_allocated_by_load(tmp_path):
-    """10⁹ images would be 12 TB."""
+    """10⁹ images would take 12 TB."""
     agent = make(PixelEnv()).learn(30)
     agent.buffer_size = 10**9
     agent.save(tmp_path / "agent")
@@ -649,7 +649,7 @@ def test_learning_goes_on_after_load_without_the_replay(lengths, freq, waits, tm
 
 
 def test_rounds_that_are_due_before_a_window_is_there_wait():
-    """The first window is there after 4 steps: of learning_starts 1 the rounds 1, 2, 3 wait."""
+    """The first window exists after 4 steps, so with learning_starts=1 rounds 1, 2 and 3 wait."""
     agent = make(learning_starts=1, train_freq=1).learn(3)
     assert agent._n_updates == 0
     assert agent.learn(2, reset_num_timesteps=False)._n_updates == 2
@@ -672,7 +672,7 @@ def test_replay_round_trip_and_learning_on(name, tmp_path):
 
 
 def test_replay_loaded_during_training_begins_a_new_episode(tmp_path):
-    """What is in the middle of an episode now is not what the file ended with."""
+    """The running episode does not continue the last one in the file."""
     agent = make().learn(30)
     agent.save_replay_buffer(tmp_path / "replay.npz")
     agent.learn(3, reset_num_timesteps=False)
@@ -769,7 +769,7 @@ def test_frames_are_decisions_times_the_action_repeat(n_envs):
 
 
 def test_environments_in_other_processes_are_asked_before_they_are_read():
-    """A worker of SubprocVecEnv dies when an attribute is read that is not there."""
+    """A worker of SubprocVecEnv dies when a missing attribute is read."""
 
     class Fragile(DummyVecEnv):
         def has_attr(self, attr_name):

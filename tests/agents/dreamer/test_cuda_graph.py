@@ -26,7 +26,7 @@ class Output(NamedTuple):
 
 
 class Recorder:
-    """torch.cuda as far as `GraphedFunction` knows it; a replay calls the function once more."""
+    """The parts of torch.cuda that `GraphedFunction` uses; a replay calls the function again."""
 
     def __init__(self):
         self.graphed = None

@@ -78,7 +78,7 @@ def actor_gradient(loss, policy):
 
 
 def estimated(policy, start, noise, estimator, settings, **kwargs):
-    """The policy gradient of any estimator, as the agent takes it."""
+    """The policy gradient of any estimator, computed as the agent does."""
     return estimators.gradient(
         lambda e, tap: (
             imagine(
@@ -97,7 +97,7 @@ def estimated(policy, start, noise, estimator, settings, **kwargs):
 
 
 class Path(NamedTuple):
-    """An imagination without nodes and credits; lists over the steps."""
+    """An imagined rollout without nodes and credits; lists over the steps."""
 
     features: Tensor  # [H, N, F]
     priors: list[Normal]
@@ -107,7 +107,7 @@ class Path(NamedTuple):
 
 
 def explicit_rollout(policy, start, noise, *, blocked, detach_samples=False):
-    """Written out; with detached samples only what bypasses the nodes carries a gradient."""
+    """Imagine step by step; with detached samples, only paths around the nodes carry a gradient."""
     deter, stoch, rssm = start.deter, start.stoch, policy.model.rssm
     priors, stochs, deters, entropies = [], [], [], []
     for action_noise, latent_noise in zip(*noise, strict=True):
@@ -164,7 +164,7 @@ def objective_terms(policy, path, settings):
 
 
 def explicit_loss(policy, start, noise, settings):
-    """Plain backpropagation: the reparameterised loss."""
+    """Plain backpropagation through the reparameterised loss."""
     path = explicit_rollout(policy, start, noise, blocked=settings.stop_grad_actor_input)
     terms, entropies = objective_terms(policy, path, settings)
     return -torch.stack(terms + entropies).sum(0).mean() / (len(terms) - 1)
@@ -179,7 +179,7 @@ def returns_to_go(terms, entropies):
 
 
 def explicit_surrogate(policy, start, noise, settings, *, leave_one_out):
-    """The score-function surrogate of every node, and the paths that bypass the nodes."""
+    """The score-function surrogate of every node plus the paths that bypass the nodes."""
     path = explicit_rollout(
         policy, start, noise, blocked=settings.stop_grad_actor_input, detach_samples=True
     )
@@ -198,7 +198,7 @@ def explicit_surrogate(policy, start, noise, settings, *, leave_one_out):
 
 
 def test_actions_and_entropies_are_of_a_squashed_gaussian():
-    """The entropy's mean over the noise is -∫ p log p da, both by a sum over a fine grid."""
+    """The entropy's mean over the noise is -∫ p log p da; both are sums over a fine grid."""
     actor = Actor(3, 1, width=5).double()
     raw = torch.tensor([[0.7, -4.5], [-6.0, -5.5], [2.0, -3.0]], dtype=F64)
     mean, std = 5 * torch.tanh(raw[:, 0] / 5), 1e-4 + softplus(raw[:, 1] + math.log(math.expm1(5)))
@@ -263,7 +263,7 @@ def test_lambda_returns_equal_a_recursion_over_single_numbers(horizon, lam):
 
 
 def test_lambda_returns_limits():
-    """λ = 0: one step and the bootstrap. λ = 1: discounted rewards and the last value."""
+    """λ = 0 gives one step and the bootstrap, λ = 1 discounted rewards and the last value."""
     rewards, values = randn(H, N, seed=1), randn(H, N, seed=2)
     torch.testing.assert_close(
         lambda_returns(rewards, values, 0.9, 0.0), rewards[:-1] + 0.9 * values[1:]
@@ -320,7 +320,7 @@ def test_weights_of_rewards_and_values_are_those_of_the_paper(horizon):
 
 
 class SpyEstimator:
-    """Plain reparameterised samples; a leaf of zeros enters the credit of each node."""
+    """Reparameterised samples, with a leaf of zeros in the credit of each node."""
 
     probe = "none"
     needs_value = False
@@ -353,7 +353,7 @@ def test_credit_of_each_node_is_minus_the_dreamer_return():
 @pytest.mark.parametrize("discount_head", [False, True])
 @pytest.mark.parametrize("discount_weights", [False, True])
 def test_credit_of_each_node_is_its_return_to_go(discount_weights, discount_head):
-    """With discount weights, a learned discount and entropies too."""
+    """Also with discount weights, a learned discount and entropies."""
     policy, spy = make(discount_head=discount_head), SpyEstimator()
     settings = replace(UNBLOCKED, discount_weights=discount_weights, entropy_scale=0.3)
     start, noise = starts(), draw()
@@ -404,7 +404,7 @@ def test_lr_equals_score_function_with_bypass(settings, discount_head, leave_one
 
 
 def test_stop_grad_flag_changes_the_estimand():
-    """The flag detaches the actor's input and does nothing else; both legs feel it."""
+    """The flag detaches the actor's input and does nothing else; it affects both legs."""
     policy, start, noise = make(), starts(), draw()
     for name in ("rp", "lr"):
         losses = [
@@ -475,7 +475,7 @@ def draws():
 
 
 def gradients_of_draws(policy, estimator, settings, start=None):
-    """[DRAWS, P]."""
+    """[DRAWS, P] gradients."""
     start = start or alike(N_EACH)
     return torch.stack(
         [flat(estimated(policy, start, z, estimator, settings).gradients) for z in draws()]
@@ -490,7 +490,7 @@ def t_statistics(difference):
 
 @pytest.fixture(scope="module")
 def references():
-    """Policy and RP's gradients, without and with the stop-gradient."""
+    """The policy, and RP's gradients without and with the stop-gradient."""
     policy, rp = make_responsive(), estimators.make("rp")
     settings = [replace(s, entropy_scale=0.05) for s in (UNBLOCKED, BLOCKED)]
     return policy, {s: gradients_of_draws(policy, rp, s) for s in settings}
@@ -564,7 +564,7 @@ def per_sample_gradients(policy, state, action_noise, cotangent):
 
 
 def states_before(start, path):
-    """The state that each row's action was chosen in."""
+    """The state in which each row's action was chosen."""
     return [start, *(State(h, z) for h, z in zip(path.deters, path.stochs, strict=True))]
 
 
@@ -594,7 +594,7 @@ def test_probe_equals_per_sample_autograd(settings):
 
 @pytest.mark.parametrize("min_work", [2**62, 0])
 def test_probe_in_float32(min_work, monkeypatch):
-    """With the products of any size in PyTorch's own library, and in oneDNN's."""
+    """Whether PyTorch or oneDNN computes the matrix products."""
     monkeypatch.setattr("totalprop.world_models.latent.linear.MIN_WORK", min_work)
     policy, start, noise = make(), starts(), draw(2)
     expected = estimated(policy, start, noise, estimators.make("tps"), UNBLOCKED).gradients
@@ -605,7 +605,7 @@ def test_probe_in_float32(min_work, monkeypatch):
 
 
 def test_tap_collects_what_reaches_the_last_layer_through_the_nodes():
-    """RP: the cotangents of every (mean, std), each taken on through its own action alone."""
+    """For RP: each (mean, std)'s cotangents, backpropagated through the step's own action alone."""
     policy, start, noise = make(), starts(), draw()
     result = estimated(policy, start, noise, estimators.make("rp"), UNBLOCKED, per_sample=True)
     path = explicit_rollout(policy, start, noise, blocked=False)
@@ -706,7 +706,7 @@ def test_noise_is_all_that_is_random():
 @pytest.mark.parametrize("settings", EVERY_SETTING)
 @pytest.mark.parametrize("name", ["rp", "tpx"])
 def test_critic_loss_equals_a_loss_of_its_own(name, settings, discount_head):
-    """Mean w_t ½ (V_t - R_t)² on features that carry no gradient, with R_t fixed."""
+    """Mean w_t ½ (V_t - R_t)² on features without gradient, with R_t fixed."""
     policy, start, noise = make(discount_head=discount_head), starts(), draw()
     imagined = imagine(policy, start, noise, estimators.make(name), settings)
     with torch.no_grad():
@@ -763,7 +763,7 @@ def test_logged_entropy_is_the_mean_over_steps_and_samples(settings):
     ],
 )
 def test_compiled_imagination_equals_eager(name, baseline):
-    """One graph of the whole imagination, forward and backward; float64 to round-off."""
+    """One graph of the whole rollout, forward and backward; equal in float64 up to round-off."""
     policy, start, noise = make(), starts(), draw(2)
     estimator = estimators.make(name, baseline=getattr(baselines, baseline))
     meter = torch.zeros(2, STOCH, dtype=F64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Open-loop predictions: what they show, and that looking does not change the training."""
+"""Open-loop predictions: what they show, and that making them does not change learning."""
 
 import random
 
@@ -28,7 +28,7 @@ TINY = {
 
 
 class Clock(gym.Env):
-    """The time as a vector (time, -time), or as an image of that grey level."""
+    """Shows the time as a vector (time, -time) or as an image of that grey level."""
 
     action_space = spaces.Box(-1, 1, (1,))
 

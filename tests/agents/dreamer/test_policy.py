@@ -1,4 +1,4 @@
-"""DreamerTPX's policy: a recurrent `predict` that filters as the world model was trained to."""
+"""DreamerTPX's policy: a recurrent `predict` that filters like the world model in training."""
 
 import random
 
@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 
 def make(observation=VECTOR, action=None, seed=0, **changes):
-    """A policy whose actions depend visibly on everything: fresh ones are all but constant."""
+    """A policy whose actions depend strongly on its inputs; those of a fresh one hardly do."""
     torch.manual_seed(seed)
     action = spaces.Box(LOW, HIGH) if action is None else action
     policy = DreamerPolicy(observation, action, **{**SIZES, **changes})
@@ -36,7 +36,7 @@ def draw(space, *shape):
 
 
 def follow(policy, observations, starts=None, **kwargs):
-    """Actions [T, n, A] and the last state, of consecutive calls of predict."""
+    """Actions [T, n, A] and last state of consecutive calls of predict."""
     actions, state = [], None
     for t, observation in enumerate(observations):
         start = None if starts is None else starts[t]
@@ -175,7 +175,7 @@ def test_single_observation_is_a_batch_of_one(space):
 @pytest.mark.parametrize("n", [0, 3], ids=["single", "batch"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_may_be_channel_last_and_flipped(n, channels):
-    """Renderers return views with negative strides, which torch does not take."""
+    """Renderers return views with negative strides, which torch does not accept."""
     space = spaces.Box(0, 255, (channels, 64, 64), np.uint8)
     policy, image = make(space), draw(space, *([n] if n else []))
     expected, state = policy.predict(image, deterministic=True)

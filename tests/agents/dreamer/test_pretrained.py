@@ -1,4 +1,4 @@
-"""`pretrained_world_model`: the model of the file, everything else fresh; wrong files are named."""
+"""`pretrained_world_model`: the file's model, all else fresh; wrong files are named."""
 
 import gymnasium as gym
 import numpy as np
@@ -64,7 +64,7 @@ def test_the_model_is_the_file_s_and_the_rest_is_fresh(trained, name):
         )
     before = weights(agent.policy.model)
     agent.learn(60)
-    assert not torch.equal(weights(agent.policy.model), before)  # it goes on learning
+    assert not torch.equal(weights(agent.policy.model), before)  # it keeps learning
 
 
 def test_a_saved_agent_loads_when_the_file_is_gone(trained, tmp_path):

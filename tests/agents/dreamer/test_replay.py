@@ -1,4 +1,4 @@
-"""The replay of DreamerTPX, against environments whose every number says where it belongs."""
+"""DreamerTPX's replay, against environments whose numbers identify episode and step."""
 
 import os
 import re
@@ -62,7 +62,7 @@ def reward_at(env, episode, t):
 
 
 class Loop:
-    """The agent's loop: collects decisions into replays, one VecEnv for all of them."""
+    """The agent's loop: collects decisions from one VecEnv into any number of replays."""
 
     def __init__(self, lengths, dtype=np.uint8):
         makers = [lambda i=i, n=n: CountingEnv(i, n, dtype) for i, n in enumerate(lengths)]
@@ -82,7 +82,7 @@ class Loop:
             self.last = result[0]
 
     def windows(self, replay, length):
-        """Brute force: all windows of one episode among the entries that a ring still holds."""
+        """By brute force, all windows within an episode among the entries a ring still holds."""
         ring, found = replay.capacity // replay.n_envs, []
         for env in self.vec_env.envs:
             held = env.history[-ring:]
@@ -93,7 +93,7 @@ class Loop:
 
 
 class EveryIndex:
-    """In place of a Generator: each integer once, so that the batch is every window."""
+    """Stands in for a Generator: draws each integer once, so that a batch has every window."""
 
     def integers(self, high, size):
         return np.arange(high)
@@ -114,13 +114,13 @@ def every_window(replay, length):
 
 
 def windows(batch):
-    """The windows of a batch, as the history of the environments has them."""
+    """The windows of a batch, in the form of the environments' history."""
     per_window = batch.observation.transpose(0, 1).to(torch.int64).tolist()
     return [tuple(tuple(entry) for entry in window) for window in per_window]
 
 
 def assert_aligned(batch, lengths):
-    """Every action, reward and flag is the one that its observation asks for."""
+    """Assert that every action, reward and flag belongs to its observation."""
     for b, window in enumerate(windows(batch)):
         for i, (env, episode, t) in enumerate(window):
             action = action_at(env, episode, t - 1) if t else np.zeros(2)
@@ -459,7 +459,7 @@ def test_segments_of_another_number_of_environments_are_refused(tmp_path):
 
 
 def test_a_loaded_file_is_not_taken_for_what_the_segments_hold(tmp_path):
-    """It holds as many entries as the replay did before, and they are others."""
+    """It has as many entries as the replay had before, but different ones."""
     replay, _ = filled(9, 60)
     replay.state_dict(tmp_path)
     other, _ = filled(9, 60, lengths=[[8, 3], [6], [2, 9]])

@@ -1,4 +1,4 @@
-"""A gradient step against three plain ones: who learns from which loss, and what is left alone."""
+"""A gradient step against three plain ones: what learns from which loss, what is unchanged."""
 
 import copy
 import math
@@ -158,7 +158,7 @@ def plain_adam(policy, settings):
 
 
 def assert_plain_steps(policy, settings, batches):
-    """Several updates in a row, so that the optimisers' state counts too."""
+    """Several updates in a row, so that the optimisers' states matter too."""
     plain = copy.deepcopy(policy)
     update, optimizers = DreamerUpdate(policy, settings), plain_adam(plain, settings)
     sources, before = (generator(5), generator(5)), values_of(policy)
@@ -189,7 +189,7 @@ def test_update_equals_three_plain_steps(name, discount_head, max_grad_norm):
 
 
 def test_update_from_pixels_equals_plain_steps():
-    """The gradients of convolutions lie otherwise in memory than their weights."""
+    """Gradients of convolutions may have another memory format than their weights."""
     images = spaces.Box(0, 255, (3, 64, 64), np.uint8)
     torch.manual_seed(0)
     policy = DreamerPolicy(images, spaces.Box(-1, 1, (A,)), **SIZES, conv_depth=2)
@@ -244,7 +244,7 @@ def test_frozen_parameters_thaw_after_an_error():
 
 
 def test_the_model_learns_from_its_own_loss_only():
-    """Whatever the estimator, the horizon and the critic: the same model, bit for bit."""
+    """The model is bit-identical whatever the estimator, the horizon and the critic."""
     outcomes = []
     for name, scale in (("rp", 1.0), ("lr", 1.0), ("tpx", 2.0)):
         policy = make()
@@ -267,7 +267,7 @@ def test_the_model_learns_from_its_own_loss_only():
 
 @pytest.fixture
 def spied_starts(monkeypatch):
-    """What imagination is started from."""
+    """The states that imagination starts from."""
     found = []
 
     def spy(policy, start, *args, **kwargs):
@@ -345,7 +345,7 @@ def test_the_subset_of_starts_is_drawn_from_the_generator(spied_starts):
 
 @pytest.mark.parametrize("name", ["tpx", "tpg", "ivw"])
 def test_same_seed_gives_the_same_update(name):
-    """Bit for bit, and whatever the global generator has been through."""
+    """Bit-identical, whatever was drawn from the global generator."""
     settings = replace(SETTINGS, estimator=estimators.make(name), imagination_starts=7)
     outcomes = []
     for seed in (5, 5, 6):
@@ -366,7 +366,7 @@ def test_same_seed_gives_the_same_update(name):
 
 @pytest.mark.parametrize("max_grad_norm", [0.3, 1000.0])
 def test_gradients_are_clipped_by_their_global_norm(max_grad_norm):
-    """With plain gradient descent a step is the clipped gradient itself."""
+    """With plain gradient descent, the step is the clipped gradient itself."""
     parameters = [torch.nn.Parameter(randn(*s, seed=1)) for s in ((4, 3), (5,))]
     gradients = [3 * randn(*p.shape, seed=2) for p in parameters]
     before = [p.detach().clone() for p in parameters]
@@ -383,7 +383,7 @@ def test_gradients_are_clipped_by_their_global_norm(max_grad_norm):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad):
-    """The next update is as if the bad one had not been: no trace in Adam's state either."""
+    """The next update is as if there had been no bad one; Adam keeps no trace of it either."""
     policy = make()
     update, before = DreamerUpdate(policy, SETTINGS), values_of(policy)
     with torch.no_grad():
@@ -404,7 +404,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
 
 
 def test_one_bad_loss_does_not_stop_the_others():
-    """A reward that is not a number is the model's alone: imagination does not read it."""
+    """A NaN reward affects only the model: imagination does not use rewards of the batch."""
     policy, data = make(), batch()
     before = {name: values_of(part) for name, part in parts(policy).items()}
     data.reward[2, 1] = math.nan
@@ -446,7 +446,7 @@ def test_bf16_updates_float32_weights_with_float32_losses(name):
 
 
 class HostSyncs(TorchDispatchMode):
-    """Operators for which the host waits for a GPU: none may be in a CUDA graph."""
+    """Operators that make the host wait for the GPU; a CUDA graph must not contain any."""
 
     NAMES = ("local_scalar", "nonzero", "check_errors", "equal.", "masked_select", "unique")
 
@@ -487,7 +487,7 @@ def test_an_update_draws_all_random_numbers_before_it_begins(monkeypatch):
 
 
 def test_another_optimiser_state_is_another_recording():
-    """The old graph would go on with the old moments; and its rate must stay a tensor."""
+    """The old graph would keep the old moments; and the rate must remain a tensor."""
     update = DreamerUpdate(make(), replace(SETTINGS, cuda_graph=True))
     recorded = update._step
     for optimizer in (update.actor_optimizer, update.model_optimizer):
@@ -511,7 +511,7 @@ def test_another_optimiser_state_is_another_recording():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", estimators.names())
 def test_an_update_as_cuda_graph_equals_the_eager_one(name):
-    """Before, at and after the recording, with another rate on the way."""
+    """Before, at and after the recording, with a change of the rate in between."""
     policies, records = [], []
     for cuda_graph in (False, True):
         policy = make(discount_head=True).to("cuda")
