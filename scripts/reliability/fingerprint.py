@@ -2,9 +2,11 @@
 
 totalprop fingerprint --out before.json        # on the old commit
 totalprop fingerprint --compare before.json    # on the new commit; exit code 1 if bits differ
+totalprop fingerprint --compare before.json --only dreamer    # only settings named like this
 
-The hashes cover all parameters, optimiser states and generators; the names of attributes and log
-keys are recorded too. Use the same CPU for both: on another CPU the same seed gives different bits.
+Every entry gets a hash of its own: what `save` and a checkpoint write (parameters, optimisers,
+attributes, rows of the replay), what was logged except wall-clock times, and all generators. Use
+the same CPU for both: on another CPU the same seed gives different bits.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 import re
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +31,29 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
+from torch import nn
 
 import totalprop.envs  # noqa: F401  (registers our environments)
 import totalprop.estimators as estimators
 from totalprop.agents import DAAPPO, PIPPS, DreamerTPX
+from totalprop.agents.persistence import safe_file
+from totalprop.agents.persistence.checkpoint import Checkpoints
 from totalprop.envs.rewind import Rewindable
 
+FORMAT = 2  # of the JSON file; 1 had no "format" and hashed less
 PENDULUM, CARTPOLE = "Pendulum-v1", "totalprop/CartPoleSwingUp-v0"
 STEPS = 90  # environment steps in each run
+Make = Callable[[], Any]
+
+# Entries whose values depend on the clock, or on where the temporary folder is.
+VARIES = re.compile(r"time/|\.start_time$|ep_info_buffer\.\d+\.t$|\.pretrained_world_model$")
+TOKEN = re.compile(r"_[0-9a-f]{8}(?=\.zip)")  # random, in the names of segments
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of functions
+
+
+# ----------------------------------------------------------------------------------------
+# the agents
+# ----------------------------------------------------------------------------------------
 
 
 def _pipps(env: Any = CARTPOLE, policy: str = "RBFPolicy", **changes: Any) -> PIPPS:
@@ -52,6 +72,12 @@ def _dreamer(env: Any = PENDULUM, **changes: Any) -> DreamerTPX:
         "policy_kwargs": {"stoch": 4, "deter": 8, "hidden": 8, "width": 8, "conv_depth": 2},
     }  # fmt: skip
     return DreamerTPX("DreamerPolicy", env, seed=3, device="cpu", **{**sizes, **changes})
+
+
+def _pretrained() -> DreamerTPX:
+    with tempfile.TemporaryDirectory() as folder:
+        _dreamer().learn(STEPS).save(Path(folder) / "model.zip")
+        return _dreamer(pretrained_world_model=folder)
 
 
 def _daappo(env: Any = PENDULUM, policy: str = "MlpPolicy", **changes: Any) -> DAAPPO:
@@ -76,106 +102,262 @@ class _Pictures(gym.ObservationWrapper):
         return np.broadcast_to(colour, (64, 64, 3)).copy()
 
 
+def _rewindable(env_id: str) -> Any:
+    """An environment whose episodes continue when a checkpoint is resumed."""
+    return make_vec_env(lambda **_: Rewindable(gym.make(env_id)), 2)
+
+
 def _biw() -> estimators.Estimator:
     return estimators.make("tp", legs=(estimators.legs.biw,), baseline=estimators.baselines.none)
 
 
-SETTINGS: dict[str, Callable[[], Any]] = {
+# ----------------------------------------------------------------------------------------
+# the runs
+# ----------------------------------------------------------------------------------------
+
+
+class _Log(KVWriter):
+    """All that is logged: per name the steps and values, without values that are not numbers."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Any]] = {}
+
+    def write(
+        self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
+    ) -> None:
+        for name, value in key_values.items():
+            is_number = isinstance(value, int | float | np.number)
+            entry = float(value) if is_number else type(value).__name__
+            self.values.setdefault(name, []).append((step, entry))
+
+    def close(self) -> None:
+        """Do nothing; there is nothing to close."""
+
+
+def _learn(agent: Any, log: _Log, **how: Any) -> Any:
+    agent.set_logger(Logger(None, [log]))
+    agent.learn(STEPS, **how)
+    agent.logger.dump(agent.num_timesteps)  # what was recorded since the last dump
+    return agent
+
+
+class Run:
+    """Make an agent and train it."""
+
+    def __init__(self, make: Make) -> None:
+        self.make = make
+
+    def __call__(self, log: _Log, folder: Path) -> Any:
+        """The trained agent."""
+        return _learn(self.make(), log)
+
+
+class Loaded(Run):
+    """Train, save, load in new environments, train on."""
+
+    def __call__(self, log: _Log, folder: Path) -> Any:
+        """The loaded agent."""
+        agent = super().__call__(log, folder)
+        agent.save(folder / "model.zip")
+        agent = type(agent).load(folder / "model.zip", env=self.make().env, device="cpu")
+        return _learn(agent, log, reset_num_timesteps=False)
+
+
+class Resumed(Run):
+    """Train to a checkpoint, resume it in new environments."""
+
+    def __call__(self, log: _Log, folder: Path) -> Any:
+        """The resumed agent."""
+        first = _learn(self.make(), log, callback=Checkpoints(folder))
+        checkpoints = Checkpoints(folder)
+        agent: Any = checkpoints.load(type(first), self.make().env, "cpu")
+        checkpoints.restore(agent)
+        return _learn(agent, log, callback=checkpoints, reset_num_timesteps=False)
+
+
+SETTINGS: dict[str, Make | Run] = {
     **{f"pipps {name}": partial(_pipps, estimator=name)
        for name in ("rp", "lr", "tp", "tps", "tpx", "tpg", "ivw", "gr", "rp-fs", "gr-fs")},
     "pipps biw leg": lambda: _pipps(leg="biw"),
     "pipps cross_fit": lambda: _pipps(cross_fit=True),
     "pipps Estimator": lambda: _pipps(estimator=_biw()),
     "pipps rmsprop2018": lambda: _pipps(optimizer="rmsprop2018", learning_rate=5e-4),
+    "pipps momentum": lambda: _pipps(optimizer="rmsprop2018", learning_rate=1e-3, momentum=0.5),
+    "pipps quasi-newton": lambda: _pipps(estimator="rp-fs", optimizer="quasi-newton"),
+    "pipps mean model": lambda: _pipps(model_uncertainty=False, adam_eps=1e-3),
+    "pipps two random trials": lambda: _pipps(random_trials=2),
     "pipps linear": lambda: _pipps(policy="LinearPolicy"),
     "pipps angle": lambda: _pipps(angle_dims=(1,)),
     "pipps rewards": lambda: _pipps(PENDULUM, max_points=40),
     "pipps cost_fn": lambda: _pipps(PENDULUM, cost_fn=lambda x: x.square().sum(-1)),
     "pipps two envs": lambda: _pipps(make_vec_env(CARTPOLE, 2), noise_multiplier=4.0),
     "pipps schedule": lambda: _pipps(learning_rate=LinearSchedule(0.03, 0.0, 1.0)),
+    "pipps loaded": Loaded(_pipps),
+    "pipps resumed": Resumed(lambda: _pipps(_rewindable(CARTPOLE))),
     **{f"dreamer {name}": partial(_dreamer, estimator=name)
        for name in ("rp", "lr", "tp", "tps", "tpx", "tpg", "ivw")},
     "dreamer critic": lambda: _dreamer(baseline="critic"),
     "dreamer open": lambda: _dreamer(stop_grad_actor_input=False, entropy_scale=0.1),
     "dreamer discount": lambda: _dreamer(discount_head=True, imagination_starts=7),
+    "dreamer unweighted": lambda: _dreamer(discount_weights=False, kl_scale=0.5, lam=0.8),
     "dreamer disk": lambda: _dreamer(storage="disk", free_nats_per_step=True),
+    "dreamer device": lambda: _dreamer(storage="device", exploration_noise=0.0),
+    "dreamer full ring": lambda: _dreamer(buffer_size=40),
     "dreamer pixels": lambda: _dreamer(_Pictures()),
     "dreamer two envs": lambda: _dreamer(make_vec_env(PENDULUM, 2), nonfinite="skip"),
     "dreamer schedule": lambda: _dreamer(learning_rate=LinearSchedule(1e-3, 0.0, 1.0)),
+    "dreamer bf16": lambda: _dreamer(bf16=True),
+    "dreamer pretrained": _pretrained,
+    "dreamer loaded": Loaded(_dreamer),
+    "dreamer resumed": Resumed(lambda: _dreamer(_rewindable(CARTPOLE))),
+    "dreamer resumed, episodes cut": Resumed(lambda: _dreamer(storage="disk")),
     **{f"daappo {name}": partial(_daappo, action_source=name)
        for name in ("none", "dynamics", "q", "states")},
     "daappo rewind": lambda: _daappo(Rewindable(gym.make(CARTPOLE)), action_source="rewind"),
     "daappo tpx": lambda: _daappo(estimator="tpx", normalize_advantage=False),
     "daappo rp q": lambda: _daappo(action_source="q", estimator="rp", n_q=1),
+    "daappo tpx q": lambda: _daappo(action_source="q", estimator="tpx", n_q=3),
     "daappo others": lambda: _daappo(extra_baseline="leave-one-out", clip_range_vf=0.2),
     "daappo matched": lambda: _daappo(real_advantage="matched_horizon", timeout_bootstrap=False),
     "daappo clips": lambda: _daappo(action_source="none", separate_grad_clip=True),
+    "daappo clips model": lambda: _daappo(separate_grad_clip=True, ent_coef=0.01, target_kl=0.01),
     "daappo growing": lambda: _daappo(grow_fraction=0.8, dynamics_warmup=32),
     "daappo tanh": lambda: _daappo(policy="TanhMeanPolicy", dynamics_target="next"),
+    "daappo raw": lambda: _daappo(
+        dynamics_normalise=False, dynamics_activation="leaky_relu", dynamics_target="next",
+        dynamics_steps=3, dynamics_buffer_size=50,
+    ),
+    "daappo warm-up q": lambda: _daappo(action_source="q", dynamics_warmup=40),
+    "daappo relu": lambda: _daappo(policy_kwargs={"net_arch": [8], "activation_fn": nn.ReLU}),
+    "daappo schedules": lambda: _daappo(
+        learning_rate=LinearSchedule(1e-3, 0.0, 1.0), clip_range=LinearSchedule(0.3, 0.1, 0.5)
+    ),
     "daappo normalised": lambda: _daappo(VecNormalize(make_vec_env(PENDULUM, 2))),
+    "daappo loaded": Loaded(_daappo),
+    "daappo resumed": Resumed(lambda: _daappo(VecNormalize(_rewindable(CARTPOLE)))),
+    "daappo rewind resumed": Resumed(
+        lambda: _daappo(VecNormalize(_rewindable(CARTPOLE)), action_source="rewind")
+    ),
 }  # fmt: skip
 
 
-class _Keys(KVWriter):
-    def __init__(self) -> None:
-        self.keys: set[str] = set()
-
-    def write(
-        self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
-    ) -> None:
-        self.keys |= set(key_values)
-
-    def close(self) -> None:
-        """Do nothing; there is nothing to close."""
+# ----------------------------------------------------------------------------------------
+# hashes
+# ----------------------------------------------------------------------------------------
 
 
-def fingerprint(make: Callable[[], Any]) -> dict[str, str]:
-    """Train a new agent and hash its parameters, optimiser states, generators and key names.
+def fingerprint(setting: Make | Run) -> dict[str, str]:
+    """Train a new agent and hash its state, file, log and all generators.
 
     Args:
-        make: () -> a seeded agent.
+        setting: () -> a seeded agent, or how to train one.
     Returns:
-        Name -> hash or list of names.
+        Path of the entry -> hash; "attributes" -> names of the agent's attributes.
     """
-    torch.manual_seed(0)
+    random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (stable-baselines3 draws from it)
-    agent, keys = make(), _Keys()
-    agent.set_logger(Logger(None, [keys]))
-    agent.learn(STEPS)
-    found = {f"parameters {k}": _hash(v) for k, v in _leaves(agent.get_parameters())}
-    with tempfile.TemporaryDirectory() as folder:
-        state = agent.state_dict(Path(folder))
-        files = sorted(
-            re.sub(r"_[0-9a-f]{8}\.zip$", "", path.name) for path in Path(folder).iterdir()
-        )
-    tokenless = re.compile(r"_[0-9a-f]{8}\.zip")
-    found |= {
-        f"training {k}": _hash(tokenless.sub("", v) if isinstance(v, str) else v)
-        for k, v in _leaves(state)
+    torch.manual_seed(0)
+    run, log = setting if isinstance(setting, Run) else Run(setting), _Log()
+    with tempfile.TemporaryDirectory() as run_folder, tempfile.TemporaryDirectory() as folder:
+        agent = run(log, Path(run_folder))
+        found: dict[str, Any] = {
+            "file": agent.file_values(),
+            "training": agent.state_dict(Path(folder)),
+            "segments": _contents(Path(folder)),
+            "checkpoints": _contents(Path(run_folder), "checkpoint_*.zip"),
+            "log": log.values,
+            "generators": {
+                "python": random.getstate(),
+                "numpy": np.random.get_state(),  # noqa: NPY002
+                "torch": torch.get_rng_state(),
+            },
+        }
+    hashes = {
+        name: "varies" if VARIES.search(name) else _hash(value)
+        for part, values in found.items()
+        for name, value in _leaves(values, part)
     }
-    found["segments"] = " ".join(files)
-    found["attributes"] = " ".join(sorted(vars(agent)))
-    found["file keys"] = " ".join(sorted(agent.file_values()["attributes"]))
-    found["log keys"] = " ".join(sorted(keys.keys))
-    found["counters"] = f"{agent.num_timesteps} {agent._n_updates}"
-    found["torch generator"] = _hash(torch.get_rng_state())
-    found["numpy generator"] = _hash(np.random.get_state(legacy=False)["state"]["key"])  # noqa: NPY002
-    return found
+    return {**hashes, "attributes": " ".join(sorted(vars(agent)))}
 
 
-def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [leaf for k, v in value.items() for leaf in _leaves(v, f"{name}.{k}")]
-    if isinstance(value, list | tuple):
-        return [leaf for k, v in enumerate(value) for leaf in _leaves(v, f"{name}.{k}")]
-    return [(name, value)]
+def _contents(folder: Path, pattern: str = "*.zip") -> dict[str, Any]:
+    """What is in the files, whose bytes hold times and random names."""
+    return {TOKEN.sub("", path.name): safe_file.read(path) for path in folder.glob(pattern)}
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """The entries of nested containers, each with its path; a list of numbers is one entry."""
+    if isinstance(value, dict) and value:
+        for key, entry in value.items():
+            yield from _leaves(entry, f"{name}.{key}")
+    elif isinstance(value, list | tuple | deque) and not _is_plain(value):
+        for index, entry in enumerate(value):
+            yield from _leaves(entry, f"{name}.{index}")
+    else:
+        yield name, value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `repr` says all of it."""
+    if isinstance(value, list | tuple | deque):
+        return all(_is_plain(entry) for entry in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _hash(value: Any) -> str:
+    """Hash of a tensor or array with its type and shape, of a class's name, or of the repr."""
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().contiguous().numpy()
-    data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+        value = value.detach().cpu().contiguous()
+        raw = value.reshape(-1).view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16
+        data = f"{value.dtype} {tuple(value.shape)} ".encode() + raw
+    elif isinstance(value, np.ndarray | np.generic):
+        data = f"{value.dtype} {value.shape} ".encode() + value.tobytes()
+    elif isinstance(value, type):
+        data = value.__name__.encode()  # modules move
+    else:
+        data = TOKEN.sub("", ADDRESS.sub("", repr(value))).encode()
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------
+# comparison
+# ----------------------------------------------------------------------------------------
+
+
+def _machine() -> str:
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return f"PyTorch {torch.__version__}, NumPy {np.__version__}, {cpu}"
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], shown: int = 5) -> list[str]:
+    """What differs between two files: up to three lines for each run, with the first entries.
+
+    Raises:
+        ValueError: the files are of different formats.
+    """
+    if before.get("format") != FORMAT:
+        raise ValueError(
+            f"the file has format {before.get('format', 1)} and this is format {FORMAT}: other "
+            "things were hashed; write the file again, with this script on the commit before"
+        )
+    lines = []
+    for name in sorted({*before["runs"], *after["runs"]}):
+        old, new = before["runs"].get(name), after["runs"].get(name)
+        if old is None or new is None:
+            lines.append(f"{name}: only {'after' if old is None else 'before'}")
+            continue
+        kinds = {
+            "differ": [key for key in old if key in new and old[key] != new[key]],
+            "only before": [key for key in old if key not in new],
+            "only after": [key for key in new if key not in old],
+        }
+        for kind, keys in kinds.items():
+            if keys:
+                rest = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+                lines.append(f"{name}, {kind}: {', '.join(sorted(keys)[:shown])}{rest}")
+    if lines and before["machine"] != after["machine"]:
+        lines.append(f"before: {before['machine']}; after: {after['machine']}")
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -186,25 +368,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--out", type=Path, help="write the hashes to this file")
     wanted.add_argument("--compare", type=Path, help="compare with the hashes in this file")
+    parser.add_argument(
+        "--only", default="", metavar="SUBSTRING", help="only settings whose name contains this"
+    )
     options = parser.parse_args(arguments)
+    names = [name for name in SETTINGS if options.only in name]
+    if not names:
+        parser.error(f"--only: no setting contains {options.only!r}")
+    before = json.loads(options.compare.read_text()) if options.compare else None
+    if before:
+        try:  # now, not after all the runs
+            differences(before, before)
+        except ValueError as error:
+            print(f"error: {options.compare}: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
     torch.set_num_threads(1)
-    found = {}
-    for name, make in SETTINGS.items():
-        found[name] = fingerprint(make)
-        print(f"{name}: {len(found[name])} hashes", flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{options.out}: {len(found)} runs")
+    after: dict[str, Any] = {"format": FORMAT, "machine": _machine(), "runs": {}}
+    for name in names:
+        after["runs"][name] = fingerprint(SETTINGS[name])
+        print(f"{name}: {len(after['runs'][name])} hashes", flush=True)
+    if before is None:
+        options.out.write_text(json.dumps(after, indent=1) + "\n")
+        print(f"{options.out}: {len(names)} runs")
         return
-    before = json.loads(options.compare.read_text())
-    differences = [
-        f"{name}: {what}"
-        for name in sorted({*before, *found})
-        for what in sorted({*before.get(name, {}), *found.get(name, {})})
-        if before.get(name, {}).get(what) != found.get(name, {}).get(what)
-    ]
-    print("\n".join(differences) or f"{len(found)} runs end in the same bits")
-    raise SystemExit(1 if differences else 0)
+    before["runs"] = {k: v for k, v in before["runs"].items() if options.only in k}
+    lines = differences(before, after)
+    print("\n".join(lines) or f"{len(names)} runs end in the same bits")
+    raise SystemExit(1 if lines else 0)
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def test_parameters_that_do_not_fit_change_nothing(make, trained):
             **good, "policy": {**good["policy"], name: weight.half()}
         },
         "holds a NaN": {**good, "policy": {**good["policy"], name: weight * float("nan")}},
-        "no state dict": {**good, "policy": [weight]},
+        "is not a state dict": {**good, "policy": [weight]},
     }  # fmt: skip
     for words, given in wrong.items():
         with pytest.raises(ValueError, match=words):

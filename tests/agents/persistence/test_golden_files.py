@@ -7,14 +7,22 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import nn
 
 from totalprop.agents import AGENTS
 from totalprop.agents.persistence import safe_file
-from totalprop.scripts import train
+from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.envs.rewind import Rewindable
+from totalprop.scripts import evaluate, train
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 ACTIONS = json.loads((GOLDEN / "actions.json").read_text())
+CHECKPOINTS = json.loads((GOLDEN / "checkpoints" / "actions.json").read_text())
 RUNS = sorted(path.name for path in (GOLDEN / "runs").iterdir())
+# Of float32 networks on another CPU, whose sums run in another order: about 1e-6 of an activation.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def observations(space):
@@ -31,6 +39,7 @@ def load(name):
 def test_there_is_a_model_for_every_action():
     assert sorted(ACTIONS) == sorted(path.stem for path in (GOLDEN / "models").iterdir())
     assert {name.split("_")[0] for name in ACTIONS} == set(AGENTS) == set(RUNS)
+    assert set(CHECKPOINTS) == set(AGENTS)
 
 
 @pytest.mark.parametrize("name", ACTIONS)
@@ -38,7 +47,7 @@ def test_an_old_model_acts_as_it_did(name, tmp_path):
     agent = load(name)
     seen = observations(agent.observation_space)
     actions = agent.predict(seen, deterministic=True)[0]
-    np.testing.assert_allclose(actions, ACTIONS[name], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(actions, ACTIONS[name], **TOLERANCE)
     agent.save(tmp_path / "again")  # and under today's names
     again = type(agent).load(tmp_path / "again", device="cpu")
     np.testing.assert_array_equal(again.predict(seen, deterministic=True)[0], actions)
@@ -60,6 +69,16 @@ def test_files_name_our_classes_by_stable_names(name, expected, tmp_path):
     assert '"$class": "agents.' not in text
 
 
+def test_old_models_keep_their_settings():
+    relu = load("daappo_relu")
+    assert relu.policy_kwargs["activation_fn"] is nn.ReLU
+    assert any(isinstance(module, nn.ReLU) for module in relu.policy.modules())
+    assert load("pipps_angle").angle_dims == (1,)
+    for name, halfway in [("daappo_relu", 5e-4), ("dreamer_schedule", 5e-4), ("pipps_angle", 0.02)]:
+        assert load(name).lr_schedule(0.5) == pytest.approx(halfway)
+    assert relu.clip_range(0.75) == pytest.approx(0.2)  # from 0.3 to 0.1 in half of the time
+
+
 def test_an_old_replay_loads():
     agent = AGENTS["dreamer"].cls.load(
         GOLDEN / "models" / "dreamer_vector.zip", env=gym.make("Pendulum-v1"), device="cpu"
@@ -74,3 +93,43 @@ def test_an_old_run_resumes(name, tmp_path, capsys):
     train.main(["--resume", str(tmp_path / name)])
     assert "after 6" in capsys.readouterr().out  # from the checkpoint, not from step 0
     assert (tmp_path / name / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_old_checkpoints_of_the_callback_resume(name, tmp_path):
+    folder = shutil.copytree(GOLDEN / "checkpoints" / name, tmp_path / name)
+    env_id = "totalprop/CartPoleSwingUp-v0"
+    env = make_vec_env(lambda: Rewindable(gym.make(env_id)), 2)
+    env = VecNormalize(env) if name == "daappo" else env
+    checkpoints = Checkpoints(folder)
+    agent = checkpoints.load(AGENTS[name].cls, env, "cpu")
+    actions = agent.predict(observations(agent.observation_space), deterministic=True)[0]
+    np.testing.assert_allclose(actions, CHECKPOINTS[name], **TOLERANCE)
+    updates = agent._n_updates
+    checkpoints.restore(agent)
+    assert agent.n_cut_episodes == 0
+    if name == "daappo":
+        assert env.obs_rms.count == pytest.approx(2 + 64, abs=1e-3)  # and the first observations
+    agent.learn(64, callback=checkpoints, reset_num_timesteps=False)
+    assert agent.num_timesteps == 128
+    assert agent._n_updates > updates
+    if name == "dreamer":  # 64 entries of each environment, and the first ones of 3 episodes
+        assert agent.replay_buffer.counts == [67, 67]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("daappo", -1012.62), ("pipps", -29.79)])
+def test_an_old_finished_run_is_evaluated(name, expected, tmp_path, capsys):
+    folder = shutil.copytree(GOLDEN / "finished" / name, tmp_path / name)
+    evaluate.main([str(folder), "--episodes", "2", "--no-gif"])
+    found = float(capsys.readouterr().out.split("return ")[1].split()[0])
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_old_finished_run_is_finished_and_can_be_extended(tmp_path, capsys):
+    folder = shutil.copytree(GOLDEN / "finished" / "pipps", tmp_path / "pipps")
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(folder)])
+    assert "is finished (60 steps)" in capsys.readouterr().err
+    train.main(["--resume", str(folder), "--total-timesteps", "90"])
+    assert "after 60" in capsys.readouterr().out
+    assert json.loads((folder / "evaluations.json").read_text())["timesteps"] == [30, 60, 90]
