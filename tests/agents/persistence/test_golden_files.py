@@ -114,7 +114,7 @@ def test_old_checkpoints_of_the_callback_resume(name, tmp_path):
     assert agent.num_timesteps == 128
     assert agent._n_updates > updates
     if name == "dreamer":  # 64 entries of each environment, and the first ones of 3 episodes
-        assert agent.replay_buffer.counts == [67, 67]
+        assert len(agent.replay_buffer) == 2 * 67
 
 
 @pytest.mark.parametrize(("name", "expected"), [("daappo", -1012.62), ("pipps", -29.79)])
