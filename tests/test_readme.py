@@ -2,8 +2,8 @@
 
 A block whose info string contains `no-run` (```python no-run) is only compiled. The comment
 `<!-- readme-test: A -> B -->` before a block has A replaced by B here: training for
-seconds instead of minutes. Every training command of the README and of `scripts.train`'s help is
-parsed, not run.
+seconds instead of minutes; PIPPS takes 5 gradient steps per trial where a block does not say how
+many. Every training command of the README and of `scripts.train`'s help is parsed, not run.
 """
 
 import re
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from totalprop import PIPPS
 from totalprop.scripts import train
 from totalprop.scripts.run import arguments as train_arguments
 
@@ -47,6 +48,7 @@ def test_readme_block_runs(block, tmp_path, monkeypatch):
     if "no-run" in info:
         return
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PIPPS.__init__.__kwdefaults__, "gradient_steps", 5)
     exec(code, {"__name__": "__main__"})
 
 

@@ -50,6 +50,9 @@ COMMANDS = {  # small, but with everything that a run has
         "--normalize", "both", *CART_POLE,
     ],
 }  # fmt: skip
+# What a run imports on its way: seconds, if each process did it for itself.
+PRELOAD = ["totalprop.scripts.train", *(f"totalprop.agents.{name}" for name in AGENTS)]
+PRELOAD += ["torch._dynamo", "torch.fx.experimental.symbolic_shapes", "matplotlib.figure"]
 LENGTHS = {"pipps": 4, "dreamer": 16, "daappo": 8}  # times those steps: room for 20 and more kills
 RING = 200  # rows of a ring that are compared: the smallest ring of COMMANDS
 WHILE_TRAINING = 0.8  # share of the kills that come after the first checkpoint of a process
@@ -163,7 +166,7 @@ def _wait_for_checkpoint(process: BaseProcess, run: Path, after: int) -> None:
 def _start(arguments: list[str], die_at_sync: int = 0) -> BaseProcess:
     """Train in a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["totalprop.scripts.train"])
+    context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=_train, args=(arguments, die_at_sync))
     process.start()
     return process
