@@ -81,7 +81,7 @@ def test_a_dreamer_run_leaves_everything(dreamer_run):
 def test_a_run_from_pixels_is_evaluated_resumed_and_filmed(tmp_path, capsys):
     pytest.importorskip("dm_control")
     pixels = ["--env-id", "dm_control/pendulum-swingup-v0"]
-    for argument in ("observation=pixels", "render=fast", "action_repeat=20"):
+    for argument in ("observation=pixels", "render=fast", "action_repeat=50"):
         pixels += ["--env-arg", argument]
     train.main([*DREAMER, *pixels, "--runs", str(tmp_path), "--name", "run"])
     train.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "160"])
@@ -199,7 +199,7 @@ def test_rollouts_that_value_an_action_have_noise_of_their_own(monkeypatch):
         return found
 
     monkeypatch.setattr(variance.Sampler, "_step", spy)
-    command = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--trajectories", "2", "--steps", "4"]
+    command = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--trajectories", "2", "--steps", "2"]
     command += ["--horizon", "1", "--rollouts", "5", "--env-arg"]
     for noise, differing in (("noise=4", 5), ("noise=0", 1)):
         runs = []
@@ -207,7 +207,7 @@ def test_rollouts_that_value_an_action_have_noise_of_their_own(monkeypatch):
             seen.clear()
             variance.main([*command, noise])
             runs.append(list(seen))
-        assert runs[0] == runs[1] and len(seen) == 2 * 4 * (2 * 5 + 1)  # the seed holds
+        assert runs[0] == runs[1] and len(seen) == 2 * 2 * (2 * 5 + 1)  # the seed holds
         for i in range(0, len(seen), 11):  # five of each action, and the trajectory's own step
             first, second = seen[i : i + 5], seen[i + 5 : i + 10]
             assert len(set(first)) == len(set(second)) == differing
@@ -320,6 +320,7 @@ def test_normalising_for_an_agent_that_scales_itself_is_one_sentence(tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("sweep_by_fork")
 def test_a_sweep_varies_any_flag_and_draws_any_column(tmp_path, monkeypatch, capsys):
     command = ["sweep", "daappo", "--vary", "action-source", "--values", "none", "q"]
     command += ["--seeds", "0", "1", "--runs", str(tmp_path / "r"), "--out", str(tmp_path / "out")]
