@@ -46,7 +46,7 @@ def bench_dreamer(
             is compared at the first.
         device: "cpu" or "cuda".
         modes: of `MODES`; `rp` and, where it has it, sheeprl at the first horizon with each.
-        peer: time sheeprl too (left out where it is not installed).
+        peer: time sheeprl too (left out unless `make bench-peer` installed it).
     """
     data = _batch(batch, length, device)
     if device == "cpu":

@@ -13,6 +13,7 @@ from totalprop.agents import AGENTS, DreamerTPX
 from totalprop.scripts import evaluate, train
 from totalprop.scripts.bench import pipps as bench
 from totalprop.scripts.bench import ppo as bench_ppo
+from totalprop.scripts.bench import sheeprl_peer
 from totalprop.scripts.run import arguments as train_arguments
 from totalprop.scripts.run import folder as run_folder
 from totalprop.scripts.run import normalisation
@@ -354,3 +355,22 @@ def test_a_normalised_run_without_its_statistics_is_not_evaluated(damage, tmp_pa
     assert stop.value.code != 0 and "return" not in said.out
     error = said.err + str(stop.value.code)
     assert "vec_normalize.json" in error and "Traceback" not in error
+
+
+def test_bench_runs_its_peer_in_an_environment_of_its_own(tmp_path, monkeypatch):
+    peer = tmp_path / "python"
+    monkeypatch.setattr(sheeprl_peer, "PYTHON", peer)
+    with pytest.raises(ImportError, match="make bench-peer"):
+        sheeprl_peer.start_update(horizon=3)
+    peer.write_text('#!/bin/sh\necho ready\nwhile read -r line; do echo >> "$0.log"; echo; done\n')
+    peer.chmod(0o700)
+    update = sheeprl_peer.start_update(horizon=3)
+    for updates in (1, 2):
+        update()
+        assert (tmp_path / "python.log").read_text() == updates * "\n"  # done when it returns
+    peer.write_text("#!/bin/sh\necho another version\n")
+    with pytest.raises(ImportError, match="another version"):
+        sheeprl_peer.start_update(horizon=3)
+    peer.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        sheeprl_peer.start_update(horizon=3)
