@@ -8,16 +8,18 @@ WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+PEER := .venv-peer
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-input
+PIP := $(BIN)/python $(INSTALL)
 INPUTS := pyproject.toml constraints.txt
 # PyTorch starts a thread per core in every process; the processes are the parallelism here.
 THREADS := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format docs bench clean
+.PHONY: help train test lint format docs bench bench-peer clean
 
 help:  ## show this text
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 # The DeepMind Control Suite is installed where an environment of it, or an agent's default, asks for it.
 DMC_AGENTS := $(patsubst agents/%/__init__.py,%,$(shell grep -l '"env_id": "dmc/' agents/*/__init__.py))
@@ -42,21 +44,23 @@ docs: $(VENV)/.docs  ## build the documentation into build/docs; every warning i
 	@echo "open build/docs/index.html"
 
 bench: $(VENV)/.dev  ## time a policy gradient of each estimator: make bench ARGS="dreamer"
-	@$(BIN)/python -m scripts.bench $(ARGS)
+	@$(BIN)/python -m totalprop bench $(ARGS)
 
-clean:  ## remove .venv, caches and build leftovers; runs/ stays
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+bench-peer: $(PEER)/.sheeprl  ## install sheeprl into .venv-peer, for make bench ARGS="dreamer" to compare with
+
+clean:  ## remove .venv, .venv-peer, caches and build leftovers; runs/ stays
+	@rm -rf $(VENV) $(PEER) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # python3 -m venv exists on Debian without ensurepip, so that is what we ask for.
-$(VENV)/.created:
+$(VENV)/.created $(PEER)/.created:
 	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
 	  echo "error: '$(PYTHON)' was not found; install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "error: '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1), totalprop needs 3.10 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "error: '$(PYTHON)' has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@"$(PYTHON)" -m venv --clear $(VENV)
+	@"$(PYTHON)" -m venv --clear $(@D)
 	@touch $@
 
 # One stamp per set of dependencies, touched last, so that an interrupted install is redone.
@@ -82,3 +86,9 @@ $(VENV)/.docs: $(INPUTS) | $(VENV)/.created
 	@echo "Installing totalprop and Sphinx into $(VENV) (once) ..."
 	@$(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@ $(VENV)/.core
+
+# sheeprl's dependencies contradict constraints.txt, so the peer has an environment of its own.
+$(PEER)/.sheeprl: constraints-peer.txt | $(PEER)/.created
+	@echo "Installing sheeprl into $(PEER) (once; it takes a minute or more) ..."
+	@$(PEER)/bin/python $(INSTALL) -c constraints-peer.txt sheeprl
+	@touch $@

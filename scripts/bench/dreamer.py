@@ -50,7 +50,7 @@ def bench_dreamer(
         device: "cpu" or "cuda".
         modes: names in `MODES`. Each is timed at the first horizon with `rp`, and with sheeprl if
             it supports the mode.
-        peer: whether to time sheeprl; skipped if it is not installed.
+        peer: whether to time sheeprl; skipped unless `make bench-peer` has installed it.
     Returns:
         One column of the table.
     """

@@ -3,19 +3,24 @@
 Our Dreamer's speed is compared with it. It calls sheeprl's own `train` (world model, actor, critic)
 on one synthetic batch, with the networks, optimisers and constants of the default `exp=dreamer_v1`,
 for pixels and continuous actions only. Environments, replay, metrics and log folders are left out.
+
+sheeprl's dependencies contradict ours, so it has a virtual environment of its own, made by
+`make bench-peer`. What runs there (`python -m totalprop.scripts.bench.sheeprl_peer SETTINGS`) needs
+nothing beyond sheeprl.
 """
 
 from __future__ import annotations
 
-import contextlib
 import getpass
-import multiprocessing
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,13 +31,16 @@ from torch.distributions import Distribution
 from totalprop.agents.core.memory import keep_freed_memory
 
 VERSION = "0.8.4"
-MISSING = (
-    f"totalprop bench dreamer compares with sheeprl {VERSION}: pip install 'sheeprl=={VERSION}'"
-)
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = ROOT / ".venv-peer" / "bin" / "python"
+READY = "ready"
+MISSING = f"left out: sheeprl {VERSION}, which 'make bench-peer' installs into .venv-peer"
 
 
 def start_update(*, keep_memory: bool = False, **kwargs: Any) -> Callable[[], None]:
-    """Run `make_update` in a separate process, whose allocator has its default settings.
+    """Run `make_update` in a process of sheeprl's environment, whose allocator has its defaults.
+
+    The process ends with this one.
 
     Args:
         keep_memory: use our allocator settings instead, which apply to a whole process.
@@ -40,44 +48,60 @@ def start_update(*, keep_memory: bool = False, **kwargs: Any) -> Callable[[], No
     Returns:
         A function that runs one update and returns when it is done.
     Raises:
-        ImportError: sheeprl is missing, or has another version.
+        ImportError: there is no such environment, or it holds another version.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    settings = (torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32, keep_memory)
-    arguments = (theirs, *settings, kwargs)
-    context.Process(target=_serve, args=arguments, daemon=True).start()
-    problem = ours.recv()
-    if problem is not None:
-        raise ImportError(problem)
+    if not PYTHON.exists():
+        raise ImportError(MISSING)
+    settings = {
+        "threads": torch.get_num_threads(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "keep_memory": keep_memory,
+        "update": kwargs,
+    }
+    process = subprocess.Popen(
+        [str(PYTHON), "-m", "totalprop.scripts.bench.sheeprl_peer", json.dumps(settings)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    requests, answers = process.stdin, process.stdout
+
+    def answer() -> str:
+        line = answers.readline()
+        if not line:
+            raise RuntimeError(f"sheeprl's process ended with exit code {process.wait()}")
+        return line.strip()
+
+    if (found := answer()) != READY:
+        raise ImportError(found)
 
     def update() -> None:
-        ours.send(None)
-        ours.recv()
+        print(file=requests, flush=True)
+        answer()
 
     return update
 
 
-def _serve(
-    connection: Connection, threads: int, tf32: bool, keep_memory: bool, kwargs: dict[str, Any]
-) -> None:
-    torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    if keep_memory:
+def serve(settings: dict[str, Any]) -> None:
+    """Make an update, answer, and run it for every line that comes in until there are no more."""
+    # What sheeprl prints must not be taken for an answer.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    torch.set_num_threads(settings["threads"])
+    torch.backends.cuda.matmul.allow_tf32 = settings["tf32"]
+    if settings["keep_memory"]:
         keep_freed_memory()
     try:
-        update = make_update(**kwargs)
+        update = make_update(**settings["update"])
     except ImportError as error:
-        connection.send(str(error))
+        print(error, file=answers, flush=True)
         return
-    connection.send(None)
-    with contextlib.suppress(EOFError):  # the parent process has closed the pipe
-        while True:
-            connection.recv()
-            update()
-            if kwargs.get("device", "cpu") != "cpu":
-                torch.cuda.synchronize(kwargs["device"])
-            connection.send(None)
+    print(READY, file=answers, flush=True)
+    for _ in sys.stdin:
+        update()
+        device = settings["update"].get("device", "cpu")
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        print(file=answers, flush=True)
 
 
 def make_update(
@@ -125,13 +149,8 @@ def build(
     # Otherwise sheeprl creates a cache in the home folder. This path is PyTorch's own default.
     default = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", default)
-    try:
-        import sheeprl
-    except ImportError as error:
-        raise ImportError(MISSING) from error
-    if sheeprl.__version__ != VERSION:
-        raise ImportError(f"{MISSING} (found {sheeprl.__version__})")
     import hydra
+    import sheeprl
     from gymnasium.spaces import Box
     from gymnasium.spaces import Dict as DictSpace
     from lightning.fabric import Fabric
@@ -140,6 +159,8 @@ def build(
     from sheeprl.algos.dreamer_v1.dreamer_v1 import train
     from sheeprl.utils.utils import dotdict
 
+    if sheeprl.__version__ != VERSION:
+        raise ImportError(f"{MISSING} (found {sheeprl.__version__})")
     overrides = ["exp=dreamer_v1", f"algo.horizon={horizon}", f"algo.compile.enabled={compile}"]
     with hydra.initialize_config_module("sheeprl.configs", version_base="1.3"):
         composed = hydra.compose("config", overrides=overrides)
@@ -186,3 +207,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         Distribution.set_default_validate_args(checks)
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))

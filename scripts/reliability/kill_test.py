@@ -36,6 +36,9 @@ from totalprop.scripts.run.folder import RunFolder, current_commit
 
 COMMON = ["--threads", "1", "--no-progress", "--no-tensorboard", "--checkpoint-seconds", "0"]
 COMMON += ["--eval-episodes", "2"]
+# What a run imports on its way; without this, each process would spend seconds on it.
+PRELOAD = ["totalprop.scripts.train", *(f"totalprop.agents.{name}" for name in AGENTS)]
+PRELOAD += ["torch._dynamo", "torch.fx.experimental.symbolic_shapes", "matplotlib.figure"]
 RING = 200  # rows of a ring that are compared: the size of the smallest in a `small_run`
 WHILE_TRAINING = 0.8  # share of the kills that come after the first checkpoint of a process
 # Keys whose values depend on the clock, or on the step at which a process started.
@@ -100,7 +103,7 @@ def kill_test(
     kills_in_checkpoints: int,
     seed: int,
     *,
-    length: int = 1,
+    length: float = 1,
 ) -> dict[str, Any]:
     """Train an agent once undisturbed and once with kills, and compare the results.
 
@@ -115,7 +118,7 @@ def kill_test(
         A record of the kills and of the differences.
     """
     moments = random.Random(seed)
-    steps = length * AGENTS[agent].small_run["total_timesteps"]
+    steps = round(length * AGENTS[agent].small_run["total_timesteps"])
     arguments = [*small_run(agent, total_timesteps=steps), *COMMON, "--runs", str(folder)]
     quiet, killed = folder / "quiet", folder / "killed"
     process = _start([*arguments, "--name", "quiet"])
@@ -179,7 +182,7 @@ def _start(arguments: list[str], die_at_sync: int = 0) -> BaseProcess:
         die_at_sync: the fsync at which the process kills itself; 0 for never.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["totalprop.scripts.train"])
+    context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=_train, args=(arguments, die_at_sync))
     process.start()
     return process

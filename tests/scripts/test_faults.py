@@ -1,8 +1,6 @@
 """Faults during training: a one-line error, an exit code, and a checkpoint to resume from."""
 
 import csv
-import subprocess
-import sys
 import textwrap
 
 import gymnasium as gym
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.scripts import forked
 from totalprop.agents import DAAPPO, DreamerTPX
 from totalprop.scripts import train
 from totalprop.scripts.reliability import kill_test
@@ -68,7 +67,7 @@ TINY += [*COMMON, "--horizon", "3"]
 @pytest.fixture
 def broken(tmp_path, monkeypatch):
     (tmp_path / "broken_env.py").write_text(BROKEN)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:.")
+    monkeypatch.syspath_prepend(tmp_path)  # a forked process has its parent's path
     return tmp_path
 
 
@@ -83,11 +82,9 @@ def broken(tmp_path, monkeypatch):
     ],
 )
 def test_a_broken_environment(fault, words, code, broken):
-    command = [sys.executable, "-m", "totalprop.scripts.train", *TINY, "--total-timesteps", "100"]
+    command = [*TINY, "--total-timesteps", "100", "--step-timeout", "1"]
     command += ["--env-arg", f"fault={fault}", "--runs", str(broken), "--name", "run"]
-    done = subprocess.run(
-        [*command, "--step-timeout", "1"], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = forked.run("totalprop.scripts.train", command, broken)
     assert done.returncode == code
     error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and words in error[0] and "Traceback" not in done.stderr
@@ -95,18 +92,11 @@ def test_a_broken_environment(fault, words, code, broken):
 
 
 def test_an_extra_step_that_hangs(broken):
-    command = [
-        sys.executable,
-        "-m",
-        "totalprop.scripts.train",
-        "daappo",
-        "--action-source",
-        "rewind",
-    ]
+    command = ["daappo", "--action-source", "rewind"]
     command += ["--n-steps", "10", "--batch-size", "10", "--n-epochs", "1", "--n-extra-actions"]
     command += ["1", "--simulation-horizon", "2", *COMMON, "--env-arg", "fault=extra"]
     command += ["--total-timesteps", "100", "--runs", str(broken), "--step-timeout", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = forked.run("totalprop.scripts.train", command, broken)
     assert done.returncode == HUNG
     assert "env.extra_step has not returned for 1 s" in done.stderr
 
@@ -131,6 +121,24 @@ class OutOfMemory(torch.OutOfMemoryError):
     pass
 
 
+SHORT_DREAMER = [*kill_test.small_run("dreamer", total_timesteps=120), *kill_test.COMMON]
+SHORT_DREAMER += ["--learning-rate-schedule", "linear"]
+
+
+@pytest.fixture(scope="module")
+def quiet_run(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    train.main([*SHORT_DREAMER, "--runs", str(runs), "--name", "quiet"])
+    return runs / "quiet"
+
+
+def test_a_falling_step_size_is_logged(quiet_run):
+    with open(quiet_run / "progress.csv", newline="") as file:
+        rates = [row["train/learning_rate"] for row in csv.DictReader(file)]
+    rates = [float(rate) for rate in rates if rate]  # evaluations have separate rows
+    assert rates == sorted(rates, reverse=True) and rates[-1] == 0 < rates[0] <= 3e-4
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -141,31 +149,24 @@ class OutOfMemory(torch.OutOfMemoryError):
     ],
 )
 def test_a_fault_while_learning_is_one_sentence_and_the_run_goes_on(
-    error, words, tmp_path, capsys, monkeypatch
+    error, words, quiet_run, tmp_path, capsys, monkeypatch
 ):
-    command = [*kill_test.small_run("dreamer"), *kill_test.COMMON, "--runs", str(tmp_path)]
-    command += ["--learning-rate-schedule", "linear"]
-    train.main([*command, "--name", "quiet"])
-    with open(tmp_path / "quiet" / "progress.csv", newline="") as file:
-        rates = [row["train/learning_rate"] for row in csv.DictReader(file)]
-    rates = [float(rate) for rate in rates if rate]  # evaluations have separate rows
-    assert rates == sorted(rates, reverse=True) and rates[-1] == 0 < rates[0] <= 3e-4
     calls = []
 
     def fail(agent, steps, learn=DreamerTPX.train):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == 2:
             raise error
         learn(agent, steps)
 
     with monkeypatch.context() as patch:
         patch.setattr(DreamerTPX, "train", fail)
         with pytest.raises(SystemExit) as stop:
-            train.main([*command, "--name", "failed"])
+            train.main([*SHORT_DREAMER, "--runs", str(tmp_path), "--name", "failed"])
     output = capsys.readouterr().err
     assert stop.value.code == 1 and words in output and "Traceback" not in output
     train.main(["--resume", str(tmp_path / "failed")])
-    assert kill_test.differences("dreamer", tmp_path / "quiet", tmp_path / "failed") == []
+    assert kill_test.differences("dreamer", quiet_run, tmp_path / "failed") == []
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """The commands, end to end with tiny settings, and with wrong input."""
 
+import contextlib
 import csv
+import io
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,13 +23,26 @@ def run(tmp_path, *extra, name="run"):
     return tmp_path / name
 
 
-def test_a_run_leaves_everything_and_says_so(tmp_path, capsys):
-    folder = run(tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that several tests read: its folder, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        folder = run(tmp_path_factory.mktemp("runs"))
+    return SimpleNamespace(folder=folder, output=output.getvalue())
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same run, to be changed."""
+    return shutil.copytree(finished.folder, tmp_path / "run")
+
+
+def test_a_run_leaves_everything_and_says_so(finished):
+    folder, output = finished.folder, finished.output
     names = {path.name for path in folder.iterdir()}
     expected = {"config.json", "model.zip", "progress.csv", "evaluations.json", "summary.json"}
     assert expected | {"learning_curve.png", "rollout.gif"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    output = capsys.readouterr().out
     assert "NO SUCCESS: cost" in output and str(folder) in output and "Next:" in output
     evaluations = json.loads((folder / "evaluations.json").read_text())
     assert evaluations["timesteps"] == [30, 60]
@@ -34,48 +50,45 @@ def test_a_run_leaves_everything_and_says_so(tmp_path, capsys):
     assert json.loads((folder / "config.json").read_text())["arguments"]["n_particles"] == 20
 
 
-def test_the_gif_shows_one_episode(tmp_path):
+def test_the_gif_shows_one_episode(finished):
     from PIL import Image
 
-    with Image.open(run(tmp_path) / "rollout.gif") as gif:
+    with Image.open(finished.folder / "rollout.gif") as gif:
         assert gif.n_frames == 30  # the start, and every step except the last, which has reset
         assert gif.info["duration"] == 100  # ms: 10 Hz
 
 
-def test_evaluate_loads_the_run(tmp_path, capsys):
-    folder = run(tmp_path)
-    capsys.readouterr()
-    evaluate.main([str(folder), "--episodes", "4"])
+def test_evaluate_loads_the_run(copied, capsys):
+    evaluate.main([str(copied), "--episodes", "4"])
     output = capsys.readouterr().out
     assert "over 4 episodes" in output
-    assert (folder / "evaluation.gif").stat().st_size > 1000
-    evaluate.main([str(folder), "--episodes", "4", "--no-gif"])
+    assert (copied / "evaluation.gif").stat().st_size > 1000
+    evaluate.main([str(copied), "--episodes", "4", "--no-gif"])
     again = capsys.readouterr().out
     assert output.splitlines()[0] == again.splitlines()[0]  # same seed, same returns
 
 
 @pytest.mark.parametrize("path", ["missing/a.gif", "a.jpeg2", "file/a.gif"])
-def test_evaluate_looks_at_the_picture_s_folder_first(path, tmp_path, capsys, monkeypatch):
-    folder = run(tmp_path)
+def test_evaluate_looks_at_the_picture_s_folder_first(
+    path, finished, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(evaluate, "evaluate_policy", None)  # the rollouts would be wasted
-    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        evaluate.main([str(folder), "--gif", str(tmp_path / path)])
+        evaluate.main([str(finished.folder), "--gif", str(tmp_path / path)])
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
     assert path in error
 
 
-def test_the_same_command_twice_gives_the_same_numbers(tmp_path):
-    first, second = (run(tmp_path, "--seed", "5", name=name) for name in ("a", "b"))
+def test_the_same_command_twice_gives_the_same_numbers(finished, tmp_path):
+    first, second = finished.folder, run(tmp_path)
     assert (first / "evaluations.json").read_bytes() == (second / "evaluations.json").read_bytes()
     other = run(tmp_path, "--seed", "6", name="c")
     assert (first / "evaluations.json").read_bytes() != (other / "evaluations.json").read_bytes()
 
 
-def test_a_taken_name_is_not_overwritten(tmp_path):
-    run(tmp_path)
+def test_a_taken_name_is_not_overwritten(copied, tmp_path):
     before = (tmp_path / "run" / "evaluations.json").read_bytes()
     run(tmp_path, "--seed", "9")
     assert (tmp_path / "run" / "evaluations.json").read_bytes() == before
@@ -142,11 +155,10 @@ def test_unknown_agent(capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 truncated"])
-def test_a_file_that_is_no_model_is_one_sentence(tmp_path, capsys, content):
-    folder = run(tmp_path)
-    (folder / "model.zip").write_bytes(content)
+def test_a_file_that_is_no_model_is_one_sentence(copied, capsys, content):
+    (copied / "model.zip").write_bytes(content)
     with pytest.raises(SystemExit) as caught:
-        evaluate.main([str(folder)])
+        evaluate.main([str(copied)])
     assert caught.value.code == 1
     error = capsys.readouterr().err
     assert "cannot load" in error and "Traceback" not in error
@@ -172,8 +184,8 @@ def test_a_missing_picture_does_not_lose_the_run(error, tmp_path, capsys, monkey
     assert (folder / "summary.json").exists()
 
 
-def test_every_evaluation_is_a_row_of_progress(tmp_path):
-    folder = run(tmp_path)
+def test_every_evaluation_is_a_row_of_progress(finished):
+    folder = finished.folder
     with open(folder / "progress.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["eval/mean_reward"]]
     found = {int(row["time/total_timesteps"]): float(row["eval/mean_reward"]) for row in rows}
@@ -217,6 +229,7 @@ def test_sweep_runs_reports_and_goes_on(tmp_path, capsys, monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("sweep_by_fork")
 def test_a_sweep_over_environments(tmp_path, monkeypatch):
     name = "totalprop/CartPoleSwingUp-v0"
     command = ["sweep", "pipps", "--vary", "env-id", "--values", name, "--seeds", "0"]
@@ -230,8 +243,8 @@ def test_a_sweep_over_environments(tmp_path, monkeypatch):
     assert list(results) == [name]
 
 
-def test_a_sweep_takes_no_runs_of_other_flags(tmp_path, capsys, monkeypatch):
-    run(tmp_path / "runs", name="tpx_seed0")
+def test_a_sweep_takes_no_runs_of_other_flags(finished, tmp_path, capsys, monkeypatch):
+    shutil.copytree(finished.folder, tmp_path / "runs" / "tpx_seed0")
     command = ["sweep", "pipps", "--estimators", "tpx", "--seeds", "0"]
     command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--report-only"]
     monkeypatch.setattr("sys.argv", [*command, "--", *TINY[1:]])
@@ -248,10 +261,10 @@ def test_a_sweep_takes_no_runs_of_other_flags(tmp_path, capsys, monkeypatch):
         assert f"is a run with {name}={found!r}, not {wanted!r}; choose another folder" in error
 
 
-def test_a_sweep_says_that_a_run_failed(tmp_path, monkeypatch, capsys):
+def test_a_sweep_says_that_a_run_failed(finished, tmp_path, monkeypatch, capsys):
     command = ["sweep", "pipps", "--estimators", "tpx", "--seeds", "0", "1", "--jobs", "1"]
     command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
-    run(tmp_path / "runs", name="tpx_seed0")
+    shutil.copytree(finished.folder, tmp_path / "runs" / "tpx_seed0")
     monkeypatch.setattr(sweep.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1))
     monkeypatch.setattr("sys.argv", [*command, "--", *TINY[1:]])
     with pytest.raises(SystemExit, match=r"^error: 1 of the runs failed"):

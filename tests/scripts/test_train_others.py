@@ -13,6 +13,7 @@ from totalprop.agents import AGENTS, DreamerTPX
 from totalprop.scripts import evaluate, train
 from totalprop.scripts.bench import pipps as bench
 from totalprop.scripts.bench import ppo as bench_ppo
+from totalprop.scripts.bench import sheeprl_peer
 from totalprop.scripts.run import arguments as train_arguments
 from totalprop.scripts.run import folder as run_folder
 from totalprop.scripts.run import normalisation
@@ -81,7 +82,7 @@ def test_a_dreamer_run_leaves_everything(dreamer_run):
 def test_a_run_from_pixels_is_evaluated_resumed_and_filmed(tmp_path, capsys):
     pytest.importorskip("dm_control")
     pixels = ["--env-id", "dm_control/pendulum-swingup-v0"]
-    for argument in ("observation=pixels", "render=fast", "action_repeat=20"):
+    for argument in ("observation=pixels", "render=fast", "action_repeat=50"):
         pixels += ["--env-arg", argument]
     train.main([*DREAMER, *pixels, "--runs", str(tmp_path), "--name", "run"])
     train.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "160"])
@@ -199,7 +200,7 @@ def test_rollouts_that_value_an_action_have_noise_of_their_own(monkeypatch):
         return found
 
     monkeypatch.setattr(variance.Sampler, "_step", spy)
-    command = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--trajectories", "2", "--steps", "4"]
+    command = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--trajectories", "2", "--steps", "2"]
     command += ["--horizon", "1", "--rollouts", "5", "--env-arg"]
     for noise, differing in (("noise=4", 5), ("noise=0", 1)):
         runs = []
@@ -207,7 +208,7 @@ def test_rollouts_that_value_an_action_have_noise_of_their_own(monkeypatch):
             seen.clear()
             variance.main([*command, noise])
             runs.append(list(seen))
-        assert runs[0] == runs[1] and len(seen) == 2 * 4 * (2 * 5 + 1)  # same seed, same steps
+        assert runs[0] == runs[1] and len(seen) == 2 * 2 * (2 * 5 + 1)  # same seed, same steps
         for i in range(0, len(seen), 11):  # five per action, and the step of the trajectory
             first, second = seen[i : i + 5], seen[i + 5 : i + 10]
             assert len(set(first)) == len(set(second)) == differing
@@ -320,6 +321,7 @@ def test_normalising_for_an_agent_that_scales_itself_is_one_sentence(tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("sweep_by_fork")
 def test_a_sweep_varies_any_flag_and_draws_any_column(tmp_path, monkeypatch, capsys):
     command = ["sweep", "daappo", "--vary", "action-source", "--values", "none", "q"]
     command += ["--seeds", "0", "1", "--runs", str(tmp_path / "r"), "--out", str(tmp_path / "out")]
@@ -353,3 +355,22 @@ def test_a_normalised_run_without_its_statistics_is_not_evaluated(damage, tmp_pa
     assert stop.value.code != 0 and "return" not in said.out
     error = said.err + str(stop.value.code)
     assert "vec_normalize.json" in error and "Traceback" not in error
+
+
+def test_bench_runs_its_peer_in_an_environment_of_its_own(tmp_path, monkeypatch):
+    peer = tmp_path / "python"
+    monkeypatch.setattr(sheeprl_peer, "PYTHON", peer)
+    with pytest.raises(ImportError, match="make bench-peer"):
+        sheeprl_peer.start_update(horizon=3)
+    peer.write_text('#!/bin/sh\necho ready\nwhile read -r line; do echo >> "$0.log"; echo; done\n')
+    peer.chmod(0o700)
+    update = sheeprl_peer.start_update(horizon=3)
+    for updates in (1, 2):
+        update()
+        assert (tmp_path / "python.log").read_text() == updates * "\n"  # done when it returns
+    peer.write_text("#!/bin/sh\necho another version\n")
+    with pytest.raises(ImportError, match="another version"):
+        sheeprl_peer.start_update(horizon=3)
+    peer.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        sheeprl_peer.start_update(horizon=3)

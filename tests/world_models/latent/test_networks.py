@@ -253,7 +253,10 @@ def test_chunks_change_nothing(chunk, monkeypatch):
     assert sizes == [5, 5]
     monkeypatch.setattr(networks, "CPU_CHUNK", chunk)
     sizes.clear()
-    torch.testing.assert_close(outcome(), whole, rtol=1e-4, atol=1e-3)
+    for found, expected in zip(outcome(), whole, strict=True):
+        # A sum in another order is off by the round-off of its largest terms, not of its value.
+        error = (found - expected).abs().max() / expected.abs().max()
+        assert error <= 1e-5
     once = [chunk] * (5 // chunk) + [5 % chunk] * (5 % chunk > 0)
     assert sizes == 2 * [min(n, 5) for n in once]
 

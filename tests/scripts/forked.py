@@ -1,0 +1,39 @@
+"""Commands of ours in processes forked from one that has imported everything, which saves seconds.
+
+A process of its own is what these tests need: it hangs, is killed, or holds a lock. That Python
+starts and finds the command is tested elsewhere.
+"""
+
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from totalprop.scripts.reliability.kill_test import PRELOAD
+
+
+def run(module: str, arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Call `module.main(arguments)` in a process of its own.
+
+    Args:
+        folder: for the files that take the output.
+    Returns:
+        As of `subprocess.run(..., capture_output=True, text=True)`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    paths = [folder / "stdout.txt", folder / "stderr.txt"]
+    process = context.Process(target=_main, args=(module, arguments, paths))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, f"{module} {arguments} has not ended in 120 s"
+    return subprocess.CompletedProcess(arguments, process.exitcode, *map(Path.read_text, paths))
+
+
+def _main(module: str, arguments: list[str], paths: list[Path]) -> None:
+    for descriptor, path in enumerate(paths, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    importlib.import_module(module).main(arguments)
+    sys.stdout.flush()
