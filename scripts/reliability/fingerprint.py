@@ -48,7 +48,8 @@ Make = Callable[[], Any]
 # Entries whose values depend on the clock, or on where the temporary folder is.
 VARIES = re.compile(r"time/|\.start_time$|ep_info_buffer\.\d+\.t$|\.pretrained_world_model$")
 TOKEN = re.compile(r"_[0-9a-f]{8}(?=\.zip)")  # random, in the names of segments
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of functions
+# In the repr of a function its address, in that of an estimator the paper it cites.
+PROSE = re.compile(r" at 0x[0-9a-f]+|, source='[^']*'")
 
 
 # ----------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def fingerprint(setting: Make | Run) -> dict[str, str]:
     Args:
         setting: () -> a seeded agent, or how to train one.
     Returns:
-        Path of the entry -> hash; "attributes" -> names of the agent's attributes.
+        Path of the entry -> hash; "attributes.NAME" -> nothing more, for each name the agent has.
     """
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (stable-baselines3 draws from it)
@@ -277,7 +278,7 @@ def fingerprint(setting: Make | Run) -> dict[str, str]:
         for part, values in found.items()
         for name, value in _leaves(values, part)
     }
-    return {**hashes, "attributes": " ".join(sorted(vars(agent)))}
+    return {**hashes, **{f"attributes.{name}": "a name" for name in vars(agent)}}
 
 
 def _contents(folder: Path, pattern: str = "*.zip") -> dict[str, Any]:
@@ -315,7 +316,7 @@ def _hash(value: Any) -> str:
     elif isinstance(value, type):
         data = value.__name__.encode()  # modules move
     else:
-        data = TOKEN.sub("", ADDRESS.sub("", repr(value))).encode()
+        data = TOKEN.sub("", PROSE.sub("", repr(value))).encode()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
