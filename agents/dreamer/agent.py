@@ -72,7 +72,7 @@ class DreamerTPX(Algorithm):
         estimator: name in the registry ("rp", "lr", "tps", "tpx", "tpg", ...) or an
             `estimators.Estimator`. Rules that weigh in parameter space use the actor's last layer.
         baseline: baseline of the LR leg: "leave-one-out" over the batch (or the estimator's own),
-            or "critic", the value at the prior's mean (TPX 2023, Sec. 7).
+            or "critic", the value at the prior's mean (Parmas et al. 2023, Sec. 7).
         horizon: imagined states H of each trajectory.
         stop_grad_actor_input: block the gradient into the state that an action was chosen in
             (DreamerV1). Biased, and RP's bias can explode with the horizon: above 15, try False.
@@ -101,7 +101,8 @@ class DreamerTPX(Algorithm):
             never starts from a sequence's last state, which may be terminal (danijar/dreamer).
         discount_scale: weight of the discount head's loss.
         pretrained_world_model: run folder or saved DreamerTPX whose world model this one starts
-            from, with a fresh actor and critic (TPX 2023, App. C.3). The model keeps learning.
+            from, with a fresh actor and critic (Parmas et al. 2023, App. C.3). The model keeps
+            learning.
         nonfinite: what to do when a gradient is not finite: "stop" with an error, or "skip" the
             step and count it (train/skipped_steps).
         bf16: run the networks in bfloat16 (losses stay float32).

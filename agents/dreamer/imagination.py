@@ -35,8 +35,8 @@ class ImaginationSettings:
             unstable system the effect of such actions grows with every step, in the mean and not
             only in the noise (results/dreamer/README.md, "The long horizon").
         discount_weights: weight the return of step t by γᵗ (danijar/dreamer) instead of equally
-            (TPX 2023, Eq. 17). With a discount head, RP ignores how actions change the weights; LR
-            does not.
+            (Parmas et al. 2023, Eq. 17). With a discount head, RP ignores how actions change the
+            weights; LR does not.
         entropy_scale: weight of the policy's entropy in the loss; 0 in DreamerV1.
     """
 
@@ -196,7 +196,7 @@ def lambda_returns(rewards: Tensor, values: Tensor, gamma: Tensor | float, lam: 
 def _last_layer_probe(
     policy: DreamerPolicy, state: State, hidden: Tensor, raw: Tensor, action_noise: Tensor
 ) -> ControlProbe:
-    """Jacobian of (mean, std) with respect to the actor's last layer (TPX 2023, Sec. 4).
+    """Jacobian of (mean, std) with respect to the actor's last layer (Parmas et al. 2023, Sec. 4).
 
     The layer acts through this step's action alone. Its 2A outputs are differentiated in forward
     mode, with one Jacobian-vector product each.

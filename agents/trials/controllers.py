@@ -253,7 +253,7 @@ class Controller:
 
         Args:
             step: 0 for the first call.
-            last_layer: only for the parameters of the last layer (TPX 2023, Sec. 4).
+            last_layer: only for the parameters of the last layer (Parmas et al. 2023, Sec. 4).
         """
         jacobian = self.policy.parameter_jacobian(self.visited[step])
         return DenseJacobian(jacobian[..., self.policy.last_layer] if last_layer else jacobian)

@@ -360,7 +360,7 @@ def check_fit_ignores(column):
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.0, -300.0])
 def test_constant_targets_are_constant_away_from_the_data_too(value):
-    """A clock that ticks by 1 has to go on ticking beyond the times that were seen."""
+    """A clock that ticks by 1 has to keep ticking beyond the times that were seen."""
     gp = GaussianProcess(1, 1)
     gp.set_data(randn(20, 1), torch.full((20, 1), value, dtype=F64))
     assert torch.isfinite(gp.fit()).all()

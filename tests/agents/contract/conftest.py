@@ -69,7 +69,7 @@ class Maker:
         self.cls: type[Algorithm] = self.entry.cls
 
     def arguments(self, **changes: Any) -> dict[str, Any]:
-        """Of the constructor, without the environment."""
+        """Constructor arguments, without the environment."""
         return {**copy.deepcopy(SIZES[self.name]), "seed": 0, "device": "cpu", **changes}
 
     def __call__(self, env: Any = None, **changes: Any) -> Algorithm:

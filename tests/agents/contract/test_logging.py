@@ -31,7 +31,7 @@ def test_the_keys_of_stable_baselines3_are_logged(make):
 
 
 def test_the_success_rate_is_logged(make):
-    """Of an environment whose infos say `is_success` at the end of an episode."""
+    """The infos of the environment report `is_success` at the end of an episode."""
     agent = make()
     dumps = logged(agent)
     agent.learn(28)

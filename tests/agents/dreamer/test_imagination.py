@@ -287,11 +287,11 @@ def test_a_lambda_return_needs_two_states():
         imagine(make(), starts(), draw(1), estimators.make("rp"), BLOCKED)
 
 
-# TPX 2023, Eq. 16 and 17
+# Parmas et al. 2023, Eq. 16 and 17
 
 
 def paper_weights(horizon, gamma, lam):
-    """w_r^t, w_V^t for t = 0 .. H' - 1 and w_V^H' of TPX 2023, Eq. 17."""
+    """w_r^t, w_V^t for t = 0 .. H' - 1 and w_V^H' of Parmas et al. 2023, Eq. 17."""
     x = lam * gamma
     w_r = [(1 - x ** (t + 1)) / (horizon * (1 - x)) for t in range(horizon)]
     w_v = [(1 - x**t) / (horizon * (1 - x)) * (1 - lam) * gamma for t in range(horizon)]
@@ -335,7 +335,7 @@ class SpyEstimator:
 
 
 def test_credit_of_each_node_is_minus_the_dreamer_return():
-    """R_t = w_V^H V_H + Σ_{h ≥ t} (w_r^h r_h + w_V^h V_h): TPX 2023, App. C.1."""
+    """R_t = w_V^H V_H + Σ_{h ≥ t} (w_r^h r_h + w_V^h V_h): Parmas et al. 2023, App. C.1."""
     policy, spy = make(), SpyEstimator()
     settings = replace(UNBLOCKED, discount_weights=False)
     start, noise = starts(), draw()

@@ -113,7 +113,7 @@ def test_adam_starts_anew_for_every_search():
     torch.testing.assert_close(theta(policy), before - 0.1 * g / (g.abs() + 1e-4))
 
 
-# RMSprop of PIPPS 2018
+# RMSprop of Parmas et al. 2018 (PIPPS)
 
 
 def test_rmsprop2018_first_two_steps_by_hand():

@@ -54,7 +54,7 @@ def count(policy):
 
 @pytest.mark.parametrize(("angle_dims", "expected"), [((), 254), ((1,), 305)])
 def test_rbf_parameter_count_on_the_cartpole(angle_dims, expected):
-    """50 (S + 1) + S: TPX 2023, App. B, "about 250 parameters"."""
+    """50 (S + 1) + S: Parmas et al. 2023, App. B, "about 250 parameters"."""
     assert count(RBFPolicy(CARTPOLE, actions(1), angle_dims=angle_dims)) == expected
 
 
