@@ -8,6 +8,7 @@ totalprop train dreamer --preset laptop --env-id dm_control/walker-walk-v0 --hor
 totalprop train dreamer --env-id dm_control/walker-walk-v0 --env-arg observation=pixels
 totalprop train daappo --env-id dm_control/cartpole-swingup-v0 --env-arg action_repeat=4
 totalprop train daappo --preset recommended --action-source rewind
+totalprop train --config runs/NAME --seed 1            # the settings of a run, with another seed
 totalprop train --resume runs/NAME                     # continue after a kill or Ctrl-C
 """
 

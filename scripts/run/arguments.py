@@ -106,7 +106,7 @@ def _base(hint: Any) -> Any:
 
 
 def _metavar(hint: Any) -> str | None:
-    """A number's type and range, INT ≥ 2; None where tyro's own text is enough."""
+    """Return a number's type and range, such as INT ≥ 2; None where tyro's own text is enough."""
     members = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for member in members:
         for found in getattr(member, "__metadata__", ()):
@@ -145,13 +145,13 @@ def _parse(arguments: list[str], usage: str) -> Job:
             raise SystemExit(0)
         what = f"unknown agent '{agent}'" if agent else "an agent must be named"
         raise UserError(f"{what}; choose one of {known}")
-    if settings.pop("agent", agent) != agent:
-        raise UserError(f"{config} is of another agent than {agent}")
+    if (named := settings.pop("agent", agent)) != agent:
+        raise UserError(f"{config} is for {named}, not {agent}")
     flags = arguments[1:]
     preset = _take(flags, "--preset")
-    named = settings.pop("preset", "")
-    entry, preset = AGENTS[agent], named if preset is None else preset
-    if preset not in entry.presets and not (preset == named == ""):
+    in_config = settings.pop("preset", "")
+    entry, preset = AGENTS[agent], in_config if preset is None else preset
+    if preset not in entry.presets and not (preset == in_config == ""):
         raise UserError(f"unknown preset '{preset}'; choose one of {', '.join(entry.presets)}")
     defaults, repeat = _defaults(agent, preset)
     if config is not None:

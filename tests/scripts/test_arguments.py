@@ -222,7 +222,7 @@ def test_a_wrong_config_is_one_sentence(tmp_path, capsys, text, words):
 def test_a_config_of_another_agent_or_none_is_refused(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text("agent: pipps\n")
-    assert "is of another agent than dreamer" in refused(capsys, "dreamer", "--config", str(path))
+    assert "is for pipps, not dreamer" in refused(capsys, "dreamer", "--config", str(path))
     assert "cannot read" in refused(capsys, "--config", str(tmp_path / "none.yaml"))
 
 
