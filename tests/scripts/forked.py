@@ -9,27 +9,28 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from totalprop.scripts.reliability.kill_test import PRELOAD
 
 
-def run(module: str, arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
+def run(module: str, arguments: list[str]) -> subprocess.CompletedProcess:
     """Call `module.main(arguments)` in a process of its own.
 
-    Args:
-        folder: for the files that take the output.
     Returns:
         As of `subprocess.run(..., capture_output=True, text=True)`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    paths = [folder / "stdout.txt", folder / "stderr.txt"]
-    process = context.Process(target=_main, args=(module, arguments, paths))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, f"{module} {arguments} has not ended in 120 s"
-    return subprocess.CompletedProcess(arguments, process.exitcode, *map(Path.read_text, paths))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = context.Process(target=_main, args=(module, arguments, paths))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, f"{module} {arguments} has not ended in 120 s"
+        output = [path.read_text() for path in paths]
+    return subprocess.CompletedProcess(arguments, process.exitcode, *output)
 
 
 def _main(module: str, arguments: list[str], paths: list[Path]) -> None:

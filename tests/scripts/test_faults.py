@@ -84,7 +84,7 @@ def broken(tmp_path, monkeypatch):
 def test_a_broken_environment(fault, words, code, broken):
     command = [*TINY, "--total-timesteps", "100", "--step-timeout", "1"]
     command += ["--env-arg", f"fault={fault}", "--runs", str(broken), "--name", "run"]
-    done = forked.run("totalprop.scripts.train", command, broken)
+    done = forked.run("totalprop.scripts.train", command)
     assert done.returncode == code
     error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and words in error[0] and "Traceback" not in done.stderr
@@ -96,7 +96,7 @@ def test_an_extra_step_that_hangs(broken):
     command += ["--n-steps", "10", "--batch-size", "10", "--n-epochs", "1", "--n-extra-actions"]
     command += ["1", "--simulation-horizon", "2", *COMMON, "--env-arg", "fault=extra"]
     command += ["--total-timesteps", "100", "--runs", str(broken), "--step-timeout", "1"]
-    done = forked.run("totalprop.scripts.train", command, broken)
+    done = forked.run("totalprop.scripts.train", command)
     assert done.returncode == HUNG
     assert "env.extra_step has not returned for 1 s" in done.stderr
 

@@ -79,7 +79,7 @@ def test_a_second_process_on_a_run_is_refused(tmp_path, capsys):
     capsys.readouterr()
     with locked(tmp_path / "run"):
         command = ["--resume", str(tmp_path / "run"), "--total-timesteps", "60"]
-        second = forked.run("totalprop.scripts.train", command, tmp_path)
+        second = forked.run("totalprop.scripts.train", command)
     assert second.returncode == 1
     assert "is being trained by another process" in second.stderr
     assert second.stderr.count("\n") == 1

@@ -206,22 +206,26 @@ def test_what_is_to_be_typed_next_runs_from_here(tmp_path, monkeypatch):
     assert run_folder.program("python") == "python"
 
 
-def test_sweep_runs_reports_and_goes_on(tmp_path, capsys, monkeypatch):
-    command = ["sweep", "pipps", "--estimators", "tpx", "--seeds", "0", "1"]
-    command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--jobs", "2"]
-    monkeypatch.setattr("sys.argv", [*command, "--", *TINY[1:7], "--eval-episodes", "5"])
+def test_sweep_runs_reports_and_goes_on(tmp_path, monkeypatch, sweep_by_fork):
+    command = ["sweep", "pipps", "--estimators", "tpx", "--out", str(tmp_path / "out"), "--jobs"]
+    command += ["2", "--runs", str(tmp_path / "runs"), "--seeds", "0"]
+    flags = ["--", *TINY[1:7], "--eval-episodes", "5"]
+    monkeypatch.setattr("sys.argv", [*command, *flags])
+    sweep.main()
+    sweep_by_fork()
+    monkeypatch.setattr("sys.argv", [*command, "1", "2", *flags])
     sweep.main()
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
-    assert {e: sorted(seeds) for e, seeds in results.items()} == {"tpx": ["0", "1"]}
+    assert {e: sorted(seeds) for e, seeds in results.items()} == {"tpx": ["0", "1", "2"]}
     assert len(results["tpx"]["0"]["costs"]) == 2
-    assert (tmp_path / "out" / "table.md").read_text().count("0/2") == 3
+    assert (tmp_path / "out" / "table.md").read_text().count("0/3") == 3
     stamp = (tmp_path / "runs" / "tpx_seed0" / "model.zip").stat().st_mtime_ns
     (tmp_path / "runs" / "tpx_seed1" / "summary.json").unlink()  # as if it had been killed
     sweep.main()
     assert (tmp_path / "runs" / "tpx_seed0" / "model.zip").stat().st_mtime_ns == stamp
     assert "Resuming" in (tmp_path / "runs" / "tpx_seed1.log").read_text()
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert found["results"]["tpx"].keys() == {"0", "1"}
+    assert found["results"]["tpx"].keys() == {"0", "1", "2"}
     assert f"--runs {tmp_path / 'runs'}" in found["command"]
     assert (
         found["commit"]
@@ -229,8 +233,8 @@ def test_sweep_runs_reports_and_goes_on(tmp_path, capsys, monkeypatch):
     )
 
 
-@pytest.mark.usefixtures("sweep_by_fork")
-def test_a_sweep_over_environments(tmp_path, monkeypatch):
+def test_a_sweep_over_environments(tmp_path, monkeypatch, sweep_by_fork):
+    sweep_by_fork()
     name = "totalprop/CartPoleSwingUp-v0"
     command = ["sweep", "pipps", "--vary", "env-id", "--values", name, "--seeds", "0"]
     command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--jobs", "1"]

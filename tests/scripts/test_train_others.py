@@ -321,8 +321,8 @@ def test_normalising_for_an_agent_that_scales_itself_is_one_sentence(tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("sweep_by_fork")
-def test_a_sweep_varies_any_flag_and_draws_any_column(tmp_path, monkeypatch, capsys):
+def test_a_sweep_varies_any_flag_and_draws_any_column(tmp_path, monkeypatch, capsys, sweep_by_fork):
+    sweep_by_fork()
     command = ["sweep", "daappo", "--vary", "action-source", "--values", "none", "q"]
     command += ["--seeds", "0", "1", "--runs", str(tmp_path / "r"), "--out", str(tmp_path / "out")]
     flags = ["--", *DAAPPO[1:-5], *CART_POLE[:2]]
