@@ -31,14 +31,12 @@ from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from totalprop.agents import AGENTS
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.scripts.reliability.preload import PRELOAD
 from totalprop.scripts.run.entry_runs import command
 from totalprop.scripts.run.folder import RunFolder, current_commit
 
 COMMON = ["--threads", "1", "--no-progress", "--no-tensorboard", "--checkpoint-seconds", "0"]
 COMMON += ["--eval-episodes", "2"]
-# What a run imports on its way; without this, each process would spend seconds on it.
-PRELOAD = ["totalprop.scripts.train", *(f"totalprop.agents.{name}" for name in AGENTS)]
-PRELOAD += ["torch._dynamo", "torch.fx.experimental.symbolic_shapes", "matplotlib.figure"]
 RING = 200  # rows of a ring that are compared: the size of the smallest in a `small_run`
 WHILE_TRAINING = 0.8  # share of the kills that come after the first checkpoint of a process
 # Keys whose values depend on the clock, or on the step at which a process started.

@@ -12,8 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from totalprop.scripts.reliability.kill_test import PRELOAD
-
 
 def run(module: str, arguments: list[str]) -> subprocess.CompletedProcess:
     """Call `module.main(arguments)` in a process of its own.
@@ -22,7 +20,6 @@ def run(module: str, arguments: list[str]) -> subprocess.CompletedProcess:
         As of `subprocess.run(..., capture_output=True, text=True)`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("stdout", "stderr")]
         process = context.Process(target=_main, args=(module, arguments, paths))
