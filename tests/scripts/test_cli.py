@@ -53,3 +53,14 @@ def test_an_agent_loads_no_other(name):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_dreamer_loads_nothing_of_gaussian_processes():
+    code = (
+        "import sys; from totalprop.agents import DreamerTPX;"
+        "parts = ('agents.pipps', 'agents.trials', 'world_models.gp');"
+        "print([m for m in sys.modules if m.startswith(tuple('totalprop.' + p for p in parts))]);"
+        "from totalprop.world_models import GaussianProcess; print(GaussianProcess.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\nGaussianProcess\n", done.stderr
