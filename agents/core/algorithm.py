@@ -65,10 +65,14 @@ class Algorithm(BaseAlgorithm):
         Raises:
             ValueError: `env` is wrapped in VecNormalize, and the agent cannot work with that.
         """
+        self.refuse_vec_normalize(env)
+        super().set_env(env, force_reset)
+
+    def refuse_vec_normalize(self, env: GymEnv | None) -> None:
+        """Raise ValueError if `env` is in VecNormalize and the agent cannot work with that."""
         is_normalised = isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None
         if self.no_vec_normalize and is_normalised:
             raise ValueError(self.no_vec_normalize)
-        super().set_env(env, force_reset)
 
     # ----------------------------------------------------------------------------------------
     # files

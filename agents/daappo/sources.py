@@ -313,22 +313,38 @@ class Source:
         self._segments.load(folder, state["transitions"], buffer.capacity, buffer.put_rows)
 
 
-class DynamicsSource(Source):
-    """DAA: each action is followed for H steps through a learned model."""
+class ModelSource(Source):
+    """A source that simulates in a learned dynamics model."""
 
-    is_differentiable = True
     model: MLPDynamics
     optimizer: torch.optim.Optimizer
 
     def _new_model(self) -> MLPDynamics:
-        return _new_dynamics(self.settings)
+        settings = self.settings
+        return MLPDynamics(
+            settings.state_size, settings.action_size,
+            target=settings.target, normalise=settings.normalise,
+            width=settings.width, activation=settings.activation,
+        )  # fmt: skip
 
     def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
         """See `Source.fit`; the data are all transitions kept, not only this rollout's."""
-        return _fit_dynamics(
+        if not len(self.transitions):
+            raise ValueError(
+                "no transition is known: every step is the last of its episode, and VecNormalize "
+                "clips its state; give VecNormalize a larger clip_obs"
+            )
+        transition, reward = mlp_dynamics.fit(
             self.model, self.optimizer, self.transitions,
             steps=steps, batch_size=self.settings.batch_size, rng=self.rng,
         )  # fmt: skip
+        return {"transition_loss": transition, "reward_loss": reward}
+
+
+class DynamicsSource(ModelSource):
+    """DAA: each action is followed for H steps through a learned model."""
+
+    is_differentiable = True
 
     def __call__(
         self, rollout: Rollout, behaviour: Behaviour, k: int, returns: Returns, *, gradient: bool
@@ -370,25 +386,13 @@ class DynamicsSource(Source):
         return returns.advantage(rewards, values)
 
 
-class StatesSource(Source):
+class StatesSource(ModelSource):
     """Simulated states: one rollout of the model from each state; its later steps are the samples.
 
     The K actions of a state are then at K different simulated states.
     """
 
     draws_per_state = False
-    model: MLPDynamics
-    optimizer: torch.optim.Optimizer
-
-    def _new_model(self) -> MLPDynamics:
-        return _new_dynamics(self.settings)
-
-    def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
-        """See `Source.fit`; the data are all transitions kept, not only this rollout's."""
-        return _fit_dynamics(
-            self.model, self.optimizer, self.transitions,
-            steps=steps, batch_size=self.settings.batch_size, rng=self.rng,
-        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(
@@ -542,31 +546,3 @@ SOURCES: dict[str, type[Source] | None] = {
     "rewind": RewindSource,
     "states": StatesSource,
 }
-
-
-def _new_dynamics(settings: SourceSettings) -> MLPDynamics:
-    return MLPDynamics(
-        settings.state_size, settings.action_size,
-        target=settings.target, normalise=settings.normalise,
-        width=settings.width, activation=settings.activation,
-    )  # fmt: skip
-
-
-def _fit_dynamics(
-    model: MLPDynamics,
-    optimizer: torch.optim.Optimizer,
-    transitions: TransitionBuffer,
-    *,
-    steps: int,
-    batch_size: int,
-    rng: np.random.Generator,
-) -> dict[str, float]:
-    if not len(transitions):
-        raise ValueError(
-            "no transition is known: every step is the last of its episode, and VecNormalize clips "
-            "its state; give VecNormalize a larger clip_obs"
-        )
-    transition, reward = mlp_dynamics.fit(
-        model, optimizer, transitions, steps=steps, batch_size=batch_size, rng=rng
-    )
-    return {"transition_loss": transition, "reward_loss": reward}

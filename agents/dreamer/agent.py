@@ -51,10 +51,6 @@ BASELINES = {
     "leave-one-out": estimators.baselines.leave_one_out,
     "critic": estimators.baselines.critic,
 }
-NO_VEC_NORMALIZE = (
-    "DreamerTPX learns to reconstruct raw observations, whose scale VecNormalize keeps changing; "
-    "pass the environment without VecNormalize"
-)
 OPTIMIZED = ("model", "actor", "critic")
 SelfDreamerTPX = TypeVar("SelfDreamerTPX", bound="DreamerTPX")
 
@@ -120,7 +116,10 @@ class DreamerTPX(Algorithm):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"DreamerPolicy": DreamerPolicy}
-    no_vec_normalize: ClassVar[str] = NO_VEC_NORMALIZE
+    no_vec_normalize: ClassVar[str] = (
+        "DreamerTPX learns to reconstruct raw observations, whose scale VecNormalize keeps "
+        "changing; pass the environment without VecNormalize"
+    )
     policy: DreamerPolicy
 
     def __init__(
@@ -525,8 +524,7 @@ class DreamerTPX(Algorithm):
                 "wrap the environment in gymnasium.wrappers.ResizeObservation(env, "
                 f"({IMAGE_SIZE}, {IMAGE_SIZE}))"
             )
-        if self.get_vec_normalize_env() is not None:
-            raise ValueError(NO_VEC_NORMALIZE)
+        self.refuse_vec_normalize(self.env)
         if self.env is not None:
             self._check_sequences(self.env)
         assert np.isfinite(self.action_space.low).all()  # type: ignore[attr-defined]

@@ -45,10 +45,6 @@ from totalprop.world_models.gp import GaussianProcess
 from totalprop.world_models.gp_dynamics import GPDynamics
 
 LEGS = {"score": estimators.legs.score, "biw": estimators.legs.biw}
-NO_VEC_NORMALIZE = (
-    "PIPPS fits its model to raw observations, whose scale VecNormalize keeps changing; "
-    "pass the environment without VecNormalize (the GP scales its inputs itself)"
-)
 # Variants of the 2018 paper that are not estimators of a node: (resample, fixed noise).
 VARIANTS = {"gr": (True, False), "rp-fs": (False, True), "gr-fs": (True, True)}
 
@@ -106,7 +102,10 @@ class PIPPS(Algorithm):
         "RBFPolicy": RBFPolicy,
         "LinearPolicy": LinearPolicy,
     }
-    no_vec_normalize: ClassVar[str] = NO_VEC_NORMALIZE
+    no_vec_normalize: ClassVar[str] = (
+        "PIPPS fits its model to raw observations, whose scale VecNormalize keeps changing; "
+        "pass the environment without VecNormalize (the GP scales its inputs itself)"
+    )
     policy: ControllerPolicy
 
     def __init__(
@@ -500,8 +499,7 @@ class PIPPS(Algorithm):
                 "PIPPS needs a Box action space of shape [A], of real numbers, each with some room "
                 f"between its bounds, got {actions}"
             )
-        if self.get_vec_normalize_env() is not None:
-            raise ValueError(NO_VEC_NORMALIZE)
+        self.refuse_vec_normalize(self.env)
         wrong = [d for d in self.angle_dims if not 0 <= d < space.shape[0]]
         if wrong or len(set(self.angle_dims)) < len(self.angle_dims):
             raise ValueError(
