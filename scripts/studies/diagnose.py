@@ -4,10 +4,16 @@
     totalprop diagnose RUN --estimators rp lr tpx tpg --horizons 15 60 --starts 50
 
 Loads a trained DreamerTPX with its replay, encodes sequences from it, and evaluates the policy
-gradient of every estimator repeatedly from the same encoded states. Reports the expected
-signal-to-noise ratio (ESNR; higher is better) and the gradient's variance, within and between start
-states, at every horizon. The replay comes from the newest checkpoint, or from the file that
-`totalprop train --save-replay` writes, which remains if the checkpoints are deleted.
+gradient of every estimator repeatedly from the same encoded states. At every horizon it reports
+
+- the signal-to-noise ratio of each start state (higher is better), as the median over the states
+  with a 95 % interval, and the mean, which is the paper's ESNR;
+- how far the mean gradient is from LR's, in standard errors, since a precise gradient may be wrong;
+- the gradient's variance, within and between start states, and the norm of its mean.
+
+The entropy bonus is left out of the gradient: it is the same in every estimator and nearly free of
+noise, so that it would hide the difference. The replay comes from the newest checkpoint, or from
+the file that `totalprop train --save-replay` writes, which remains if the checkpoints are deleted.
 
 Parmas et al. 2023 (TPX), App. C.2, Eq. 18 and 19. The paper uses 50 states x 50 gradients of 2500
 trajectories each; the defaults here are smaller.
@@ -18,7 +24,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +41,21 @@ from totalprop.agents import AGENTS, DreamerTPX
 from totalprop.agents.dreamer.imagination import ImaginationNoise
 from totalprop.agents.dreamer.update import DreamerUpdate
 from totalprop.agents.persistence.checkpoint import Checkpoints
-from totalprop.estimators.analysis.diagnostics import GradientStatistics, statistics_of
+from totalprop.estimators.analysis.diagnostics import (
+    GradientStatistics,
+    mean_difference,
+    median_interval,
+    statistics_of,
+)
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, make_env
 from totalprop.world_models.latent.model import State
 
 BLOCKED = """Caution: as in DreamerV1, no gradient passed through the policy's input. RP and LR then
-estimate different gradients (compare their norms above), and a signal-to-noise ratio cannot show
-which of them is right. Compare with --no-stop-grad-actor-input.
+estimate different gradients, and a signal-to-noise ratio cannot show which of them is right.
+Compare with --no-stop-grad-actor-input.
 """
+DIFFERENT = 4.0  # standard errors from LR's mean that we call a difference
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--repeats",
         type=int,
         default=10,
-        help="gradients per state (default: 10; the paper uses 50)",
+        help="gradients per state, at least 4 (default: 10; the paper uses 50)",
     )
     parser.add_argument(
         "--trajectories",
@@ -99,13 +113,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=None, help="folder of the results (default: RUN/diagnosis)"
     )
     options = parser.parse_args(arguments)
-    for name, least in (("starts", 1), ("repeats", 2), ("trajectories", 8), ("threads", 1)):
+    for name, least in (("starts", 1), ("repeats", 4), ("trajectories", 8), ("threads", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if min(options.horizons) < 2:
         parser.error(f"--horizons must be at least 2, got {min(options.horizons)}")
     with ending_with_a_sentence(ValueError):
         diagnose(options)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about one estimator at one horizon.
+
+    Attributes:
+        statistics: of its gradient.
+        from_lr: distance of its mean from LR's, in standard errors; None if LR was not measured.
+    """
+
+    statistics: GradientStatistics
+    from_lr: float | None
+
+    @property
+    def snr(self) -> float:
+        """The median signal-to-noise ratio."""
+        return median_interval(self.statistics.snr).median
+
+
+Results = dict[str, dict[int, Measured]]
 
 
 def diagnose(options: argparse.Namespace) -> None:
@@ -115,14 +150,17 @@ def diagnose(options: argparse.Namespace) -> None:
         estimators.make(name)
     agent = _load(options.run)
     starts = encoded_starts(agent, options.starts, options.seed)
-    results: dict[str, dict[int, GradientStatistics]] = {name: {} for name in options.estimators}
-    total = len(options.horizons) * len(options.estimators)
-    with tqdm(total=total, desc="gradients", leave=False) as bar:
-        for horizon in sorted(options.horizons):
-            for name in options.estimators:
-                gradients = measure(agent, name, horizon, starts, options)
-                results[name][horizon] = statistics_of(gradients)
+    results: Results = {name: {} for name in options.estimators}
+    horizons = sorted(set(options.horizons))
+    with tqdm(total=len(horizons) * len(results), desc="gradients", leave=False) as bar:
+        for horizon in horizons:
+            gradients = {}
+            for name in results:
+                gradients[name] = measure(agent, name, horizon, starts, options)
                 bar.update()
+            for name, found in gradients.items():
+                distance = mean_difference(found, gradients["lr"]) if "lr" in gradients else None
+                results[name][horizon] = Measured(statistics_of(found), distance)
     out = options.out or options.run / "diagnosis"
     out.mkdir(parents=True, exist_ok=True)
     text = f"{table(results)}\n{advice(results)}\n"
@@ -190,14 +228,18 @@ def is_blocked(agent: DreamerTPX, options: argparse.Namespace) -> bool:
 def measure(
     agent: DreamerTPX, name: str, horizon: int, starts: list[State], options: argparse.Namespace
 ) -> Tensor:
-    """Evaluate the policy gradient of one estimator; the noise is the same for all estimators.
+    """Evaluate the policy gradient of one estimator, without the entropy bonus.
+
+    The noise is the same for all estimators.
 
     Returns:
         [S, M, P] gradients, M repeats from each of S starts.
     """
     trained = agent._update.settings
     imagination = dataclasses.replace(
-        trained.imagination, stop_grad_actor_input=is_blocked(agent, options)
+        trained.imagination,
+        stop_grad_actor_input=is_blocked(agent, options),
+        entropy_scale=0.0,
     )
     settings = dataclasses.replace(
         trained,
@@ -222,88 +264,136 @@ def measure(
     return torch.stack(rows)
 
 
-def table(results: dict[str, dict[int, GradientStatistics]]) -> str:
-    """Markdown tables: ESNR (the best of a row in bold), variance and norm of the gradient."""
+def table(results: Results) -> str:
+    """Markdown tables of signal-to-noise ratios, distances from LR, variances and norms."""
     horizons = list(next(iter(results.values())))
     head = ["| horizon | " + " | ".join(f"`{name}`" for name in results) + " |"]
     head.append("|---" * (1 + len(results)) + "|")
 
-    def block(title: str, cells: Callable[[list[GradientStatistics]], list[str]]) -> str:
+    def block(title: str, cells: Callable[[list[Measured]], list[str]]) -> str:
         rows = [[str(h), *cells([results[name][h] for name in results])] for h in horizons]
         return "\n".join([title, "", *head, *(f"| {' | '.join(row)} |" for row in rows), ""])
 
-    def esnr(row: list[GradientStatistics]) -> list[str]:
-        best = max(s.esnr for s in row)
-        return [f"**{s.esnr:.3g}**" if s.esnr == best else f"{s.esnr:.3g}" for s in row]
+    def each(cell: Callable[[Measured], str]) -> Callable[[list[Measured]], list[str]]:
+        return lambda row: [cell(found) for found in row]
 
-    return "\n".join(
-        [
-            block("ESNR (Parmas et al. 2023, Eq. 19), higher is better:", esnr),
-            block(
-                "Variance of the gradient: within a start / between starts (Eq. 18):",
-                lambda row: [f"{s.within:.2e} / {s.between:.2e}" for s in row],
-            ),
-            block(
-                "Norm of the mean gradient:",
-                lambda row: [f"{float(s.mean.norm()):.2e}" for s in row],
-            ),
-        ]
-    )
+    def snr(row: list[Measured]) -> list[str]:
+        best, cells = max(found.snr for found in row), []
+        for found in row:
+            median, low, high = median_interval(found.statistics.snr)
+            text = f"**{median:.3g}**" if median == best else f"{median:.3g}"
+            cells.append(text if math.isinf(low) else f"{text} ({low:.3g} to {high:.3g})")
+        return cells
+
+    blocks = [
+        block("Signal-to-noise ratio, higher is better: median over starts (95 % interval):", snr),
+        block(
+            "Its mean over starts (ESNR; Parmas et al. 2023, Eq. 19):",
+            each(lambda found: f"{found.statistics.esnr:.3g}"),
+        ),
+        block(
+            "Variance of the gradient: within a start / between starts (Eq. 18):",
+            each(lambda f: f"{f.statistics.within:.2e} / {f.statistics.between:.2e}"),
+        ),
+        block(
+            "Norm of the mean gradient:",
+            each(lambda found: f"{float(found.statistics.mean.norm()):.2e}"),
+        ),
+    ]
+    if "lr" in results:
+        distances = block(
+            f"Distance from the mean of `lr`, in standard errors (0 ± 1 if equal, above "
+            f"{DIFFERENT:.0f} they differ):",
+            each(lambda found: f"{found.from_lr:.1f}"),
+        )
+        blocks.insert(2, distances)
+    return "\n".join(blocks)
 
 
-def advice(results: dict[str, dict[int, GradientStatistics]]) -> str:
-    """The most accurate estimator at each horizon, and the safest choice for all of them."""
+def advice(results: Results) -> str:
+    """The most accurate estimator at each horizon, those that equal it, and the safest choice."""
     horizons = list(next(iter(results.values())))
-    best = {h: max(results, key=lambda name, h=h: results[name][h].esnr) for h in horizons}  # type: ignore[misc]
-    parts = []
-    for name in dict.fromkeys(best.values()):
-        where = ", ".join(str(h) for h in horizons if best[h] == name)
-        parts.append(f"`{name}` at horizon {where}")
+    best = {h: max(results, key=lambda name, h=h: results[name][h].snr) for h in horizons}  # type: ignore[misc]
+    sentences = []
+    for h in horizons:
+        winner = results[best[h]][h].statistics.snr
+        equal = [
+            f"`{name}`"
+            for name in results
+            if name != best[h]
+            and median_interval(winner - results[name][h].statistics.snr).low <= 0
+        ]
+        rest = f" (not distinguishable: {', '.join(equal)})" if equal else ""
+        sentences.append(f"horizon {h}: `{best[h]}`{rest}")
     shares = {
-        name: min(max(results[name][h].esnr, 0.0) / results[best[h]][h].esnr for h in horizons)
+        name: min(max(results[name][h].snr, 0.0) / results[best[h]][h].snr for h in horizons)
         for name in results
     }
     safest = max(shares, key=lambda name: shares[name])
-    return (
-        f"Most accurate gradient for this model: {'; '.join(parts)}. Safest at all horizons: "
-        f"`{safest}`, with an ESNR of at least {shares[safest]:.0%} of the best."
+    text = (
+        f"Most accurate gradient for this model, by the median: {'; '.join(sentences)}. "
+        f"Safest at all horizons: `{safest}`, with at least {shares[safest]:.0%} of the best ratio."
     )
+    different = [
+        f"`{name}` at horizon {', '.join(map(str, where))}"
+        for name, by_horizon in results.items()
+        if (where := [h for h, f in by_horizon.items() if abs(f.from_lr or 0.0) > DIFFERENT])
+    ]
+    if different:
+        text += (
+            f" The mean of {' and of '.join(different)} differs from that of `lr`, which no "
+            "gradient of the model can bias: there a high ratio may be precise and wrong."
+        )
+    return text
 
 
-def figure(results: dict[str, dict[int, GradientStatistics]]) -> Figure:
-    """Plot ESNR and the variance within a start against the horizon."""
+def figure(results: Results) -> Figure:
+    """Plot the signal-to-noise ratio and the variance within a start against the horizon."""
     picture = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = picture.subplots(1, 2)
     for i, (name, by_horizon) in enumerate(results.items()):
-        h = list(by_horizon)
-        # Later lines are thinner, so that estimators that coincide all remain visible.
+        found = [each.statistics for each in by_horizon.values()]
+        ratios = [median_interval(statistics.snr) for statistics in found]
+        # Estimators that coincide remain visible: later lines are thinner and moved a little.
         style = {"marker": "o", "color": f"C{i}", "lw": 3.5 - 0.5 * i, "ms": 8 - i}
-        left.plot(h, [s.esnr for s in by_horizon.values()], label=name, **style)
-        right.plot(h, [s.within for s in by_horizon.values()], **style)
-    left.set(xlabel="imagination horizon", ylabel="expected signal-to-noise ratio", yscale="log")
-    right.set(xlabel="imagination horizon", ylabel="gradient variance within a start", yscale="log")
+        h = [horizon * 1.03 ** (i - (len(results) - 1) / 2) for horizon in by_horizon]
+        left.plot(h, [ratio.median for ratio in ratios], label=name, **style)
+        left.vlines(h, [r.low for r in ratios], [r.high for r in ratios], color=f"C{i}", lw=1)
+        right.plot(h, [statistics.within for statistics in found], **style)
+    left.set(ylabel="signal-to-noise ratio of a start:\nmedian, 95 % interval", yscale="log")
+    right.set(ylabel="gradient variance within a start", yscale="log")
+    ticks = list(next(iter(results.values())))
+    for axes in (left, right):
+        axes.set(xlabel="imagination horizon", xscale="log")
+        axes.set_xticks(ticks, [str(h) for h in ticks])
+        axes.minorticks_off()
     left.legend(frameon=False)
     return picture
 
 
-def _record(
-    results: dict[str, dict[int, GradientStatistics]], options: argparse.Namespace
-) -> dict[str, Any]:
-    numbers = {
-        name: {
-            str(h): {
-                "esnr": s.esnr,
-                "within": s.within,
-                "between": s.between,
-                "norm_of_mean": float(s.mean.norm()),
-            }
-            for h, s in by_horizon.items()
+def _record(results: Results, options: argparse.Namespace) -> dict[str, Any]:
+    def numbers(found: Measured) -> dict[str, Any]:
+        s, ratio = found.statistics, median_interval(found.statistics.snr)
+        return {
+            "snr_median": ratio.median,
+            "snr_interval": None if math.isinf(ratio.low) else [ratio.low, ratio.high],
+            "esnr": s.esnr,
+            "snr": s.snr.tolist(),
+            "standard_errors_from_lr": found.from_lr,
+            "within": s.within,
+            "between": None if math.isnan(s.between) else s.between,
+            "norm_of_mean": float(s.mean.norm()),
         }
-        for name, by_horizon in results.items()
-    }
+
     names = ("starts", "repeats", "trajectories", "stop_grad_actor_input", "seed")
-    protocol = {k: getattr(options, k) for k in names}
-    return {"run": str(options.run), **protocol, "results": numbers}
+    return {
+        "run": str(options.run),
+        **{k: getattr(options, k) for k in names},
+        "results": {
+            name: {str(h): numbers(found) for h, found in by_horizon.items()}
+            for name, by_horizon in results.items()
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
 from totalprop import estimators
 from totalprop.agents import AGENTS, DreamerTPX
+from totalprop.estimators.analysis.diagnostics import mean_difference, statistics_of
 from totalprop.scripts import evaluate, train
 from totalprop.scripts.bench import pipps as bench
 from totalprop.scripts.bench import ppo as bench_ppo
@@ -106,7 +108,7 @@ def test_a_world_model_is_taken_from_a_run(dreamer_run, tmp_path, capsys):
     assert "does not exist" in error and error.count("\n") == 1
 
 
-DIAGNOSE = ["--horizons", "2", "4", "--starts", "2", "--repeats", "3", "--trajectories", "8"]
+DIAGNOSE = ["--horizons", "2", "4", "--starts", "2", "--repeats", "4", "--trajectories", "8"]
 DIAGNOSE += ["--threads", "1", "--estimators"]
 
 
@@ -156,6 +158,39 @@ def test_diagnose_measures_the_agent_as_it_is(dreamer_run, tmp_path, monkeypatch
     for settings in seen:
         assert settings.estimator.baseline is estimators.baselines.critic
         assert not settings.compile and not settings.cuda_graph
+
+
+def test_diagnose_leaves_the_entropy_bonus_out(dreamer_run, tmp_path, monkeypatch):
+    """It is nearly free of noise and common to all: with it, ratios of any size are the same."""
+    found = []
+    for scale in (0.0, 1e6):
+        agent = diagnose._load(dreamer_run)
+        imagination = dataclasses.replace(agent._update.settings.imagination, entropy_scale=scale)
+        settings = dataclasses.replace(agent._update.settings, imagination=imagination)
+        monkeypatch.setattr(agent._update, "settings", settings)
+        monkeypatch.setattr(diagnose, "_load", lambda run, agent=agent: agent)
+        out = tmp_path / str(scale)
+        diagnose.main([str(dreamer_run), *DIAGNOSE, "rp", "lr", "--out", str(out)])
+        found.append(json.loads((out / "results.json").read_text())["results"])
+        monkeypatch.undo()
+    assert found[0] == found[1]
+    assert found[0]["rp"]["2"]["snr_median"] != found[0]["lr"]["2"]["snr_median"]
+
+
+def test_diagnose_says_which_are_equal_and_which_are_wrong():
+    """Toy of 10 starts: `a` is precise and right, `b` precise with the wrong sign, `lr` noisy."""
+    noise = torch.randn(3, 10, 10, 5, generator=torch.Generator().manual_seed(0))
+    toys = {"a": 3 + 0.1 * noise[0], "b": -3 + 0.1 * noise[1], "lr": 3 + noise[2]}
+    results = {
+        name: {15: diagnose.Measured(statistics_of(g), mean_difference(g, toys["lr"]))}
+        for name, g in toys.items()
+    }
+    text = diagnose.advice(results)
+    best, other = ("a", "b") if results["a"][15].snr > results["b"][15].snr else ("b", "a")
+    assert f"horizon 15: `{best}` (not distinguishable: `{other}`)" in text
+    assert "The mean of `b` at horizon 15 differs" in text
+    table = diagnose.table(results)
+    assert " to " in table and "in standard errors" in table
 
 
 @pytest.mark.parametrize("source", ["none", "dynamics", "q", "states", "rewind"])
