@@ -7,6 +7,7 @@ vector environments there is the wrapper `Rewindable`.
 """
 
 import contextlib
+import copy
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -197,8 +198,10 @@ class Rewindable(gym.Wrapper):
 
         Returns:
             Observation, reward, terminated, truncated, info. The end of an episode resets nothing.
+            The observation is a copy, since the environment may reuse its array.
         """
-        return self.env.step(action)
+        observation, *rest = self.env.step(action)
+        return (copy.deepcopy(observation), *rest)
 
 
 def simulation_state(dm_env: Any) -> dict[str, Any]:

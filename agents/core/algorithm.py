@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import io
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import IO, Any, ClassVar, TypeVar, cast
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv
@@ -16,10 +19,15 @@ from stable_baselines3.common.utils import check_for_correct_spaces, get_system_
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor, nn
 
+from totalprop.agents.core.terminal_observations import keep_terminal_observations
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import BadFileError, NotInFile
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="Algorithm")
+
+
+class NoEnvironmentError(ValueError, AssertionError):
+    """An agent was to learn without an environment; stable-baselines3 raises AssertionError."""
 
 
 class Algorithm(BaseAlgorithm):
@@ -59,14 +67,41 @@ class Algorithm(BaseAlgorithm):
     def _draw_seed(self) -> int:
         return int(torch.randint(2**31, ()))
 
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        wrapped = BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        return keep_terminal_observations(wrapped)
+
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """Like SB3's.
+        """Like SB3's; if the environment is refused, the old one remains.
 
         Raises:
-            ValueError: `env` is wrapped in VecNormalize, and the agent cannot work with that.
+            ValueError: the agent cannot work with `env`.
         """
         self.refuse_vec_normalize(env)
+        names = ("env", "n_envs", "_vec_normalize_env", "_last_obs")
+        before = {name: getattr(self, name) for name in names}
         super().set_env(env, force_reset)
+        try:
+            self._adopt_env()
+        except ValueError:
+            vars(self).update(before)
+            raise
+
+    def _adopt_env(self) -> None:
+        """Check `self.env`, which `set_env` has replaced, and take over what depends on it.
+
+        Raises:
+            ValueError: the agent cannot work with it; nothing has changed.
+        """
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self.env is None:
+            raise NoEnvironmentError(
+                f"this {type(self).__name__} has no environment to learn in: pass one to "
+                "load(path, env=...), or call set_env(env) first"
+            )
+        return super()._setup_learn(*args, **kwargs)
 
     def refuse_vec_normalize(self, env: GymEnv | None) -> None:
         """Raise ValueError if `env` is in VecNormalize and the agent cannot work with that."""
@@ -132,9 +167,10 @@ class Algorithm(BaseAlgorithm):
             device: where the agent's tensors are put.
             custom_objects: attributes that replace the file's, including step sizes and Adam's eps.
                 Functions and objects of your own classes are not in files and have to be given.
+                As in SB3, those that the agent does not have are ignored.
             print_system_info: print versions of Python and packages.
             force_reset: reset the environment before the next `learn`.
-            **kwargs: as `custom_objects`; these take precedence.
+            **kwargs: as `custom_objects`, but an unknown name is an error; these take precedence.
 
         Raises:
             ValueError: the file is damaged, foreign or hostile, holds another agent, or does not
@@ -143,7 +179,10 @@ class Algorithm(BaseAlgorithm):
         """
         if print_system_info:
             get_system_info()
-        values, passed = cls._read(path), {**(custom_objects or {}), **kwargs}
+        values = cls._read(path)
+        known = {*values["attributes"], *inspect.signature(cls).parameters}
+        objects = {k: v for k, v in (custom_objects or {}).items() if k in known}
+        passed = {**objects, **kwargs}
         try:
             return cls.from_values(values, env, device, passed, force_reset=force_reset)
         except (
@@ -236,7 +275,8 @@ class Algorithm(BaseAlgorithm):
                 _check_optimizer(name, target, state)
             else:
                 check_state(name, target, state, exact_match=exact_match)
-        super().set_parameters(given, exact_match, device)
+        # Optimisers keep the tensors that they are given, which may be another agent's moments.
+        super().set_parameters(copy.deepcopy(given), exact_match, device)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         found = [recursive_getattr(self, name) for name in self._get_torch_save_params()[0]]

@@ -136,7 +136,7 @@ class DAAPPO(Algorithm, PPO):
         self,
         policy: str | type[ActorCriticPolicy] = "MlpPolicy",
         env: GymEnv | str | None = None,
-        learning_rate: Annotated[float, Above(0)] | Schedule = 3e-4,
+        learning_rate: Annotated[float, AtLeast(0)] | Schedule = 3e-4,
         n_steps: Annotated[int, AtLeast(1)] = 2048,
         batch_size: Annotated[int, AtLeast(1)] = 64,
         n_epochs: Annotated[int, AtLeast(1)] = 10,
@@ -495,9 +495,8 @@ class DAAPPO(Algorithm, PPO):
     # environments and files
     # ----------------------------------------------------------------------------------------
 
-    def set_env(self, env: GymEnv | VecEnv, force_reset: bool = True) -> None:
-        """Like SB3's; an environment that cannot be rewound is refused if the source rewinds it."""
-        super().set_env(env, force_reset)
+    def _adopt_env(self) -> None:
+        """Refuse an environment that cannot be rewound if the source rewinds it."""
         if self.source is not None and self.source.needs_snapshots:
             self._check_arguments()
 

@@ -126,7 +126,7 @@ class DreamerTPX(Algorithm):
         self,
         policy: str | type[DreamerPolicy] = "DreamerPolicy",
         env: GymEnv | str | None = None,
-        learning_rate: Annotated[float, Above(0)] | Schedule = 8e-5,
+        learning_rate: Annotated[float, AtLeast(0)] | Schedule = 8e-5,
         estimator: str | Estimator = "tpx",
         *,
         baseline: Literal["leave-one-out", "critic"] = "leave-one-out",

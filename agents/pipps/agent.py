@@ -112,7 +112,7 @@ class PIPPS(Algorithm):
         self,
         policy: str | type[ControllerPolicy] = "RBFPolicy",
         env: GymEnv | str | None = None,
-        learning_rate: Annotated[float, Above(0)] | Schedule = 0.03,
+        learning_rate: Annotated[float, AtLeast(0)] | Schedule = 0.03,
         estimator: str | Estimator = "tpx",
         *,
         leg: Literal["score", "biw"] = "score",
@@ -206,13 +206,8 @@ class PIPPS(Algorithm):
         assert isinstance(space, spaces.Box)
         return Problem(self.env, space, cost_fn=self.cost_fn, device=self.device)
 
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """Like SB3's; cost and start are then the new environment's.
-
-        Raises:
-            ValueError: the environment is wrapped in VecNormalize, or has other spaces.
-        """
-        super().set_env(env, force_reset)
+    def _adopt_env(self) -> None:
+        """Take cost and start from the environment."""
         self._problem = self._find_problem()
 
     # ----------------------------------------------------------------------------------------

@@ -40,8 +40,6 @@ SIZES: dict[str, dict[str, Any]] = {
 EXCEPTIONS = {
     "test_the_success_rate_is_logged[pipps]": "a bug: is_success is gathered and not logged",
     "test_the_success_rate_is_logged[dreamer]": "a bug: is_success is gathered and not logged",
-    "test_agents_do_not_share_what_was_set[dreamer]": "a bug: Adam's moments are shared",
-    "test_agents_do_not_share_what_was_set[daappo]": "a bug, PPO's too: Adam's moments are shared",
     "test_non_finite_values_of_the_environment_are_one_clear_sentence[daappo-reset]":
         "a bug: PyTorch's words, in several lines, where the first observation is not finite",
     "test_spaces_are_learned_in_or_refused_by_the_constructor[daappo-whole numbers]":

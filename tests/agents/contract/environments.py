@@ -78,6 +78,26 @@ class NoisyEnv(CountingEnv):
         return observation, reward, *rest
 
 
+class ReusingEnv(NoisyEnv):
+    """The same, but every observation is written into one array, which is what it returns."""
+
+    buffer: np.ndarray | None = None
+
+    def _own(self, observation: np.ndarray) -> np.ndarray:
+        if self.buffer is None:
+            self.buffer = np.empty_like(observation)
+        self.buffer[:] = observation
+        return self.buffer
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict]:
+        observation, info = super().reset(**kwargs)
+        return self._own(observation), info
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        observation, *rest = super().step(action)
+        return (self._own(observation), *rest)
+
+
 class RewindableEnv(NoisyEnv):
     """The same, which knows its state."""
 

@@ -105,8 +105,8 @@ def test_presets_construct(agent, preset):
 
 
 @pytest.mark.parametrize("rate", [float("nan"), float("inf"), -0.1, "0.1"])
-def test_learning_rate_must_be_a_positive_number(make, rate):
-    with pytest.raises(ValueError, match="learning_rate must be above 0") as error:
+def test_learning_rate_must_not_be_negative(make, rate):
+    with pytest.raises(ValueError, match="learning_rate must be at least 0") as error:
         make(learning_rate=rate)
     assert "\n" not in str(error.value)
 

@@ -242,3 +242,23 @@ def test_vec_normalize_is_carried_along_or_refused(make, file):
     make.cls.load(file, env=normalised(), device="cpu").learn(14)
     agent.set_env(normalised())
     agent.learn(14)
+
+
+def test_what_other_agents_need_is_ignored(make, file):
+    """rl_zoo3 and models on the Hugging Face Hub pass the same custom_objects to every agent."""
+    zoo = {
+        "learning_rate": 0.0,
+        "lr_schedule": lambda _: 0.0,
+        "clip_range": lambda _: 0.0,
+        "some_other_agents_argument": 3,
+    }
+    loaded = make.cls.load(file, env=CountingEnv(), custom_objects=zoo)
+    assert loaded.learning_rate == 0.0 and not hasattr(loaded, "some_other_agents_argument")
+    with pytest.raises(ValueError, match="learnin_rate passed to load: the agent has no such"):
+        make.cls.load(file, learnin_rate=0.0)
+
+
+def test_learning_without_an_environment_is_one_sentence(make, file):
+    with pytest.raises(ValueError, match=r"no environment to learn in: pass one to load") as error:
+        make.cls.load(file).learn(7)
+    assert isinstance(error.value, AssertionError)  # which stable-baselines3 raises

@@ -16,14 +16,25 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv
 
-from tests.agents.contract.environments import LENGTH, RETURN, CountingEnv, OtherSpaces, vector
+from tests.agents.contract.conftest import TRAINED
+from tests.agents.contract.environments import (
+    LENGTH,
+    RETURN,
+    CountingEnv,
+    NoisyEnv,
+    OtherSpaces,
+    ReusingEnv,
+    vector,
+)
 from tests.agents.contract.probes import (
     Trace,
     assert_same_agents,
     logged,
     parameters,
 )
+from totalprop.agents.core.terminal_observations import OwnTerminalObservation
 
 # Steps
 
@@ -223,6 +234,39 @@ def test_set_env_checks_the_number_of_environments_and_the_spaces(make):
         agent.set_env(OtherSpaces())
     agent.set_env(agent.get_env())
     assert agent.learn(7).num_timesteps >= 7
+
+
+def test_a_refused_environment_replaces_nothing(make, monkeypatch):
+    agent = make().learn(14)
+    env, last = agent.env, agent._last_obs
+
+    def refuse():
+        assert agent.env is not env
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(agent, "_adopt_env", refuse)
+    with pytest.raises(ValueError, match="not this one"):
+        agent.set_env(CountingEnv())
+    assert agent.env is env and agent._last_obs is last
+    with pytest.raises(ValueError, match="spaces do not match"):
+        agent.set_env(OtherSpaces())
+    assert agent.env is env
+
+
+@pytest.mark.parametrize("wrap", [Monitor, lambda env: env], ids=["monitor", "bare"])
+def test_an_environment_that_reuses_its_array_is_learned_from_like_any_other(make, wrap):
+    """What was learned is the same bit for bit as with an environment that returns copies."""
+    agents = []
+    for kind in (NoisyEnv, ReusingEnv):
+        env = DummyVecEnv([lambda kind=kind: wrap(kind())] * 2)
+        agents.append(make(env, seed=1).learn(2 * TRAINED))
+    assert_same_agents(agents[1], agents[0])
+    agents[1].set_env(agents[1].get_env())  # wrapped once, not again
+    inner, layers = agents[1].get_env().envs[0], 0
+    while isinstance(inner, gym.Wrapper):
+        layers += isinstance(inner, OwnTerminalObservation)
+        inner = inner.env
+    assert layers == 1
 
 
 def test_gymnasiums_own_environment_through_its_id(make):
