@@ -137,7 +137,7 @@ WRONG = {
     "momentum": (1.0, r"in \[0, 1\)"),
     "gp_evaluations": (0, "at least 1"),
     "max_points": (-1, "at least 0"),
-    "learning_rate": (0.0, "above 0"),
+    "learning_rate": (-0.1, "at least 0"),
     "optimizer": ("sgd", "one of .*adam.*rmsprop2018.*quasi-newton"),
 }
 
