@@ -17,7 +17,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from totalprop.agents import AGENTS
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, make_env, record_gif
+from totalprop.scripts.run.folder import RunFolder, add_import, make_env, record_gif
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
 
 
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="file for a GIF of one episode (default: RUN/evaluation.gif)",
     )
     parser.add_argument("--no-gif", action="store_true", help="do not record a GIF")
+    add_import(parser)
     options = parser.parse_args(arguments)
     if options.episodes < 1:
         parser.error(f"--episodes must be at least 1, got {options.episodes}")
@@ -60,7 +61,7 @@ def check_picture(path: Path) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Load the agent, roll it out, print the returns and record the GIF."""
-    folder = RunFolder.open(options.run)
+    folder = RunFolder.open(options.run, imports=options.imports)
     path = options.gif or folder.path / "evaluation.gif"
     if not options.no_gif:
         check_picture(path)

@@ -34,7 +34,7 @@ from totalprop.agents.persistence.checkpoint import Checkpoints, Stateful, Train
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.run.arguments import parse, parse_resume
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import RunFolder, program
+from totalprop.scripts.run.folder import RunFolder, import_flag, program
 from totalprop.scripts.run.interruption import locked, stopping_between_rollouts
 from totalprop.scripts.run.job import Job, RunOptions
 from totalprop.scripts.run.log import make_logger
@@ -143,19 +143,23 @@ def check_device(device: str) -> None:
         ) from None
 
 
-def resume(path: Path, total_timesteps: int | None = None) -> RunFolder:
+def resume(
+    path: Path, total_timesteps: int | None = None, imports: Sequence[str] = ()
+) -> RunFolder:
     """Resume a run from its last checkpoint.
 
     Args:
         path: the run folder.
         total_timesteps: steps at which to stop, to extend the run; None for its own number.
+        imports: modules that the run's environment may import.
     Returns:
         The run folder.
     Raises:
         UserError: the run is finished, or `total_timesteps` is less than its own number.
     """
-    folder = RunFolder.open(path)
+    folder = RunFolder.open(path, imports=imports)
     job = Job.read(folder)
+    check_device(job.arguments["device"])
     own = job.options.total_timesteps
     total_timesteps = own if total_timesteps is None else total_timesteps
     with locked(folder.path):
@@ -253,7 +257,8 @@ def learn(
         except TrainingStopped:
             print(
                 f"stopped after {algorithm.num_timesteps} of {options.total_timesteps} steps; "
-                f"continue with: {program('python')} -m totalprop train --resume {folder.quoted}",
+                f"continue with: {program('python')} -m totalprop train --resume {folder.quoted}"
+                f"{import_flag(options.env_id)}",
                 file=sys.stderr,
             )
             raise SystemExit(128 + signals[0]) from None

@@ -51,8 +51,19 @@ class TransitionBuffer:
         return {name: getattr(self, name)[slots] for name in self._ARRAYS}
 
     def put_rows(self, first: int, rows: Mapping[str, np.ndarray]) -> None:
-        """Store what `rows` returned, from number `first` on; older transitions come first."""
-        n = len(rows["rewards"])
+        """Store what `rows` returned, from number `first` on; older transitions come first.
+
+        Raises:
+            ValueError: an array is missing, or has another shape or dtype; nothing is stored.
+        """
+        n = len(rows.get("rewards", ()))
+        for name in self._ARRAYS:
+            own, given = getattr(self, name), rows.get(name)
+            if given is None or given.shape != (n, *own.shape[1:]) or given.dtype != own.dtype:
+                found = "missing" if given is None else f"{given.dtype} of {given.shape}"
+                raise ValueError(f"{name} of {n} transitions are {found}, not as stored here")
+            if not np.isfinite(given).all():
+                raise ValueError(f"{name} hold a NaN or infinity")
         slots = np.arange(first, first + n) % self.capacity
         for name in self._ARRAYS:
             getattr(self, name)[slots] = rows[name]

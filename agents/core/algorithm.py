@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar, cast
 
@@ -17,11 +18,19 @@ from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
-from torch import Tensor, nn
+from torch import Tensor
 
+from totalprop.agents.core.file_contents import (
+    SizeLimit,
+    check_attributes,
+    check_optimizer,
+    check_state,
+    not_finite,
+    with_own_devices,
+)
 from totalprop.agents.core.terminal_observations import keep_terminal_observations
 from totalprop.agents.persistence import safe_file
-from totalprop.agents.persistence.safe_file import BadFileError, NotInFile
+from totalprop.agents.persistence.safe_file import UNREADABLE, BadFileError, NotInFile
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="Algorithm")
 
@@ -131,6 +140,8 @@ class Algorithm(BaseAlgorithm):
 
         Raises:
             OSError: the file cannot be written; an older one of this name is unchanged.
+            FloatingPointError: a parameter is not finite, so that `load` would refuse the file; an
+                older one is unchanged.
         """
         if isinstance(path, str | Path):
             path = _with_suffix(Path(path))
@@ -141,12 +152,24 @@ class Algorithm(BaseAlgorithm):
     def file_values(
         self, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
     ) -> dict[str, Any]:
-        """Return what `save` writes: attributes, and the states of networks and optimisers."""
+        """Return what `save` writes: attributes, and the states of networks and optimisers.
+
+        Raises:
+            FloatingPointError: a parameter, or what an optimiser keeps of one, is not finite.
+        """
         names = self._get_torch_save_params()[0]
         left_out = {*(exclude or ()), *self._excluded_save_params()} - set(include or ())
         left_out |= {name.split(".")[0] for name in names}
         attributes = {k: v for k, v in vars(self).items() if k not in left_out}
-        return {"attributes": attributes, "parameters": self.get_parameters()}
+        parameters = self.get_parameters()
+        for name, state in parameters.items():
+            if entry := not_finite(state):
+                raise FloatingPointError(
+                    f"{entry} in '{name}' holds a NaN or infinity at step {self.num_timesteps}, so "
+                    "that no file of this agent could be loaded; go on from the last checkpoint or "
+                    "file with a smaller step size"
+                )
+        return {"attributes": attributes, "parameters": parameters}
 
     @classmethod
     def load(
@@ -185,10 +208,7 @@ class Algorithm(BaseAlgorithm):
         passed = {**objects, **kwargs}
         try:
             return cls.from_values(values, env, device, passed, force_reset=force_reset)
-        except (
-            ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError,
-            MemoryError,
-        ) as error:  # fmt: skip
+        except UNREADABLE as error:
             raise cls._cannot_load(path, error, passed) from error
 
     @classmethod
@@ -228,6 +248,8 @@ class Algorithm(BaseAlgorithm):
         if not (isinstance(policy_class, type) and issubclass(policy_class, BasePolicy)):
             raise BadFileError(f"its policy_class is {policy_class!r}, not a policy")
         agent = cls(policy_class, env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
+        left_out = set(agent._excluded_save_params()) - set(replaced)
+        attributes = {k: v for k, v in attributes.items() if k not in left_out}
         unknown = sorted(set(attributes) - set(vars(agent)) - set(cls._late_attributes))
         if mistaken := [name for name in unknown if name in replaced]:
             raise ValueError(
@@ -235,8 +257,12 @@ class Algorithm(BaseAlgorithm):
             )
         if unknown:
             raise BadFileError(f"it holds unknown attributes: {', '.join(unknown[:3])}")
+        check_attributes(agent, {k: v for k, v in attributes.items() if k not in replaced})
         vars(agent).update(attributes)
-        agent._setup_model()
+        # A policy class that the caller passed may make what it likes.
+        limit = SizeLimit(parameters) if "policy_class" not in replaced else nullcontext()
+        with limit:
+            agent._setup_model()
         own = [_step_sizes(optimizer) for optimizer in agent._optimizers()]
         agent.set_parameters(parameters, exact_match=True, device=device)
         if replaced:  # arguments take precedence over the optimisers' states in the file
@@ -269,10 +295,12 @@ class Algorithm(BaseAlgorithm):
         expected = set(self._get_torch_save_params()[0])
         if set(given) - expected or (exact_match and set(given) != expected):
             raise ValueError(f"it has parameters of {sorted(given)}, expected {sorted(expected)}")
+        given = dict(given)
         for name, state in given.items():
             target = recursive_getattr(self, name)
             if isinstance(target, torch.optim.Optimizer):
-                _check_optimizer(name, target, state)
+                check_optimizer(name, target, state)
+                given[name] = with_own_devices(target, state)
             else:
                 check_state(name, target, state, exact_match=exact_match)
         # Optimisers keep the tensors that they are given, which may be another agent's moments.
@@ -331,7 +359,7 @@ class Algorithm(BaseAlgorithm):
     def _cannot_load(
         cls, path: object, error: Exception, passed: Collection[str] = ()
     ) -> ValueError:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).split())[:400] or type(error).__name__
         expected = f"expected a file written by {cls.__name__}.save (model.zip in a run folder)"
         if passed:
             expected += f", and arguments that fit it, here {', '.join(passed)}"
@@ -343,56 +371,6 @@ _ESSENTIAL = {
     "learning_rate", "clip_range", "clip_range_vf", "policy_class", "policy_kwargs", "estimator",
     "observation_space", "action_space",
 }  # fmt: skip
-
-
-def check_state(name: str, module: nn.Module, state: Any, *, exact_match: bool = True) -> None:
-    """Check names, shapes, dtypes and finiteness of a state dict against the module's own.
-
-    Raises:
-        ValueError: an entry does not fit; the message names the first.
-    """
-    ours = module.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"'{name}' is not a state dict")
-    for key in sorted(state.keys() ^ ours.keys()):
-        if exact_match or key in state:
-            side = "the file has" if key in state else "the file lacks"
-            raise ValueError(f"{side} '{key}' in '{name}'")
-    grows = getattr(module, "GROWING_BUFFERS", ())
-    for key, value in state.items():
-        shape, kind = ours[key].shape, ours[key].dtype
-        same = value.shape[1:] == shape[1:] if key in grows else value.shape == shape
-        if not same:
-            raise ValueError(
-                f"'{key}' in '{name}' is {list(value.shape)} in the file, {list(shape)} here"
-            )
-        if value.dtype != kind:
-            raise ValueError(f"'{key}' in '{name}' is {value.dtype} in the file, {kind} here")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"'{key}' in '{name}' holds a NaN or infinity")
-
-
-def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Check the sizes of the groups, and the shapes and finiteness of the moments."""
-    if not isinstance(state, dict) or set(state) != {"state", "param_groups"}:
-        raise ValueError(f"'{name}' is not the state of an optimiser")
-    groups, ours = state["param_groups"], optimizer.param_groups
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in ours]:
-        raise ValueError(f"'{name}' in the file is for other parameters")
-    parameters = [p for group in ours for p in group["params"]]
-    for index, moments in state["state"].items():
-        if not (isinstance(index, int) and 0 <= index < len(parameters)):
-            raise ValueError(f"'{name}' in the file is for other parameters")
-        for key, value in moments.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"'{key}' in '{name}' is not a tensor")
-            if value.dim() and value.shape != parameters[index].shape:
-                raise ValueError(
-                    f"'{key}' in '{name}' is {list(value.shape)} in the file, "
-                    f"{list(parameters[index].shape)} here"
-                )
-            if not torch.isfinite(value).all():
-                raise ValueError(f"'{key}' in '{name}' holds a NaN or infinity")
 
 
 def _step_sizes(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:

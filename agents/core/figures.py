@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from totalprop.agents.persistence.safe_file import atomic_write
+
 QUANTILES = (0.05, 0.25, 0.75, 0.95)
 MAX_GIF_FRAMES = 125  # a GIF of 500 frames at 240 x 320 would exceed 10 MB
 
@@ -105,12 +107,20 @@ def traces(truth: np.ndarray, model: np.ndarray, context: int) -> Figure:
     return figure
 
 
+def save(figure: Figure, path: Path, *, dpi: int) -> None:
+    """Save a figure as PNG, atomically; a link at the path is replaced, not followed."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
 def save_gif(frames: Sequence[np.ndarray], path: Path, *, fps: float) -> None:
     """Save frames, each [H, W, 3] uint8, as a GIF; long episodes skip frames at equal speed."""
     from PIL import Image
 
     step = -(-len(frames) // MAX_GIF_FRAMES)
     pictures = [Image.fromarray(frame) for frame in frames[::step]]
-    pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], duration=round(1000 * step / fps), loop=0
-    )
+    with atomic_write(path) as file:
+        pictures[0].save(
+            file, format="GIF", save_all=True, append_images=pictures[1:],
+            duration=round(1000 * step / fps), loop=0,
+        )  # fmt: skip

@@ -16,6 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from totalprop.agents.persistence.safe_file import shown
 from totalprop.estimators import ControlProbe, DenseJacobian, Estimator, assign_credit
 
 
@@ -128,11 +129,17 @@ def constructor_hints(cls: type) -> dict[str, Any]:
     return found
 
 
-def expectation(hint: Any, value: Any) -> str:
+def expectation(hint: Any, value: Any, *, exact: bool = False) -> str:
     """What an annotation asks for where the value is not that; "" where it is.
 
     Known are ranges (`Annotated[float, Above(0)]`), choices (`Literal`), `bool`, and their unions
     with None and functions; any other annotation allows everything.
+
+    Args:
+        hint: the annotation.
+        value: what was given.
+        exact: check numbers without a range, strings, collections and classes, too, which values
+            from files may not be; callers of constructors find out.
     """
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     expected = ""
@@ -154,16 +161,41 @@ def expectation(hint: Any, value: Any) -> str:
             if isinstance(value, bool | np.bool_):
                 return ""
             expected = expected or "True or False"
-        elif member is type(None):
+        elif member in (None, type(None)):
             if value is None:
                 return ""
         elif get_origin(member) is Callable:
             if callable(value):
                 return ""
             expected = expected or "a function"
-        else:
+        elif not exact or _is_instance(member, value):
             return ""
-    return expected
+        else:
+            expected = expected or _NAMES.get(member, f"a {getattr(member, '__name__', member)}")
+    return expected or "None"
+
+
+_NAMES = {int: "a whole number", float: "a finite number", str: "a text"}
+
+
+def _is_instance(member: Any, value: Any) -> bool:
+    """Whether a value is of a type as annotations write it, entries of tuples included."""
+    if hasattr(member, "__metadata__"):
+        member = get_args(member)[0]
+    if member is Any:
+        return True
+    if member is int:
+        return isinstance(value, Integral)  # verbose=True, too
+    if member is float:
+        return is_finite(value)
+    origin, entries = get_origin(member) or member, get_args(member)
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(
+            not expectation(entries[0], entry, exact=True) for entry in value
+        )
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    return isinstance(value, origin)
 
 
 def check_arguments(agent: BaseAlgorithm) -> None:
@@ -191,7 +223,7 @@ def check_values(cls: type, **values: Any) -> None:
     hints = constructor_hints(cls)
     for name, value in values.items():
         if expected := expectation(hints[name], value):
-            raise ValueError(f"{name} must be {expected}, got {value!r}")
+            raise ValueError(f"{name} must be {expected}, got {shown(value)}")
 
 
 def is_whole(value: Any) -> bool:
@@ -207,6 +239,8 @@ def is_finite(value: Any) -> bool:
 def try_estimator(estimator: Estimator, samples: Sequence[int], *, has_value: bool = False) -> None:
     """One node of so many samples, forward and backward, in place of a failure after the data.
 
+    What works with 100 samples works with more.
+
     Args:
         samples: the node's shape without its last axis. has_value: a critic's estimate is there.
     Raises:
@@ -214,6 +248,7 @@ def try_estimator(estimator: Estimator, samples: Sequence[int], *, has_value: bo
     """
     if estimator.whole_graph:
         return
+    samples = [min(n, 100) for n in samples]
     mean = torch.zeros(*samples, 2, dtype=torch.float64, requires_grad=True)
     noise = torch.linspace(-1, 1, mean.numel(), dtype=torch.float64).view_as(mean)
     probe = None

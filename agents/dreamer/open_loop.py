@@ -94,7 +94,7 @@ def write_picture(agent: DreamerTPX, folder: Path) -> list[Path]:
     truth, model = predict_sequences(agent)
     if truth.ndim == 3:
         path = folder / "open_loop.png"
-        figures.traces(truth[:, 0], model[:, 0], CONTEXT).savefig(path, dpi=120)
+        figures.save(figures.traces(truth[:, 0], model[:, 0], CONTEXT), path, dpi=120)
     else:
         path = folder / "open_loop.gif"
         figures.save_gif(list(video(truth, model)), path, fps=10)

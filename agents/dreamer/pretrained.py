@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from totalprop.agents.core.algorithm import check_state
+from totalprop.agents.core.file_contents import check_state
 from totalprop.agents.persistence import safe_file
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ and training on windows is left to the agent.
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +18,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from totalprop.agents.dreamer.replay_file import (
+    Block,
+    checked_blocks,
+    layout_and_filled,
+    read_blocks,
+    write_member,
+)
 from totalprop.agents.dreamer.storage import allocate, available_bytes, format_bytes
+from totalprop.agents.persistence.safe_file import atomic_write
 from totalprop.agents.persistence.segments import Segments
 
 BLOCK_BYTES = 2**26  # `save` and `load` work in blocks, so that neither needs a second copy in RAM
@@ -220,24 +227,20 @@ class SequenceReplay:
         """Write the stored entries, oldest first, to one .npz file, replacing `path` atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
         block = max(1, BLOCK_BYTES * self.capacity // self.bytes)
-        try:
-            with zipfile.ZipFile(temporary, "w") as file:  # np.savez wants all blocks at once
-                _write(file, "layout", np.array(self._layout()))
-                _write(file, "filled", np.array([len(self._slots(e)) for e in range(self.n_envs)]))
-                for env in range(self.n_envs):
-                    slots = self._slots(env)
-                    for start in range(0, len(slots), block):
-                        chosen = slots[start : start + block]
-                        _write(file, f"position/{env}/{start}", self._position[env, chosen])
-                        for name, array in self._arrays.items():
-                            rows = torch.from_numpy(chosen).to(array.device)
-                            values = array[env].index_select(0, rows).cpu().numpy()
-                            _write(file, f"{name}/{env}/{start}", values)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        slots = [self._slots(env) for env in range(self.n_envs)]
+        # np.savez wants all blocks at once
+        with atomic_write(path) as target, zipfile.ZipFile(target, "w") as file:
+            write_member(file, "layout", np.array(self._layout()))
+            write_member(file, "filled", np.array([len(own) for own in slots]))
+            for env, own in enumerate(slots):
+                for start in range(0, len(own), block):
+                    chosen = own[start : start + block]
+                    write_member(file, f"position/{env}/{start}", self._position[env, chosen])
+                    for name, array in self._arrays.items():
+                        rows = torch.from_numpy(chosen).to(array.device)
+                        values = array[env].index_select(0, rows).cpu().numpy()
+                        write_member(file, f"{name}/{env}/{start}", values)
 
     def check(self, path: Path | str) -> list[int]:
         """Count the entries of each environment in a saved replay, without loading it.
@@ -245,39 +248,41 @@ class SequenceReplay:
         Raises:
             ValueError: as for `load`.
         """
-        try:
-            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
-                layout, filled = file["layout"].item(), file["filled"].tolist()
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is not a replay that `save` wrote ({error})") from error
-        if layout != self._layout():
-            raise ValueError(f"{path} holds a replay of {layout}, this one is of {self._layout()}")
-        if max(filled) > self._ring:
-            raise ValueError(
-                f"{path} holds {max(filled):,} entries of one environment, this replay has "
-                f"room for {self._ring:,}: raise buffer_size"
-            )
-        return list(filled)
+        return self._check(Path(path))[0]
 
     def load(self, path: Path | str) -> None:
         """Replace the stored entries by those of a saved replay, whose rings may be smaller.
 
         Raises:
-            ValueError: the file is not a replay, holds entries of another shape or dtype, or more
-                of them than fit.
+            ValueError: the file is not a replay, holds entries of another shape or dtype, not all
+                of them, or more than fit.
         """
-        filled = self.check(path)
-        with np.load(path, allow_pickle=False) as file:
-            # If loading fails half-way, the replay is left empty, not mixed.
-            self._count, self._ends = [0] * self.n_envs, None
-            self._segments = self._new_segments()  # the old ones hold different entries
-            arrays = {"position": torch.from_numpy(self._position), **self._arrays}
-            for key in file.files:
-                if "/" in key:
-                    name, env, start = key.split("/")
-                    block = torch.from_numpy(file[key])
-                    arrays[name][int(env), int(start) : int(start) + len(block)] = block
-            self._count = filled
+        filled, blocks = self._check(Path(path))
+        # If loading fails half-way, the replay is left empty, not mixed.
+        self._count, self._ends = [0] * self.n_envs, None
+        self._segments = self._new_segments()  # the old ones hold different entries
+        arrays = {"position": torch.from_numpy(self._position), **self._arrays}
+        for (name, env, start, stop, _), rows in read_blocks(Path(path), blocks):
+            _check_values(name, rows)
+            arrays[name][env, start:stop] = torch.from_numpy(rows)
+        self._count = filled
+
+    def _check(self, path: Path) -> tuple[list[int], list[Block]]:
+        layout, found = layout_and_filled(path)
+        if layout != self._layout():
+            raise ValueError(
+                f"{path} holds a replay of {layout[:200]}, this one is of {self._layout()}"
+            )
+        filled = found.tolist()
+        if len(filled) != self.n_envs or min(filled) < 0:
+            raise ValueError(f"{path} is not a replay that `save` wrote (it counts {filled[:9]})")
+        if max(filled) > self._ring:
+            raise ValueError(
+                f"{path} holds {max(filled):,} entries of one environment, this replay has "
+                f"room for {self._ring:,}: raise buffer_size"
+            )
+        fields = {"position": ((), self._position.dtype), **self._fields}
+        return filled, checked_blocks(path, filled, fields)
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Write the entries that no segment in the folder holds yet.
@@ -327,9 +332,13 @@ class SequenceReplay:
                     f"{name} is {rows[name].shape[1:]} {rows[name].dtype}, "
                     f"the replay stores {shape} {dtype}"
                 )
+            _check_values(name, rows[name])
             target = self._arrays[name]
             chosen = torch.from_numpy(slots).to(target.device)
             target[env].index_copy_(0, chosen, torch.from_numpy(rows[name]).to(target.device))
+        if rows["position"].shape != (n,) or rows["position"].dtype != self._position.dtype:
+            raise ValueError(f"position is not {n} whole numbers")
+        _check_values("position", rows["position"])
         self._position[env, slots] = rows["position"]
         self._count[env], self._ends = first + n, None
 
@@ -407,6 +416,11 @@ class SequenceReplay:
         return f"{self.n_envs} environment(s), observations {shape} {dtype}, actions {action_shape}"
 
 
-def _write(file: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
-    with file.open(f"{name}.npy", "w", force_zip64=True) as member:
-        np.lib.format.write_array(member, array, allow_pickle=False)
+def _check_values(name: str, rows: np.ndarray) -> None:
+    """Raise ValueError for rows that no episode gives: positions that jump, a NaN or infinity."""
+    if name == "position":
+        is_next = (rows[1:] == 0) | (rows[1:] == rows[:-1] + 1)
+        if len(rows) and (rows.min() < 0 or not is_next.all()):
+            raise ValueError("the positions of its entries are not those of episodes")
+    elif rows.dtype.kind == "f" and not np.isfinite(rows).all():
+        raise ValueError(f"{name} holds a NaN or infinity")

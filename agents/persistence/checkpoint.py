@@ -112,6 +112,7 @@ class Checkpoints(BaseCallback):
         self.cost = 0.0  # s of the last save
         self._last = time.monotonic()
         self._values: dict[str, Any] | None = None
+        self._loaded = Path()  # the checkpoint that they are of
         self._pending: dict[str, tuple[float, int, tuple[str, ...]]] = {}
         self._files: dict[str, list[str]] = {}  # checkpoint's name -> the segments it needs
         self._stop = False
@@ -145,14 +146,19 @@ class Checkpoints(BaseCallback):
         self.save()
 
     def save(self) -> None:
-        """Write a checkpoint; valid only between rollouts."""
+        """Write a checkpoint; valid only between rollouts.
+
+        Raises:
+            FloatingPointError: a parameter is not finite; the older checkpoints are kept.
+        """
         started = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         agent: Resumable = self.model  # type: ignore[assignment]
+        own = agent.file_values()  # the first step: it raises if the result could not be loaded
         state = agent.state_dict(self.folder)
         files = state.pop("files", [])
         values = {
-            "agent": agent.file_values(),
+            "agent": own,
             "training": state,
             "files": files,
             "environments": env_state.snapshot(agent.env),
@@ -231,20 +237,21 @@ class Checkpoints(BaseCallback):
             try:
                 values = safe_file.read(path, f"{cls.__name__} {KIND}")
                 n_envs = int(values["agent"]["attributes"]["n_envs"])
-            except (ValueError, OSError, KeyError, TypeError) as error:
+            except (OSError, *safe_file.UNREADABLE) as error:
                 problems[path] = _reason(path, error)
                 continue
             env_state.check_number(n_envs, env)  # outside `try`: the file is not to blame
             try:
                 agent = cls.from_values(values["agent"], env, device, replaced, force_reset=False)
                 agent.load_state_dict(values["training"], self.folder)
-            except (ValueError, OSError, KeyError) as error:
+            except (OSError, *safe_file.UNREADABLE) as error:
                 problems[path] = _reason(path, error)
                 continue
             for broken in problems:  # renamed, or it would remain the newest
                 broken.rename(broken.with_name(f"unreadable_{broken.name}"))
                 print(f"skipped {problems[broken]}", file=sys.stderr)
             self._values, self._files[path.name] = values, list(values["files"])
+            self._loaded = path
             return agent
         if problems:
             reasons = "; ".join(problems.values())
@@ -255,10 +262,24 @@ class Checkpoints(BaseCallback):
         """Restore all that is around a loaded agent; the last call before `learn`.
 
         This is the environments, the global generators, the logger and the objects in `also`.
+
+        Raises:
+            ValueError: the environment has other wrappers, or the checkpoint is damaged.
         """
         if self._values is None:
             return
         values, self._values = self._values, None
+        try:
+            self._restore(agent, values)
+        except env_state.OtherEnvironment:
+            raise
+        except safe_file.UNREADABLE as error:
+            raise ValueError(
+                f"{_reason(self._loaded, error)}: it does not fit this run; move the file away to "
+                "resume from the checkpoint before it"
+            ) from error
+
+    def _restore(self, agent: Resumable, values: dict[str, Any]) -> None:
         for name, state in values["also"].items():
             if name in self.also:
                 self.also[name].load_state_dict(state)

@@ -30,6 +30,10 @@ LAYERS: dict[type, tuple[str, ...]] = {  # stable-baselines3's vector wrappers: 
 }
 
 
+class OtherEnvironment(ValueError):
+    """The environment is not like the checkpoint's."""
+
+
 def snapshot(env: VecEnv | None) -> dict[str, Any]:
     """Copy the state of all wrappers and environments.
 
@@ -69,11 +73,11 @@ def restore(env: VecEnv | None, state: dict[str, Any]) -> bool:
         Whether the running episodes were restored too; if not, new ones have to begin.
 
     Raises:
-        ValueError: the vector environment has another number of wrappers.
+        OtherEnvironment: the vector environment has another number of wrappers.
     """
     layers, inner = layers_of(env)
     if len(layers) != len(state["layers"]):
-        raise ValueError(
+        raise OtherEnvironment(
             f"the checkpoint's environment has {len(state['layers'])} vector wrapper(s), env has "
             f"{len(layers)}; wrap it as it was (VecNormalize, VecMonitor, ...)"
         )

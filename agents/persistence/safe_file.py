@@ -1,14 +1,19 @@
 """Files without code: a zip of one JSON document and one safetensors member.
 
 A file holds plain values, arrays, tensors, spaces and names of registered classes. Reading builds
-nothing else, so a file from an untrusted source cannot execute code. Writing is atomic: it replaces
-the file completely or not at all. What the values mean is up to the caller.
+nothing else, so a file from an untrusted source cannot execute code, and it takes memory in
+proportion to the file's size: members are stored, no tensor is used twice, and the JSON has a bound
+on its values. Writing is atomic: it replaces the file completely or not at all. What the values
+mean is up to the caller.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import reprlib
+import stat
 import zipfile
 from collections import deque
 from collections.abc import Mapping
@@ -30,8 +35,11 @@ from totalprop.estimators import Estimator
 
 FORMAT = 2  # 1 was stable-baselines3's, with pickles
 DOCUMENT, TENSORS = "data", "tensors.safetensors"  # "data" as in stable-baselines3's files
-MAX_DOCUMENT_BYTES = 2**26
+MAX_DOCUMENT_BYTES = 2**25
+MAX_VALUES = 2**20  # in the JSON; each takes about 100 bytes of memory
+MAX_HEADER_BYTES = 2**24  # of the tensors' names, dtypes and shapes
 MAX_DEPTH = 64
+MAX_LEGS = 3  # of an estimator: the cost of mixing them grows exponentially
 
 # Classes that a file may name. Reading looks names up here and imports nothing.
 _CLASSES: dict[str, type] = {
@@ -51,6 +59,13 @@ _BASELINES: dict[Any, str] = {
     getattr(estimators.baselines, name): name
     for name in ("none", "mean", "leave_one_out", "critic")
 }
+
+
+# What values of a wrong type or size raise where they are used.
+UNREADABLE = (
+    ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
+    RuntimeError, MemoryError,
+)  # fmt: skip
 
 
 class NotInFile:
@@ -87,9 +102,15 @@ def write(target: Path | IO[bytes], kind: str, values: Mapping[str, Any]) -> Non
         target: path or open binary file.
         kind: what the file is; `read` compares it.
         values: what the file holds.
+
+    Raises:
+        ValueError: there are more values than `read` takes.
     """
     tensors: dict[str, Tensor] = {}
-    document = {"format": FORMAT, "kind": kind, "values": _encode(dict(values), tensors)}
+    content = {"format": FORMAT, "kind": kind, "values": _encode(dict(values), tensors)}
+    document = json.dumps(content, indent=1).encode()
+    if excess := _excess(document):  # an older file of this name can be read, so keep it
+        raise ValueError(f"cannot write {target}: {excess}")
     if not isinstance(target, Path):
         _write_zip(target, document, tensors)
         return
@@ -101,17 +122,27 @@ class atomic_write:
     """`with atomic_write(path) as file:` replaces a file completely or, on an error, not at all.
 
     It writes a temporary file in the same folder, then calls fsync, renames it, and calls fsync on
-    the folder.
+    the folder. A link is replaced, its target left alone. A device or a pipe cannot be replaced; it
+    is written to.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.is_replaced = path.is_file() or path.is_dir() or not path.exists()
 
     def __enter__(self) -> IO[bytes]:
-        self.file = open(self.temporary, "wb")
+        if not self.is_replaced:
+            self.file = open(self.path, "wb")
+            return self.file
+        # A killed process may have left a file of this name; a stranger, a link to another one.
+        self.temporary.unlink(missing_ok=True)
+        self.file = open(self.temporary, "xb")
         return self.file
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self.is_replaced:
+            self.file.close()
+            return
         try:
             with self.file:
                 if kind is None:
@@ -141,6 +172,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_regular(path: Path) -> None:
+    """Raise BadFileError for a pipe, a device or a folder: reading one might never end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise BadFileError(f"it is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file")
+
+
 def read(source: Path | IO[bytes], kind: str | None = None) -> dict[str, Any]:
     """Read what `write` wrote; tensors are on the CPU.
 
@@ -153,6 +192,8 @@ def read(source: Path | IO[bytes], kind: str | None = None) -> dict[str, Any]:
             another kind.
         OSError: the file cannot be read; FileNotFoundError if it does not exist.
     """
+    if isinstance(source, Path):
+        check_regular(source)
     try:
         with zipfile.ZipFile(source) as file:
             document, tensors = _read_zip(file)
@@ -162,8 +203,7 @@ def read(source: Path | IO[bytes], kind: str | None = None) -> dict[str, Any]:
     except BadFileError:
         raise
     except (
-        zipfile.BadZipFile, zipfile.LargeZipFile, SafetensorError, EOFError, ValueError,
-        LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError,
+        zipfile.BadZipFile, zipfile.LargeZipFile, SafetensorError, EOFError, *UNREADABLE,
     ) as error:  # fmt: skip
         raise BadFileError(f"it is truncated or corrupted ({_one_line(error)})") from error
     if not isinstance(values, dict):
@@ -171,15 +211,57 @@ def read(source: Path | IO[bytes], kind: str | None = None) -> dict[str, Any]:
     return values
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 60, 60, 2
+
+
+def shown(value: object) -> str:
+    """A value in a message, which stays short."""
+    return _SHORT.repr(value)
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:150]}"
 
 
-def _write_zip(target: IO[bytes], document: object, tensors: dict[str, Tensor]) -> None:
+def _write_zip(target: IO[bytes], document: bytes, tensors: dict[str, Tensor]) -> None:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as file:
-        file.writestr(DOCUMENT, json.dumps(document, indent=1))
+        file.writestr(DOCUMENT, document)
         file.writestr(TENSORS, safetensors.torch.save(tensors))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is not a file, not JSON, or holds more values than any of ours.
+        OSError: it cannot be read.
+    """
+    check_regular(path)
+    if (size := path.stat().st_size) > MAX_DOCUMENT_BYTES:
+        raise BadFileError(f"it takes {size:,} bytes, more than any of ours")
+    return parse_json(path.read_bytes())
+
+
+def parse_json(document: bytes) -> Any:
+    """The value of a JSON document; BadFileError, a ValueError, if it would take much memory."""
+    if excess := _excess(document):
+        raise BadFileError(excess)
+    try:
+        return json.loads(document)
+    except RecursionError as error:
+        raise BadFileError("its JSON is nested too deep") from error
+
+
+def _excess(document: bytes) -> str:
+    """What a JSON document has too much of; "" if nothing. Parsing it would show that too late."""
+    if len(document) > MAX_DOCUMENT_BYTES:
+        return f"its JSON takes {len(document):,} bytes, more than any model needs"
+    values = sum(document.count(mark) for mark in (b",", b"[", b"{"))  # those in strings count, too
+    if values > MAX_VALUES:
+        return f"its JSON has about {values:,} values, more than any model needs"
+    return ""
 
 
 def _read_zip(file: zipfile.ZipFile) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -202,7 +284,7 @@ def _read_zip(file: zipfile.ZipFile) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise BadFileError(f"its JSON takes {sizes[DOCUMENT]:,} bytes, more than any model needs")
     if any(m.file_size != m.compress_size for m in members):
         raise BadFileError("it is truncated or corrupted (sizes disagree)")
-    document = json.loads(file.read(DOCUMENT))
+    document = parse_json(file.read(DOCUMENT))
     if not isinstance(document, dict) or not isinstance(document.get("format"), int):
         raise BadFileError("it is not a file of this project (its JSON names no format)")
     if document["format"] > FORMAT:
@@ -212,7 +294,10 @@ def _read_zip(file: zipfile.ZipFile) -> tuple[dict[str, Any], dict[str, Tensor]]
         )
     if document["format"] < FORMAT:
         raise BadFileError(f"it has the unknown format {document['format']}")
-    return document, safetensors.torch.load(file.read(TENSORS))
+    content = file.read(TENSORS)
+    if int.from_bytes(content[:8], "little") > min(MAX_HEADER_BYTES, len(content)):
+        raise BadFileError("it is truncated or corrupted (the header of its tensors is too long)")
+    return document, safetensors.torch.load(content)
 
 
 # --------------------------------------------------------------------------------------------
@@ -284,6 +369,8 @@ def _encode_estimator(value: Estimator) -> Any:
 
 def _decode_estimator(content: list[Any]) -> Estimator:
     name, leg_names, baseline, cross_fit = content
+    if not 1 <= len(leg_names) <= MAX_LEGS:
+        raise BadFileError(f"its estimator has {len(leg_names)} legs; expected 1 to {MAX_LEGS}")
     by_name = {text: part for part, text in (*_LEGS.items(), *_BASELINES.items())}
     return estimators.make(
         name,
@@ -325,6 +412,13 @@ def _decode(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
     def inner(entry: Any) -> Any:
         return _decode(entry, tensors, depth + 1)
 
+    def tensor(name: Any) -> Tensor:
+        if not isinstance(name, str) or name not in tensors:
+            raise BadFileError(
+                f"it is truncated or corrupted (tensor {shown(name)} is not there, or used twice)"
+            )
+        return tensors.pop(name)  # used twice, a small file would become a large agent
+
     if isinstance(value, list):
         return [inner(entry) for entry in value]
     if not isinstance(value, dict):
@@ -336,11 +430,14 @@ def _decode(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
     content = value[tag]
     match tag:
         case "$tensor":
-            return tensors[content]
+            return tensor(content)
         case "$array":
-            return tensors[content].numpy()
+            return tensor(content).numpy()
         case "$number":
-            return np.dtype(content[0]).type(content[1])
+            dtype, number = np.dtype(content[0]), content[1]
+            if dtype.kind not in "biuf" or not isinstance(number, bool | int | float):
+                raise BadFileError(f"its JSON holds {shown(content)}, which is not a number")
+            return dtype.type(number)
         case "$tuple":
             return tuple(inner(entry) for entry in content)
         case "$deque":
@@ -358,11 +455,17 @@ def _decode(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
             return _decode_estimator(content)
         case "$linear":
             start, end, fraction = map(float, content)
+            if not (math.isfinite(start) and math.isfinite(end) and 0 < fraction <= 1):
+                raise BadFileError(f"it holds the linear schedule {shown(content)}")
             return LinearSchedule(start, end, fraction)
         case "$missing":
             return NotInFile(str(content))
         case "$box":
             low, high = inner(content[0]), inner(content[1])
+            if not (isinstance(low, np.ndarray) and isinstance(high, np.ndarray)):
+                raise BadFileError("it holds a Box without bounds")
+            if low.shape != high.shape or not (low <= high).all():  # nor if one is NaN
+                raise BadFileError("it holds a Box whose lower bounds are above the upper ones")
             return spaces.Box(low, high, dtype=np.dtype(content[2]).type)
         case "$discrete":
             return spaces.Discrete(content[0], start=content[1])

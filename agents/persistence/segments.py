@@ -81,6 +81,8 @@ class Segments:
                 not begin where the previous one ends.
         """
         self.entries = [(int(a), int(b), str(file)) for a, b, file in segments]
+        if len({file for *_, file in self.entries}) < len(self.entries):
+            raise safe_file.BadFileError("two segments have the same name")
         count = self.entries[-1][1] if self.entries else 0
         expected = min(self.entries[0][0], max(0, count - size)) if self.entries else 0
         for first, stop, file in self.entries:
@@ -90,9 +92,17 @@ class Segments:
                 raise safe_file.BadFileError(
                     f"rows {expected} to {first} are in no file (was the buffer smaller?)"
                 )
+            if stop <= first:
+                raise safe_file.BadFileError(f"{file} has rows {first} to {stop}")
             expected = stop
+            if stop <= count - size:  # the ring has since overwritten all of them
+                continue
             arrays = safe_file.read(folder / file, KIND)
-            if any(len(array) != stop - first for array in arrays.values()):
+            is_right = all(
+                isinstance(array, np.ndarray) and array.shape[:1] == (stop - first,)
+                for array in arrays.values()
+            )
+            if not is_right:
                 raise safe_file.BadFileError(f"{file} does not hold {stop - first} rows")
             skip = max(0, count - size - first)  # rows that the ring has since overwritten
             put(first + skip, {name: array[skip:] for name, array in arrays.items()})

@@ -448,6 +448,8 @@ class PIPPS(Algorithm):
     def _check_arguments(self) -> None:
         """One sentence per wrong value, before any work is done."""
         check_arguments(self)
+        if any(np.shape(x) != self.observation_space.shape for x in self._start_observations):
+            raise ValueError("_start_observations in the file are not observations")
         has_halves = getattr(self.estimator, "cross_fit", self.cross_fit)
         if has_halves and self.n_particles < 6:  # two halves of 3
             raise ValueError(

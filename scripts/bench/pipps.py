@@ -26,6 +26,7 @@ from torch import Tensor
 import totalprop.envs  # noqa: F401  (registers our environments)
 import totalprop.estimators as estimators
 from totalprop.agents.core.memory import keep_freed_memory
+from totalprop.agents.persistence.safe_file import write_text
 from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
 from totalprop.agents.trials.controllers import RBFPolicy
 from totalprop.scripts.bench.checkpoint import bench_checkpoint
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json is not None:
         record = {"what": options.what, "device": options.device, "threads": options.threads}
         record |= {"torch": torch.__version__, "rows": rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(options.json, json.dumps(record, indent=1) + "\n")
         print(f"written to {options.json}")
 
 

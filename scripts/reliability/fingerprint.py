@@ -38,6 +38,7 @@ import totalprop.estimators as estimators
 from totalprop.agents import DAAPPO, PIPPS, DreamerTPX
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.agents.persistence.safe_file import write_text
 from totalprop.envs.rewind import Rewindable
 
 FORMAT = 2  # of the JSON file; 1 had no "format" and hashed less
@@ -389,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         after["runs"][name] = fingerprint(SETTINGS[name])
         print(f"{name}: {len(after['runs'][name])} hashes", flush=True)
     if before is None:
-        options.out.write_text(json.dumps(after, indent=1) + "\n")
+        write_text(options.out, json.dumps(after, indent=1) + "\n")
         print(f"{options.out}: {len(names)} runs")
         return
     before["runs"] = {k: v for k, v in before["runs"].items() if options.only in k}

@@ -31,6 +31,7 @@ from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from totalprop.agents import AGENTS
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.reliability.preload import PRELOAD
 from totalprop.scripts.run.entry_runs import command
 from totalprop.scripts.run.folder import RunFolder, current_commit
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         report = {"commit": current_commit(), "seed": options.seed, "agents": records}
-        (options.out / "kill_test.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_text(options.out / "kill_test.json", json.dumps(report, indent=1) + "\n")
     if any(record["differences"] for record in records):
         raise SystemExit(1)
 

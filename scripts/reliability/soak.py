@@ -28,7 +28,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from totalprop.agents import AGENTS
+from totalprop.agents.core import figures
 from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.run.entry_runs import command
 from totalprop.scripts.run.folder import RunFolder, current_commit
 
@@ -74,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         before = json.loads(path.read_text()) if path.exists() else []  # other agents' records
         everything = {record["agent"]: record for record in [*before, *records]}
         options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(list(everything.values())) + "\n")
-        draw(list(everything.values())).savefig(options.out / "soak.png", dpi=120)
+        write_text(path, json.dumps(list(everything.values())) + "\n")
+        figures.save(draw(list(everything.values())), options.out / "soak.png", dpi=120)
         print(f"wrote {path} and soak.png")
     if not all(record["is_flat"] and record["is_constant"] for record in records):
         raise SystemExit(1)

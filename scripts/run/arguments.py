@@ -13,7 +13,6 @@ import difflib
 import inspect
 import io
 import itertools
-import json
 import re
 import sys
 import types
@@ -28,9 +27,10 @@ from docstring_parser import parse as parse_docstring
 
 from totalprop.agents import AGENTS
 from totalprop.agents.core.validation import RANGES, constructor_hints
+from totalprop.agents.persistence import safe_file
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import parse_env_args
-from totalprop.scripts.run.job import Job, RunOptions
+from totalprop.scripts.run.folder import add_import, check_import, parse_env_args
+from totalprop.scripts.run.job import NOT_FLAGS, Job, RunOptions
 from totalprop.scripts.run.policy_kwargs import (
     SB3_FLAGS,
     default_policy_kwargs,
@@ -41,8 +41,6 @@ from totalprop.scripts.run.policy_kwargs import (
     to_words,
 )
 
-# Constructor arguments that are not flags: set by the run, or not expressible as text.
-NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
 # Entries of a run's config.json that are not settings.
 RECORDED = {"commit", "env_arg", "runs"}
 
@@ -131,7 +129,9 @@ def parse(arguments: Sequence[str], usage: str) -> Job:
 
 
 def _parse(arguments: list[str], usage: str) -> Job:
-    config = _take(arguments, "--config")
+    config, imports = _take(arguments, "--config"), []
+    while (module := _take(arguments, "--import")) is not None:
+        imports.append(module)
     settings = {} if config is None else read_settings(Path(config))
     if config is not None and (not arguments or arguments[0].startswith("-")):
         if "agent" not in settings:
@@ -155,6 +155,8 @@ def _parse(arguments: list[str], usage: str) -> Job:
         raise UserError(f"unknown preset '{preset}'; choose one of {', '.join(entry.presets)}")
     defaults, repeat = _defaults(agent, preset)
     if config is not None:
+        if not any(flag.partition("=")[0] in ("--env-id", "--env_id") for flag in flags):
+            _check_import(settings, Path(config), imports)
         flags = [*_as_flags(settings, config, defaults), *flags]
     run, own, policy = _parse_flags(agent, flags, defaults)
     run = _repeated(run, repeat)
@@ -166,6 +168,13 @@ def _parse(arguments: list[str], usage: str) -> Job:
         arguments=dataclasses.asdict(own),
         policy_kwargs={k: from_flag(k, v) for k, v in dataclasses.asdict(policy).items()},
     )
+
+
+def _check_import(settings: dict[str, Any], config: Path, imports: list[str]) -> None:
+    """An environment's module is named by the command line, too, before it is imported."""
+    is_run = config.is_dir() or config.name == "config.json"
+    within = None if not is_run else config if config.is_dir() else config.parent
+    check_import(str(settings.get("env_id", "")), config, imports, within=within)
 
 
 def _take(arguments: list[str], flag: str) -> str | None:
@@ -209,6 +218,7 @@ def _parse_flags(
                 description=f"{entry.cls.__doc__.splitlines()[0]}\n"  # type: ignore[union-attr]
                 f"--preset {{{','.join(entry.presets)}}} starts from a paper's or our settings.\n"
                 "--config FILE starts from a run's config.json, or from a YAML file of settings.\n"
+                "--import MODULE allows the file's environment, MODULE:ID, to import its module.\n"
                 "Flags override both.",
                 default=command(*defaults),
             )
@@ -250,15 +260,20 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     path = path / "config.json" if path.is_dir() else path
     try:
-        text = path.read_text()
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        if path.suffix == ".json":
+            found = safe_file.read_json(path)
+        else:
+            safe_file.check_regular(path)
+            found = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} must hold settings by name, such as `estimator: tpx`")
     settings = {str(name).replace("-", "_"): value for name, value in found.items()}
     if "options" in settings:  # a run's: its options hold what they were made of, too
         parts = [settings.pop(part, {}) for part in ("options", "arguments", "policy_kwargs")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise UserError(f"{path}: options, arguments and policy_kwargs must be JSON objects")
         settings = {k: v for part in (*parts, settings) for k, v in part.items()}
         settings = {k: v for k, v in settings.items() if k not in RECORDED}
     return settings
@@ -286,12 +301,13 @@ def _as_flags(settings: dict[str, Any], config: str, defaults: Sequence[Any]) ->
     return flags
 
 
-def parse_resume(arguments: Sequence[str]) -> tuple[Path, int | None]:
-    """(run folder, steps or None) of `--resume RUN`."""
+def parse_resume(arguments: Sequence[str]) -> tuple[Path, int | None, list[str]]:
+    """(run folder, steps or None, modules that its config may name) of `--resume RUN`."""
     parser = argparse.ArgumentParser("totalprop train", description="Resume a run.")
     parser.add_argument("--resume", type=Path, required=True, metavar="RUN", help="its folder")
     parser.add_argument(
         "--total-timesteps", type=int, help="steps in all, to extend a run beyond what it was for"
     )
+    add_import(parser)
     options = parser.parse_args(arguments)
-    return options.resume, options.total_timesteps
+    return options.resume, options.total_timesteps, options.imports

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import difflib
-import json
+import importlib.util
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,19 @@ from stable_baselines3.common.vec_env import VecEnv
 import totalprop.envs  # noqa: F401  (registers our environments)
 from totalprop.agents import AGENTS
 from totalprop.agents.core import figures
-from totalprop.agents.persistence.safe_file import write_text
+from totalprop.agents.core.validation import is_finite, is_whole
+from totalprop.agents.persistence import safe_file
+from totalprop.agents.persistence.safe_file import shown, write_text
 from totalprop.envs.rewind import Rewindable, can_rewind
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.watchdog import Watchdog, Watched
 
-CONFIG = ("agent", "env_id", "env_args", "arguments")
+# Entries of config.json: their types, and whether all runs have them. Older ones lack the others.
+CONFIG: dict[str, tuple[type, bool]] = {
+    "agent": (str, True), "env_id": (str, True), "env_args": (dict, True),
+    "arguments": (dict, True), "preset": (str, False), "options": (dict, False),
+    "policy_kwargs": (dict, False),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +126,17 @@ class RunFolder:
         return RunFolder(path)
 
     @staticmethod
-    def open(path: Path) -> RunFolder:
-        """Open the folder of an existing run.
+    def open(path: Path, *, imports: Sequence[str] = ()) -> RunFolder:
+        """Open the folder of an existing run, which may be a stranger's.
 
+        The folder itself may be a link, but no file or folder in it: what is read, overwritten and
+        deleted there must lie there.
+
+        Args:
+            path: the folder.
+            imports: modules that the command line names; config.json may name no others.
         Raises:
-            UserError: it is not a run folder.
+            UserError: it is not a run folder, contains links, or its environment needs a module.
         """
         folder = RunFolder(path)
         if not folder.config.is_file():
@@ -128,19 +144,55 @@ class RunFolder:
                 f"{path} is not a run folder (it has no config.json); "
                 "pass the folder that totalprop train printed"
             )
+        for entry in os.scandir(path):
+            mode = entry.stat(follow_symlinks=False).st_mode
+            if stat.S_ISLNK(mode):
+                raise UserError(
+                    f"{entry.path} is a link, and what it points to would be read or overwritten; "
+                    "move the target into the folder, or make a link of the whole folder"
+                )
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise UserError(f"{entry.path} is neither a file nor a folder; remove it")
+        check_import(folder.read_config()["env_id"], folder.config, imports, within=path)
         return folder
 
     def read_config(self) -> dict[str, Any]:
         """Read config.json, and check that it has the entries of a run."""
         config = read_json(self.config)
-        missing = [name for name in CONFIG if name not in config]
+        missing = [
+            name for name, (_, is_needed) in CONFIG.items() if is_needed and name not in config
+        ]
         if missing:
             raise UserError(
                 f"{self.config} lacks {', '.join(missing)}: it is not the config of a run"
             )
+        for name, (kind, _) in CONFIG.items():
+            if config.get(name) is not None and not isinstance(config[name], kind):
+                noun = "a text" if kind is str else "an object"
+                raise UserError(f"{self.config}: {name} must be {noun}, got {shown(config[name])}")
         if config["agent"] not in AGENTS:
-            raise UserError(f"{self.config} names the unknown agent {config['agent']!r}")
+            raise UserError(f"{self.config} names the unknown agent {shown(config['agent'])}")
         return config
+
+    def read_evaluations(self) -> tuple[list[int], np.ndarray]:
+        """Read evaluations.json: steps [K] and returns [K, episodes]."""
+        record = read_json(self.evaluations)
+        steps, returns = record.get("timesteps"), record.get("returns")
+        is_right = (
+            isinstance(steps, list)
+            and isinstance(returns, list)
+            and len(steps) == len(returns) > 0
+            and all(map(is_whole, steps))
+            and all(isinstance(r, list) and len(r) == len(returns[0]) > 0 for r in returns)
+            and all(is_finite(x) for r in returns for x in r)
+        )
+        if not is_right:
+            raise UserError(
+                f"{self.evaluations} does not hold evaluations: timesteps, and as many lists of "
+                "returns, all of one length"
+            )
+        assert isinstance(steps, list)
+        return steps, np.array(returns)
 
     def load_agent(self, env: VecEnv) -> BaseAlgorithm:
         """Load the trained agent of this run."""
@@ -150,7 +202,7 @@ class RunFolder:
         except FileNotFoundError as error:
             raise UserError(
                 f"{self.model} does not exist: the run has not finished; continue it with "
-                f"totalprop train --resume {self.quoted}"
+                f"totalprop train --resume {self.quoted}{import_flag(config['env_id'])}"
             ) from error
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -159,12 +211,63 @@ class RunFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file."""
     try:
-        found = json.loads(path.read_text())
+        found = safe_file.read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise UserError(f"cannot read {path}: it is not a JSON object")
     return found
+
+
+def check_import(
+    env_id: str, source: Path, imports: Sequence[str], *, within: Path | None = None
+) -> None:
+    """Check that an environment which a file names runs no code but what the user has named.
+
+    Gymnasium imports the module of "module:id" from the current folder, too.
+
+    Args:
+        env_id: id of the environment.
+        source: the file.
+        imports: modules that the command line names.
+        within: folder of the run, in which no module may lie.
+    Raises:
+        UserError: the module is not among `imports`, or lies in the folder.
+    """
+    module, colon, _ = env_id.partition(":")
+    if not colon:
+        return
+    if module not in imports:
+        raise UserError(
+            f"{source} names the environment {shown(env_id)}, which would import and run a module; "
+            f"if you know and trust it, add --import {shlex.quote(shown(module)[1:-1])}"
+        )
+    if within is None:
+        return
+    try:
+        spec = importlib.util.find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        return  # making the environment says what is wrong with it
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    if any(Path(p).resolve().is_relative_to(within.resolve()) for p in places if p is not None):
+        raise UserError(
+            f"the module {module} lies in {within}, a run's folder, from which no code is run; "
+            "move it elsewhere on Python's path"
+        )
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --import, whose values are `imports` of `RunFolder.open`."""
+    parser.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="module that the run's environment, MODULE:ID in its config.json, may import",
+    )  # fmt: skip
+
+
+def import_flag(env_id: str) -> str:
+    """What commands that read the run's folder need to type after it; "" for most environments."""
+    module, colon, _ = env_id.partition(":")
+    return f" --import {shlex.quote(module)}" if colon else ""
 
 
 def program(name: str) -> str:

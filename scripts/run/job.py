@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
+from collections.abc import Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,14 +17,19 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.validation import AtLeast, constructor_hints, expectation
+from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import RunFolder, current_commit, make_env
 from totalprop.scripts.run.normalisation import Normalised, normalise, normalise_like
 from totalprop.scripts.run.policy_kwargs import (
     accepted,
+    check_policy_kwargs,
     default_policy_kwargs,
     policy_kwargs_from_json,
 )
+
+# Constructor arguments that are not flags: set by the run, or not expressible as text.
+NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,22 +154,44 @@ class Job:
             UserError: config.json is not that of a run of this version.
         """
         config = folder.read_config()
+        agent, preset = config["agent"], config.get("preset") or ""
+        cls, entry = AGENTS[agent].cls, AGENTS[agent]
+        if preset not in ("", *entry.presets):
+            raise UserError(f"{folder.config} names the unknown preset {shown(preset)}")
+        policy_kwargs = config.get("policy_kwargs")
+        if policy_kwargs is None:  # runs of version 0.1 took them from the preset
+            policy_kwargs = default_policy_kwargs(agent, preset)
+        options, arguments = config.get("options") or {}, config["arguments"]
+        hints = constructor_hints(cls)
+        flags = {name: hint for name, hint in hints.items() if name not in NOT_FLAGS}
+        kinds = {**constructor_hints(RunOptions), "runs": str}
+        _check("options", options, kinds, kinds.keys() & ("env_id", "env_arg", "runs"), folder)
+        _check("arguments", arguments, flags, flags.keys() & ("policy", "seed", "device"), folder)
         try:
-            options = {**config["options"], "runs": Path(config["options"]["runs"])}
-            options["env_arg"] = tuple(options["env_arg"])
-            arguments = config["arguments"].items()
-            policy_kwargs = config.get("policy_kwargs")
-            if policy_kwargs is None:  # runs of version 0.1 took them from the preset
-                policy_kwargs = default_policy_kwargs(config["agent"], config["preset"])
-            return Job(
-                agent=config["agent"],
-                preset=config["preset"],
-                options=RunOptions(**options),
-                env_args=config["env_args"],
-                arguments={k: tuple(v) if isinstance(v, list) else v for k, v in arguments},
-                policy_kwargs=policy_kwargs,
-            )
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder.config} was not written by this version of totalprop: {error}"
-            ) from error
+            check_policy_kwargs(agent, policy_kwargs)
+        except UserError as error:
+            raise UserError(f"{folder.config}: {error}") from error
+        changes = {"runs": Path(options["runs"]), "env_arg": tuple(options["env_arg"])}
+        return Job(
+            agent=agent,
+            preset=preset,
+            options=RunOptions(**{**options, **changes}),
+            env_args=config["env_args"],
+            arguments={k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()},
+            policy_kwargs=policy_kwargs,
+        )
+
+
+def _check(
+    part: str, values: dict[str, Any], hints: dict[str, Any], needed: Set[str], folder: RunFolder
+) -> None:
+    """Raise a UserError if a part of config.json lacks an entry, or has one that is not right."""
+    if missing := sorted(needed - values.keys()):
+        raise UserError(f"{folder.config} lacks {missing[0]} in its {part}")
+    for name, value in values.items():
+        if name not in hints:
+            near = ", ".join(difflib.get_close_matches(name, hints, 1))
+            hint = f"; did you mean {near}?" if near else ", which this version does not know"
+            raise UserError(f"{folder.config} has {shown(name)} in its {part}{hint}")
+        if expected := expectation(hints[name], value, exact=True):
+            raise UserError(f"{folder.config}: {name} must be {expected}, got {shown(value)}")

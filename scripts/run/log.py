@@ -16,6 +16,7 @@ from stable_baselines3.common.logger import (
 )
 
 from totalprop.agents.persistence.safe_file import write_text
+from totalprop.scripts.run.errors import UserError
 
 
 class ResumableCSV(KVWriter):
@@ -51,9 +52,15 @@ class ResumableCSV(KVWriter):
         """The valid rows of the file."""
         if not self.n_rows:  # there may be no file yet
             return []
-        with open(self.path, newline="") as file:
-            rows = itertools.islice(csv.DictReader(file), self.n_rows)
-            return [{key: row[key] for key in self.keys} for row in rows]
+        try:
+            with open(self.path, newline="") as file:
+                rows = itertools.islice(csv.DictReader(file), self.n_rows)
+                return [{key: row[key] for key in self.keys} for row in rows]
+        except (KeyError, ValueError, csv.Error) as error:
+            raise UserError(
+                f"{self.path} is damaged ({type(error).__name__}: {str(error)[:100]}); restore it, "
+                "or delete it to continue the run without its rows"
+            ) from error
 
     def _replace(self, rows: list[dict[str, str]]) -> None:
         text = io.StringIO()

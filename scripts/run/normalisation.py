@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from totalprop.agents.persistence.safe_file import write_text
+from totalprop.agents.persistence.safe_file import shown, write_text
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import RunFolder, read_json
 
@@ -48,7 +48,11 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
     if isinstance(statistics, Path):
         record = read_json(statistics)
         try:
-            norm_obs, obs_rms = record["norm_obs"], _from_json(record["observation"])
+            norm_obs = record["norm_obs"]
+            if not isinstance(norm_obs, bool):
+                raise ValueError(f"norm_obs must be true or false, got {shown(norm_obs)}")
+            shape = env.observation_space.shape
+            obs_rms = _from_json(record["observation"], shape) if norm_obs else None
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{statistics} does not hold statistics of VecNormalize ({type(error).__name__}: "
@@ -66,8 +70,11 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
 
 def statistics_of(folder: RunFolder, config: dict[str, Any]) -> Path | None:
     """The file with a run's VecNormalize statistics, or None if it was trained without."""
-    options = config.get("options", {})
-    return folder.vec_normalize if options.get("normalize", "none") != "none" else None
+    what = (config.get("options") or {}).get("normalize", "none")
+    if what not in get_args(Normalised):
+        choices = ", ".join(get_args(Normalised))
+        raise UserError(f"{folder.config}: normalize must be one of {choices}, got {shown(what)}")
+    return folder.vec_normalize if what != "none" else None
 
 
 def save_statistics(env: VecNormalize, path: Path) -> None:
@@ -94,10 +101,12 @@ def _to_json(rms: RunningMeanStd | None) -> dict[str, object] | None:
     return {"mean": mean.tolist(), "var": var.tolist(), "count": float(rms.count)}
 
 
-def _from_json(record: dict[str, object] | None) -> RunningMeanStd | None:
-    if record is None:
-        return None
+def _from_json(record: Any, shape: tuple[int, ...] | None) -> RunningMeanStd:
     rms = RunningMeanStd()
-    rms.mean, rms.var = np.array(record["mean"]), np.array(record["var"])
-    rms.count = float(record["count"])  # type: ignore[arg-type]
+    rms.mean, rms.var = (np.array(record[name], dtype=np.float64) for name in ("mean", "var"))
+    rms.count = float(record["count"])
+    if rms.mean.shape != shape or rms.var.shape != shape:
+        raise ValueError(f"mean and var must be of shape {shape}")
+    if not (np.isfinite([rms.mean, rms.var]).all() and (rms.var >= 0).all()):
+        raise ValueError("mean and var must be finite, and var not below 0")
     return rms

@@ -16,6 +16,8 @@ from torch import nn
 from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.entry import AgentEntry
+from totalprop.agents.core.validation import expectation
+from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.run.errors import UserError
 
 Activation = Literal["tanh", "relu", "leaky_relu", "elu", "gelu", "silu"]
@@ -60,6 +62,29 @@ def policy_kwargs_from_json(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if "activation_fn" in made:
         made["activation_fn"] = ACTIVATIONS[made["activation_fn"]]
     return made
+
+
+def check_policy_kwargs(agent: str, kwargs: Mapping[str, Any]) -> None:
+    """Check policy_kwargs from a file as if they had been flags.
+
+    Raises:
+        UserError: one is unknown, or has a value that it cannot have.
+    """
+    known = policy_parameters(AGENTS[agent])
+    for name, value in kwargs.items():
+        if name not in known:
+            raise UserError(f"{shown(name)} is not an argument of a policy of {agent}")
+        if name == "net_arch" and value is not None:
+            layers = value if isinstance(value, list | dict) else [value]
+            words = to_words(layers) if not isinstance(layers, dict) else _words(layers)
+            from_flag(name, words)
+        elif expected := expectation(flag_type(name, known[name][0]), value, exact=True):
+            raise UserError(f"{name} must be {expected}, got {shown(value)}")
+
+
+def _words(layers: Mapping[str, Any]) -> tuple[str, ...]:
+    """`to_words` of what may not be lists."""
+    return to_words({k: v if isinstance(v, list) else [v] for k, v in layers.items()})
 
 
 def accepted(cls: type[Algorithm], policy: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +134,8 @@ def from_flag(name: str, value: Any) -> Any:
         if is_positive and (set(layers) == {""} or {"pi"} <= set(layers) <= {"pi", "vf"}):
             return layers.get("", layers)
     raise UserError(
-        f"--net-arch expects sizes (256 256) or pi=512,512 vf=1024,1024, got {' '.join(value)}"
+        "--net-arch expects sizes (256 256) or pi=512,512 vf=1024,1024, got "
+        f"{shown(' '.join(value))[1:-1]}"
     )
 
 

@@ -19,7 +19,7 @@ from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.persistence import safe_file
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import RunFolder, make_env, program, record_gif
+from totalprop.scripts.run.folder import RunFolder, import_flag, make_env, program, record_gif
 from totalprop.scripts.run.job import RunOptions
 from totalprop.scripts.run.normalisation import normalise_like
 
@@ -48,14 +48,15 @@ def report(
     values = sign * np.array(evaluation.returns)
     threshold = reward_threshold(evaluation.eval_env)
     limit = None if threshold is None else sign * threshold
-    figures.learning_curve(
+    curve = figures.learning_curve(
         np.arange(1, len(values) + 1) if is_cost else np.array(evaluation.timesteps),
         values,
         xlabel="trial (real episodes seen)" if is_cost else "decisions (calls of env.step)",
         ylabel=f"{quantity} of an episode",
         threshold=limit,
         title=f"{type(algorithm).__name__}, {options.env_id}",
-    ).savefig(folder.learning_curve, dpi=150)
+    )
+    figures.save(curve, folder.learning_curve, dpi=150)
     mean, std = float(values[-1].mean()), float(values[-1].std())
     success = None if limit is None else bool(sign * mean > sign * limit)
     summary = {
@@ -82,6 +83,7 @@ def report(
         f"{summary['peak_memory_gb']} GB of memory at peak.\n"
         f"Results in {folder.path}/: {', '.join(pictures)}, progress.csv, TensorBoard.\n"
         f"Next: {program('python')} -m totalprop evaluate {folder.quoted}"
+        f"{import_flag(options.env_id)}"
         f"   |   {program('tensorboard')} --logdir {quote(str(folder.path.parent))}"
     )
 

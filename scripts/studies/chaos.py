@@ -32,6 +32,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from totalprop.agents.core import figures
+from totalprop.agents.persistence.safe_file import write_text
 from totalprop.estimators import make, names
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import current_commit
@@ -240,12 +242,12 @@ def report(out: Path) -> None:
         raise UserError(f"no single.csv or double.csv in {out}; run without --report-only first")
     text, lines = [], []
     for name, (settings, study) in studies.items():
-        figure_of(study).savefig(out / f"{name}.png", dpi=150)
+        figures.save(figure_of(study), out / f"{name}.png", dpi=150)
         text.append(table(name, settings, study))
         lines += summary(name, study)
     shown = "\n".join(f"- {line}" for line in lines)
     page = "# Variance of dL/dβ_1 on chaotic RNNs\n\n" + shown + "\n\n" + "\n".join(text)
-    (out / "table.md").write_text(page)
+    write_text(out / "table.md", page)
     written = ", ".join([*(f"{s}.csv, {s}.png" for s in studies), "table.md"])
     print(f"{page}\n{shown}\nwritten to {out}: {written}")
 

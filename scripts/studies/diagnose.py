@@ -38,9 +38,11 @@ from tqdm import tqdm
 
 import totalprop.estimators as estimators
 from totalprop.agents import AGENTS, DreamerTPX
+from totalprop.agents.core import figures
 from totalprop.agents.dreamer.imagination import ImaginationNoise
 from totalprop.agents.dreamer.update import DreamerUpdate
 from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.agents.persistence.safe_file import write_text
 from totalprop.estimators.analysis.diagnostics import (
     GradientStatistics,
     mean_difference,
@@ -48,7 +50,7 @@ from totalprop.estimators.analysis.diagnostics import (
     statistics_of,
 )
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, make_env
+from totalprop.scripts.run.folder import RunFolder, add_import, make_env
 from totalprop.world_models.latent.model import State
 
 BLOCKED = """Caution: as in DreamerV1, no gradient passed through the policy's input. RP and LR then
@@ -112,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="folder of the results (default: RUN/diagnosis)"
     )
+    add_import(parser)
     options = parser.parse_args(arguments)
     for name, least in (("starts", 1), ("repeats", 4), ("trajectories", 8), ("threads", 1)):
         if getattr(options, name) < least:
@@ -148,7 +151,7 @@ def diagnose(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     for name in options.estimators:
         estimators.make(name)
-    agent = _load(options.run)
+    agent = _load(RunFolder.open(options.run, imports=options.imports))
     starts = encoded_starts(agent, options.starts, options.seed)
     results: Results = {name: {} for name in options.estimators}
     horizons = sorted(set(options.horizons))
@@ -166,20 +169,19 @@ def diagnose(options: argparse.Namespace) -> None:
     text = f"{table(results)}\n{advice(results)}\n"
     if is_blocked(agent, options):
         text += BLOCKED
-    (out / "table.md").write_text(text)
-    (out / "results.json").write_text(json.dumps(_record(results, options), indent=1) + "\n")
-    figure(results).savefig(out / "accuracy.png", dpi=150)
+    write_text(out / "table.md", text)
+    write_text(out / "results.json", json.dumps(_record(results, options), indent=1) + "\n")
+    figures.save(figure(results), out / "accuracy.png", dpi=150)
     print(f"{text}Results in {out}/: accuracy.png, table.md, results.json.")
 
 
-def _load(run: Path) -> DreamerTPX:
+def _load(folder: RunFolder) -> DreamerTPX:
     """Load the trained agent with its saved replay, or else from its newest checkpoint."""
-    folder = RunFolder.open(run)
     config = folder.read_config()
     env = make_env(config["env_id"], config["env_args"], seed=0)
     if AGENTS[config["agent"]].cls is not DreamerTPX:
         raise UserError(
-            f"{run} is a run of {config['agent']}; totalprop diagnose needs one of dreamer"
+            f"{folder.path} is a run of {config['agent']}; totalprop diagnose needs one of dreamer"
         )
     if folder.replay.is_file():
         agent = folder.load_agent(env)
@@ -189,7 +191,8 @@ def _load(run: Path) -> DreamerTPX:
     newest = Checkpoints(folder.checkpoints).load(DreamerTPX, env)
     if newest is None:
         raise UserError(
-            f"{run} has neither {folder.replay.name} nor a checkpoint; train with --save-replay"
+            f"{folder.path} has neither {folder.replay.name} nor a checkpoint; train with "
+            "--save-replay"
         )
     return newest
 

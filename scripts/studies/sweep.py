@@ -18,6 +18,7 @@ import csv
 import difflib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,9 +32,12 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from totalprop.agents import AGENTS
+from totalprop.agents.core import figures
+from totalprop.agents.core.validation import is_finite
+from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.run.arguments import parse
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, read_json
+from totalprop.scripts.run.folder import RunFolder, import_flag, read_json
 from totalprop.scripts.run.job import Job
 
 THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
@@ -142,6 +146,7 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> int:
         command = [sys.executable, "-m", "totalprop.scripts.train"]
         if folder.config.exists():
             command += ["--resume", str(folder.path)]
+            command += shlex.split(import_flag(Job.read(folder).options.env_id))
         else:
             command += [options.agent, f"--{options.vary}", value, "--seed", str(seed)]
             command += ["--runs", str(options.runs), "--name", name]
@@ -168,11 +173,13 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
         for seed in options.seeds:
             folder = RunFolder(options.runs / run_name(value, seed))
             if folder.summary.exists():
-                summary, evaluations = read_json(folder.summary), read_json(folder.evaluations)
-                commits.add(read_json(folder.config).get("commit", "unknown"))
-                means = sign * np.array(evaluations["returns"]).mean(1)
+                summary, (steps, returns) = read_json(folder.summary), folder.read_evaluations()
+                if not is_finite(summary.get(f"final_{quantity}")):
+                    raise UserError(f"{folder.summary} has no number final_{quantity}")
+                commits.add(str(read_json(folder.config).get("commit", "unknown")))
+                means = sign * returns.mean(1)
                 curve = {
-                    "timesteps": evaluations["timesteps"],
+                    "timesteps": steps,
                     f"{quantity}s": means.round(3).tolist(),
                 }
                 entry = {**summary, **curve}
@@ -189,29 +196,38 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
     command += f" --watch {options.watch}" if options.watch else ""
     command += f" -- {' '.join(extra)}" if extra else ""
     record = {"command": command, "commit": ", ".join(sorted(commits)), "results": results}
-    (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_text(options.out / "results.json", json.dumps(record, indent=1) + "\n")
     table = _table(results, quantity, options.vary)
-    (options.out / "table.md").write_text(table)
+    write_text(options.out / "table.md", table)
     picture = _curves(results, quantity, options.vary, options.watch)
-    picture.savefig(options.out / "learning_curves.png", dpi=150)
+    figures.save(picture, options.out / "learning_curves.png", dpi=150)
     print(f"{table}\nwritten to {options.out}: results.json, table.md, learning_curves.png")
 
 
 def _watched(folder: RunFolder, column: str) -> dict[str, list[float]]:
     """Read one column of a run's progress.csv, with the steps at which it was logged."""
-    with open(folder.path / "progress.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    known = rows[0].keys() if rows else ()
+    path = folder.path / "progress.csv"
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    known = [key for key in rows[0] if key is not None] if rows else []
     if column not in known:
         near = difflib.get_close_matches(column, known, cutoff=0.3)
         raise UserError(
             f"{folder.path}/progress.csv has no column {column!r}; close to it: {', '.join(near)}"
         )
     rows = [row for row in rows if row[column]]
-    return {
-        "timesteps": [float(row["time/total_timesteps"]) for row in rows],
-        "values": [float(f"{float(row[column]):.4g}") for row in rows],
-    }
+    try:
+        return {
+            "timesteps": [float(row["time/total_timesteps"]) for row in rows],
+            "values": [float(f"{float(row[column]):.4g}") for row in rows],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} does not hold numbers under {column} and time/total_timesteps ({error})"
+        ) from error
 
 
 def _table(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> str:

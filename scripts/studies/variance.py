@@ -30,11 +30,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
+from totalprop.agents.persistence.safe_file import write_text
 from totalprop.envs.rewind import Snapshot
 from totalprop.estimators.analysis.many_actions import Advice, advise, optimal_actions, table
 from totalprop.estimators.analysis.many_actions_data import ComponentEstimate, estimate_components
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, make_env, parse_env_args
+from totalprop.scripts.run.folder import RunFolder, add_import, make_env, parse_env_args
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
 
 PAPER_SHARE = "96.9 to 99.9 % on four of its six tasks, 61 and 82 % on two; about 90 % on average"
@@ -104,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--json", type=Path, default=None, help="also write the components to this file"
     )
+    add_import(parser)
     options = parser.parse_args(arguments)
     for name, least in (
         ("trajectories", 2), ("steps", 1), ("rollouts", 2), ("horizon", 1), ("updates", 0)
@@ -125,7 +127,7 @@ def measure(options: argparse.Namespace) -> None:
     env_args = parse_env_args(tuple(env_arg))
     statistics = None
     if options.run is not None:
-        folder = RunFolder.open(options.run)
+        folder = RunFolder.open(options.run, imports=options.imports)
         config = folder.read_config()
         env_id, env_args = config["env_id"], config["env_args"]
         statistics = statistics_of(folder, config)
@@ -147,7 +149,7 @@ def measure(options: argparse.Namespace) -> None:
     if options.json is not None:
         c = found.components
         record = {**table(c), "policy_share": c.policy_share, "options": vars(options)}
-        options.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
+        write_text(options.json, json.dumps(record, indent=1, default=str) + "\n")
         print(f"written to {options.json}")
 
 
@@ -262,7 +264,7 @@ class _Actor(nn.Module):
 
 def _policy(options: argparse.Namespace, env: VecEnv) -> ActorCriticPolicy:
     if options.run is not None:
-        policy = RunFolder.open(options.run).load_agent(env).policy
+        policy = RunFolder(options.run).load_agent(env).policy
         if not isinstance(policy, ActorCriticPolicy):
             raise UserError(f"{options.run} has no actor-critic policy; pass a run of daappo")
         return policy

@@ -421,12 +421,19 @@ def test_loading_into_another_kind_of_replay_is_refused_and_changes_nothing(tmp_
 def test_a_load_that_fails_half_way_leaves_an_empty_replay(tmp_path, monkeypatch):
     replay, _ = filled(50, 60)
     replay.save(tmp_path / "replay.npz")
-    data = bytearray((tmp_path / "replay.npz").read_bytes())
+    path = tmp_path / "replay.npz"
+    data = bytearray(path.read_bytes())
     data[data.index(b"reward/2/0.npy") + 200] ^= 1  # the checksum of that block fails
-    (tmp_path / "replay.npz").write_bytes(data)
+    (tmp_path / "damaged.npz").write_bytes(data)
     other, _ = filled(50, 60)
-    with pytest.raises(Exception, match="CRC"):
-        other.load(tmp_path / "replay.npz")
+    with pytest.raises(ValueError, match="CRC"):
+        other.load(tmp_path / "damaged.npz")
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["reward/2/0"][3] = np.nan  # found while it is copied
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match="reward holds a NaN or infinity"):
+        other.load(path)
     assert len(other) == 0
 
 

@@ -242,10 +242,10 @@ class _Maker:
             lambda d, t: d["values"]["parameters"]["policy"].pop(self.key)
         ))  # fmt: skip
         self.add("parameter_more", "the file has", self.changed(
-            lambda d, t: d["values"]["parameters"]["policy"].update(more={"$tensor": "0"})
+            lambda d, t: d["values"]["parameters"]["policy"].update(more=_one_more(t))
         ))  # fmt: skip
         self.add("module_more", "expected", self.changed(
-            lambda d, t: d["values"]["parameters"].update(env={"a": {"$tensor": "0"}})
+            lambda d, t: d["values"]["parameters"].update(env={"a": _one_more(t)})
         ))  # fmt: skip
         self.add("state_text", "not a state dict", self.changed(
             lambda d, t: d["values"]["parameters"].update(policy="x")
@@ -259,6 +259,12 @@ class _Maker:
             "tensors_overlap": _overlapping(), "tensors_pickle": self.pickled,
         }.items():  # fmt: skip
             self.add(name, DAMAGED, lambda p, data=data: put_together(p, self.document, data))
+
+
+def _one_more(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Adds a tensor, and refers to it."""
+    tensors["more"] = torch.zeros(1)
+    return {"$tensor": "more"}
 
 
 def _members(**contents: bytes) -> Callable[[Path], None]:
