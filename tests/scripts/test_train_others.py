@@ -164,7 +164,7 @@ def test_diagnose_leaves_the_entropy_bonus_out(dreamer_run, tmp_path, monkeypatc
     """It is nearly free of noise and common to all: with it, ratios of any size are the same."""
     found = []
     for scale in (0.0, 1e6):
-        agent = diagnose._load(dreamer_run)
+        agent = diagnose._load(run_folder.RunFolder.open(dreamer_run))
         imagination = dataclasses.replace(agent._update.settings.imagination, entropy_scale=scale)
         settings = dataclasses.replace(agent._update.settings, imagination=imagination)
         monkeypatch.setattr(agent._update, "settings", settings)
