@@ -154,17 +154,26 @@ class RBFPolicy(ControllerPolicy):
     def preactivation(self, features: Tensor) -> Tensor:
         return self.basis(features, self.constants())[1] @ self.weights.T
 
-    def constants(self) -> tuple[Tensor, Tensor, Tensor]:
-        """e^λ [S], and of the scaled centres 2 cᵀ [S, n_centres] and -|c|² [n_centres]."""
-        scale = self.log_inverse_scale.exp()
-        c = self.centres * scale
-        return scale, 2 * c.T, -c.square().sum(-1)
+    def origin(self) -> Tensor:
+        """[S] the middle of the centres, detached; |z - c|² is expanded about it.
+
+        Expanded about 0, an offset of the features would cost its square in digits.
+        """
+        return self.centres.detach().mean(0)
+
+    def constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Origin and e^λ [S], and of the scaled centres 2 cᵀ [S, n_centres], -|c|² [n_centres]."""
+        origin, scale = self.origin(), self.log_inverse_scale.exp()
+        c = (self.centres - origin) * scale
+        return origin, scale, 2 * c.T, -c.square().sum(-1)
 
     @staticmethod
-    def basis(features: Tensor, constants: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Scaled features [N, S] and basis functions [N, n_centres], given `constants()`."""
-        scale, twice_centres, bias = constants
-        z = features * scale
+    def basis(
+        features: Tensor, constants: tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Scaled features [N, S] about the origin and basis functions [N, n_centres]."""
+        origin, scale, twice_centres, bias = constants
+        z = (features - origin) * scale
         exponent = torch.addmm(bias, z, twice_centres)  # [N, n_centres]
         return z, (exponent - z.square().sum(-1, keepdim=True)).exp()
 
@@ -289,7 +298,8 @@ class RBFController(Controller):
 class RBFJacobian(NamedTuple):
     """d action / d parameters of an RBF network with one control, without an [N, P] array.
 
-    With z = x e^λ, c = centre e^λ and the slope s of the saturation, the three blocks are s φ_k
+    With z = x e^λ, c = centre e^λ (both about the policy's origin) and the slope s of the
+    saturation, the three blocks are s φ_k
     times 2 w_k e^λ (z - c) for the centres, -2 w_k (z - c)² summed over k for λ, and 1 for the
     weights. Expanding the squared differences turns their sums into matrix products.
     """
@@ -344,7 +354,7 @@ def _rbf_jacobians(
     z = moments[:, 1:]
     slope = saturate_slope(torch.stack([step[2] for step in steps])).squeeze(-1)  # [H, N]
     scale = policy.log_inverse_scale.exp().unsqueeze(1)
-    c, w = policy.centres.T * scale, 2 * policy.weights  # [S, K], [1, K]
+    c, w = (policy.centres - policy.origin()).T * scale, 2 * policy.weights  # [S, K], [1, K]
     one, by_offset = torch.ones_like(w), w * scale
     factor = torch.cat((one, by_offset))
     shift = torch.cat((torch.zeros_like(w), by_offset * c))

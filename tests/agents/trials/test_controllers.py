@@ -96,6 +96,30 @@ def test_rbf_equals_its_formula():
     torch.testing.assert_close(policy.act(x), saturate(v))
 
 
+@pytest.mark.parametrize("offset", [2.0**14, 2.0**24, 2.0**30])
+@pytest.mark.parametrize("controls", [1, 2])
+def test_rbf_gives_the_same_numbers_at_any_offset_of_the_observations(controls, offset):
+    """All values are multiples of 2⁻²⁰, so that the shifted ones are exact."""
+
+    def numbers(offset):
+        policy = make(RBFPolicy, controls, n_centres=6)
+        with torch.no_grad():  # observations that spread over 0.1
+            policy.centres.copy_((policy.centres * 1e5).round() * 2.0**-20 + offset)
+            policy.log_inverse_scale.add_(math.log(10))
+        x = ((states() * 1e5).round() * 2.0**-20 + offset).requires_grad_()
+        action = policy.act(x)
+        gradients = torch.autograd.grad(action.sum(), [x, *policy.parameters()])
+        controller = policy.controller()
+        torch.testing.assert_close(controller(x.detach()), action)
+        jacobian, alpha = controller.jacobian(0), torch.ones(1, len(x), controls, dtype=F64)
+        parts = action, *gradients, jacobian.per_sample(alpha[0]), jacobian.gram(alpha)
+        return [part.detach() for part in parts]
+
+    for found, expected in zip(numbers(offset), numbers(0.0), strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
 def test_linear_equals_its_formula():
     policy, x = make(LinearPolicy, controls=2), states()
     torch.testing.assert_close(policy.act(x), saturate(x @ policy.weights.T + policy.bias))
