@@ -6,12 +6,14 @@ moves through it (by particles, by moment matching) is up to the agent.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from totalprop.world_models.gp import GaussianProcess
+from totalprop.world_models.gp import ROUNDING, GaussianProcess, outlier
 
 
 class Prediction(NamedTuple):
@@ -26,24 +28,34 @@ class Prediction(NamedTuple):
 class GPDynamics(nn.Module):
     """x' - x ~ GP(φ(x), u) and r ~ GP(φ(x'), u), where φ replaces angles by sine and cosine.
 
-    The reward belongs to the state that a step arrives in. Controls are scaled to [-1, 1].
+    The reward belongs to the state that a step arrives in. Controls are scaled to [-1, 1]. The
+    prior mean of the reward is the mean of those seen: an offset of the rewards changes nothing.
 
     Args:
         n_states: entries S of a state.
         n_controls: entries A of a control.
         angle_dims: entries of the state that are angles.
+        rounding: of the observed states, relative, see `GaussianProcess`.
 
     Attributes:
         gp: the dynamics, from encoded states and controls to state differences.
         reward_gp: the reward, from encoded next states and controls.
     """
 
-    def __init__(self, n_states: int, n_controls: int, *, angle_dims: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        n_states: int,
+        n_controls: int,
+        *,
+        angle_dims: tuple[int, ...] = (),
+        rounding: float = ROUNDING[np.float32],
+    ) -> None:
         super().__init__()
         self.n_controls, self.angle_dims = n_controls, tuple(angle_dims)
         n_inputs = n_states + len(self.angle_dims) + n_controls
-        self.gp = GaussianProcess(n_inputs, n_states)
-        self.reward_gp = GaussianProcess(n_inputs, 1)
+        self.gp = GaussianProcess(n_inputs, n_states, rounding=rounding)
+        self.reward_gp = GaussianProcess(n_inputs, 1, prior_mean="data", rounding=rounding)
+        self._warned: set[str] = set()
 
     @property
     def noise(self) -> Tensor:
@@ -105,18 +117,42 @@ class GPDynamics(nn.Module):
     def fit(self, *, max_evaluations: int = 200) -> Tensor:
         """Choose the hyper-parameters of the dynamics, see `GaussianProcess.fit`.
 
+        Warns of an observation or a difference of observations that ruins the fit.
+
         Returns:
             [S] negative log marginal likelihood per data point.
         """
+        states = self.gp.targets.shape[1]
+        others = [d for d in range(states) if d not in self.angle_dims]
+        for column, d in enumerate(others):
+            self._warn_of_outlier(f"observation {d}", self.features[:, column])
+        for d in range(states):
+            self._warn_of_outlier(f"the change of observation {d} in a step", self.gp.targets[:, d])
         return self.gp.fit(max_evaluations=max_evaluations)
 
     def fit_reward(self, *, max_evaluations: int = 200) -> Tensor:
         """Choose the hyper-parameters of the reward; only agents without a cost need it.
 
+        Warns of a reward that ruins the fit.
+
         Returns:
             [1] negative log marginal likelihood per data point.
         """
+        self._warn_of_outlier("the reward", self.reward_gp.targets[:, 0])
         return self.reward_gp.fit(max_evaluations=max_evaluations)
+
+    def _warn_of_outlier(self, name: str, column: Tensor) -> None:
+        """Say once for each column that one of its values is out of all proportion."""
+        found = None if name in self._warned else outlier(column)
+        if found is not None:
+            self._warned.add(name)
+            value, low, high = found
+            warnings.warn(
+                f"{name} was {value:g} once, while its other values lie between {low:g} and "
+                f"{high:g}; such an outlier ruins the fit of a Gaussian process: clip it in the "
+                "environment, or end the episode before it",
+                stacklevel=3,
+            )
 
     def predict(self, states: Tensor, controls: Tensor) -> Prediction:
         """Next states after one step.

@@ -41,7 +41,7 @@ from totalprop.agents.trials import metrics
 from totalprop.agents.trials.controllers import ControllerPolicy, LinearPolicy, RBFPolicy
 from totalprop.agents.trials.problem import Problem
 from totalprop.estimators import Estimator
-from totalprop.world_models.gp import GaussianProcess
+from totalprop.world_models.gp import ROUNDING, GaussianProcess
 from totalprop.world_models.gp_dynamics import GPDynamics
 
 LEGS = {"score": estimators.legs.score, "biw": estimators.legs.biw}
@@ -188,7 +188,8 @@ class PIPPS(Algorithm):
             self.observation_space, self.action_space, self.lr_schedule, **kwargs
         ).to(self.device)
         states, controls = self.observation_space.shape[0], self.action_space.shape[0]  # type: ignore[index]
-        model = GPDynamics(states, controls, angle_dims=self.angle_dims)
+        kind = np.float32 if self.observation_space.dtype == np.float32 else np.float64
+        model = GPDynamics(states, controls, angle_dims=self.angle_dims, rounding=ROUNDING[kind])
         self.world_model = model.to(self.device)
 
     @property

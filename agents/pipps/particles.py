@@ -149,9 +149,9 @@ def gaussian_resample(x: Tensor, noise: Tensor) -> Tensor:
     mean = x.mean(0)
     centred = x - mean
     covariance = centred.T @ centred / (len(x) - 1)
-    jitter = 1e-10 * covariance.diagonal().mean().detach() + 1e-14
-    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    factor, info = torch.linalg.cholesky_ex(covariance + jitter * eye)
+    # Relative to each variance, whatever its unit.
+    jitter = 1e-10 * covariance.diagonal().detach() + torch.finfo(x.dtype).tiny ** 0.5
+    factor, info = torch.linalg.cholesky_ex(covariance + jitter.diag())
     # Particles that are not finite have no factor: NaN, so that the search skips the step.
     factor = torch.where(info == 0, factor, torch.nan)
     return mean + noise @ factor.T

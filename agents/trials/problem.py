@@ -17,6 +17,7 @@ from torch import Tensor
 
 from totalprop.agents.persistence import env_state
 from totalprop.agents.trials.controllers import ControllerPolicy
+from totalprop.world_models.gp import positive_std
 from totalprop.world_models.gp_dynamics import GPDynamics
 
 Cost = Callable[[Tensor, Tensor], Tensor]  # (next states [..., S], controls [..., A]) -> [...]
@@ -98,8 +99,11 @@ class Problem:
             mean = policy.features(self._tensor(self.start[0]))
             std = torch.ones_like(mean)
         else:
-            mean, std = model.features.mean(0), model.features.std(0, correction=0)
-            std = torch.where(std > 1e-6 * mean.abs().clamp_min(1.0), std, torch.ones_like(std))
+            mean = model.features.mean(0)
+            std = positive_std(model.features, model.gp.rounding)
+            # The sine of a constant angle wobbles by the rounding of the angle, not by its own.
+            trig = std[std.numel() - 2 * len(model.angle_dims) :]
+            trig[trig <= model.gp.rounding] = 1.0
         policy.place(mean, std)
 
     def _tensor(self, values: np.ndarray) -> Tensor:

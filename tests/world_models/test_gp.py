@@ -8,10 +8,12 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from totalprop.world_models.gp import (
+    ROUNDING,
     SUPPORT_POINTS,
     SUPPORT_TOLERANCE,
     GaussianProcess,
     negative_log_likelihood,
+    outlier,
 )
 
 F64 = torch.float64
@@ -230,6 +232,28 @@ def test_unfitted_gp_with_data_stays_unfitted_through_a_state_dict():
     assert other.is_fitted == gp.is_fitted
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs": torch.zeros(3, N_INPUTS, dtype=F64)}, "3 inputs and 25 targets"),
+        ({"log_noise": torch.tensor([0.0, 1e4], dtype=F64)}, "'log_noise' reaches 1e[+]04"),
+        (
+            {
+                "inputs": torch.zeros(0, N_INPUTS, dtype=F64),
+                "targets": torch.zeros(0, N_OUTPUTS, dtype=F64),
+            },
+            "a fit and no data",
+        ),
+    ],
+)
+def test_a_state_without_a_meaning_is_refused(changes, message):
+    gp = make_gp()
+    gp.fit()
+    gp.check_state(gp.state_dict())
+    with pytest.raises(ValueError, match=message):
+        gp.check_state({**gp.state_dict(), **changes})
+
+
 # The likelihood
 
 THETA = torch.tensor([0.2, -0.3, 0.1, 0.4, -1.2], dtype=F64)  # log l (3), log s, log σ_n
@@ -331,6 +355,93 @@ def test_posterior_after_a_fit_uses_the_new_hyper_parameters():
     gp.fit()
     torch.testing.assert_close(gp.posterior(x).mean, dense_posterior(gp, x)[0])
     assert not torch.allclose(before, gp.posterior(x).mean)
+
+
+# Offsets and scales
+
+
+def fitted(inputs, targets, **kwargs):
+    gp = GaussianProcess(inputs.shape[1], targets.shape[1], **kwargs)
+    gp.set_data(inputs, targets)
+    gp.fit()
+    return gp
+
+
+def noisy_sine(n=60):
+    """Inputs [n, 2], targets [n, 1] with a mean of less than their deviation, noise of 0.1."""
+    inputs = 6 * torch.rand(n, 2, dtype=F64, generator=generator(1)) - 3
+    truth = (2 * inputs[:, :1]).sin() + 0.3 * inputs[:, 1:]
+    return inputs, truth + 0.1 * randn(n, 1, seed=2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, 1e3, 1e6])
+def test_an_offset_of_the_targets_is_an_offset_of_the_mean(offset):
+    """Before, an offset of 1e3 doubled the noise, and one of 1e6 made the fit worthless."""
+    inputs, targets = noisy_sine()
+    x = randn(20, 2, seed=3)
+    reference = fitted(inputs, targets, prior_mean="data")
+    shifted = fitted(inputs, targets + offset, prior_mean="data")
+    torch.testing.assert_close(shifted.noise, reference.noise, rtol=1e-5, atol=0)
+    found, expected = shifted.posterior(x), reference.posterior(x)
+    torch.testing.assert_close(found.mean - offset, expected.mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.variance, expected.variance, rtol=1e-4, atol=1e-9)
+    if offset:  # more than a deviation: PILCO's prior mean gives way
+        same = fitted(inputs, targets + offset)
+        torch.testing.assert_close(same.posterior(x).mean, found.mean, rtol=0, atol=0)
+
+
+def test_the_prior_mean_is_zero_while_the_offset_is_small():
+    """The model of PILCO: far from the data, a state stays where it is."""
+    inputs, targets = noisy_sine()
+    far = torch.full((1, 2), 1e3, dtype=F64)
+    gp = fitted(inputs, targets)
+    assert abs(float(targets.mean())) > 0.01 and gp.offset == 0
+    assert gp.posterior(far).mean == 0
+    gp = fitted(inputs, targets, prior_mean="data")
+    torch.testing.assert_close(gp.posterior(far).mean[0], targets.mean(0))
+    gp = fitted(inputs, targets + 10)
+    torch.testing.assert_close(gp.posterior(far).mean[0], targets.mean(0) + 10)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(2.0**-20, 0.0), (2.0**-3, 2.0**24), (2.0**20, 0.0)])
+def test_the_units_of_inputs_and_targets_do_not_matter(scale, offset):
+    """float64 inputs with a deviation of 0.2 at an offset of 2e7 used to count as constant."""
+    inputs, targets = noisy_sine()
+    inputs = (inputs * 2**20).round() * 2.0**-20  # the shifted ones are exact
+    x = (randn(20, 2, seed=3) * 2**20).round() * 2.0**-20
+    expected = fitted(inputs, targets)
+    found = fitted(scale * inputs + offset, targets / scale, rounding=ROUNDING[np.float64])
+    ratio = (found.log_lengthscale - expected.log_lengthscale).exp()
+    torch.testing.assert_close(ratio, torch.full_like(ratio, scale), rtol=1e-4, atol=0)
+    mean = found.posterior(scale * x + offset).mean * scale
+    torch.testing.assert_close(mean, expected.posterior(x).mean, rtol=0, atol=1e-5)
+
+
+def test_a_float64_input_is_not_constant_where_a_float32_one_would_be():
+    column = 1e7 + 0.1 * randn(30, 1)
+    starts = []
+    for kind in (np.float32, np.float64):
+        gp = GaussianProcess(1, 1, rounding=ROUNDING[kind])
+        gp.set_data(column, randn(30, 1, seed=1))
+        gp.fit(max_evaluations=1)
+        starts.append(float(gp.log_lengthscale.exp()))
+    assert starts[0] > 0.5 and starts[1] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        ([*range(30), 1e6], 1e6),
+        ([*range(30), -1e6], -1e6),
+        ([*range(30), 1000.0], None),  # 34 times their range: the fit is as good
+        ([0.0] * 29 + [1e6], None),  # it hardly ever changes
+        ([], None),
+        ([1.0, 2.0], None),
+    ],
+)
+def test_an_outlier_is_what_is_out_of_all_proportion(column, expected):
+    found = outlier(torch.tensor(column, dtype=F64))
+    assert found == (None if expected is None else (expected, 0.0, 29.0))
 
 
 @pytest.mark.parametrize("n", [30, 31])
@@ -459,7 +570,7 @@ def check_posterior_within_its_bounds(gp, x, round_off):
         k_xx = kernel(gp, e, gp.inputs, gp.inputs)
         noisy = k_xx + noise_variance * torch.eye(len(k_xx), dtype=F64)
         lower = torch.linalg.cholesky(noisy)
-        beta = torch.cholesky_solve(gp.targets[:, e, None], lower)[:, 0]
+        beta = torch.cholesky_solve((gp.targets - gp.offset)[:, e, None], lower)[:, 0]
         covariances, prior = jets(gp, e, x)
         mean = torch.einsum("n,jnx->jx", beta, covariances)
         solved = whitened(lower, covariances)
@@ -479,7 +590,8 @@ def check_posterior_within_its_bounds(gp, x, round_off):
         allowance[0] = round_off
         bound = beta.norm() * (eta * noise_variance * d).sqrt()
         bound = bound + allowance * (beta.norm() * gp.noise[e] * predictive.sqrt())
-        error = torch.cat((found.mean[None, :, e], found.mean_jacobian[:, e].T)) - mean
+        found_mean = found.mean[None, :, e] - gp.offset[e]
+        error = torch.cat((found_mean, found.mean_jacobian[:, e].T)) - mean
         assert (error.abs() <= bound).all()
         variance_bound = (eta * d * v[0]).sqrt() + (eta * d[0] * v).sqrt() + eta * (d * d[0]).sqrt()
         variance_bound = variance_bound + allowance * predictive

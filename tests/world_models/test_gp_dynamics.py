@@ -1,6 +1,7 @@
 """The model of states and controls against closed forms and the processes it wraps."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -145,3 +146,43 @@ def test_state_dict_of_a_model_with_more_data_loads():
     (states, controls, *_) = steps(5, seed=2)
     assert torch.equal(fresh.predict(states, controls).mean, model.predict(states, controls).mean)
     assert torch.equal(fresh.reward(states, controls), model.reward(states, controls))
+
+
+@pytest.mark.parametrize("shift", [1.0, 1e6])
+def test_an_offset_of_the_rewards_changes_nothing_else(shift):
+    costs = []
+    for offset in (0.0, shift):
+        model = GPDynamics(S, A)
+        states, controls, next_states, rewards = steps(20)
+        model.add(states, controls, next_states, rewards + offset)
+        model.fit_reward(max_evaluations=30)
+        costs.append(model.reward(*steps(5, seed=1)[:2]) - offset)
+    torch.testing.assert_close(costs[0], costs[1], rtol=0, atol=1e-6)
+
+
+def test_an_outlier_is_named_once_with_its_value():
+    model = GPDynamics(S, A, angle_dims=ANGLES)
+    states, controls, next_states, rewards = steps(30)
+    states[7, 2] = 1e6  # an input, and with it a difference
+    rewards[3] = -1e6
+    model.add(states, controls, next_states, rewards)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(max_evaluations=1)
+        model.fit_reward(max_evaluations=1)
+        model.fit(max_evaluations=1)
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == 3
+    for name, message in zip(
+        ["observation 2 was 1e+06 once", "the change of observation 2 in a step was -999999 once",
+         "the reward was -1e+06 once"], messages, strict=True,
+    ):  # fmt: skip
+        assert message.startswith(name) and "clip it" in message
+
+
+def test_ordinary_data_have_no_outliers():
+    model = make(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fit(max_evaluations=1)
+        model.fit_reward(max_evaluations=1)
