@@ -237,6 +237,12 @@ def check_state(name: str, module: nn.Module, state: Any, *, exact_match: bool =
     lengths = {len(state[key]) for key in grows if key in state}
     if len(lengths) > 1:
         raise ValueError(f"{' and '.join(grows)} in '{name}' differ in length")
+    check_meaning: Callable[[Any], None] | None = getattr(module, "check_state", None)
+    if check_meaning is not None and state.keys() >= ours.keys():
+        try:
+            check_meaning(state)
+        except ValueError as error:
+            raise ValueError(f"'{name}' cannot be used: {error}") from None
 
 
 def check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:

@@ -235,7 +235,6 @@ def test_unfitted_gp_with_data_stays_unfitted_through_a_state_dict():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inputs": torch.zeros(3, N_INPUTS, dtype=F64)}, "3 inputs and 25 targets"),
         ({"log_noise": torch.tensor([0.0, 1e4], dtype=F64)}, "'log_noise' reaches 1e[+]04"),
         (
             {

@@ -370,6 +370,54 @@ def test_angle_dims_reach_model_and_policy():
     np.testing.assert_allclose(agent.reward_model.inputs[:, 1], np.sin(times + 1), atol=1e-6)
 
 
+class Drifting(gym.Env):
+    """A noisy linear system, seen as offset + scale · state; all in multiples of 2⁻²⁰.
+
+    The reward, which a GP learns, is minus the distance of the state from 1, plus `bonus`.
+    """
+
+    def __init__(self, offset=0.0, scale=(1.0, 1.0), bonus=0.0):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
+        self.offset, self.scale, self.bonus, self.rng = offset, np.array(scale), bonus, None
+
+    def observe(self):
+        self.state = np.round(self.state * 2**20) * 2.0**-20
+        return self.offset + self.scale * self.state
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.rng = np.random.default_rng(0) if self.rng is None else self.rng
+        self.state, self.time = 0.1 * self.rng.normal(size=2), 0
+        return self.observe(), {}
+
+    def step(self, action):
+        speed = self.state[1] + 0.3 * float(action[0])
+        self.state = np.array([self.state[0] + 0.3 * speed, 0.9 * speed])
+        self.state += 0.02 * self.rng.normal(size=2)
+        self.time += 1
+        reward = self.bonus - abs(float(self.state[0]) - 1)
+        return self.observe(), reward, False, self.time >= LENGTH, {}
+
+
+@pytest.mark.parametrize("estimator", ["tpx", "tp", "gr"])
+@pytest.mark.parametrize(
+    "change",
+    [{"offset": 2.0**26}, {"bonus": 2.0**10}],
+    ids=["observations", "rewards"],
+)
+def test_offsets_of_observations_and_rewards_do_not_matter(change, estimator):
+    """The same trials, and the same actions at the same states."""
+    actions = []
+    states = np.round(np.random.default_rng(1).normal(size=(30, 2)) * 2**20) * 2.0**-20
+    for changes in ({}, change):
+        env = Drifting(**changes)
+        agent = make(env, estimator=estimator, horizon=LENGTH, gp_evaluations=20).learn(3 * LENGTH)
+        actions.append(agent.predict(env.offset + env.scale * states)[0])
+    assert actions[0].std() > 0.05
+    np.testing.assert_allclose(actions[1], actions[0], atol=1e-4)
+
+
 # Which model, which cost
 
 
@@ -785,6 +833,28 @@ def test_learning_goes_on_from_the_parameters_that_were_set():
     other.set_parameters(trained.get_parameters())
     other.learn(7)
     torch.testing.assert_close(parameters(other), parameters(trained), atol=1e-6, rtol=0)
+
+
+def test_inputs_and_targets_of_different_numbers_are_refused_when_a_file_is_read(tmp_path):
+    agent, fresh = make().learn(14), make()
+    state = agent.get_parameters()
+    state["dynamics"] = {**state["dynamics"], "targets": state["dynamics"]["targets"][:5]}
+    agent.get_parameters = lambda: state
+    agent.save(tmp_path / "agent")
+    message = "inputs and targets in 'dynamics' differ in length"
+    with pytest.raises(ValueError, match=message):
+        PIPPS.load(tmp_path / "agent", device="cpu")
+    with pytest.raises(ValueError, match=message):
+        fresh.set_parameters(tmp_path / "agent")
+    assert len(fresh.dynamics.inputs) == 0
+
+
+def test_hyper_parameters_that_overflow_are_refused():
+    agent = make().learn(14)
+    state = agent.get_parameters()
+    state["dynamics"] = {**state["dynamics"], "log_signal": torch.full((2,), 1e4).double()}
+    with pytest.raises(ValueError, match="'dynamics' cannot be used: its 'log_signal' reaches"):
+        make().set_parameters(state)
 
 
 def test_set_parameters_of_another_model_is_an_error():
