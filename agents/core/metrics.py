@@ -22,6 +22,8 @@ def record_progress(agent: BaseAlgorithm) -> float:
     if agent.ep_info_buffer:
         record("rollout/ep_rew_mean", safe_mean([info["r"] for info in agent.ep_info_buffer]))
         record("rollout/ep_len_mean", safe_mean([info["l"] for info in agent.ep_info_buffer]))
+    if agent.ep_success_buffer:
+        record("rollout/success_rate", safe_mean(agent.ep_success_buffer))
     seconds = max((time.time_ns() - agent.start_time) / 1e9, 1e-9)
     record("time/time_elapsed", int(seconds), exclude="tensorboard")
     record("time/total_timesteps", agent.num_timesteps, exclude="tensorboard")
