@@ -9,18 +9,20 @@ problem (cost and start), the controllers, the optimisers and the metrics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from torch import Tensor
-from tqdm import tqdm
 
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
@@ -29,6 +31,7 @@ from totalprop.agents.core.metrics import QUIET, record_progress
 from totalprop.agents.core.validation import (
     Above,
     AtLeast,
+    Finite,
     Within,
     check_arguments,
     check_finite,
@@ -79,6 +82,12 @@ class PIPPS(Algorithm):
         random_trials: first episodes, with uniformly random actions.
         cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64). Without
             it the environment's own `cost` is used; if it has none, a GP is fitted to the rewards.
+        termination: whether an episode ends on arriving in the next states, [..., S] -> [...]
+            (torch): True or False, or, so that a pathwise gradient sees the end, the probability.
+            Without it the environment's own `termination` is used; "ignore" if simulations are to
+            go on beyond the end.
+        termination_cost: cost of every simulated step after the end; at 0, what the environment
+            gives, an end is good where costs are positive.
         angle_dims: entries of the observation that are angles: model and policy see their sine and
             cosine.
         model_uncertainty: spread particles by the GP's own uncertainty; off: "TP - σ_f" of 2018.
@@ -125,6 +134,8 @@ class PIPPS(Algorithm):
         momentum: Annotated[float, Within(0, 1, open_above=True)] = 0.9,
         random_trials: Annotated[int, AtLeast(1)] = 1,
         cost_fn: Callable[[Tensor], Tensor] | None = None,
+        termination: Callable[[Tensor], Tensor] | Literal["ignore"] | None = None,
+        termination_cost: Annotated[float, Finite()] = 0.0,
         angle_dims: tuple[int, ...] = (),
         model_uncertainty: bool = True,
         noise_multiplier: Annotated[float, Above(0)] = 1.0,
@@ -158,6 +169,7 @@ class PIPPS(Algorithm):
         self.adam_eps, self.momentum = adam_eps, momentum
         self.random_trials = random_trials
         self.cost_fn = cost_fn
+        self.termination, self.termination_cost = termination, termination_cost
         if not isinstance(angle_dims, Iterable):
             raise ValueError(
                 f"angle_dims must be entries of the observation, e.g. (1,), got {angle_dims!r}"
@@ -166,7 +178,8 @@ class PIPPS(Algorithm):
         self.model_uncertainty, self.noise_multiplier = model_uncertainty, noise_multiplier
         self.gp_evaluations, self.max_points = gp_evaluations, max_points
         self._n_trials = 0
-        self._needs_cost_fn = False
+        self._needs_cost_fn = self._needs_termination = False
+        self._warned_of_end = self._warned_of_cut = False
         self._start_observations: list[np.ndarray] = []
         self._predicted: np.ndarray | None = None  # [H + 1, N, S] for the next trial
         if _init_setup_model:
@@ -180,7 +193,9 @@ class PIPPS(Algorithm):
         self.angle_dims = tuple(self.angle_dims)  # a list where it comes from a file
         self._check_arguments()
         self._problem = self._find_problem()
-        self._needs_cost_fn |= self.cost_fn is not None  # or it was given to `load`
+        # They may have been given to `load`.
+        self._needs_cost_fn |= self.cost_fn is not None
+        self._needs_termination |= callable(self.termination)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         kwargs = {"angle_dims": self.angle_dims, **self.policy_kwargs}
@@ -205,10 +220,16 @@ class PIPPS(Algorithm):
     def _find_problem(self) -> Problem:
         space = self.observation_space
         assert isinstance(space, spaces.Box)
-        return Problem(self.env, space, cost_fn=self.cost_fn, device=self.device)
+        return Problem(
+            self.env,
+            space,
+            cost_fn=self.cost_fn,
+            termination=self.termination,
+            device=self.device,
+        )
 
     def _adopt_env(self) -> None:
-        """Take cost and start from the environment."""
+        """Take cost, start and end from the environment."""
         self._problem = self._find_problem()
 
     # ----------------------------------------------------------------------------------------
@@ -228,7 +249,8 @@ class PIPPS(Algorithm):
         """Run trials until `total_timesteps` real steps are done; a policy search follows each.
 
         Random trials count. With 30-step episodes, 450 steps are the papers' 15 searches, the last
-        one on all data. Simulated steps neither count nor trigger callbacks.
+        one on all data. Simulated steps neither count nor trigger callbacks. A trial in an
+        environment without a time limit (gymnasium's TimeLimit) is truncated after `horizon` steps.
 
         Args:
             total_timesteps: real environment steps; exact up to the number of environments.
@@ -236,15 +258,18 @@ class PIPPS(Algorithm):
             log_interval: trials between log dumps.
             tb_log_name: as in stable-baselines3.
             reset_num_timesteps: as in stable-baselines3.
-            progress_bar: show a bar for each policy search, which is where the time goes.
+            progress_bar: as in stable-baselines3, with a line below for each policy search, which
+                is where the time goes.
 
         Raises:
             ValueError: an observation or reward is not finite.
             RuntimeError: an environment's process died.
         """
         total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar=False
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        self._problem = self._find_problem()  # attributes may have been set since
+        self._warn_before(total_timesteps - self.num_timesteps)
         if self.device.type == "cpu":
             keep_freed_memory()
         callback.on_training_start(locals(), globals())
@@ -253,18 +278,58 @@ class PIPPS(Algorithm):
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             if self._n_trials >= self.random_trials and not self.policy.is_placed:
                 # A callback stopped an earlier `learn` before the first search.
-                self._improve_policy(progress_bar)
+                self._improve_policy(callback)
             if not self._collect_trial(callback, total_timesteps):
                 break
             if self._n_trials >= self.random_trials:
-                self._improve_policy(progress_bar)
+                self._improve_policy(callback)
             if log_interval and self._n_trials % log_interval == 0:
                 self.dump_logs()
         callback.on_training_end()
         return self
 
+    def _warn_before(self, total_timesteps: int) -> None:
+        """Say at the start what would be noticed after the run: settings that do not fit."""
+        assert self.env is not None
+        limit, horizon, found = self._problem.time_limit, self.horizon, []
+        if limit is not None and horizon != limit:
+            found.append(
+                f"horizon={horizon}, but the environment's episodes are truncated after {limit} "
+                "steps: the policy is optimised for "
+                + (f"the first {horizon} only" if horizon < limit else "steps that never come")
+                + f"; choose horizon={limit}, or another TimeLimit"
+            )
+        trial = self.env.num_envs * (horizon if limit is None else limit)
+        still_random = self.random_trials - self._n_trials
+        if 0 < total_timesteps <= trial * (still_random - 1):
+            found.append(
+                f"total_timesteps={total_timesteps} are used up by random_trials="
+                f"{self.random_trials}, of {trial} steps each: the policy will not be optimised"
+            )
+        elif 0 < total_timesteps < trial and not self.world_model.n_points:
+            found.append(
+                f"total_timesteps={total_timesteps} are less than one trial, of {trial} steps: the "
+                "model will know only how an episode begins"
+            )
+        has_end = self._problem.termination is not None
+        if (
+            has_end
+            and self._resolved_estimator().needs_pathwise
+            and not self._problem.end_has_gradient
+        ):
+            found.append(
+                "termination gives True or False, of which a pathwise gradient sees nothing; give "
+                "a probability, such as torch.sigmoid((x - bound) / width), or choose "
+                "estimator='lr'"
+            )
+        for text in found:
+            warnings.warn(text, stacklevel=4)
+
     def _collect_trial(self, callback: BaseCallback, total_timesteps: int) -> bool:
-        """One episode of every environment; False if a callback asked to stop."""
+        """One episode of every environment; False if a callback asked to stop.
+
+        Where the environment has no time limit, an episode is truncated after `horizon` steps.
+        """
         assert self.env is not None and self._last_obs is not None
         callback.on_rollout_start()
         is_random = self._n_trials < self.random_trials
@@ -272,7 +337,9 @@ class PIPPS(Algorithm):
         check_finite(self.num_timesteps, np.array(self._last_obs), np.zeros(1))
         path, transitions = [np.array(self._last_obs)], []
         from_start = bool(np.asarray(self._last_episode_starts)[0])
-        while not finished.all() and self.num_timesteps < total_timesteps:
+        limit = self.horizon if self._problem.time_limit is None else math.inf
+        steps = 0
+        while not finished.all() and self.num_timesteps < total_timesteps and steps < limit:
             observations = np.array(self._last_obs)
             if is_random:
                 actions = np.stack([self.action_space.sample() for _ in finished])
@@ -280,6 +347,7 @@ class PIPPS(Algorithm):
                 actions, _ = self.predict(observations)
             new_observations, rewards, dones, infos = self.env.step(actions)
             self.num_timesteps += self.env.num_envs
+            steps += 1
             next_observations = np.array(new_observations)
             for i in np.flatnonzero(dones):  # already reset: take the true end
                 next_observations[i] = infos[i]["terminal_observation"]
@@ -292,6 +360,7 @@ class PIPPS(Algorithm):
             self._last_obs = new_observations  # type: ignore[assignment]
             self._last_episode_starts = dones
             finished |= dones
+            self._warn_of_end(dones, infos)
             callback.update_locals(locals())
             if not callback.on_step():
                 self._n_trials += int(finished.all())
@@ -300,11 +369,48 @@ class PIPPS(Algorithm):
             self._update_info_buffer(infos, dones)
         self._n_trials += 1
         self._store(transitions)
+        if steps >= limit and not finished.all():
+            self._truncate(finished, transitions)
         if self._predicted is not None and from_start and self.tensorboard_log is not None:
             seen = np.stack(path)[:, 0]
             metrics.record_prediction(self.logger, self._problem, self._predicted, seen)
         callback.on_rollout_end()
         return True
+
+    def _truncate(
+        self, finished: np.ndarray, transitions: Sequence[tuple[np.ndarray, ...]]
+    ) -> None:
+        """Begin new episodes; the running ones of this trial count as truncated."""
+        assert self.env is not None
+        if not self._warned_of_cut:
+            self._warned_of_cut = True
+            warnings.warn(
+                f"the environment declares no time limit: a trial is truncated after "
+                f"horizon={self.horizon} steps; gymnasium.wrappers.TimeLimit sets another one",
+                stacklevel=4,
+            )
+        rewards = np.stack([step[3] for step in transitions])  # [T, n_envs]
+        for sum_of_rewards in rewards.sum(0)[~finished]:
+            episode = {"r": float(sum_of_rewards), "l": len(rewards), "t": 0.0}
+            self._update_info_buffer([{"episode": episode}])
+        self._last_obs = self.env.reset()  # type: ignore[assignment]
+        self._last_episode_starts = np.ones(self.env.num_envs, dtype=bool)
+
+    def _warn_of_end(self, dones: np.ndarray, infos: Sequence[dict[str, Any]]) -> None:
+        """Say once that episodes terminate, which simulations do not know unless they are told."""
+        is_known = self._problem.termination is not None or self.termination == "ignore"
+        if is_known or self._warned_of_end:
+            return
+        ended = [info for info, done in zip(infos, dones, strict=True) if done]
+        if not all(info.get("TimeLimit.truncated", False) for info in ended):
+            self._warned_of_end = True
+            warnings.warn(
+                f"an episode terminated at step {self.num_timesteps}, but simulated particles do "
+                "not end: they go on beyond it, at the costs of the states there. Pass "
+                "termination=..., a function of the states, and termination_cost=..., the cost of "
+                "a step after the end; or termination='ignore'",
+                stacklevel=4,
+            )
 
     def _store(self, transitions: Sequence[tuple[np.ndarray, ...]]) -> None:
         """Add a trial to the data of the model, which is first tested on it."""
@@ -330,24 +436,16 @@ class PIPPS(Algorithm):
     # the policy search
     # ----------------------------------------------------------------------------------------
 
-    def _improve_policy(self, show_progress: bool) -> None:
+    def _improve_policy(self, callback: BaseCallback) -> None:
         """Fit the model and search the policy, the two phases of a trial that take time."""
+        self._problem = self._find_problem()  # attributes may have been set since
         likelihoods = self.world_model.fit(max_evaluations=self.gp_evaluations)
         model = self._particle_model()
         if not self.policy.is_placed:
             self._problem.place(self.policy, self.world_model)
         settings = self._settings()
-        with tqdm(
-            total=settings.gradient_steps,
-            desc=f"trial {self._n_trials}: policy search on {self.world_model.n_points} points",
-            disable=not show_progress,
-            leave=False,
-        ) as bar:
-
-            def on_step(step: int, loss: float) -> None:
-                bar.update()
-                bar.set_postfix(cost=f"{loss:.2f}", refresh=False)
-
+        title = f"trial {self._n_trials}: policy search on {self.world_model.n_points} points"
+        with _search_bar(callback, title, settings.gradient_steps) as on_step:
             log = optimise_policy(self.policy, model, settings, self._generator, on_step)
         self._n_updates += len(log.losses)
         self._predicted = self._simulate_trial(model)
@@ -360,12 +458,17 @@ class PIPPS(Algorithm):
         """The model that policies are searched in.
 
         Raises:
-            ValueError: the agent was made with a cost_fn and loaded without it.
+            ValueError: the agent was made with a cost_fn or termination and loaded without it.
         """
         if self._needs_cost_fn and self.cost_fn is None:
             raise ValueError(
                 "this agent was made with a cost_fn, which is not in its file; "
                 "pass it again: PIPPS.load(path, env=env, cost_fn=...)"
+            )
+        if self._needs_termination and self.termination is None:
+            raise ValueError(
+                "this agent was made with a termination, which is not in its file; "
+                "pass it again: PIPPS.load(path, env=env, termination=...)"
             )
         if self._problem.cost is None:
             self.world_model.fit_reward(max_evaluations=self.gp_evaluations)
@@ -379,6 +482,8 @@ class PIPPS(Algorithm):
             cost=self._problem.step_cost(self.world_model),
             model_uncertainty=self.model_uncertainty,
             noise_multiplier=self.noise_multiplier,
+            termination=self._problem.termination,
+            termination_cost=self.termination_cost,
         )
 
     def _settings(self) -> SearchSettings:
@@ -505,3 +610,22 @@ class PIPPS(Algorithm):
                 f"0..{space.shape[0] - 1}, each once, "
                 f"got {list(self.angle_dims)}"
             )
+
+
+@contextmanager
+def _search_bar(
+    callback: BaseCallback, title: str, total: int
+) -> Iterator[Callable[[int, float], None]]:
+    """What to call after each gradient step; it fills a line below SB3's bar, if that is shown."""
+    bars = [c for c in getattr(callback, "callbacks", ()) if isinstance(c, ProgressBarCallback)]
+    progress = getattr(bars[0].pbar, "_prog", None) if bars else None  # rich's, of several lines
+    if progress is None:
+        yield lambda step, loss: None
+        return
+    task = progress.add_task(title, total=total)
+    try:
+        yield lambda step, loss: progress.update(
+            task, advance=1, description=f"{title}, cost {loss:.2f}"
+        )
+    finally:
+        progress.remove_task(task)

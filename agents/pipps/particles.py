@@ -5,16 +5,20 @@ The loss of PIPPS as pure functions: nothing here knows stable-baselines3 or an 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from totalprop.agents.trials.controllers import Controller, ControllerPolicy
-from totalprop.agents.trials.problem import Cost
+from totalprop.agents.trials.problem import Cost, StateFunction
 from totalprop.estimators import ControlProbe, Estimator, assign_credit
+from totalprop.estimators.mixing import pathwise
 from totalprop.world_models.gp_dynamics import GPDynamics, Prediction
+
+Rows = slice | Tensor  # all particles, or the indices of some
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class ParticleModel:
         model_uncertainty: add the GP's own variance σ_f²; without it, "TP - σ_f" of Parmas et al.
             2018, Table 2.
         noise_multiplier: factor on the learned noise variance σ_n²; 100 is their "TP + σ_n".
+        termination: states [..., S] -> whether an episode ends on arriving there, or the
+            probability of that [...]; None if episodes do not end.
+        termination_cost: cost of every step after the end.
     """
 
     dynamics: GPDynamics
@@ -59,6 +66,8 @@ class ParticleModel:
     cost: Cost
     model_uncertainty: bool = True
     noise_multiplier: float = 1.0
+    termination: StateFunction | None = None
+    termination_cost: float = 0.0
 
 
 def simulate(
@@ -74,6 +83,10 @@ def simulate(
 
     x_{t+1} ~ N(x_t + m(x_t, u_t), σ_f² + σ_n²), independent across dimensions, u_t = π(x_t);
     J = mean_i Σ_{t=1..H} c(x_it). Parmas et al. 2018, Sec. 2.4 and 3.1.
+
+    With a termination p(x), the cost of step t is w_t c(x_t) + (1 - w_t) c_end, where
+    w_t = Π_{s<t} (1 - p(x_s)) is the probability that the particle is still on its way. A particle
+    with p = 1 has ended: it stays where it is, and no later node has it among its samples.
 
     Args:
         model: dynamics, start and cost.
@@ -94,30 +107,60 @@ def simulate(
     meters = [None] * horizon if meter is None else meter.unbind(0)
     states, controls, credits = [x], [], []
     act = policy.controller()
+    under_way: Rows = slice(None)
+    rows_of_steps: list[Rows] = []
+    least = 6 if estimator.cross_fit else 3  # samples that choose k
     for t in range(horizon):
-        u = act(x)
-        found = model.dynamics.predict(x, u)
-        if model.model_uncertainty:
-            std = (found.variance + noise_variance).sqrt()
-        else:
-            std = noise_variance.sqrt().expand_as(found.mean)
-        probe = _control_probe(act, t, std, found, estimator) if needs_probe else None
-        if probe is not None and not model.model_uncertainty:
-            probe.zeta_jacobian[1].zero_()
-        x, credit = estimator(
-            found.mean, std, noise.model[t], credit, probe=probe, tap=tap, meter=meters[t]
-        )
-        if noise.resample is not None:
-            x = gaussian_resample(x, noise.resample[t])
+        start, u = x[under_way], x.new_zeros(len(x), policy.n_controls)
+        if len(start):
+            step_controls = act(start)
+            found = model.dynamics.predict(start, step_controls)
+            if model.model_uncertainty:
+                std = (found.variance + noise_variance).sqrt()
+            else:
+                std = noise_variance.sqrt().expand_as(found.mean)
+            # Too few to choose k from: their share of the loss is small, too.
+            node = estimator if len(start) >= least else replace(estimator, weight=pathwise)
+            probe = _control_probe(act, t, std, found, node) if needs_probe else None
+            if probe is not None and not model.model_uncertainty:
+                probe.zeta_jacobian[1].zero_()
+            arrived, credited = node(
+                found.mean,
+                std,
+                noise.model[t][under_way],
+                credit[under_way],
+                probe=probe,
+                tap=None if tap is None else tap[under_way],
+                meter=meters[t],
+            )
+            if noise.resample is not None and len(start) > 1:
+                arrived = gaussian_resample(arrived, noise.resample[t][under_way])
+            x, credit = _put(x, under_way, arrived), _put(credit, under_way, credited)
+            u = _put(u, under_way, step_controls)
+            rows_of_steps.append(under_way)
         states.append(x)
         controls.append(u)
         credits.append(credit)
+        if model.termination is not None:
+            with torch.no_grad():
+                has_ended = model.termination(x) >= 1
+            if has_ended.any():
+                under_way = (~has_ended).nonzero().squeeze(-1)
     path, all_controls = torch.stack(states), torch.stack(controls)
     if tap is not None:
-        all_controls = _TappedControls.apply(act, all_controls, tap)
+        all_controls = _TappedControls.apply(act, all_controls, tap, rows_of_steps)
     costs = model.cost(path[1:], all_controls)
+    if model.termination is not None:
+        is_under_way = 1 - model.termination(path[1:-1]).to(costs)
+        weight = torch.cat((torch.ones_like(costs[:1]), is_under_way.cumprod(0)))
+        costs = weight * costs + (1 - weight) * model.termination_cost
     loss = assign_credit(costs, torch.stack(credits)).sum(0).mean()
     return loss, costs.detach(), path.detach()
+
+
+def _put(whole: Tensor, rows: Rows, part: Tensor) -> Tensor:
+    """`whole` with some of its rows replaced."""
+    return part if isinstance(rows, slice) else whole.index_copy(0, rows, part)
 
 
 class _TappedControls(torch.autograd.Function):
@@ -127,14 +170,18 @@ class _TappedControls(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, act: Controller, controls: Tensor, tap: Tensor) -> Tensor:
-        ctx.act = act
+    def forward(
+        ctx: Any, act: Controller, controls: Tensor, tap: Tensor, rows_of_steps: Sequence[Rows]
+    ) -> Tensor:
+        ctx.act, ctx.rows_of_steps, ctx.tap_shape = act, rows_of_steps, tap.shape
         return controls.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        parts = [ctx.act.jacobian(t).per_sample(g) for t, g in enumerate(grad)]
-        return None, grad, torch.stack(parts).sum(0)
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        total = grad.new_zeros(ctx.tap_shape)
+        for t, rows in enumerate(ctx.rows_of_steps):
+            total[rows] += ctx.act.jacobian(t).per_sample(grad[t][rows])
+        return None, grad, total, None
 
 
 def gaussian_resample(x: Tensor, noise: Tensor) -> Tensor:

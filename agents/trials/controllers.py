@@ -290,7 +290,9 @@ class RBFController(Controller):
         if self.policy.n_controls > 1:
             return super().jacobian(step, last_layer=last_layer)
         if len(self.jacobians) <= step:
-            self.jacobians = _rbf_jacobians(self.policy, self.seen)
+            is_even = len({len(basis) for _, basis, _ in self.seen}) == 1
+            groups = [self.seen] if is_even else [[step] for step in self.seen]
+            self.jacobians = [j for group in groups for j in _rbf_jacobians(self.policy, group)]
         found = self.jacobians[step]
         return found.dense_last_layer() if last_layer else found
 

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,27 +21,32 @@ from totalprop.world_models.gp import positive_std
 from totalprop.world_models.gp_dynamics import GPDynamics
 
 Cost = Callable[[Tensor, Tensor], Tensor]  # (next states [..., S], controls [..., A]) -> [...]
-StateCost = Callable[[Tensor], Tensor]  # states [..., S] -> [...]
+StateFunction = Callable[[Tensor], Tensor]  # states [..., S] -> [...]
 
 
 class Problem:
-    """What a simulated trial costs and where it starts.
+    """What a simulated trial costs, where it starts and where it ends.
 
-    An environment may have a differentiable `cost(states)`, an `initial_distribution` (mean, std)
-    and `observation_names`. Each is looked up once, the cost at construction and the others when
-    first needed; an attribute that does not fit is reported with a UserWarning and not used.
+    An environment may have a differentiable `cost(states)`, a `termination(states)`, an
+    `initial_distribution` (mean, std) and `observation_names`. Each is looked up once, cost and
+    termination at construction and the others when first needed; an attribute that does not fit is
+    reported with a UserWarning and not used.
 
     Args:
         env: vector environment, or None, of which nothing is known.
         observation_space: Box [S].
         cost_fn: cost of the next states, which takes precedence over the environment's own.
+        termination: whether an episode ends in a state, or how probably; takes precedence over the
+            environment's own. "ignore": it never does.
         device: device of the states that costs are evaluated on.
 
     Attributes:
         cost: `cost_fn`, the environment's own cost, or None: costs are learned from rewards.
+        termination: the function given, the environment's own, or None: episodes do not end.
 
     Raises:
-        ValueError: `cost_fn` is not a differentiable cost of states.
+        ValueError: `cost_fn` is not a differentiable cost of states, or `termination` not a
+            function of them.
     """
 
     def __init__(
@@ -49,7 +54,8 @@ class Problem:
         env: VecEnv | None,
         observation_space: spaces.Box,
         *,
-        cost_fn: StateCost | None = None,
+        cost_fn: StateFunction | None = None,
+        termination: StateFunction | Literal["ignore"] | None = None,
         device: torch.device,
     ) -> None:
         self.env, self.device = env, device
@@ -60,6 +66,14 @@ class Problem:
             flaw = cost_flaw(cost_fn, self.shape[0], device)
             if flaw is not None:
                 raise ValueError(f"cost_fn is not a cost of states: {flaw}")
+        self.termination: StateFunction | None = None
+        if termination is None:
+            self.termination = self._own_termination()
+        elif not isinstance(termination, str):
+            self.termination = termination
+            flaw = termination_flaw(termination, self.shape[0], device)
+            if flaw is not None:
+                raise ValueError(f"termination is not a function of states: {flaw}")
 
     # ----------------------------------------------------------------------------------------
     # for simulations
@@ -129,6 +143,21 @@ class Problem:
             return None
         return mean, std
 
+    @property
+    def time_limit(self) -> int | None:
+        """Steps after which an episode is truncated by gymnasium's TimeLimit; None without one."""
+        if self.env is None or not self.env.has_attr("_max_episode_steps"):
+            return None
+        return self.env.get_attr("_max_episode_steps", indices=0)[0]
+
+    @property
+    def end_has_gradient(self) -> bool:
+        """Whether `termination` is differentiable, so that a pathwise gradient sees the end."""
+        states = torch.zeros(1, *self.shape, dtype=torch.float64, device=self.device)
+        return self.termination is not None and bool(
+            self.termination(states.requires_grad_()).requires_grad
+        )
+
     @cached_property
     def observation_names(self) -> Sequence[str]:
         """S names, numbered ones where the environment has none that fit."""
@@ -137,7 +166,7 @@ class Problem:
             return [f"observation {d}" for d in range(self.shape[0])]
         return names
 
-    def _own_cost(self) -> StateCost | None:
+    def _own_cost(self) -> StateFunction | None:
         """The environment's `cost(states)`; None, with a warning, if it cannot be used."""
         own = self._attribute("cost")
         if own is None:
@@ -145,6 +174,15 @@ class Problem:
         flaw = cost_flaw(own, self.shape[0], self.device)
         if flaw is not None:
             _warn_unused("cost", flaw)
+            return None
+        return own
+
+    def _own_termination(self) -> StateFunction | None:
+        """The environment's `termination(states)`; None, with a warning, if it cannot be used."""
+        own = self._attribute("termination")
+        flaw = None if own is None else termination_flaw(own, self.shape[0], self.device)
+        if flaw is not None:
+            _warn_unused("termination", flaw, "simulated particles go on beyond the end")
             return None
         return own
 
@@ -173,28 +211,46 @@ class Problem:
 
 def cost_flaw(cost: Any, states: int, device: torch.device) -> str | None:
     """Why a cost is not a differentiable function of the states alone, or None if it is."""
-    x = torch.zeros(2, 3, states, dtype=torch.float64, device=device, requires_grad=True)
-    try:
-        found: Any = cost(x)
-    except Exception as error:  # whatever a user's function may raise
-        return (
-            f"it takes states [..., {states}] and gives a cost each, but with states "
-            f"[2, 3, {states}] it raised {type(error).__name__}: {error}"
-        )
-    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    if shape != [2, 3]:
-        return (
-            f"it must give one cost per state, of states [2, 3, {states}] a tensor [2, 3], "
-            f"got {shape}"
-        )
+    found = _values(cost, "cost", states, device)
+    if isinstance(found, str):
+        return found
     if not found.requires_grad:
         return "it must be differentiable: a cost of torch operations on the states it is given"
     return None
 
 
-def _warn_unused(name: str, why: str) -> None:
-    """Report that an attribute of the environment is learned from data instead."""
+def termination_flaw(termination: Any, states: int, device: torch.device) -> str | None:
+    """Why a function does not say whether an episode ends in a state, or None if it does."""
+    found = _values(termination, "True, False or probability", states, device)
+    if isinstance(found, str):
+        return found
+    if found.dtype != torch.bool and not ((found >= 0) & (found <= 1)).all():
+        value = float(found.flatten()[0])
+        return f"it must give True, False or a probability in [0, 1], got {value:g} at states of 0"
+    return None
+
+
+def _values(function: Any, what: str, states: int, device: torch.device) -> Tensor | str:
+    """The function's values of states [2, 3, S], or why there are none."""
+    x = torch.zeros(2, 3, states, dtype=torch.float64, device=device, requires_grad=True)
+    try:
+        found: Any = function(x)
+    except Exception as error:  # whatever a user's function may raise
+        return (
+            f"it takes states [..., {states}] and gives a {what} each, but with states "
+            f"[2, 3, {states}] it raised {type(error).__name__}: {error}"
+        )
+    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != [2, 3]:
+        return (
+            f"it must give one {what} per state, of states [2, 3, {states}] a tensor [2, 3], "
+            f"got {shape}"
+        )
+    return found
+
+
+def _warn_unused(name: str, why: str, then: str = "it is learned from the data") -> None:
+    """Report that an attribute of the environment is not used, and what is instead."""
     warnings.warn(
-        f"the environment's own `{name}` is not used, because {why}; it is learned from the data",
-        stacklevel=3,
+        f"the environment's own `{name}` is not used, because {why}; {then}", stacklevel=3
     )

@@ -19,7 +19,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 import yaml
@@ -95,7 +95,8 @@ def _typed(hint: Any) -> Any:
     """The part of a union that can be typed on a command line: float | Schedule -> float."""
     if get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
-    plain = [m for m in get_args(hint) if _base(m) in (int, float, str, bool, type(None))]
+    types_of_text = (int, float, str, bool, type(None))
+    plain = [m for m in get_args(hint) if _base(m) in types_of_text or get_origin(m) is Literal]
     return typing.Union[tuple(plain)]  # noqa: UP007  (built at run time)
 
 

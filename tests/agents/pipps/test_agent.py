@@ -32,7 +32,7 @@ LENGTH = 7
 LOW, HIGH = -2.0, 4.0
 TINY = {
     "n_particles": 20,
-    "horizon": 5,
+    "horizon": LENGTH,
     "gradient_steps": 3,
     "gp_evaluations": 5,
     "policy_kwargs": {"n_centres": 4},
@@ -256,6 +256,7 @@ def test_random_trials_come_first_and_train_nothing():
 def test_random_trials_fill_the_action_space_and_the_policy_acts_after():
     """200 uniform actions, seed 0: mean within 4 SE of the middle, extremes near the bounds."""
     env = CountingEnv(length=200)
+    env = gym.wrappers.TimeLimit(env, 200)
     agent = make(env, "LinearPolicy", gradient_steps=1, horizon=1, learning_rate=0.1).learn(200)
     actions = agent.dynamics.inputs[:, 2].numpy()  # scaled to [-1, 1]
     assert abs(actions.mean()) < 4 / (3 * 200) ** 0.5
@@ -412,7 +413,7 @@ def test_offsets_of_observations_and_rewards_do_not_matter(change, estimator):
     states = np.round(np.random.default_rng(1).normal(size=(30, 2)) * 2**20) * 2.0**-20
     for changes in ({}, change):
         env = Drifting(**changes)
-        agent = make(env, estimator=estimator, horizon=LENGTH, gp_evaluations=20).learn(3 * LENGTH)
+        agent = make(env, estimator=estimator, gp_evaluations=20).learn(3 * LENGTH)
         actions.append(agent.predict(env.offset + env.scale * states)[0])
     assert actions[0].std() > 0.05
     np.testing.assert_allclose(actions[1], actions[0], atol=1e-4)
@@ -592,6 +593,181 @@ def test_start_distribution_is_that_of_the_resets(monkeypatch):
     assert 0 < float(model.start_std[1]) < 0.2  # no spread seen: that of the noise at most
 
 
+def test_what_is_set_after_construction_counts_at_the_next_search(monkeypatch):
+    seen = spy_on_search(monkeypatch)
+    env = CostEnv()
+    agent = make(env).learn(7)
+    env.initial_distribution = (np.array([5.0, 1.0]), np.array([0.3, 0.4]))
+    agent.cost_fn = cost_of_time
+    agent.termination_cost = 2.0
+    agent.learn(7, reset_num_timesteps=False)
+    np.testing.assert_array_equal(seen[0][0].start_mean, [3.0, 0.0])
+    np.testing.assert_array_equal(seen[1][0].start_mean, [5.0, 1.0])
+    torch.testing.assert_close(seen[1][0].cost(STATE, ACTION), STATE[:, 1])
+    assert (seen[0][0].termination_cost, seen[1][0].termination_cost) == (0.0, 2.0)
+
+
+# Where episodes end
+
+
+def late(states):
+    """Probability that a CountingEnv's episode ends: 1 from its last step on."""
+    return torch.sigmoid(1e4 * (states[..., 1] - LENGTH + 0.5))
+
+
+def messages(learn):
+    """What a function warns of, without the framework's own warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learn()
+    return [str(w.message) for w in caught if w.category is UserWarning]
+
+
+def test_the_first_terminated_episode_is_reported_once():
+    agent = make()
+    found = messages(lambda: agent.learn(3 * LENGTH))
+    assert [m for m in found if "terminated" in m] == [
+        f"an episode terminated at step {LENGTH}, but simulated particles do not end: they go on "
+        "beyond it, at the costs of the states there. Pass termination=..., a function of the "
+        "states, and termination_cost=..., the cost of a step after the end; or "
+        "termination='ignore'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("env", "changes"),
+    [
+        (CountingEnv(truncates=True), {}),
+        (CountingEnv(), {"termination": "ignore"}),
+        (CountingEnv(), {"termination": late}),
+    ],
+    ids=["truncated", "ignored", "known"],
+)
+def test_an_end_that_is_known_is_not_reported(env, changes):
+    agent = make(env, **changes)
+    assert messages(lambda: agent.learn(3 * LENGTH)) == []
+
+
+def test_ended_particles_cost_what_the_user_says(monkeypatch):
+    """The cost is 1 a step, an episode ends after 7 of 10 steps, at -2 a step afterwards."""
+    losses = []
+    for end in (0.0, -2.0):
+        agent = make(
+            CountingEnv(), horizon=10, termination=late, termination_cost=end, gp_evaluations=100,
+            cost_fn=lambda states: 1 + 0 * states[..., 0],
+        )  # fmt: skip
+        memory = logged(agent)
+        agent.learn(LENGTH)
+        losses.append(memory.dumps[-1][0]["train/loss"])
+    assert losses == pytest.approx([7.0, 7.0 - 2 * 3], abs=1e-6)
+
+
+class Falling(CountingEnv):
+    """Knows where its episodes end."""
+
+    def termination(self, states):
+        return late(states)
+
+
+def test_the_environments_own_termination_is_used(monkeypatch):
+    seen = spy_on_search(monkeypatch)
+    make(Falling()).learn(LENGTH)
+    make(Falling(), termination=lambda states: states[..., 0] > 1).learn(LENGTH)
+    make(Falling(), termination="ignore").learn(LENGTH)
+    ends = [model.termination for model, _ in seen]
+    assert torch.equal(ends[0](STATE), late(STATE))
+    assert torch.equal(ends[1](STATE), STATE[:, 0] > 1) and ends[2] is None
+
+
+def test_a_step_function_is_reported_where_pathwise_gradients_are_used():
+    for termination, estimator, is_told in [
+        (lambda states: states[..., 1] > 6, "tpx", True),
+        (lambda states: states[..., 1] > 6, "lr", False),
+        (late, "tpx", False),
+    ]:
+        agent = make(termination=termination, estimator=estimator)
+        found = messages(lambda agent=agent: agent.learn(LENGTH))
+        assert any("pathwise gradient sees nothing" in m for m in found) == is_told
+
+
+def test_a_termination_is_asked_for_again_when_a_file_is_read(tmp_path):
+    make(termination=late).learn(LENGTH).save(tmp_path / "agent")
+    lost = PIPPS.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
+    with pytest.raises(ValueError, match=r"made with a termination.*termination=\.\.\."):
+        lost.learn(LENGTH)
+    PIPPS.load(tmp_path / "agent", env=CountingEnv(), device="cpu", termination=late).learn(LENGTH)
+    make(termination="ignore").save(tmp_path / "other")
+    assert PIPPS.load(tmp_path / "other", device="cpu").termination == "ignore"
+
+
+@pytest.mark.parametrize(
+    ("termination", "message"),
+    [
+        (3, "termination must be a function, got 3"),
+        ("absorbing", "termination must be .*got 'absorbing'"),
+        (lambda states: states[..., 0] + 2, r"probability in \[0, 1\], got 2"),
+        (lambda states: states > 0, r"a tensor \[2, 3\], got \[2, 3, 2\]"),
+    ],
+)
+def test_what_is_no_termination_is_refused_by_the_constructor(termination, message):
+    with pytest.raises(ValueError, match=message):
+        make(termination=termination)
+
+
+# Trials without an end
+
+
+@pytest.mark.parametrize("envs", [1, 2])
+def test_trials_without_a_time_limit_are_truncated_at_the_horizon(envs):
+    agent = make(vector(*[10**6] * envs), horizon=20)
+    memory = logged(agent)
+    found = messages(lambda: agent.learn(100 * envs))
+    assert agent._n_trials == 5 and agent._n_updates == 15
+    for values, _ in memory.dumps:
+        assert values["rollout/ep_len_mean"] == 20
+        assert values["rollout/ep_rew_mean"] == -sum(range(1, 21))
+    inputs = agent.dynamics.inputs
+    np.testing.assert_array_equal(inputs[::envs, 1], [*range(20)] * 5)
+    starts = [[100 * i + trial, 0] for trial in range(1, 6) for i in range(envs)]
+    np.testing.assert_array_equal(agent._start_observations, starts)
+    assert found == [
+        "the environment declares no time limit: a trial is truncated after horizon=20 steps; "
+        "gymnasium.wrappers.TimeLimit sets another one"
+    ]
+
+
+def test_a_time_limit_of_the_environment_is_the_length_of_a_trial():
+    env = gym.wrappers.TimeLimit(CountingEnv(10**6), 12)
+    agent = make(env, horizon=5)
+    found = messages(lambda: agent.learn(36))
+    assert agent._n_trials == 3 and agent.ep_info_buffer[-1]["l"] == 12
+    assert found == [
+        "horizon=5, but the environment's episodes are truncated after 12 steps: the policy is "
+        "optimised for the first 5 only; choose horizon=12, or another TimeLimit"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "message"),
+    [
+        ({"horizon": 30}, 24, "horizon=30, but.*after 12 steps.*for steps that never come"),
+        ({}, 11, "total_timesteps=11 are less than one trial, of 12 steps"),
+        ({"random_trials": 3}, 24, "total_timesteps=24 are used up by random_trials=3, of 12"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_said_at_the_start(changes, steps, message):
+    env = gym.wrappers.TimeLimit(CountingEnv(10**6), 12)
+    agent = make(env, **{"horizon": 12, **changes})
+    with pytest.warns(UserWarning, match=message):
+        agent.learn(steps, callback=Trace(stop_at=1))
+    assert agent.num_timesteps == 1
+
+
+def test_lengths_that_fit_are_not_remarked_on():
+    agent = make(gym.wrappers.TimeLimit(CountingEnv(10**6), 12), horizon=12)
+    assert messages(lambda: agent.learn(24)) == []
+
+
 def test_options_reach_the_particle_model(monkeypatch):
     seen = spy_on_search(monkeypatch)
     make(model_uncertainty=False, noise_multiplier=4.0).learn(7)
@@ -604,7 +780,7 @@ def test_options_reach_the_search(monkeypatch):
     settings = seen[0][1]
     assert settings.estimator.legs == (estimators.legs.biw,) and settings.estimator.cross_fit
     assert settings.learning_rate == 0.5 and settings.optimizer == "rmsprop2018"
-    assert (settings.gradient_steps, settings.n_particles, settings.horizon) == (3, 20, 5)
+    assert (settings.gradient_steps, settings.n_particles, settings.horizon) == (3, 20, LENGTH)
 
 
 def test_an_estimator_object_is_used_as_it_is(monkeypatch):
@@ -929,7 +1105,7 @@ def test_scalars_are_logged():
     assert (first["gp/data"], second["gp/data"]) == (7, 14)
     assert (first["train/n_updates"], second["train/n_updates"]) == (3, 6)
     assert second["rollout/ep_rew_mean"] == -28 and second["rollout/ep_len_mean"] == 7
-    assert 0 <= first["train/k"] <= 1 and "k/step_06" not in first
+    assert 0 <= first["train/k"] <= 1 and "k/step_08" not in first
 
 
 @pytest.mark.parametrize(("estimator", "k"), [("rp", 0.0), ("lr", 1.0)])
@@ -947,7 +1123,8 @@ def test_skipped_gradients_do_not_spoil_the_logged_norm():
 
         def __call__(self, states):
             Sometimes.calls += 1
-            return states.sum(-1) * (float("nan") if Sometimes.calls == 2 else 1.0)
+            # It is tried by the constructor, `learn` and the search before its three steps.
+            return states.sum(-1) * (float("nan") if Sometimes.calls == 5 else 1.0)
 
     agent = make(cost_fn=Sometimes())
     memory = logged(agent)
@@ -971,6 +1148,27 @@ def test_figures_and_scalars_reach_tensorboard(tmp_path):
     assert {"train/loss", "k/step_01", "gp/noise_3"} <= set(tags["scalars"])
     assert [e.step for e in events.Scalars("train/loss")] == [30, 60]
     assert [e.step for e in events.Images("figures/prediction")] == [60]
+
+
+def test_the_progress_bar_is_that_of_the_steps_with_a_line_for_each_search(monkeypatch):
+    from rich.progress import Progress
+
+    tasks, bars, original = [], [], Progress.add_task
+
+    def spy(self, description, **kwargs):
+        tasks.append((description, kwargs["total"]))
+        bars.append(self)
+        return original(self, description, **kwargs)
+
+    monkeypatch.setattr(Progress, "add_task", spy)
+    make().learn(14, progress_bar=True)
+    assert tasks == [
+        ("", 14),
+        ("trial 1: policy search on 7 points", 3),
+        ("trial 2: policy search on 14 points", 3),
+    ]
+    (bar,) = bars[0].tasks  # those of the searches are gone
+    assert bars == [bars[0]] * 3 and bar.completed == bar.total == 14
 
 
 # Reproducibility

@@ -12,7 +12,7 @@ from totalprop import estimators
 from totalprop.agents.pipps.particles import Noise, ParticleModel, gaussian_resample, simulate
 from totalprop.agents.trials.controllers import LinearPolicy, RBFPolicy
 from totalprop.estimators import ParameterProbe, assign_credit
-from totalprop.world_models.gp_dynamics import GPDynamics
+from totalprop.world_models.gp_dynamics import GPDynamics, Prediction
 
 F64 = torch.float64
 HORIZON, PARTICLES, STATES = 4, 6, 2
@@ -356,3 +356,157 @@ def test_taps_hold_what_a_cost_of_the_actions_sends_back(name, controls, policy_
     model, policy = make(controls, cost=cost, policy_class=policy_class)
     found = estimated(model, policy, draw(), estimators.make(name), per_sample=True)
     torch.testing.assert_close(found.per_sample.sum(0), flatten(found.gradients))
+
+
+# Termination
+
+START, STD, BOUND = 0.3, 0.4, 1.0
+
+
+class Walk:
+    """x' ~ N(x + u, 0.4²), with the interface of GPDynamics."""
+
+    noise = torch.tensor([STD], dtype=F64)
+
+    def predict(self, states, controls):
+        ones = torch.ones(len(states), 1, 1, dtype=F64)
+        return Prediction(states + controls, torch.zeros_like(states), ones, torch.zeros_like(ones))
+
+
+def walk(termination, cost, termination_cost=0.0):
+    """A walk from 0.3 under a constant control of about 0.27."""
+    start, spread = torch.tensor([START], dtype=F64), torch.zeros(1, dtype=F64)
+    model = ParticleModel(
+        Walk(), start, spread, cost, termination=termination, termination_cost=termination_cost
+    )
+    policy = LinearPolicy(spaces.Box(-9, 9, (1,)), spaces.Box(-1, 1, (1,)))
+    with torch.no_grad():
+        policy.weights.zero_()
+        policy.bias.fill_(0.18)
+    return model, policy
+
+
+def walk_gradient(model, policy, name, n, horizon, seed):
+    """Loss, d loss / d bias, and its standard error."""
+    noise = Noise.draw(horizon, n, 1, generator(seed), resample=False)
+    estimator = estimators.make(name)
+    found = estimated(model, policy, noise, estimator, per_sample=True)
+    bias = found.per_sample[:, 1]
+    return float(found.loss), float(found.gradients[1]), float(bias.std() * n**0.5)
+
+
+def is_beyond(x):
+    return x[..., 0] > BOUND
+
+
+def is_probably_beyond(x):
+    return torch.special.ndtr((x[..., 0] - BOUND) / 0.2)
+
+
+def alive(x, controls):
+    return 0 * x[..., 0] - 1.0
+
+
+@pytest.mark.parametrize(
+    ("termination", "spread", "names"),
+    [
+        (is_beyond, STD, ["lr"]),
+        (is_probably_beyond, (STD**2 + 0.2**2) ** 0.5, ["rp", "lr", "tp", "tpx"]),
+    ],
+)
+@pytest.mark.parametrize("end", [0.0, 3.0])
+def test_the_gradient_of_an_end_equals_the_closed_form(termination, spread, names, end):
+    """Two steps at a cost of -1, N = 20000, seed 0, within 4 standard errors.
+
+    J = -1 - P(under way) + end (1 - P), P = Φ(z), z = (1 - x_0 - u) / spread, so that
+    dJ/du = (1 + end) φ(z) / spread.
+    """
+    model, policy = walk(termination, alive, end)
+    u = policy.act(torch.zeros(1, 1, dtype=F64))
+    slope = float(torch.autograd.grad(u.sum(), policy.bias)[0])
+    z = (BOUND - START - u.detach().squeeze()) / spread
+    survival = torch.special.ndtr(z)
+    density = (-0.5 * z**2).exp() / (2 * torch.pi) ** 0.5
+    loss, gradient = float(-1 - survival + end * (1 - survival)), float(slope * density / spread)
+    gradient *= 1 + end
+    for name in names:
+        found_loss, found, error = walk_gradient(model, policy, name, 20000, 2, 0)
+        assert abs(found_loss - loss) < 4 * (1 + end) * 0.5 / 20000**0.5
+        assert 0 < error < 0.05 * abs(gradient)
+        assert abs(found - gradient) < 4 * error, name
+
+
+@pytest.mark.parametrize("name", ["rp", "lr", "tpx", "tp", "ivw"])
+@pytest.mark.parametrize("resample", [False, True])
+def test_after_the_end_costs_are_fixed_and_there_is_no_gradient(name, resample):
+    """All particles end in the first step: four steps are one, plus the cost of three."""
+
+    def always(x):
+        return x[..., 0] > -1e9
+
+    model, policy = make(cost=cost, termination=always, termination_cost=5.0)
+    noise = draw(n=20, resample=resample)
+    one = Noise(noise.start, noise.model[:1], noise.resample[:1] if resample else None)
+    estimator = estimators.make(name)
+    found, expected = (
+        estimated(model, policy, each, estimator, per_sample=True) for each in (noise, one)
+    )
+    torch.testing.assert_close(found.loss, expected.loss + 3 * 5.0)
+    torch.testing.assert_close(flatten(found.gradients), flatten(expected.gradients))
+    torch.testing.assert_close(found.per_sample, expected.per_sample)
+    _, costs, states = simulate(model, policy, noise, estimator if name != "ivw" else RP)
+    assert (costs[1:] == 5.0).all() and (states[1:] == states[1]).all()
+
+
+RP = estimators.make("rp")
+
+
+@pytest.mark.parametrize("leg", ["score", "biw"])
+@pytest.mark.parametrize("name", ["rp", "lr", "tpx", "tp", "tps"])
+@pytest.mark.parametrize("controls", [1, 2])
+def test_particles_that_ended_do_not_touch_the_others(name, controls, leg):
+    """Whatever would have happened to them: not in costs, baselines, k or sample gradients."""
+    model, policy = make(controls, cost=cost)
+    noise = draw(n=30)
+    first = simulate(model, policy, noise, RP)[2][1, :, 0]
+    bound = float(first.sort().values[-8])
+    model = replace(model, termination=lambda x: x[..., 0] >= bound)
+    is_over = first >= bound
+    assert is_over.sum() == 8
+    other = noise.model.clone()
+    other[1:, is_over] *= 1000
+    estimator = estimators.make(name, legs=(getattr(estimators.legs, leg),))
+    found = []
+    for each in (noise, replace(noise, model=other)):
+        meter = noise.start.new_zeros(HORIZON, STATES, requires_grad=True)
+        found.append(
+            estimated(model, policy, each, estimator, per_sample=leg == "score", meter=meter)
+        )
+    assert torch.equal(found[0].loss, found[1].loss)
+    assert torch.equal(flatten(found[0].gradients), flatten(found[1].gradients))
+    assert torch.equal(found[0].k, found[1].k)
+    if leg == "score":
+        assert torch.equal(found[0].per_sample, found[1].per_sample)
+        total = found[0].per_sample.sum(0)
+        torch.testing.assert_close(total, flatten(found[0].gradients))
+
+
+def test_too_few_particles_to_choose_k_from_are_no_trouble():
+    """One of six is left after the first step."""
+    model, policy = make(cost=cost)
+    first = simulate(model, policy, draw(), RP)[2][1, :, 0]
+    bound = float(first.sort().values[1])
+    model = replace(model, termination=lambda x: x[..., 0] >= bound)
+    for resample in (False, True):
+        noise = draw(resample=resample)
+        found = estimated(model, policy, noise, estimators.make("tpx"), per_sample=True)
+        assert torch.isfinite(flatten(found.gradients)).all()
+        assert torch.isfinite(found.per_sample).all()
+
+
+def test_an_episode_that_never_ends_is_simulated_as_before():
+    model, policy = make(cost=cost)
+    never = replace(model, termination=lambda x: x[..., 0] > 1e9, termination_cost=5.0)
+    results = [estimated(m, policy, draw(), estimators.make("tpx")) for m in (model, never)]
+    assert torch.equal(results[0].loss, results[1].loss)
+    assert torch.equal(*(flatten(r.gradients) for r in results))

@@ -136,6 +136,37 @@ def test_a_given_cost_of_another_kind_is_an_error(name):
         make(cost_fn=cost)
 
 
+@pytest.mark.parametrize("env", [Known(), Monitor(Known()), VecMonitor(vector(Known()))])
+@pytest.mark.parametrize("given", ["ignore", None, lambda states: states[..., 1] > 2])
+def test_a_given_termination_comes_before_the_environments_own(env, given, monkeypatch):
+    monkeypatch.setattr(Known, "termination", lambda self, x: x[..., 0] > 0.7, raising=False)
+    problem = make(env, termination=given)
+    if given == "ignore":
+        assert problem.termination is None
+    else:
+        x = torch.tensor([[1.0, 0.0], [0.0, 3.0]], dtype=F64)
+        assert problem.termination(x).tolist() == [given is None, given is not None]
+    assert not problem.end_has_gradient
+
+
+def test_an_own_termination_of_another_kind_is_not_used_with_a_warning():
+    env = Plain()
+    env.termination = lambda states: 7.0
+    with pytest.warns(UserWarning, match=r"`termination` is not used, because.*got float; simul"):
+        assert make(env).termination is None
+
+
+def test_a_probability_has_a_gradient():
+    assert make(termination=lambda states: states[..., 0].sigmoid()).end_has_gradient
+
+
+def test_the_time_limit_is_gymnasiums():
+    assert make(Plain()).time_limit is None
+    assert make(gym.wrappers.TimeLimit(Plain(), 40)).time_limit == 40
+    assert make(Monitor(gym.wrappers.TimeLimit(Plain(), 40))).time_limit == 40
+    assert Problem(None, SPACE, device=CPU).time_limit is None
+
+
 def test_a_cost_has_no_flaw():
     assert cost_flaw(Known().cost, 2, CPU) is None
 
