@@ -23,7 +23,8 @@ class AgentEntry:
         cls: class of the agent.
         run: the agent's defaults for options of the command line, such as env_id.
         presets: name -> constructor arguments.
-        preset_runs: name -> options of the command line that a preset sets.
+        preset_runs: name -> options of the command line that a preset sets, and `action_repeat` in
+            the control suite; `env_arg` counts in the preset's own `env_id` alone.
         policy_flags: arguments of the policies that are flags of the command line.
         quantity: what evaluations report, an episode's "return" or its "cost" (-return).
         named_by: constructor arguments whose values are part of the name of a run's folder.

@@ -2,12 +2,13 @@
 
 from totalprop.agents.core.entry import AgentEntry
 from totalprop.agents.pipps.agent import PIPPS
-from totalprop.agents.pipps.presets import PRESETS
+from totalprop.agents.pipps.presets import PRESETS, RUNS
 
 ENTRY = AgentEntry(
     PIPPS,
     run={"env_id": "totalprop/CartPoleSwingUp-v0", "total_timesteps": 450},
     presets=PRESETS,
+    preset_runs=RUNS,
     policy_flags=("n_centres",),
     quantity="cost",  # of an episode, as in its papers
     small_run={

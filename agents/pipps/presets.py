@@ -1,6 +1,7 @@
-"""The settings of PIPPS's papers, by name: constructor arguments, each number cited.
+"""The settings of PIPPS's papers, by name: constructor arguments and tasks, each number cited.
 
-`PIPPS("RBFPolicy", env, **PRESETS["tpx2023"])`, or `--preset tpx2023` on the command line.
+`PIPPS("RBFPolicy", env, **PRESETS["tpx2023"])`, or `--preset tpx2023` on the command line, where
+RUNS sets the task.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 PRESETS: dict[str, dict[str, Any]] = {
     # Parmas et al. 2023, "Model-based RL with scalable composite policy gradient estimators" (TPX)
     "tpx2023": {
+        "estimator": "tpx",  # App. B.1 compares it with RP, LR and TP
         "n_particles": 300,  # App. B.1: "number of particles [...] was N = 300"
         "horizon": 30,  # App. B.1: "prediction horizon was 30 steps"
         "gradient_steps": 250,  # App. B.1: "policy gradient steps per episode was 250"
@@ -22,6 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Parmas et al. 2018, "PIPPS: flexible model-based policy search robust to the curse of chaos"
     "pipps2018": {
+        "estimator": "tp",  # Alg. 2, the paper's own: TP combined BIW-LR and RP (Sec. 4.1.2)
         "n_particles": 300,  # Sec. 4.2: P = 300
         "horizon": 30,  # Sec. 4.2: 3 s at 10 Hz
         "gradient_steps": 600,  # Sec. 4.2: 600 policy evaluations between trials
@@ -32,4 +35,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "policy_kwargs": {"n_centres": 50},  # Sec. 4.2.1: 50 basis functions
         "leg": "biw",  # Sec. 3.2: batch importance weighting in LR and TP
     },
+}
+
+_CART_POLE = "totalprop/CartPoleSwingUp-v0"
+RUNS: dict[str, dict[str, Any]] = {
+    # App. B.1: "We used the Tip Cost described in the original work", "noise multiplier 1"
+    "tpx2023": {"env_id": _CART_POLE, "env_arg": ("cost=tip", "noise=1")},
+    # Table 2: the Angle Cost at five noise multipliers and the Tip Cost at two; 1 is the base noise
+    "pipps2018": {"env_id": _CART_POLE, "env_arg": ("cost=angle", "noise=1")},
 }

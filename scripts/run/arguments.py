@@ -17,7 +17,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -154,13 +154,18 @@ def _parse(arguments: list[str], usage: str) -> Job:
     entry, preset = AGENTS[agent], in_config if preset is None else preset
     if preset not in entry.presets and not (preset == in_config == ""):
         raise UserError(f"unknown preset '{preset}'; choose one of {', '.join(entry.presets)}")
-    defaults, repeat = _defaults(agent, preset)
+    defaults = _defaults(agent, preset)
     if config is not None:
         if not any(flag.partition("=")[0] in ("--env-id", "--env_id") for flag in flags):
             _check_import(settings, Path(config), imports)
         flags = [*_as_flags(settings, config, defaults), *flags]
     run, own, policy = _parse_flags(agent, flags, defaults)
-    run = _repeated(run, repeat)
+    # A run's config.json holds all arguments of its environment, and the preset may have changed.
+    is_of_a_run = (
+        config is not None and preset == in_config and not config.endswith((".yaml", ".yml"))
+    )
+    if not is_of_a_run:
+        run = _with_env_args(run, entry.preset_runs.get(preset, {}))
     return Job(
         agent=agent,
         preset=preset,
@@ -189,16 +194,16 @@ def _take(arguments: list[str], flag: str) -> str | None:
     return None
 
 
-def _defaults(agent: str, preset: str) -> tuple[tuple[RunOptions, Any, Any], int]:
-    """Options, agent's and policy's flags as a preset sets them; and its action repeat or 0."""
+def _defaults(agent: str, preset: str) -> tuple[RunOptions, Any, Any]:
+    """Options, agent's and policy's flags as a preset sets them, without `_with_env_args`."""
     entry, own = AGENTS[agent], agent_flags(agent)
     run = {**entry.run, **entry.preset_runs.get(preset, {})}
-    repeat = run.pop("action_repeat", 0)
+    for name in ("action_repeat", "env_arg"):
+        run.pop(name, None)
     names = {field.name for field in dataclasses.fields(own)}
     values = {k: v for k, v in entry.presets.get(preset, {}).items() if k in names}
     policy = {k: to_flag(k, v) for k, v in default_policy_kwargs(agent, preset).items()}
-    flags = RunOptions(**run), own(**{"seed": 0, **values}), policy_flags(agent)(**policy)
-    return flags, repeat
+    return RunOptions(**run), own(**{"seed": 0, **values}), policy_flags(agent)(**policy)
 
 
 def _parse_flags(
@@ -231,13 +236,19 @@ def _parse_flags(
     return parsed.run, parsed.agent, parsed.policy
 
 
-def _repeated(options: RunOptions, repeat: int) -> RunOptions:
-    """With a preset's action repeat in the control suite, which is what its paper trains on."""
-    has_own = any(argument.startswith("action_repeat=") for argument in options.env_arg)
-    if not repeat or has_own or not options.env_id.startswith(("dmc/", "dm_control/")):
-        return options
-    env_arg = (f"action_repeat={repeat}", *options.env_arg)
-    return dataclasses.replace(options, env_arg=env_arg)
+def _with_env_args(options: RunOptions, preset_run: Mapping[str, Any]) -> RunOptions:
+    """With a preset's arguments of the environment that its paper trains on.
+
+    An action repeat is for any task of the control suite, `env_arg` for the preset's own `env_id`.
+    """
+    wanted: list[str] = []
+    if "action_repeat" in preset_run and options.env_id.startswith(("dmc/", "dm_control/")):
+        wanted.append(f"action_repeat={preset_run['action_repeat']}")
+    if options.env_id == preset_run.get("env_id"):
+        wanted.extend(preset_run.get("env_arg", ()))
+    given = {argument.partition("=")[0] for argument in options.env_arg}
+    missing = [argument for argument in wanted if argument.partition("=")[0] not in given]
+    return dataclasses.replace(options, env_arg=(*missing, *options.env_arg))
 
 
 def _unboxed(box: str) -> str:

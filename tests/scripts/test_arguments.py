@@ -153,6 +153,26 @@ def test_an_argument_of_another_policy_is_refused_and_its_default_is_not(capsys)
     assert "--n-centres is not an argument of LinearPolicy" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("preset", "cost", "estimator", "leg"),
+    [("tpx2023", "tip", "tpx", "score"), ("pipps2018", "angle", "tp", "biw")],
+)
+def test_a_preset_of_pipps_is_the_papers_task_and_estimator(preset, cost, estimator, leg, tmp_path):
+    made = job("pipps", "--preset", preset)
+    assert made.options.env_id == "totalprop/CartPoleSwingUp-v0"
+    assert made.env_args == {"cost": cost, "noise": 1}
+    assert (made.arguments["estimator"], made.arguments["leg"]) == (estimator, leg)
+    mine = job("pipps", "--preset", preset, "--env-arg", "noise=4", "--estimator", "lr")
+    assert mine.env_args == {"cost": cost, "noise": 4} and mine.arguments["estimator"] == "lr"
+    assert job("pipps", "--preset", preset, "--env-id", "Pendulum-v1").env_args == {}
+    config = json.loads(made.config())
+    config["env_args"] = {}  # a run of before
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert job("--config", str(tmp_path)).env_args == {}
+    (tmp_path / "mine.yaml").write_text(f"agent: pipps\npreset: {preset}\nenv_args: {{noise: 9}}\n")
+    assert job("--config", str(tmp_path / "mine.yaml")).env_args == {"cost": cost, "noise": 9}
+
+
 # --config
 
 
