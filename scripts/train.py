@@ -212,6 +212,7 @@ def learn(
         every=options.eval_every,
         path=folder.evaluations,
         verbose=1,
+        quantity=AGENTS[job.agent].quantity,
     )
     stopwatch = Stopwatch()
     also: dict[str, Stateful] = {"evaluation": evaluation, "stopwatch": stopwatch}

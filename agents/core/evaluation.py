@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
@@ -29,6 +29,7 @@ class Evaluation(BaseCallback):
             (for PIPPS, after each policy search). The final policy is always evaluated.
         path: JSON file, rewritten after every evaluation: {"timesteps": [k], "returns": [k][n]}.
         verbose: 1 prints a line per evaluation.
+        quantity: what that line gives, an episode's "return" or its "cost" (-return).
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Evaluation(BaseCallback):
         every: int = 0,
         path: Path | None = None,
         verbose: int = 0,
+        quantity: Literal["return", "cost"] = "return",
     ) -> None:
         super().__init__(verbose)
+        self.quantity = quantity
         self.eval_env, self.n_episodes, self.path = eval_env, n_episodes, path
         self.every = every
         self._evaluated = -1  # number of updates of the policy evaluated last
@@ -106,7 +109,8 @@ class Evaluation(BaseCallback):
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(self.num_timesteps)  # after the last evaluation no other dump follows
         if self.verbose:
-            tqdm.write(f"{self.num_timesteps:6d} real steps: return {mean:8.2f} ± {std:.2f}")
+            shown = f"{self.quantity} {-mean if self.quantity == 'cost' else mean:8.2f} ± {std:.2f}"
+            tqdm.write(f"{self.num_timesteps:6d} real steps: {shown}")
         if self.path is not None:
             record = {"timesteps": self.timesteps, "returns": self.returns}
             safe_file.write_text(self.path, json.dumps(record) + "\n")

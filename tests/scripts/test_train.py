@@ -50,6 +50,14 @@ def test_a_run_leaves_everything_and_says_so(finished):
     assert json.loads((folder / "config.json").read_text())["arguments"]["n_particles"] == 20
 
 
+def test_what_pipps_prints_is_costs_from_beginning_to_end(finished):
+    mean = -np.mean(json.loads((finished.folder / "evaluations.json").read_text())["returns"], 1)
+    lines = [line for line in finished.output.splitlines() if "real steps" in line]
+    assert [float(line.split("cost")[1].split()[0]) for line in lines] == mean.round(2).tolist()
+    assert f"NO SUCCESS: cost {mean[-1]:.2f} ±" in finished.output
+    assert "return" not in finished.output
+
+
 def test_the_gif_shows_one_episode(finished):
     from PIL import Image
 

@@ -78,7 +78,7 @@ def test_policy_is_evaluated_when_due_and_at_the_end(every, budget, expected):
 
 def test_pipps_is_evaluated_after_each_policy_search():
     callback = evaluation()
-    changes = {"n_particles": 10, "horizon": 3, "gradient_steps": 1, "gp_evaluations": 2}
+    changes = {"n_particles": 10, "horizon": LENGTH, "gradient_steps": 1, "gp_evaluations": 2}
     agent = PIPPS("LinearPolicy", CountingEnv(), random_trials=2, seed=0, device="cpu", **changes)
     agent.learn(4 * LENGTH, callback=callback)
     assert callback.timesteps == [14, 21, 28]
@@ -132,6 +132,14 @@ def test_result_is_logged_and_printed(capsys):
     out = capsys.readouterr().out
     assert "eval/" in out and "mean_reward" in out
     assert "    20 real steps: return " in out and "    30 real steps: return " in out
+
+
+@pytest.mark.parametrize(("quantity", "sign"), [("return", 1), ("cost", -1)])
+def test_the_quantity_printed_is_the_one_asked_for(quantity, sign, capsys):
+    callback = evaluation(verbose=1, quantity=quantity)
+    make().learn(30, callback=callback)
+    expected = f"{quantity} {sign * np.mean(callback.returns[0]):8.2f} ±"
+    assert f"    20 real steps: {expected}" in capsys.readouterr().out
 
 
 def test_a_second_learn_is_evaluated_before_its_end_too():
