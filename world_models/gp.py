@@ -40,6 +40,9 @@ OUTLIER = 100.0
 # Relative rounding of values of these types, with a margin; constants wobble by it.
 ROUNDING = {dtype: 8 * float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64)}
 LARGEST_LOG = 300.0  # of a hyper-parameter: the square of its exponential is finite, and not zero
+# In deviations. In one random episode of the cart-pole the differences of the cart's position reach
+# 4; a zero prior mean is no worse than theirs up to 70, and doubles the noise at 700.
+LARGE_OFFSET = 10.0
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # relative to the signal variance, tried in this order
 
 
@@ -65,9 +68,9 @@ class GaussianProcess(nn.Module):
         n_inputs: inputs D.
         n_outputs: outputs E.
         prior_mean: "data" is the targets' mean, which makes the model indifferent to their offset.
-            "zero" is the model of PILCO; an output whose targets' mean is more than their deviation
-            takes that mean all the same, as the signal, and with it the curb on the noise, would
-            otherwise grow with the offset.
+            "zero" is the model of PILCO; an output whose targets' mean is more than LARGE_OFFSET
+            deviations takes that mean all the same, as the signal, and with it the curb on the
+            noise, would otherwise grow with the offset.
         rounding: relative; an input whose deviation is less than this times its mean is constant.
             The default is for inputs that were float32.
 
@@ -126,7 +129,7 @@ class GaussianProcess(nn.Module):
         mean = self.targets.mean(0)
         if self.prior_mean == "data":
             return mean
-        is_large = mean.abs() > self.targets.std(0, correction=0)
+        is_large = mean.abs() > LARGE_OFFSET * self.targets.std(0, correction=0)
         return torch.where(is_large, mean, torch.zeros_like(mean))
 
     def add_data(self, inputs: Tensor, targets: Tensor, *, keep: int = 0) -> None:

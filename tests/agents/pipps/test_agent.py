@@ -419,6 +419,19 @@ def test_offsets_of_observations_and_rewards_do_not_matter(change, estimator):
     np.testing.assert_allclose(actions[1], actions[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [(2.0**-20, 2.0**15), (2.0**10, 2.0**10)])
+def test_units_of_the_observations_do_not_matter_to_the_first_simulation(scale):
+    """The policy, placed over the data, has the same cost and k. Adam's steps have units."""
+    found = []
+    for changes in ({}, {"scale": scale}):
+        agent = make(Drifting(**changes), gp_evaluations=20)
+        memory = logged(agent)
+        agent.learn(LENGTH)
+        values = memory.dumps[-1][0]
+        found.append([values[name] for name in ("train/loss_first", "k/coordinate_0", "k/step_03")])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 # Which model, which cost
 
 
