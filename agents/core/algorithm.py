@@ -10,7 +10,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar, cast
 
+import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
@@ -20,6 +22,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces, get_system_
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor
 
+from totalprop.agents.core.checked_env import check_environments
 from totalprop.agents.core.file_contents import (
     SizeLimit,
     check_attributes,
@@ -28,10 +31,14 @@ from totalprop.agents.core.file_contents import (
     not_finite,
     with_own_devices,
 )
-from totalprop.agents.core.terminal_observations import keep_terminal_observations
+from totalprop.agents.core.spaces import FLATTEN, UnsupportedSpaceError, describe
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import UNREADABLE, BadFileError, NotInFile
 
+# Observations that stable-baselines3's environments and policies know.
+HELD_SPACES = (
+    spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict
+)  # fmt: skip
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="Algorithm")
 
 
@@ -53,9 +60,11 @@ class Algorithm(BaseAlgorithm):
     Attributes:
         no_vec_normalize: why the agent cannot work with VecNormalize and what to do instead; ""
             if it can.
+        action_spaces: the kinds of action spaces that the agent can work with; () for all.
     """
 
     no_vec_normalize: ClassVar[str] = ""
+    action_spaces: ClassVar[tuple[type[spaces.Space], ...]] = ()
     _generator: torch.Generator
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -76,10 +85,35 @@ class Algorithm(BaseAlgorithm):
     def _draw_seed(self) -> int:
         return int(torch.randint(2**31, ()))
 
-    @staticmethod
-    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        wrapped = BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
-        return keep_terminal_observations(wrapped)
+    @classmethod
+    def _wrap_env(cls, env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        seen, actions = env.observation_space, env.action_space
+        if not isinstance(seen, HELD_SPACES):
+            remedy = "convert them with gymnasium.wrappers.TransformObservation"
+            raise UnsupportedSpaceError(
+                f"{cls.__name__} needs numbers as observations, got {describe(seen)}; "
+                f"{FLATTEN if isinstance(seen, spaces.Tuple) else remedy}"
+            )
+        if cls.action_spaces and not isinstance(actions, cls.action_spaces):
+            raise UnsupportedSpaceError(
+                f"{cls.__name__} needs continuous actions (a Box), got {describe(actions)}; "
+                "DAAPPO takes them with action_source='none'"
+            )
+        if isinstance(actions, spaces.Box) and not np.isfinite([actions.low, actions.high]).all():
+            raise UnsupportedSpaceError(
+                f"the action space must have finite bounds, got {describe(actions)}; give it "
+                "bounds: gymnasium.wrappers.TransformAction(env, lambda action: action, "
+                f"gymnasium.spaces.Box(-1, 1, {actions.shape}))"
+            )
+        return check_environments(BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper))
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            raise ValueError(
+                f"unknown policy {policy_name!r}; {type(self).__name__} has "
+                f"{', '.join(map(repr, self.policy_aliases))}"
+            )
+        return super()._get_policy_from_name(policy_name)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Like SB3's; if the environment is refused, the old one remains.

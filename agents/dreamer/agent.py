@@ -26,6 +26,7 @@ from torch import Tensor
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
+from totalprop.agents.core.spaces import FLATTEN, describe, to_picture_or_vector
 from totalprop.agents.core.validation import (
     Above,
     AtLeast,
@@ -116,6 +117,7 @@ class DreamerTPX(Algorithm):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"DreamerPolicy": DreamerPolicy}
+    action_spaces = (spaces.Box,)
     no_vec_normalize: ClassVar[str] = (
         "DreamerTPX learns to reconstruct raw observations, whose scale VecNormalize keeps "
         "changing; pass the environment without VecNormalize"
@@ -177,7 +179,6 @@ class DreamerTPX(Algorithm):
             device=device,
             support_multi_env=True,
             seed=seed,
-            supported_action_spaces=(spaces.Box,),
         )
         self.estimator, self.baseline = estimator, baseline
         self.horizon, self.stop_grad_actor_input = horizon, stop_grad_actor_input
@@ -508,15 +509,14 @@ class DreamerTPX(Algorithm):
         space = self.observation_space
         if not isinstance(space, spaces.Box):
             raise ValueError(
-                f"DreamerTPX needs a Box observation space, an image or a vector, got {space}; "
-                "wrap the environment in gymnasium.wrappers.FlattenObservation"
+                f"DreamerTPX needs one image or one vector of numbers as observation, got "
+                f"{describe(space)}; {to_picture_or_vector(space)}"
             )
         is_picture = len(space.shape) > 2 or (len(space.shape) == 2 and space.dtype == np.uint8)
         if is_picture and not is_image_space(space):
             raise ValueError(
                 "images must be uint8 in [0, 255] of shape [height, width, channels], "
-                f"got {space}; if it is a vector, wrap the environment in "
-                "gymnasium.wrappers.FlattenObservation"
+                f"got {describe(space)}; if it is a vector, {FLATTEN}"
             )
         if is_image_space(space) and space.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(

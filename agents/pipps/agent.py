@@ -28,6 +28,7 @@ import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.core.metrics import QUIET, record_progress
+from totalprop.agents.core.spaces import describe, to_vector
 from totalprop.agents.core.validation import (
     Above,
     AtLeast,
@@ -111,6 +112,7 @@ class PIPPS(Algorithm):
         "RBFPolicy": RBFPolicy,
         "LinearPolicy": LinearPolicy,
     }
+    action_spaces = (spaces.Box,)
     no_vec_normalize: ClassVar[str] = (
         "PIPPS fits its model to raw observations, whose scale VecNormalize keeps changing; "
         "pass the environment without VecNormalize (the GP scales its inputs itself)"
@@ -160,7 +162,6 @@ class PIPPS(Algorithm):
             device=device,
             support_multi_env=True,
             seed=seed,
-            supported_action_spaces=(spaces.Box,),
         )
         self.estimator = estimator
         self.leg, self.cross_fit = leg, cross_fit
@@ -588,9 +589,10 @@ class PIPPS(Algorithm):
     def _check_spaces(self) -> None:
         space = self.observation_space
         if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+            remedy = to_vector(space, otherwise="take DreamerTPX, which learns from images")
             raise ValueError(
-                f"PIPPS models a vector of real numbers and needs a Box observation space of shape "
-                f"[S], got {space}; wrap the environment in gymnasium.wrappers.FlattenObservation"
+                f"PIPPS models a vector of real numbers, got {describe(space)} as observation; "
+                f"{remedy}"
             )
         actions: Any = self.action_space
         if (
@@ -599,8 +601,9 @@ class PIPPS(Algorithm):
             or not (actions.low < actions.high).all()
         ):
             raise ValueError(
-                "PIPPS needs a Box action space of shape [A], of real numbers, each with some room "
-                f"between its bounds, got {actions}"
+                "PIPPS needs a vector of real numbers as action, each with some room between its "
+                f"bounds, got {describe(actions)} from {actions.low.tolist()} to "
+                f"{actions.high.tolist()}"
             )
         self.refuse_vec_normalize(self.env)
         wrong = [d for d in self.angle_dims if not 0 <= d < space.shape[0]]

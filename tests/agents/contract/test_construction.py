@@ -1,6 +1,7 @@
 """What every agent's constructor takes and refuses, as stable-baselines3's do."""
 
 import inspect
+import re
 
 import gymnasium as gym
 import numpy as np
@@ -60,8 +61,9 @@ def test_policy_may_be_a_name_or_a_class(make):
 
 
 def test_unknown_policy_name_is_an_error(make):
-    with pytest.raises(ValueError, match="NoSuchPolicy"):
+    with pytest.raises(ValueError, match="unknown policy 'NoSuchPolicy'") as error:
         make(policy="NoSuchPolicy")
+    assert make.arguments()["policy"] in str(error.value)  # it names those that there are
 
 
 def test_constructor_without_an_environment_says_what_is_missing(make):
@@ -159,6 +161,45 @@ def test_spaces_are_learned_in_or_refused_by_the_constructor(make, name):
         return
     agent.learn(21)
     assert all(np.isfinite(p.detach()).all() for p in agent.policy.parameters())
+
+
+IMAGE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+REFUSED = SPACES | {
+    "image": (IMAGE, VECTOR),
+    "grey image": (spaces.Box(0, 255, (64, 64), np.uint8), VECTOR),
+    "image of floats": (spaces.Box(0, 1, (64, 64, 3), np.float32), VECTOR),
+    "dictionary with an image": (spaces.Dict({"a": VECTOR, "look": IMAGE}), VECTOR),
+    "dictionary of an image": (spaces.Dict({"look": IMAGE}), VECTOR),
+    "tuple": (spaces.Tuple((VECTOR, VECTOR)), VECTOR),
+    "switches": (spaces.MultiBinary(4), VECTOR),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_advice_on_spaces_is_not_refused_next(make, name):
+    """Whoever does what the error says gets an agent, or is sent to another agent."""
+    env, changes = Sampled(*REFUSED[name]), {}
+    for _ in range(3):
+        try:
+            make(env, **changes)
+            return
+        except (ValueError, AssertionError) as error:
+            advice = str(error).split("; ")[-1]
+        if "gymnasium.wrappers." in advice:
+            code = advice[advice.index("gymnasium.wrappers.") :]
+            try:
+                wrapped = eval(code, {"gymnasium": gym, "env": env})
+            except gym.error.DependencyNotInstalled:  # which says what to install
+                return
+            env = wrapped if isinstance(wrapped, gym.Env) else wrapped(env)
+        elif found := re.findall(r"(\w+)='(\w+)'", advice):
+            if "DAAPPO takes" in advice and make.name != "daappo":
+                return
+            changes |= dict(found)
+        else:
+            assert "take DreamerTPX" in advice or "each with some room" in advice, advice
+            return
+    pytest.fail(f"advised three times, the last time: {advice}")
 
 
 @pytest.mark.parametrize("env", [object(), CountingEnv, 7])

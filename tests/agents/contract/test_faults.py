@@ -1,10 +1,11 @@
 """What goes wrong in an environment is an error with words, not a result."""
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecMonitor
 
-from tests.agents.contract.environments import BrokenEnv
+from tests.agents.contract.environments import BrokenEnv, CountingEnv
 
 
 @pytest.mark.parametrize("where", ["observation", "reward", "reset"])
@@ -16,6 +17,50 @@ def test_non_finite_values_of_the_environment_are_one_clear_sentence(make, where
     message = str(error.value)
     assert "\n" not in message and "fix the environment" in message
     assert agent.num_timesteps <= 3
+
+
+class Faulty(CountingEnv):
+    """An environment that does not keep to Gymnasium's interface."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        if self.fault == "wide reset":
+            observation = np.zeros(5, np.float32)
+        return observation if self.fault == "old reset" else (observation, info)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        if self.fault == "scalar":  # NumPy would broadcast it
+            observation = np.zeros(1, np.float32)
+        if self.fault == "old step":
+            return observation, reward, terminated, info
+        return observation, reward, terminated, truncated, info
+
+
+FAULTS = {
+    "old step": r"step\(\) of Faulty returned 4 values, expected \(observation, .*shimmy",
+    "old reset": r"reset\(\) of Faulty returned a ndarray, expected \(observation, info\)",
+    "scalar": r"step\(\) of Faulty returned an observation of shape \[1\], .* says \[4\]",
+    "wide reset": r"reset\(\) of Faulty returned an observation of shape \[5\], .* says \[4\]",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_not_gymnasiums_is_one_sentence(make, fault):
+    with pytest.raises(ValueError, match=FAULTS[fault]) as error:
+        make(Faulty(fault)).learn(28)
+    assert "\n" not in str(error.value)
+
+
+def test_an_old_step_inside_of_a_time_limit_is_one_sentence(make):
+    """Gymnasium's wrappers unpack five values and raise an error of their own."""
+    limited = gym.wrappers.TimeLimit(Faulty("old step"), 7)
+    with pytest.raises(ValueError, match="Faulty returned another number of values, expected"):
+        make(limited).learn(28)
 
 
 @pytest.mark.parametrize("is_wrapped", [False, True])

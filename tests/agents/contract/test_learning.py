@@ -34,7 +34,7 @@ from tests.agents.contract.probes import (
     logged,
     parameters,
 )
-from totalprop.agents.core.terminal_observations import OwnTerminalObservation
+from totalprop.agents.core.checked_env import CheckedEnv
 
 # Steps
 
@@ -264,7 +264,7 @@ def test_an_environment_that_reuses_its_array_is_learned_from_like_any_other(mak
     agents[1].set_env(agents[1].get_env())  # wrapped once, not again
     inner, layers = agents[1].get_env().envs[0], 0
     while isinstance(inner, gym.Wrapper):
-        layers += isinstance(inner, OwnTerminalObservation)
+        layers += isinstance(inner, CheckedEnv)
         inner = inner.env
     assert layers == 1
 

@@ -1,0 +1,72 @@
+"""Spaces in words, and what to do with an environment whose spaces an agent cannot work with."""
+
+from __future__ import annotations
+
+import numpy as np
+from gymnasium import spaces
+
+FLATTEN = "wrap the environment in gymnasium.wrappers.FlattenObservation"
+
+
+class UnsupportedSpaceError(ValueError, AssertionError):
+    """The agent cannot work with a space; stable-baselines3 raises AssertionError."""
+
+
+def describe(space: spaces.Space) -> str:
+    """Say what a space holds, as in "a vector of 3 numbers" or "one of 2 choices (Discrete)"."""
+    match space:
+        case spaces.Box() if is_picture(space):
+            return f"an image of shape {list(space.shape)} ({space.dtype})"
+        case spaces.Box(shape=(size,)):
+            kind = "number" if space.dtype.kind == "f" else "whole number"
+            unbounded = "" if np.isfinite([space.low, space.high]).all() else ", not all bounded"
+            return f"a vector of {size} {kind}{'s' * (size != 1)} (Box{unbounded})"
+        case spaces.Box():
+            return f"an array of shape {list(space.shape)} (Box, {space.dtype})"
+        case spaces.Discrete():
+            return f"one of {space.n} choices (Discrete)"
+        case spaces.MultiDiscrete():
+            return f"{space.nvec.size} choices of {space.nvec.tolist()} (MultiDiscrete)"
+        case spaces.MultiBinary():
+            return f"switches of shape {list(space.shape)} (MultiBinary)"
+        case spaces.Dict():
+            parts = [f"'{name}', {describe(part)}" for name, part in space.items()]
+            return f"a dictionary of {'; '.join(parts)}"
+        case spaces.Tuple():
+            return f"a tuple of {'; '.join(describe(part) for part in space.spaces)}"
+    return str(space)
+
+
+def is_picture(space: spaces.Space) -> bool:
+    """Whether a space holds images rather than numbers: uint8 of two or three dimensions."""
+    return isinstance(space, spaces.Box) and len(space.shape) in (2, 3) and space.dtype == np.uint8
+
+
+def to_vector(space: spaces.Space, *, otherwise: str) -> str:
+    """The remedy for an agent that needs a vector where observations are something else.
+
+    Args:
+        space: the observation space.
+        otherwise: what to do where there are nothing but images.
+    """
+    if is_picture(space):
+        return otherwise
+    if isinstance(space, spaces.Dict) and any(is_picture(part) for part in space.values()):
+        vectors = [name for name, part in space.items() if not is_picture(part)]
+        if not vectors:
+            return otherwise
+        kept = f"gymnasium.wrappers.FilterObservation(env, {vectors})"
+        return f"leave the images out: gymnasium.wrappers.FlattenObservation({kept})"
+    return FLATTEN
+
+
+def to_picture_or_vector(space: spaces.Space) -> str:
+    """The remedy for an agent that needs one image or one vector."""
+    if isinstance(space, spaces.Dict):
+        for name, part in space.items():
+            if is_picture(part):
+                return (
+                    "choose the image: gymnasium.wrappers.TransformObservation(env, lambda seen: "
+                    f"seen[{name!r}], env.observation_space[{name!r}])"
+                )
+    return FLATTEN
