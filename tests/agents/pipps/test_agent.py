@@ -188,7 +188,7 @@ def test_discrete_actions_are_refused():
 
 
 def test_action_matrices_are_refused():
-    with pytest.raises(ValueError, match=r"Box action space of shape \[A\]"):
+    with pytest.raises(ValueError, match="needs a vector of real numbers as action.*got an array of shape"):
         make(space_env(action=spaces.Box(-1, 1, (2, 2))))
 
 
@@ -203,7 +203,7 @@ def test_action_matrices_are_refused():
     ids=["dict", "image", "discrete", "matrix"],
 )
 def test_other_observations_are_refused(space):
-    with pytest.raises(ValueError, match=r"Box observation space of shape \[S\].*FlattenObs"):
+    with pytest.raises(ValueError, match="models a vector of real numbers, got .*; (wrap .*FlattenObs|take DreamerTPX)"):
         make(space_env(observation=space))
 
 
@@ -520,7 +520,7 @@ def test_actions_lie_in_a_space_whose_bounds_single_precision_has_not():
 def test_action_spaces_that_have_no_real_numbers_are_refused(space):
     env = CountingEnv()
     env.action_space = space
-    with pytest.raises(ValueError, match="PIPPS needs a Box action space"):
+    with pytest.raises(ValueError, match="PIPPS needs a vector of real numbers as action"):
         make(env)
 
 
