@@ -30,10 +30,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.evaluation import Evaluation
+from totalprop.agents.core.spaces import UnsupportedSpaceError
 from totalprop.agents.persistence.checkpoint import Checkpoints, Stateful, TrainingStopped
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.run.arguments import parse, parse_resume
-from totalprop.scripts.run.errors import UserError
+from totalprop.scripts.run.errors import UsageError, UserError
 from totalprop.scripts.run.folder import RunFolder, import_flag, program
 from totalprop.scripts.run.interruption import locked, stopping_between_rollouts
 from totalprop.scripts.run.job import Job, RunOptions
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("TOTALPROP_TRACEBACK"):
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
+        is_usage = isinstance(error, UsageError | UnsupportedSpaceError)
+        raise SystemExit(2 if is_usage else 1) from None
     except KeyboardInterrupt:
         print("\nstopped; --resume continues from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import warnings
 from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -61,10 +62,12 @@ class Algorithm(BaseAlgorithm):
         no_vec_normalize: why the agent cannot work with VecNormalize and what to do instead; ""
             if it can.
         action_spaces: the kinds of action spaces that the agent can work with; () for all.
+        check_observations: whether `predict` refuses observations that are not finite.
     """
 
     no_vec_normalize: ClassVar[str] = ""
     action_spaces: ClassVar[tuple[type[spaces.Space], ...]] = ()
+    check_observations = True
     _generator: torch.Generator
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -152,6 +155,38 @@ class Algorithm(BaseAlgorithm):
         if self.no_vec_normalize and is_normalised:
             raise ValueError(self.no_vec_normalize)
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Like SB3's.
+
+        Raises:
+            ValueError: the observation is not finite, see `check_observation`.
+        """
+        self.check_observation(observation)
+        return super().predict(observation, state, episode_start, deterministic)
+
+    def check_observation(self, observation: Any) -> None:
+        """Raise ValueError for an observation that is not finite; `predict` calls it.
+
+        It reads every entry once. Set `check_observations` to False to save that time.
+        """
+        if not self.check_observations:
+            return
+        parts = observation.items() if isinstance(observation, dict) else [("", observation)]
+        for key, part in parts:
+            array = np.asarray(part)
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                where = f"entry {key!r} of the observation" if key else "the observation"
+                raise ValueError(
+                    f"predict got {np.count_nonzero(~np.isfinite(array))} non-finite number(s) in "
+                    f"{where}; check the sensor or the environment that it comes from"
+                )
+
     # ----------------------------------------------------------------------------------------
     # files
     # ----------------------------------------------------------------------------------------
@@ -165,7 +200,8 @@ class Algorithm(BaseAlgorithm):
         """Write the agent to a file, atomically.
 
         Functions and objects of a user's own classes (a `cost_fn`, a schedule that is a function, a
-        policy class) are left out: pass them to `load` again, by name.
+        policy class) are left out: pass them to `load` again, by name. A warning says so where
+        `load` cannot do without. SB3's LinearSchedule and ConstantSchedule are kept.
 
         Args:
             path: where to write; ".zip" is appended if it has no suffix.
@@ -180,8 +216,15 @@ class Algorithm(BaseAlgorithm):
         if isinstance(path, str | Path):
             path = _with_suffix(Path(path))
             path.parent.mkdir(parents=True, exist_ok=True)
-        target = cast("Path | IO[bytes]", path)
-        safe_file.write(target, self._file_kind(), self.file_values(exclude, include))
+        values, info = self.file_values(exclude, include), get_system_info(print_info=False)[1]
+        for name in sorted(_ESSENTIAL & values["attributes"].keys()):
+            if not safe_file.is_held(values["attributes"][name]):
+                warnings.warn(
+                    f"the file does not hold {name}, a {type(getattr(self, name)).__name__}: pass "
+                    f"it to load again, by name ({name}=...)",
+                    stacklevel=2,
+                )
+        safe_file.write(cast("Path | IO[bytes]", path), self._file_kind(), values, note=info)
 
     def file_values(
         self, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
@@ -310,6 +353,7 @@ class Algorithm(BaseAlgorithm):
     _late_attributes: ClassVar[tuple[str, ...]] = (
         "observation_space", "action_space", "n_envs", "lr_schedule", "rollout_buffer_class",
         "rollout_buffer_kwargs", "start_time", "tensorboard_log", "n_cut_episodes",
+        "check_observations",
     )  # fmt: skip
 
     def set_parameters(

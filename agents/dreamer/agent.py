@@ -392,6 +392,7 @@ class DreamerTPX(Algorithm):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, RecurrentState | None]:
         """Return actions and the recurrent state for the next call; see `DreamerPolicy.predict`."""
+        self.check_observation(observation)
         return self.policy.predict(observation, state, episode_start, deterministic)
 
     def dump_logs(self) -> None:

@@ -35,6 +35,7 @@ from totalprop.estimators import Estimator
 
 FORMAT = 2  # 1 was stable-baselines3's, with pickles
 DOCUMENT, TENSORS = "data", "tensors.safetensors"  # "data" as in stable-baselines3's files
+NOTE = "system_info.txt"  # likewise; for people, never read
 MAX_DOCUMENT_BYTES = 2**25
 MAX_VALUES = 2**20  # in the JSON; each takes about 100 bytes of memory
 MAX_HEADER_BYTES = 2**24  # of the tensors' names, dtypes and shapes
@@ -95,7 +96,9 @@ def register_class(kind: type) -> type:
     return kind
 
 
-def write(target: Path | IO[bytes], kind: str, values: Mapping[str, Any]) -> None:
+def write(
+    target: Path | IO[bytes], kind: str, values: Mapping[str, Any], *, note: str = ""
+) -> None:
     """Write values under string keys; a path is replaced atomically and durably.
 
     Args:
@@ -112,10 +115,10 @@ def write(target: Path | IO[bytes], kind: str, values: Mapping[str, Any]) -> Non
     if excess := _excess(document):  # an older file of this name can be read, so keep it
         raise ValueError(f"cannot write {target}: {excess}")
     if not isinstance(target, Path):
-        _write_zip(target, document, tensors)
+        _write_zip(target, document, tensors, note)
         return
     with atomic_write(target) as file:
-        _write_zip(file, document, tensors)
+        _write_zip(file, document, tensors, note)
 
 
 class atomic_write:
@@ -225,10 +228,12 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:150]}"
 
 
-def _write_zip(target: IO[bytes], document: bytes, tensors: dict[str, Tensor]) -> None:
+def _write_zip(target: IO[bytes], document: bytes, tensors: dict[str, Tensor], note: str) -> None:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as file:
         file.writestr(DOCUMENT, document)
         file.writestr(TENSORS, safetensors.torch.save(tensors))
+        if note:
+            file.writestr(NOTE, note)
 
 
 def read_json(path: Path) -> Any:
@@ -273,7 +278,7 @@ def _read_zip(file: zipfile.ZipFile) -> tuple[dict[str, Any], dict[str, Tensor]]
             "totalprop before format 2 (up to commit edf8eef); load it with what wrote it and "
             "save it again"
         )
-    if sorted(names) != sorted((DOCUMENT, TENSORS)):
+    if sorted(names) not in (sorted((DOCUMENT, TENSORS)), sorted((DOCUMENT, TENSORS, NOTE))):
         shown = ", ".join(map(repr, names[:5]))
         raise BadFileError(f"its members are {shown}; expected '{DOCUMENT}' and '{TENSORS}'")
     # Only stored members: a compressed one could unpack to any size.
@@ -348,6 +353,12 @@ def _is_builtin(value: object) -> bool:
     return type(value) in (bool, int, float, str)
 
 
+def is_held(value: object) -> bool:
+    """Whether files hold a value as itself; otherwise it is a `NotInFile` after reading."""
+    encoded = _encode(value, {})
+    return not (isinstance(encoded, dict) and "$missing" in encoded)
+
+
 def _missing(value: object) -> dict[str, str]:
     kind = value if isinstance(value, type) else type(value)
     return {"$missing": f"{kind.__module__}.{kind.__qualname__}"}
@@ -381,10 +392,11 @@ def _decode_estimator(content: list[Any]) -> Estimator:
 
 
 def _encode_schedule(value: Any) -> Any:
-    if isinstance(value, FloatSchedule):
-        return _encode_schedule(value.value_schedule)
+    if isinstance(value, FloatSchedule):  # a wrapper, of a plain number too
+        inner = value.value_schedule
+        return float(inner.val) if isinstance(inner, ConstantSchedule) else _encode_schedule(inner)
     if isinstance(value, ConstantSchedule):
-        return float(value.val)
+        return {"$constant": float(value.val)}
     if isinstance(value, LinearSchedule):
         return {"$linear": [float(value.start), float(value.end), float(value.end_fraction)]}
     return _missing(value)
@@ -458,6 +470,10 @@ def _decode(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
             if not (math.isfinite(start) and math.isfinite(end) and 0 < fraction <= 1):
                 raise BadFileError(f"it holds the linear schedule {shown(content)}")
             return LinearSchedule(start, end, fraction)
+        case "$constant":
+            if not math.isfinite(float(content)):
+                raise BadFileError(f"it holds the constant schedule {shown(content)}")
+            return ConstantSchedule(float(content))
         case "$missing":
             return NotInFile(str(content))
         case "$box":

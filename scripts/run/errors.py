@@ -1,4 +1,4 @@
-"""Errors that end a script with one line and exit code 1 instead of a traceback."""
+"""Errors that end a script with one line and an exit code instead of a traceback."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ class UserError(Exception):
     """An error that the user can fix; scripts print its message as one line and exit."""
 
 
+class UsageError(UserError):
+    """The command line names what does not exist; scripts exit with 2, as for a wrong flag."""
+
+
 @contextlib.contextmanager
 def ending_with_a_sentence(*also: type[Exception]) -> Iterator[None]:
-    """Print a UserError, or an error of one of the types in `also`, and exit with code 1."""
+    """Print a UserError or an error of one of the types in `also`; exit with 1, or 2 for usage."""
     try:
         yield
     except (UserError, *also) as error:  # type: ignore[misc]  # a tuple of exception types
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None

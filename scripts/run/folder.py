@@ -30,7 +30,7 @@ from totalprop.agents.core.validation import is_finite, is_whole
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import shown, write_text
 from totalprop.envs.rewind import Rewindable, can_rewind
-from totalprop.scripts.run.errors import UserError
+from totalprop.scripts.run.errors import UsageError, UserError
 from totalprop.scripts.run.watchdog import Watchdog, Watched
 
 # Entries of config.json: their types, and whether all runs have them. Older ones lack the others.
@@ -335,13 +335,14 @@ def make_env(
         rewindable: whether the environment must support rewinding.
         step_timeout: seconds that one call may take before the process ends; 0 for no limit.
     Raises:
-        UserError: the id is unknown, or the environment cannot be made.
+        UsageError: the id is unknown.
+        UserError: the environment cannot be made.
     """
     env_id = env_id.replace("dm_control/", "dmc/", 1)
     if env_id not in gym.registry and ":" not in env_id:
-        near = difflib.get_close_matches(env_id, list(gym.registry), 1, cutoff=0.6)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"unknown environment '{env_id}'{hint}")
+        near = nearest_env(env_id)
+        hint = f"; did you mean '{near}'?" if near else ""
+        raise UsageError(f"unknown environment '{env_id}'{hint}")
     kwargs = {**env_args, "render_mode": "rgb_array" if render else None}
 
     watchdog = Watchdog(step_timeout)
@@ -356,6 +357,17 @@ def make_env(
         return make_vec_env(make, n_envs, seed=seed, env_kwargs=kwargs)
     except (ValueError, TypeError, ImportError, RuntimeError, gym.error.Error) as error:
         raise UserError(f"cannot make the environment '{env_id}': {error}") from error
+
+
+def nearest_env(env_id: str) -> str:
+    """The registered id most like a misspelt one, whose namespace may be missing; "" if none is."""
+    wanted, best, likeness = env_id.lower(), "", 0.6
+    for known in gym.registry:
+        for text in (known.lower(), known.lower().rpartition("/")[2]):
+            ratio = difflib.SequenceMatcher(None, wanted, text).ratio()
+            if ratio > likeness:
+                best, likeness = known, ratio
+    return best
 
 
 def record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, *, episodes: int = 1) -> float:

@@ -122,8 +122,11 @@ def test_help_teaches_every_flag(capsys):
 WRONG = [
     (["--estimator", "tpxx"], 1, "did you mean 'tpx'"),
     (["--estimator", ""], 1, "unknown estimator"),
-    (["--env-id", "totalprop/CartPoleSwingUp"], 1, "did you mean 'totalprop/CartPoleSwingUp-v0'"),
-    (["--env-id", "CartPole-v1"], 1, "action"),
+    (["--env-id", "totalprop/CartPoleSwingUp"], 2, "did you mean 'totalprop/CartPoleSwingUp-v0'"),
+    (["--env-id", "CartPoleSwingup-v0"], 2, "did you mean 'totalprop/CartPoleSwingUp-v0'"),
+    (["--env-id", "pendulum-v1"], 2, "did you mean 'Pendulum-v1'"),
+    (["--env-id", "walker-walk-v0"], 2, "did you mean 'dm"),
+    (["--env-id", "CartPole-v1"], 2, "needs continuous actions (a Box), got one of 2 choices"),
     (["--env-arg", "cost=tipp"], 1, "tip"),
     (["--env-arg", "noise=-1"], 1, "noise"),
     (["--env-arg", "noise"], 2, "NAME=VALUE"),

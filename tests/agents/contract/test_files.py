@@ -2,11 +2,14 @@
 
 import copy
 import io
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from stable_baselines3 import PPO
+from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
 from tests.agents.contract.conftest import Maker
@@ -262,3 +265,27 @@ def test_learning_without_an_environment_is_one_sentence(make, file):
     with pytest.raises(ValueError, match=r"no environment to learn in: pass one to load") as error:
         make.cls.load(file).learn(7)
     assert isinstance(error.value, AssertionError)  # which stable-baselines3 raises
+
+
+@pytest.mark.parametrize("schedule", [ConstantSchedule(0.01), LinearSchedule(0.02, 0.01, 0.5)])
+def test_schedules_of_stable_baselines3_are_kept_as_themselves(make, tmp_path, schedule):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(learning_rate=schedule).save(tmp_path / "agent")
+    loaded = make.cls.load(tmp_path / "agent", env=CountingEnv())
+    assert type(loaded.learning_rate) is type(schedule)
+    for progress in (1.0, 0.8, 0.3, 0.0):
+        assert loaded.lr_schedule(progress) == schedule(progress)
+
+
+def test_a_schedule_that_is_a_function_is_a_warning_at_save(make, tmp_path):
+    agent = make(learning_rate=lambda progress: 0.01 * progress)
+    with pytest.warns(UserWarning, match=r"does not hold learning_rate, a function: pass it to"):
+        agent.save(tmp_path / "agent")
+
+
+def test_a_file_says_what_it_was_written_with(file):
+    """As in stable-baselines3, for whoever has to find out why a file does not load."""
+    with zipfile.ZipFile(file) as archive:
+        text = archive.read("system_info.txt").decode()
+    assert "Python" in text and "PyTorch" in text

@@ -1,5 +1,6 @@
 """`predict`: shapes, types and bounds, alone and in batches, and that it draws nothing."""
 
+import contextlib
 import random
 
 import numpy as np
@@ -75,3 +76,15 @@ def test_evaluate_policy_on_any_number_of_environments(trained):
     expected = [(4, -10.0)] * 2 + [(5, -15.0)] * 2 + [(7, -28.0)] * 2
     assert sorted(zip(found[1], found[0], strict=True)) == expected
     assert evaluate_policy(trained, Monitor(CountingEnv()), 2) == (-28.0, 0.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_observation_that_is_not_finite_is_one_sentence(make, observations, bad):
+    agent, broken = make(), observations.copy()
+    broken[3, 1] = bad
+    with pytest.raises(ValueError, match=r"predict got 1 non-finite number\(s\)") as error:
+        agent.predict(broken)
+    assert "\n" not in str(error.value)
+    agent.check_observations = False  # saves the look at every entry
+    with contextlib.suppress(ValueError):  # of a distribution, where there is one
+        agent.predict(broken, deterministic=True)

@@ -255,7 +255,7 @@ def test_the_cart_pole_of_30_steps_is_refused_by_the_laptop_preset():
     "space", [spaces.Dict({"a": VECTOR}), spaces.Discrete(4)], ids=["dict", "discrete"]
 )
 def test_observations_other_than_a_box_are_refused(space):
-    with pytest.raises(ValueError, match="needs one image or one vector.*FlattenObservation"):
+    with pytest.raises(ValueError, match=r"needs one image or one vector.*FlattenObservation"):
         make(SpaceEnv(space))
 
 
