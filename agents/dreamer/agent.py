@@ -10,6 +10,7 @@ is in `update`, the imagined rollouts are in `imagination`, the networks in `pol
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -20,7 +21,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 import totalprop.estimators as estimators
@@ -82,9 +82,11 @@ class DreamerTPX(Algorithm):
         adam_eps: Adam's epsilon.
         max_grad_norm: global-norm clip of each of the three optimizers.
         batch_size: sequences per batch.
-        sequence_length: entries L of each sequence; an episode of T steps has T + 1.
+        sequence_length: entries L of each sequence; an episode of T steps has T + 1. Sequences
+            may hold the end of an episode and the beginning of the next.
         imagination_starts: states of a batch that imagination starts from; 0 for all of them.
-        buffer_size: entries the replay holds, at least 2 L per environment.
+            None is terminal.
+        buffer_size: entries the replay holds, at least L per environment.
         storage: where the replay lies: "ram", "disk" (memory-mapped) or "device" (the GPU).
         learning_starts: uniformly random steps before learning begins.
         train_freq: steps between rounds of updates.
@@ -94,8 +96,8 @@ class DreamerTPX(Algorithm):
         kl_scale: weight of the KL term of the model's loss.
         free_nats: KL below which the term has no gradient.
         free_nats_per_step: apply the free nats to every step rather than to the mean.
-        discount_head: predict where episodes end, for tasks that terminate early. Imagination then
-            never starts from a sequence's last state, which may be terminal (danijar/dreamer).
+        discount_head: predict where episodes end, from the first episode that terminates on (until
+            then γ is constant). False imagines that the task goes on, as if nothing had ended.
         discount_scale: weight of the discount head's loss.
         pretrained_world_model: run folder or saved DreamerTPX whose world model this one starts
             from, with a fresh actor and critic (Parmas et al. 2023, App. C.3). The model keeps
@@ -153,7 +155,7 @@ class DreamerTPX(Algorithm):
         kl_scale: Annotated[float, AtLeast(0)] = 1.0,
         free_nats: Annotated[float, AtLeast(0)] = 3.0,
         free_nats_per_step: bool = False,
-        discount_head: bool = False,
+        discount_head: bool = True,
         discount_scale: Annotated[float, Above(0)] = 10.0,
         pretrained_world_model: str | None = None,
         nonfinite: Literal["stop", "skip"] = "stop",
@@ -202,6 +204,7 @@ class DreamerTPX(Algorithm):
         # Rounds of updates, and steps since the last. Files hold both, so that a loaded agent keeps
         # the rhythm of updates and logs.
         self._rounds = self._since_round = 0
+        self._has_terminated = False  # whether a stored episode ever did
         if _init_setup_model:
             self._setup_model()
             if pretrained_world_model is not None:  # not in _setup_model, which `load` calls too
@@ -282,8 +285,8 @@ class DreamerTPX(Algorithm):
         """Collect steps and learn until `total_timesteps` decisions are made.
 
         A round of updates follows every `train_freq` steps, even if they are spread over several
-        calls of `learn`. It is skipped while no window of `sequence_length` entries is stored: an
-        agent loaded without its replay first acts with its policy until there is one.
+        calls of `learn`. It is skipped while an environment has not `sequence_length` entries: an
+        agent loaded without its replay first acts with its policy until there are.
 
         Args:
             total_timesteps: decisions to make; exact up to the number of environments. Imagined
@@ -295,8 +298,7 @@ class DreamerTPX(Algorithm):
             progress_bar: as in SB3.
 
         Raises:
-            ValueError: an observation or reward is not finite, or all episodes are shorter than
-                `sequence_length`.
+            ValueError: an observation or reward is not finite.
             RuntimeError: an environment's process died.
         """
         total_timesteps, callback = self._setup_learn(
@@ -313,7 +315,7 @@ class DreamerTPX(Algorithm):
                 break
             self._since_round = 0
             assert self.replay_buffer is not None
-            if not self.replay_buffer.needs_more_steps(self.sequence_length):
+            if self.replay_buffer.has_windows(self.sequence_length):
                 self.train(self.gradient_steps)
                 self._rounds += 1
                 if log_interval and self._rounds % log_interval == 0:
@@ -369,6 +371,8 @@ class DreamerTPX(Algorithm):
         """Update world model, actor and critic `gradient_steps` times."""
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
+        self._notice_terminations(self.replay_buffer)
+        self._update.configure(self._update_settings())
         # Several environments may overshoot the budget; the rate must not become negative.
         rate = self.lr_schedule(max(self._current_progress_remaining, 0.0))
         self._update.set_learning_rate(rate)
@@ -383,6 +387,19 @@ class DreamerTPX(Algorithm):
                     check_gradients(self.num_timesteps, self._n_updates, norms)
                 log.add(record)
         self.policy.set_training_mode(False)
+
+    def _notice_terminations(self, replay: SequenceReplay) -> None:
+        """The first episode that terminates switches the discount head on, or is a warning."""
+        if self._has_terminated or not replay.has_terminal():
+            return
+        self._has_terminated = True
+        if not self.discount_head:
+            warnings.warn(
+                "the environment terminates episodes, but with discount_head=False DreamerTPX "
+                "imagines that they go on, and does not learn to avoid (or to reach) their end: "
+                "pass discount_head=True, unless the rewards alone say what to do",
+                stacklevel=3,
+            )
 
     def predict(
         self,
@@ -493,10 +510,9 @@ class DreamerTPX(Algorithm):
                 "an Estimator brings its own baseline: pass baseline to estimators.make(...), "
                 "not to DreamerTPX"
             )
-        entries = self.sequence_length - self.discount_head  # as DreamerUpdate.possible_starts
-        starts = possible = self.batch_size * entries
+        starts = self.batch_size * self.sequence_length
         if self.imagination_starts > 0:
-            starts = min(self.imagination_starts, possible)
+            starts = min(self.imagination_starts, starts)
         try_estimator(self._resolved_estimator(), [starts], has_value=True)
 
     def _resolved_estimator(self) -> estimators.Estimator:
@@ -525,27 +541,13 @@ class DreamerTPX(Algorithm):
                 f"({IMAGE_SIZE}, {IMAGE_SIZE}))"
             )
         self.refuse_vec_normalize(self.env)
-        if self.env is not None:
-            self._check_sequences(self.env)
-        assert np.isfinite(self.action_space.low).all()  # type: ignore[attr-defined]
-
-    def _check_sequences(self, env: VecEnv) -> None:
-        """Windows of `sequence_length` entries must come about, and must not be lost again."""
         length = self.sequence_length
-        # Where an episode ends in the ring, half of it and more still belongs to one episode.
-        if self.buffer_size // env.num_envs < 2 * length:
+        if self.env is not None and self.buffer_size // self.env.num_envs < length:
             raise ValueError(
-                f"buffer_size must hold two sequences of every environment, at least "
-                f"2 x {length} x {env.num_envs}, got {self.buffer_size}"
+                f"buffer_size must hold a sequence of every environment, at least "
+                f"{length} x {self.env.num_envs}, got {self.buffer_size}"
             )
-        if not env.has_attr("_max_episode_steps"):  # of gymnasium's TimeLimit
-            return
-        longest = 1 + max(env.get_attr("_max_episode_steps"))
-        if longest < length:
-            raise ValueError(
-                f"sequence_length must be at most {longest}, the observations of an episode of "
-                f"{longest - 1} steps (the environment's time limit), got {length}"
-            )
+        assert np.isfinite(self.action_space.low).all()  # type: ignore[attr-defined]
 
     def _update_settings(self) -> UpdateSettings:
         """The agent's arguments as the settings of a gradient step."""
@@ -557,6 +559,7 @@ class DreamerTPX(Algorithm):
                 stop_grad_actor_input=self.stop_grad_actor_input,
                 discount_weights=self.discount_weights,
                 entropy_scale=self.entropy_scale,
+                learned_discount=self._has_terminated,
             ),
             model=ModelLossSettings(
                 kl_scale=self.kl_scale,
@@ -564,6 +567,7 @@ class DreamerTPX(Algorithm):
                 free_nats_per_step=self.free_nats_per_step,
                 gamma=self.gamma,
                 discount_scale=self.discount_scale,
+                learned_discount=self._has_terminated,
             ),
             horizon=self.horizon,
             imagination_starts=self.imagination_starts,

@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl_scale": 1.0,
         "free_nats": 3.0,
         "free_nats_per_step": False,
+        "discount_head": False,  # pcont; its tasks do not terminate
     },
     # Parmas et al. 2023 (TPX), Sec. 6: "a greatly modified version" of yusukeurakami's PyTorch
     # Dreamer. Its 5-bit images, and its windows across episode ends, are not reproduced.
@@ -42,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 8e-5,  # yusukeurakami/dreamer-pytorch, main.py
         "model_learning_rate": 1e-3,  # same
         "free_nats_per_step": True,  # same, main.py:384
+        "discount_head": False,  # Sec. 6: DreamerV1's tasks, which do not terminate
         "policy_kwargs": {"width": 200},  # same: hidden-size
         "learning_starts": 2500,  # same: 5 seed episodes
         "train_freq": 500,  # same: once per episode

@@ -216,7 +216,8 @@ def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:
     with torch.no_grad():
         embeds = agent.policy.model.encoder(batch.observation)
         states, _, _ = rssm.observe(embeds, batch.action, batch.is_first, noise)
-    steps = rng.integers(agent._update.possible_starts(length), size=n)
+    alive = (~batch.is_terminal).cpu().numpy()
+    steps = [rng.choice(np.flatnonzero(alive[:, i])) for i in range(n)]
     return [
         State(states.deter[t, i : i + 1], states.stoch[t, i : i + 1]) for i, t in enumerate(steps)
     ]

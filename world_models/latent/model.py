@@ -48,6 +48,7 @@ class ModelLossSettings(NamedTuple):
             original), False to the mean over batch and time (danijar/dreamer).
         gamma: target of the discount head while the episode continues.
         discount_scale: weight of the discount head's cross entropy.
+        learned_discount: train the discount head, if there is one.
     """
 
     kl_scale: float
@@ -55,6 +56,7 @@ class ModelLossSettings(NamedTuple):
     free_nats_per_step: bool
     gamma: float
     discount_scale: float
+    learned_discount: bool = True
 
 
 class LatentModel(nn.Module):
@@ -109,6 +111,9 @@ class LatentModel(nn.Module):
         self.reward_head = mlp(features, width, 2, 1)
         self.discount_head = mlp(features, width, 3, 1) if discount_head else None
         initialise(self)
+        if self.discount_head is not None:  # untrained, it says that the episode continues
+            *_, (_, bias) = self.discount_head.named_parameters()
+            nn.init.constant_(bias, math.log(99))  # sigmoid: 0.99
 
     def reward(self, features: Tensor) -> Tensor:
         """Mean reward for arriving in a state, [..., F] -> [...]."""
@@ -159,7 +164,7 @@ class LatentModel(nn.Module):
             penalty = kl.clamp_min(settings.free_nats)
         total = settings.kl_scale * penalty + observation + reward
         discount = torch.zeros_like(kl)
-        if self.discount_head is not None:
+        if self.discount_head is not None and settings.learned_discount:
             target = settings.gamma * (~is_terminal).to(features.dtype)
             logits = at_least_float32(self.discount_head(features)).squeeze(-1)
             discount = settings.discount_scale * binary_cross_entropy_with_logits(logits, target)
@@ -196,6 +201,9 @@ class LatentModel(nn.Module):
     ) -> Tensor:
         """Predict observations open loop, after filtering the first `context` steps.
 
+        Where an episode begins among the predicted steps, the prediction begins anew too, with a
+        sample of the first state.
+
         Args:
             observations: [T, B, ...], of which only the first `context` steps are used.
             actions: [T, B, A], each the action taken before the observation.
@@ -217,8 +225,10 @@ class LatentModel(nn.Module):
         )
         features = [states.features]
         state = State(states.deter[-1], states.stoch[-1])
-        for action, z in zip(actions[context:], noise(len(actions) - context)):
-            deter = self.rssm.recur(state, action)
+        keep = (~is_first).to(actions.dtype).unsqueeze(-1)
+        for t, z in enumerate(noise(len(actions) - context), context):
+            state = State(state.deter * keep[t], state.stoch * keep[t])
+            deter = self.rssm.recur(state, actions[t] * keep[t])
             prior = self.rssm.prior(deter)
             state = State(deter, prior.mean + prior.std * z)
             features.append(state.features.unsqueeze(0))

@@ -5,6 +5,7 @@ All on tiny settings. `CountingEnv` makes every stored number predictable; `Pixe
 
 import json
 import types
+import warnings
 import zipfile
 
 import gymnasium as gym
@@ -119,6 +120,10 @@ def make(env=None, **changes):
 
 def parameters(agent, part=None):
     module = agent.policy if part is None else getattr(agent.policy, part)
+    return torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
+def parameters_of(module):
     return torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
 
 
@@ -336,22 +341,60 @@ def test_the_error_of_a_non_finite_value_names_the_step(where):
     assert agent.num_timesteps == steps
 
 
-def test_episodes_shorter_than_a_sequence_are_one_clear_sentence():
-    with pytest.raises(ValueError, match=r"^no window of 5 entries.*take a smaller") as error:
-        make(CountingEnv(length=3)).learn(300)
-    assert "\n" not in str(error.value)
-    make(CountingEnv(length=4)).learn(30)  # 4 decisions are 5 observations
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_episodes_shorter_than_a_sequence_are_learned_from(length):
+    """Their sequences of 5 entries hold several episodes, of length + 1 entries each."""
+    agent = make(CountingEnv(length=length)).learn(60)
+    assert agent._n_updates == make().learn(60)._n_updates > 0
+    batch = agent.replay_buffer.sample(200, 5, np.random.default_rng(0))
+    assert batch.is_terminal.float().mean() == pytest.approx(1 / (length + 1), abs=0.05)
 
 
-def test_some_episodes_shorter_than_a_sequence_are_waited_through():
-    class Uneven(CountingEnv):
-        def reset(self, **kwargs):
-            found = super().reset(**kwargs)
-            self.length = 30 if self.episode % 5 == 0 else 3
-            return found
+# Termination
 
-    agent = make(Uneven(), learning_starts=2).learn(40)
-    assert agent._n_updates > 0
+
+def test_the_first_termination_switches_the_discount_head_on():
+    agent = make(CountingEnv(length=35))
+    head, memory = parameters_of(agent.policy.model.discount_head), logged(agent)
+    agent.learn(30)
+    assert torch.equal(parameters_of(agent.policy.model.discount_head), head)
+    agent.learn(30, reset_num_timesteps=False)
+    assert not torch.equal(parameters_of(agent.policy.model.discount_head), head)
+    losses = {step: values["train/discount_loss"] for values, step in memory.dumps}
+    assert {step: loss > 0 for step, loss in losses.items()} == {
+        20: False, 30: False, 40: True, 50: True, 60: True
+    }  # fmt: skip
+
+
+def test_before_the_first_termination_the_discount_head_is_as_good_as_absent():
+    """Truncations do not count, and what the head would learn is not mixed into the model."""
+    agents = [make(CountingEnv(truncates=True), discount_head=x) for x in (True, False)]
+    agents[0].policy.load_state_dict(agents[1].policy.state_dict(), strict=False)
+    for agent in agents:
+        agent.learn(60)
+    for name, value in agents[1].policy.state_dict().items():
+        assert torch.equal(agents[0].policy.state_dict()[name], value), name
+
+
+def test_terminations_without_a_discount_head_are_a_warning_once():
+    agent = make(discount_head=False)
+    with pytest.warns(UserWarning, match="imagines that they go on.*pass discount_head=True"):
+        agent.learn(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent.learn(30, reset_num_timesteps=False)
+        make(CountingEnv(truncates=True), discount_head=False).learn(60)
+
+
+def test_a_loaded_agent_knows_that_episodes_terminate(tmp_path):
+    agent = make().learn(40)
+    agent.save(tmp_path / "agent")
+    agent.save_replay_buffer(tmp_path / "replay.npz")
+    assert agent._update.settings.model.learned_discount
+    assert DreamerTPX.load(tmp_path / "agent", device="cpu")._update.settings.model.learned_discount
+    other = make(CountingEnv(truncates=True))
+    other.load_replay_buffer(tmp_path / "replay.npz")
+    assert other.learn(30)._has_terminated
 
 
 def test_rounds_are_logged_alike_however_the_training_is_cut():
