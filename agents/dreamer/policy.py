@@ -167,12 +167,6 @@ class DreamerPolicy(BasePolicy):
         """Flatten observations [n, ...] for the world model, except images."""
         return observations.reshape(-1, *self.model_input_shape)
 
-    def info_to_model(self, info: dict[str, Any]) -> dict[str, Any]:
-        """Flatten the terminal observation of an info, if it has one, in a copy."""
-        if (end := info.get("terminal_observation")) is None:
-            return info
-        return {**info, "terminal_observation": self.to_model(end[None])[0]}
-
     def predict(
         self,
         observation: np.ndarray | dict[str, np.ndarray],
