@@ -124,6 +124,9 @@ class DreamerTPX(Algorithm):
         "DreamerTPX learns to reconstruct raw observations, whose scale VecNormalize keeps "
         "changing; pass the environment without VecNormalize"
     )
+    fixed_arguments: ClassVar[tuple[str, ...]] = (
+        "policy_kwargs", "discount_head", "buffer_size", "storage", "pretrained_world_model",
+    )  # fmt: skip
     policy: DreamerPolicy
 
     def __init__(
@@ -223,6 +226,7 @@ class DreamerTPX(Algorithm):
             self.observation_space, self.action_space, self.lr_schedule, **kwargs
         ).to(self.device)
         self._update = DreamerUpdate(self.policy, self._update_settings())
+        self._fix_arguments()
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """Like SB3's, and also seed the noise of acting and learning."""
@@ -246,7 +250,7 @@ class DreamerTPX(Algorithm):
                 print(self.replay_buffer.describe())
             if self.device.type == "cpu":
                 keep_freed_memory()
-        check_finite(self.num_timesteps, self._last_obs, np.zeros(1))
+        check_finite(self.num_timesteps, self._last_obs)
         if is_reset or self._memory is None:
             self.replay_buffer.start(self.policy.to_model(self._last_obs))
             self._memory = self.policy.initial_state(self.env.num_envs)
@@ -305,6 +309,7 @@ class DreamerTPX(Algorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         callback.on_training_start(locals(), globals())
+        before = self.num_timesteps, self._n_updates
         while self.num_timesteps < total_timesteps:
             due = self.num_timesteps + self.train_freq - self._since_round
             due = max(due, self.learning_starts)
@@ -321,6 +326,15 @@ class DreamerTPX(Algorithm):
                 if log_interval and self._rounds % log_interval == 0:
                     self.dump_logs()
         callback.on_training_end()
+        steps = self.num_timesteps - before[0]
+        if self.verbose and steps and self._n_updates == before[1]:
+            due = self.num_timesteps + self.train_freq - self._since_round
+            print(
+                f"no update was made in these {steps:,} steps: the next is due after step "
+                f"{max(due, self.learning_starts):,} (learning_starts={self.learning_starts:,}, "
+                f"train_freq={self.train_freq:,}), once every environment has stored "
+                f"{self.sequence_length} entries"
+            )
         return self
 
     def _collect(self, callback: BaseCallback, until: int) -> bool:
@@ -333,12 +347,15 @@ class DreamerTPX(Algorithm):
             actions = self._act(self._last_obs)
             new_observations, rewards, dones, infos = env.step(self.policy.to_env(actions))
             assert isinstance(new_observations, np.ndarray)
-            check_finite(self.num_timesteps, new_observations, rewards, infos)
+            check_finite(self.num_timesteps, new_observations, rewards, infos, dones)
             self.num_timesteps += env.num_envs
             self._since_round += env.num_envs
-            flat = self.policy.to_model(new_observations)
-            ends = [self.policy.info_to_model(info) for info in infos]
-            replay.step(actions, flat, rewards, dones, ends)
+            to_model = self.policy.to_model
+            ends = list(infos)  # callbacks see the environment's own
+            for i in np.flatnonzero(dones):
+                end = to_model(infos[i]["terminal_observation"][None])[0]
+                ends[i] = {**infos[i], "terminal_observation": end}
+            replay.step(actions, to_model(new_observations), rewards, dones, ends)
             self._last_obs, self._last_episode_starts = new_observations, dones
             callback.update_locals(locals())
             if not callback.on_step():
@@ -550,7 +567,7 @@ class DreamerTPX(Algorithm):
         assert np.isfinite(self.action_space.low).all()  # type: ignore[attr-defined]
 
     def _update_settings(self) -> UpdateSettings:
-        """The agent's arguments as the settings of a gradient step."""
+        """The agent's arguments, as they are now, as the settings of a gradient step."""
         return UpdateSettings(
             estimator=self._resolved_estimator(),
             imagination=ImaginationSettings(

@@ -843,6 +843,19 @@ def test_figure_and_scalars_reach_tensorboard(tmp_path):
     assert [e.step for e in events.Scalars("train/kl")] == [20, 30]
 
 
+def test_verbose_says_that_no_update_was_made_and_when_one_is_due(capsys):
+    agent = make(verbose=1).learn(STARTS - 1)
+    said = capsys.readouterr().out
+    assert f"no update was made in these 19 steps: the next is due after step {STARTS} " in said
+    agent.learn(1, reset_num_timesteps=False)
+    assert "no update" not in capsys.readouterr().out
+    agent.learn(3, reset_num_timesteps=False)
+    assert "in these 3 steps: the next is due after step 30 " in capsys.readouterr().out
+    agent.learn(0, reset_num_timesteps=False)
+    make(verbose=0).learn(STARTS - 1)
+    assert "no update" not in capsys.readouterr().out
+
+
 def test_verbose_says_how_large_the_replay_is(capsys):
     make(verbose=1).learn(30)
     out = capsys.readouterr().out

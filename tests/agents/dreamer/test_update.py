@@ -563,18 +563,54 @@ def test_another_optimiser_state_is_another_recording():
     assert type(group["lr"]) is float and not group["capturable"]
 
 
+CHANGES = {
+    "gamma": {"imagination": replace(SETTINGS.imagination, gamma=0.5)},
+    "model": {"model": SETTINGS.model._replace(kl_scale=0.1, gamma=0.5)},
+    "estimator": {"estimator": estimators.make("lr")},
+    "steps": {"model_learning_rate": 0.05, "adam_eps": 1e-6},
+    "starts": {"imagination_starts": 7, "horizon": 4},
+    "compile": {"compile": True},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_settings_count_from_the_next_step_on(name):
+    """Two steps with the settings, and one with others, are what updates of their own do."""
+    others = replace(SETTINGS, **CHANGES[name])
+    one, two = make(discount_head=True), make(discount_head=True)
+    update, first = DreamerUpdate(one, SETTINGS), DreamerUpdate(two, SETTINGS)
+    for seed in (1, 2):
+        update(batch(seed), generator(seed)), first(batch(seed), generator(seed))
+    update.configure(others)
+    second = DreamerUpdate(two, others)
+    for optimizer in ("model_optimizer", "actor_optimizer", "critic_optimizer"):
+        moments = getattr(first, optimizer).state_dict()["state"]
+        groups = getattr(second, optimizer).state_dict()["param_groups"]
+        getattr(second, optimizer).load_state_dict({"state": moments, "param_groups": groups})
+    update(batch(3), generator(3)), second(batch(3), generator(3))
+    assert is_unchanged(one, values_of(two))
+    update.configure(SETTINGS)  # and back again
+    if name == "compile":
+        rssm = type(one.model.rssm)
+        assert one.model.rssm.recur.__func__ is rssm.recur
+        assert one.actor.hidden._compiled_call_impl is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", estimators.names())
 def test_an_update_as_cuda_graph_equals_the_eager_one(name):
-    """Before, at and after the recording, with a change of the rate in between."""
+    """Before, at and after the recording, with a change of rate, then of settings, in between."""
     policies, records = [], []
     for cuda_graph in (False, True):
         policy = make(discount_head=True).to("cuda")
         settings = replace(SETTINGS, estimator=estimators.make(name), cuda_graph=cuda_graph)
         update, source = DreamerUpdate(policy, settings), torch.Generator("cuda").manual_seed(5)
-        for i in range(EAGER_CALLS + 3):
+        for i in range(2 * EAGER_CALLS + 6):
             if i == EAGER_CALLS + 1:
                 update.set_learning_rate(5e-4)
+            if i == EAGER_CALLS + 3:
+                other = replace(settings.imagination, gamma=0.5)
+                update.configure(replace(settings, imagination=other, adam_eps=1e-2))
             data = SequenceBatch(*(x.to("cuda") for x in batch(10 * i)))
             records.append(update(data, source))
         policies.append(policy)
