@@ -49,6 +49,7 @@ from totalprop.world_models.latent.model import ModelLossSettings, State
 from totalprop.world_models.latent.networks import IMAGE_SIZE
 
 BASELINES = {
+    "mean": estimators.baselines.mean,
     "leave-one-out": estimators.baselines.leave_one_out,
     "critic": estimators.baselines.critic,
 }
@@ -69,7 +70,8 @@ class DreamerTPX(Algorithm):
         estimator: name in the registry ("rp", "lr", "tps", "tpx", "tpg", ...) or an
             `estimators.Estimator`. Rules that weigh in parameter space use the actor's last layer.
         baseline: baseline of the LR leg: "leave-one-out" over the batch (or the estimator's own),
-            or "critic", the value at the prior's mean (Parmas et al. 2023, Sec. 7).
+            "mean" of the batch, which shrinks the leg by 1/N (Parmas et al. 2023, Sec. 3), or
+            "critic", the value at the prior's mean (their Sec. 7).
         horizon: imagined states H of each trajectory.
         stop_grad_actor_input: block the gradient into the state that an action was chosen in
             (DreamerV1). Biased, and RP's bias can explode with the horizon: above 15, try False.
@@ -136,7 +138,7 @@ class DreamerTPX(Algorithm):
         learning_rate: Annotated[float, AtLeast(0)] | Schedule = 8e-5,
         estimator: str | Estimator = "tpx",
         *,
-        baseline: Literal["leave-one-out", "critic"] = "leave-one-out",
+        baseline: Literal["leave-one-out", "mean", "critic"] = "leave-one-out",
         horizon: Annotated[int, AtLeast(2)] = 15,
         stop_grad_actor_input: bool = True,
         gamma: Annotated[float, Within(0, 1)] = 0.99,

@@ -115,7 +115,20 @@ def test_box_observations_that_are_taken(space, encoder, shape):
     assert agent.predict(space.sample())[0].shape == (2,)
 
 
-@pytest.mark.parametrize("name", ["leave-one-out", "critic"])
+def test_the_readings_of_tpx_2023():
+    """Sec. 6.2 says DreamerV1's hyperparameters; the code came from yusukeurakami's."""
+    dreamer, paper, code = (PRESETS[n] for n in ("dreamer2020", "tpx2023", "tpx2023-urakami"))
+    changed = {key: value for key, value in paper.items() if dreamer.get(key) != value}
+    assert changed == {"estimator": "tpx", "baseline": "mean", "discount_weights": False}
+    assert paper["model_learning_rate"] == 6e-4 and code["model_learning_rate"] == 1e-3
+    layers = [
+        DreamerTPX("DreamerPolicy", SpaceEnv(), **preset, device="cpu").policy.critic[0]
+        for preset in (paper, code)
+    ]
+    assert [layer.out_features for layer in layers] == [400, 200]
+
+
+@pytest.mark.parametrize("name", ["leave-one-out", "mean", "critic"])
 def test_baseline_reaches_the_estimator(name):
     settings = make(baseline=name, estimator="lr")._update.settings
     assert settings.estimator.baseline is dreamer_arguments.BASELINES[name]
@@ -179,7 +192,7 @@ WRONG = [
     ("free_nats", -3.0, "at least 0"),
     ("gamma", 1.1, r"in \[0, 1\]"),
     ("lam", -0.1, r"in \[0, 1\]"),
-    ("baseline", "none", "one of leave-one-out, critic"),
+    ("baseline", "none", "one of leave-one-out, mean, critic"),
     ("storage", "gpu", "one of ram, disk, device"),
     ("learning_rate", -0.1, "at least 0"),
 ]
