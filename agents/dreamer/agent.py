@@ -209,6 +209,7 @@ class DreamerTPX(Algorithm):
         # Rounds of updates, and steps since the last. Files hold both, so that a loaded agent keeps
         # the rhythm of updates and logs.
         self._rounds = self._since_round = 0
+        self._has_offset = False  # whether the world model's offset is settled
         self._has_terminated = False  # whether a stored episode ever did
         if _init_setup_model:
             self._setup_model()
@@ -253,6 +254,10 @@ class DreamerTPX(Algorithm):
             if self.device.type == "cpu":
                 keep_freed_memory()
         check_finite(self.num_timesteps, self._last_obs)
+        if not self._has_offset and not self._n_updates and self.pretrained_world_model is None:
+            first = self.policy.to_model(self._last_obs)[0]
+            self.policy.model.set_offset(torch.as_tensor(np.array(first)))
+        self._has_offset = True
         if is_reset or self._memory is None:
             self.replay_buffer.start(self.policy.to_model(self._last_obs))
             self._memory = self.policy.initial_state(self.env.num_envs)

@@ -84,6 +84,9 @@ class DreamerPolicy(BasePolicy):
         discount_head: predict where episodes end.
     """
 
+    OPTIONAL_BUFFERS: ClassVar[tuple[str, ...]] = tuple(
+        f"model.{name}" for name in LatentModel.OPTIONAL_BUFFERS
+    )
     file_name: ClassVar[str] = "totalprop.DreamerPolicy"
     former_file_names: ClassVar[tuple[str, ...]] = ("agents.dreamer_policy.DreamerPolicy",)
 

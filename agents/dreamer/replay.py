@@ -65,7 +65,7 @@ class SequenceReplay:
     Args:
         capacity: entries over all environments; each ring holds capacity // n_envs.
         observation_shape: shape of one observation.
-        observation_dtype: dtype of one observation; float64 is stored as float32.
+        observation_dtype: dtype of one observation.
         action_size: A.
         n_envs: number of environments.
         device: where batches are put.
@@ -99,7 +99,7 @@ class SequenceReplay:
         self._ring = capacity // n_envs
         dtype = np.dtype(observation_dtype)
         self._fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {  # of one entry
-            "observation": (tuple(observation_shape), np.dtype("f4") if dtype == "f8" else dtype),
+            "observation": (tuple(observation_shape), dtype),
             "action": ((action_size,), np.dtype("f4")),
             "reward": ((), np.dtype("f4")),
             "is_terminal": ((), np.dtype("?")),
@@ -276,7 +276,11 @@ class SequenceReplay:
 
     def _check(self, path: Path) -> tuple[list[int], list[Block]]:
         layout, found = layout_and_filled(path)
-        if layout != self._layout():
+        fields = {"position": ((), self._position.dtype), **self._fields}
+        shape, dtype = self._fields["observation"]
+        if dtype == "f8" and layout == self._layout(np.dtype("f4")):  # as older versions stored it
+            fields["observation"] = shape, np.dtype("f4")
+        elif layout != self._layout():
             raise ValueError(
                 f"{path} holds a replay of {layout[:200]}, this one is of {self._layout()}"
             )
@@ -288,7 +292,6 @@ class SequenceReplay:
                 f"{path} holds {max(filled):,} entries of one environment, this replay has "
                 f"room for {self._ring:,}: raise buffer_size"
             )
-        fields = {"position": ((), self._position.dtype), **self._fields}
         return filled, checked_blocks(path, filled, fields)
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
@@ -334,7 +337,10 @@ class SequenceReplay:
         n = len(rows["position"])
         slots = np.arange(first, first + n) % self._ring
         for name, (shape, dtype) in self._fields.items():
-            if rows[name].shape != (n, *shape) or rows[name].dtype != dtype:
+            values = rows[name]
+            if name == "observation" and dtype == "f8" and values.dtype == "f4":
+                values = values.astype(dtype)  # older versions stored float64 as float32
+            if values.shape != (n, *shape) or values.dtype != dtype:
                 raise ValueError(
                     f"{name} is {rows[name].shape[1:]} {rows[name].dtype}, "
                     f"the replay stores {shape} {dtype}"
@@ -342,7 +348,7 @@ class SequenceReplay:
             _check_values(name, rows[name])
             target = self._arrays[name]
             chosen = torch.from_numpy(slots).to(target.device)
-            target[env].index_copy_(0, chosen, torch.from_numpy(rows[name]).to(target.device))
+            target[env].index_copy_(0, chosen, torch.from_numpy(values).to(target.device))
         if rows["position"].shape != (n,) or rows["position"].dtype != self._position.dtype:
             raise ValueError(f"position is not {n} whole numbers")
         _check_values("position", rows["position"])
@@ -396,9 +402,10 @@ class SequenceReplay:
     def _new_segments(self) -> list[Segments]:
         return [Segments(f"replay{env}") for env in range(self.n_envs)]
 
-    def _layout(self) -> str:
+    def _layout(self, stored_as: np.dtype | None = None) -> str:
         """What a saved replay and the one that loads it must have in common."""
         (shape, dtype), (action_shape, _) = self._fields["observation"], self._fields["action"]
+        dtype = stored_as or dtype
         return f"{self.n_envs} environment(s), observations {shape} {dtype}, actions {action_shape}"
 
 

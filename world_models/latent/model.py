@@ -9,7 +9,7 @@ and its gradient, are in agents/dreamer/imagination.py.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,16 @@ class LatentModel(nn.Module):
         conv_depth: feature maps of the first convolution (32 in DreamerV1).
         vector_std: standard deviation of the vector decoder.
         discount_head: whether to learn γ·P(not terminal), for tasks that may end early.
+
+    Vectors are learned as differences from `offset`, which is zero until `set_offset`: symlog and
+    float32 lose the digits of numbers that vary little around a large one.
+
     Raises:
         ValueError: images are not 64x64.
     """
+
+    OPTIONAL_BUFFERS = ("offset",)  # older files lack it: zero
+    offset: Tensor | None  # [S] float64; None for images
 
     def __init__(
         self,
@@ -101,10 +108,12 @@ class LatentModel(nn.Module):
                     f"{list(observation_shape)}; wrap the environment in "
                     "gymnasium.wrappers.ResizeObservation"
                 )
+            self.register_buffer("offset", None)
             self.encoder = ImageEncoder(channels, depth=conv_depth)
             self.decoder = ImageDecoder(features, channels, depth=conv_depth)
         else:
             (size,) = observation_shape
+            self.register_buffer("offset", torch.zeros(size, dtype=torch.float64))
             self.encoder = VectorEncoder(size, width=width)
             self.decoder = VectorDecoder(features, size, width=width, std=vector_std)
         self.rssm = RSSM(action_size, self.encoder.outputs, stoch=stoch, deter=deter, hidden=hidden)
@@ -114,6 +123,26 @@ class LatentModel(nn.Module):
         if self.discount_head is not None:  # untrained, it says that the episode continues
             *_, (_, bias) = self.discount_head.named_parameters()
             nn.init.constant_(bias, math.log(99))  # sigmoid: 0.99
+
+    def set_offset(self, observation: Tensor) -> None:
+        """Let vectors be learned as differences from this one [S], before the first update."""
+        if self.offset is not None:
+            self.offset.copy_(observation)
+
+    def embed(self, observations: Tensor) -> Tensor:
+        """What the posterior sees of observations, [..., *shape] -> [..., E]."""
+        return self.encoder(self._centred(observations))
+
+    def _centred(self, observations: Tensor) -> Tensor:
+        """Vectors as float32 differences from the offset; images as they are."""
+        return observations if self.offset is None else (observations - self.offset).float()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.offset is not None:
+            state_dict.setdefault(f"{prefix}offset", torch.zeros_like(self.offset))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def reward(self, features: Tensor) -> Tensor:
         """Mean reward for arriving in a state, [..., F] -> [...]."""
@@ -149,6 +178,7 @@ class LatentModel(nn.Module):
             The loss, and the posterior states [T, B, ...].
         """
         steps = rewards.numel()
+        observations = self._centred(observations)
         states, prior, posterior = self.rssm.observe(
             self.encoder(observations), actions, is_first, noise
         )
@@ -186,7 +216,7 @@ class LatentModel(nn.Module):
             [N, ...] the new posterior state.
         """
         deter = self.rssm.recur(state, action)
-        mean, std = self.rssm.posterior(deter, self.encoder(observation))
+        mean, std = self.rssm.posterior(deter, self.embed(observation))
         return State(deter, mean if noise is None else mean + std * noise)
 
     @torch.no_grad()
@@ -219,7 +249,7 @@ class LatentModel(nn.Module):
             shape = (steps, observations.shape[1], self.rssm.stoch_size)
             return torch.randn(shape, generator=generator, device=generator.device)
 
-        embeds = self.encoder(observations[:context])
+        embeds = self.embed(observations[:context])
         states, _, _ = self.rssm.observe(
             embeds, actions[:context], is_first[:context], noise(context)
         )
@@ -232,7 +262,8 @@ class LatentModel(nn.Module):
             prior = self.rssm.prior(deter)
             state = State(deter, prior.mean + prior.std * z)
             features.append(state.features.unsqueeze(0))
-        return self.decoder(torch.cat(features))
+        decoded = self.decoder(torch.cat(features))
+        return decoded if self.offset is None else decoded + self.offset
 
 
 __all__ = ["Gaussian", "LatentModel", "ModelLoss", "ModelLossSettings", "State"]

@@ -350,6 +350,75 @@ def test_episodes_shorter_than_a_sequence_are_learned_from(length):
     assert batch.is_terminal.float().mean() == pytest.approx(1 / (length + 1), abs=0.05)
 
 
+# Offsets
+
+
+class ShiftedEnv(gym.Env):
+    """A random walk in steps of 2⁻²⁰ around an offset, which float64 can add without rounding."""
+
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def __init__(self, offset, dtype=np.float64):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), dtype)
+        self.offset = offset
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.time = self.np_random.integers(-(2**20), 2**20, 2), 0
+        return self._look(), {}
+
+    def step(self, action):
+        self.x = self.x + self.np_random.integers(-(2**18), 2**18, 2)
+        self.time += 1
+        return self._look(), float(action[0]), self.time == 9, False, {}
+
+    def _look(self):
+        return (self.x / 2**20 + self.offset).astype(self.observation_space.dtype)
+
+
+@pytest.mark.parametrize("offset", [100.0, -1e6, 2.0**30])
+def test_an_offset_of_the_observations_changes_nothing(offset, tmp_path):
+    """The same actions and parameters, bit for bit; and so after save and load."""
+    plain, shifted = make(ShiftedEnv(0.0)).learn(60), make(ShiftedEnv(offset)).learn(60)
+    assert torch.equal(parameters(plain), parameters(shifted))
+    np.testing.assert_array_equal(stored(plain).action, stored(shifted).action)
+    shifted.save(tmp_path / "agent")
+    shifted.policy.save(tmp_path / "policy")
+    loaded = DreamerTPX.load(tmp_path / "agent", device="cpu")
+    policy = type(shifted.policy).load(tmp_path / "policy", device="cpu")
+    seen = np.linspace(-1, 1, 64).reshape(32, 2)
+    for each in (shifted, loaded, policy):
+        actions = each.predict(seen + offset, deterministic=True)[0]
+        np.testing.assert_allclose(actions, plain.predict(seen, deterministic=True)[0], atol=1e-5)
+
+
+def test_float32_observations_may_have_an_offset_too():
+    """As far as float32 has digits for it: 2¹⁰ leaves steps of 2⁻¹³."""
+    plain, shifted = (make(ShiftedEnv(x, np.float32)).learn(60) for x in (0.0, 2.0**10))
+    torch.testing.assert_close(parameters(plain), parameters(shifted), rtol=0, atol=5e-3)
+
+
+def test_the_offset_is_the_first_observation_and_stays(tmp_path):
+    agent = make(ShiftedEnv(1e6)).learn(5)
+    first = torch.from_numpy(stored(agent).observation[0])
+    assert torch.equal(agent.policy.model.offset, first)
+    agent.learn(60, reset_num_timesteps=False).learn(30)
+    assert torch.equal(agent.policy.model.offset, first)
+    agent.save(tmp_path / "agent")
+    other = make(ShiftedEnv(1e6), seed=1, pretrained_world_model=str(tmp_path / "agent"))
+    assert torch.equal(other.learn(30).policy.model.offset, first)
+
+
+def test_a_replay_loads_into_an_agent_with_another_offset(tmp_path):
+    """It holds the observations as the environment gave them."""
+    make(ShiftedEnv(1e6)).learn(30).save_replay_buffer(tmp_path / "replay.npz")
+    agent = make(ShiftedEnv(1e6), seed=1)
+    agent.load_replay_buffer(tmp_path / "replay.npz")
+    agent.learn(30)
+    seen = agent.policy.model._centred(torch.from_numpy(stored(agent).observation))
+    assert 0.1 < seen.abs().max() < 9
+
+
 # Termination
 
 

@@ -498,12 +498,31 @@ def test_a_loaded_file_is_not_taken_for_what_the_segments_hold(tmp_path):
     assert_same(every_window(restored, 2), every_window(other, 2))
 
 
-def test_a_float64_observation_is_stored_as_float32():
-    replay, loop = make(60, dtype=np.float64), Loop(LENGTHS, np.float64)
-    loop.collect(20, replay)
-    batch = every_window(replay, 3)
-    assert batch.observation.dtype == torch.float32
-    assert sorted(windows(batch)) == sorted(loop.windows(replay, 3))
+def test_a_float64_observation_keeps_its_digits():
+    replay = SequenceReplay(200, (1,), np.float64, 1)
+    values = 1e6 + np.linspace(-1, 1, 100)
+    replay.start(values[:1, None])
+    for value in values[1:]:
+        replay.step(np.zeros((1, 1)), value[None, None], np.zeros(1), np.array([False]), [{}])
+    assert np.unique(values.astype(np.float32)).size < 40
+    batch = replay.sample(0, 100, EveryIndex())
+    np.testing.assert_array_equal(batch.observation[:, 0, 0], values)
+
+
+def test_replays_of_float64_that_were_stored_as_float32_load(tmp_path):
+    """Files and segments of older versions."""
+    old, loop = filled(20, 60, dtype=np.float32)
+    old.save(tmp_path / "old.npz")
+    from_file, from_segments = make(60, dtype=np.float64), make(60, dtype=np.float64)
+    from_file.load(tmp_path / "old.npz")
+    from_segments.load_state_dict(old.state_dict(tmp_path), tmp_path)
+    for replay in (from_file, from_segments):
+        batch = every_window(replay, 3)
+        assert batch.observation.dtype == torch.float64
+        assert sorted(windows(batch)) == sorted(loop.windows(old, 3))
+    from_file.save(tmp_path / "new.npz")
+    with pytest.raises(ValueError, match=r"float64.*, this one is of .*float32"):
+        old.load(tmp_path / "new.npz")
 
 
 @pytest.mark.parametrize("is_read_only", [False, True])
