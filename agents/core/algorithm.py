@@ -6,9 +6,10 @@ import copy
 import inspect
 import io
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, ClassVar, TypeVar, cast
 
 import numpy as np
@@ -33,6 +34,7 @@ from totalprop.agents.core.file_contents import (
     with_own_devices,
 )
 from totalprop.agents.core.spaces import FLATTEN, UnsupportedSpaceError, describe
+from totalprop.agents.core.validation import check_arguments
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import UNREADABLE, BadFileError, NotInFile
 
@@ -53,7 +55,8 @@ class Algorithm(BaseAlgorithm):
     - `save`, `load` and `set_parameters` with files that cannot execute code (`safe_file`);
     - `state_dict`, `load_state_dict` and `cut_episodes` for exact resume (`checkpoint`);
     - `set_random_seed`, which also seeds a generator of the agent's own, `_generator`;
-    - `set_env`, which refuses VecNormalize for agents that cannot work with it.
+    - `set_env`, which refuses VecNormalize for agents that cannot work with it;
+    - attributes that may be set later: `learn` checks and uses what they are by then.
 
     An agent adds its networks (`_setup_model`), `learn` and `predict`, and extends `state_dict`,
     `load_state_dict`, `_excluded_save_params` and `_get_torch_save_params` by its own state.
@@ -63,11 +66,14 @@ class Algorithm(BaseAlgorithm):
             if it can.
         action_spaces: the kinds of action spaces that the agent can work with; () for all.
         check_observations: whether `predict` refuses observations that are not finite.
+        fixed_arguments: those that cannot be set later, because something was built from them.
     """
 
     no_vec_normalize: ClassVar[str] = ""
     action_spaces: ClassVar[tuple[type[spaces.Space], ...]] = ()
     check_observations = True
+    fixed_arguments: ClassVar[tuple[str, ...]] = ("policy_kwargs",)
+    _fixed: Mapping[str, Any] = MappingProxyType({})
     _generator: torch.Generator
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -147,7 +153,27 @@ class Algorithm(BaseAlgorithm):
                 f"this {type(self).__name__} has no environment to learn in: pass one to "
                 "load(path, env=...), or call set_env(env) first"
             )
+        # Attributes are arguments, too: they may have been set since the agent was made.
+        self._check_arguments()
+        for name, value in self._fixed.items():
+            if (now := getattr(self, name)) != value:
+                raise ValueError(
+                    f"{name} cannot be changed any more: the agent was made with {value!r}, and "
+                    f"it is now {now!r}; make a new agent"
+                )
+        self._setup_lr_schedule()
         return super()._setup_learn(*args, **kwargs)
+
+    def _check_arguments(self) -> None:
+        """Raise ValueError for a wrong argument, before any work is done."""
+        check_arguments(self)
+
+    def _fix_arguments(self) -> None:
+        """Remember `fixed_arguments`; an agent's `_setup_model` ends with it."""
+        self._fixed = {name: copy.copy(getattr(self, name)) for name in self.fixed_arguments}
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_fixed"]
 
     def refuse_vec_normalize(self, env: GymEnv | None) -> None:
         """Raise ValueError if `env` is in VecNormalize and the agent cannot work with that."""

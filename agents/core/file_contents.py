@@ -218,7 +218,10 @@ def check_state(name: str, module: nn.Module, state: Any, *, exact_match: bool =
     ours = module.state_dict()
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"'{name}' is not a state dict")
+    optional = getattr(module, "OPTIONAL_BUFFERS", ())
     for key in sorted(state.keys() ^ ours.keys(), key=str):
+        if key in optional and key in ours:
+            continue
         if exact_match or key in state:
             side = "the file has" if key in state else "the file lacks"
             raise ValueError(f"{side} {shown(key)} in '{name}'")

@@ -262,12 +262,26 @@ def try_estimator(estimator: Estimator, samples: Sequence[int], *, has_value: bo
 
 
 def check_finite(
-    step: int, observations: np.ndarray, rewards: np.ndarray, infos: Sequence[dict[str, Any]] = ()
+    step: int,
+    observations: np.ndarray | dict[str, np.ndarray],
+    rewards: np.ndarray | None = None,
+    infos: Sequence[dict[str, Any]] = (),
+    dones: Sequence[bool] | np.ndarray = (),
 ) -> None:
-    """Raise ValueError if what an environment returned is not finite, terminal observations too."""
-    ends = [info["terminal_observation"] for info in infos if "terminal_observation" in info]
-    seen = [("observation", x) for x in (observations, *ends)]
-    for name, values in (*seen, ("reward", rewards)):
+    """Raise ValueError if what environments returned is not finite.
+
+    Terminal observations count where an episode is done; elsewhere they mean nothing.
+    """
+    ends = [
+        info.get("terminal_observation") for info, done in zip(infos, dones, strict=True) if done
+    ]
+    seen: list[tuple[str, Any]] = []
+    for observation in (observations, *(end for end in ends if end is not None)):
+        parts = observation.values() if isinstance(observation, dict) else [observation]
+        seen += [("observation", np.asarray(part)) for part in parts]
+    if rewards is not None:
+        seen.append(("reward", rewards))
+    for name, values in seen:
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError(
                 f"the environment returned a non-finite {name} at step {step}: "

@@ -20,7 +20,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
@@ -130,6 +130,12 @@ class DAAPPO(Algorithm, PPO):
         **PPO.policy_aliases,
         "TanhMeanPolicy": TanhMeanPolicy,
     }
+    fixed_arguments: ClassVar[tuple[str, ...]] = (
+        "policy_kwargs", "n_steps", "batch_size", "action_source", "separate_grad_clip",
+        "dynamics_target", "dynamics_normalise", "dynamics_width", "dynamics_activation",
+        "dynamics_learning_rate", "dynamics_eps", "dynamics_batch_size", "dynamics_buffer_size",
+        "n_q", "timeout_bootstrap",
+    )  # fmt: skip
     rollout_buffer: ManyActionRolloutBuffer
 
     def __init__(
@@ -210,6 +216,7 @@ class DAAPPO(Algorithm, PPO):
         self.rollout_buffer_class = None if self._is_ppo else ManyActionRolloutBuffer
         super()._setup_model()
         self.source = self._new_source()
+        self._fix_arguments()
 
     def _new_source(self) -> Source | None:
         source_class = SOURCES[self.action_source]
@@ -287,6 +294,11 @@ class DAAPPO(Algorithm, PPO):
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         total, callbacks = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
+        # Like all arguments, these may have been set since; stable-baselines3 keeps copies.
+        self.rollout_buffer.gamma, self.rollout_buffer.gae_lambda = self.gamma, self.gae_lambda
+        self.clip_range = FloatSchedule(self.clip_range)
+        if self.clip_range_vf is not None:
+            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
         if self.source is None and self.timeout_bootstrap:
             return total, callbacks
         self._recorder = RolloutRecorder(self.source, timeout_bootstrap=self.timeout_bootstrap)

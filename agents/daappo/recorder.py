@@ -84,7 +84,7 @@ class RolloutRecorder(BaseCallback):
         if normalizer is not None:
             observations, rewards = normalizer.get_original_obs(), normalizer.get_original_reward()
         observations = self._flat(observations)
-        check_finite(self.num_timesteps, observations, rewards, infos)
+        check_finite(self.num_timesteps, observations, rewards, infos, dones)
         ends, is_known = observations.copy(), np.ones(len(dones), dtype=bool)
         for i in np.flatnonzero(dones):
             end = infos[i]["terminal_observation"]

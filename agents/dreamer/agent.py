@@ -10,6 +10,7 @@ is in `update`, the imagined rollouts are in `imagination`, the networks in `pol
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -20,7 +21,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 import totalprop.estimators as estimators
@@ -49,6 +49,7 @@ from totalprop.world_models.latent.model import ModelLossSettings, State
 from totalprop.world_models.latent.networks import IMAGE_SIZE
 
 BASELINES = {
+    "mean": estimators.baselines.mean,
     "leave-one-out": estimators.baselines.leave_one_out,
     "critic": estimators.baselines.critic,
 }
@@ -69,7 +70,8 @@ class DreamerTPX(Algorithm):
         estimator: name in the registry ("rp", "lr", "tps", "tpx", "tpg", ...) or an
             `estimators.Estimator`. Rules that weigh in parameter space use the actor's last layer.
         baseline: baseline of the LR leg: "leave-one-out" over the batch (or the estimator's own),
-            or "critic", the value at the prior's mean (Parmas et al. 2023, Sec. 7).
+            "mean" of the batch, which shrinks the leg by 1/N (Parmas et al. 2023, Sec. 3), or
+            "critic", the value at the prior's mean (their Sec. 7).
         horizon: imagined states H of each trajectory.
         stop_grad_actor_input: block the gradient into the state that an action was chosen in
             (DreamerV1). Biased, and RP's bias can explode with the horizon: above 15, try False.
@@ -82,9 +84,11 @@ class DreamerTPX(Algorithm):
         adam_eps: Adam's epsilon.
         max_grad_norm: global-norm clip of each of the three optimizers.
         batch_size: sequences per batch.
-        sequence_length: entries L of each sequence; an episode of T steps has T + 1.
+        sequence_length: entries L of each sequence; an episode of T steps has T + 1. Sequences
+            may hold the end of an episode and the beginning of the next.
         imagination_starts: states of a batch that imagination starts from; 0 for all of them.
-        buffer_size: entries the replay holds, at least 2 L per environment.
+            None is terminal.
+        buffer_size: entries the replay holds, at least L per environment.
         storage: where the replay lies: "ram", "disk" (memory-mapped) or "device" (the GPU).
         learning_starts: uniformly random steps before learning begins.
         train_freq: steps between rounds of updates.
@@ -94,8 +98,8 @@ class DreamerTPX(Algorithm):
         kl_scale: weight of the KL term of the model's loss.
         free_nats: KL below which the term has no gradient.
         free_nats_per_step: apply the free nats to every step rather than to the mean.
-        discount_head: predict where episodes end, for tasks that terminate early. Imagination then
-            never starts from a sequence's last state, which may be terminal (danijar/dreamer).
+        discount_head: predict where episodes end, from the first episode that terminates on (until
+            then γ is constant). False imagines that the task goes on, as if nothing had ended.
         discount_scale: weight of the discount head's loss.
         pretrained_world_model: run folder or saved DreamerTPX whose world model this one starts
             from, with a fresh actor and critic (Parmas et al. 2023, App. C.3). The model keeps
@@ -122,6 +126,9 @@ class DreamerTPX(Algorithm):
         "DreamerTPX learns to reconstruct raw observations, whose scale VecNormalize keeps "
         "changing; pass the environment without VecNormalize"
     )
+    fixed_arguments: ClassVar[tuple[str, ...]] = (
+        "policy_kwargs", "discount_head", "buffer_size", "storage", "pretrained_world_model",
+    )  # fmt: skip
     policy: DreamerPolicy
 
     def __init__(
@@ -131,7 +138,7 @@ class DreamerTPX(Algorithm):
         learning_rate: Annotated[float, AtLeast(0)] | Schedule = 8e-5,
         estimator: str | Estimator = "tpx",
         *,
-        baseline: Literal["leave-one-out", "critic"] = "leave-one-out",
+        baseline: Literal["leave-one-out", "mean", "critic"] = "leave-one-out",
         horizon: Annotated[int, AtLeast(2)] = 15,
         stop_grad_actor_input: bool = True,
         gamma: Annotated[float, Within(0, 1)] = 0.99,
@@ -153,7 +160,7 @@ class DreamerTPX(Algorithm):
         kl_scale: Annotated[float, AtLeast(0)] = 1.0,
         free_nats: Annotated[float, AtLeast(0)] = 3.0,
         free_nats_per_step: bool = False,
-        discount_head: bool = False,
+        discount_head: bool = True,
         discount_scale: Annotated[float, Above(0)] = 10.0,
         pretrained_world_model: str | None = None,
         nonfinite: Literal["stop", "skip"] = "stop",
@@ -202,6 +209,8 @@ class DreamerTPX(Algorithm):
         # Rounds of updates, and steps since the last. Files hold both, so that a loaded agent keeps
         # the rhythm of updates and logs.
         self._rounds = self._since_round = 0
+        self._has_offset = False  # whether the world model's offset is settled
+        self._has_terminated = False  # whether a stored episode ever did
         if _init_setup_model:
             self._setup_model()
             if pretrained_world_model is not None:  # not in _setup_model, which `load` calls too
@@ -220,6 +229,7 @@ class DreamerTPX(Algorithm):
             self.observation_space, self.action_space, self.lr_schedule, **kwargs
         ).to(self.device)
         self._update = DreamerUpdate(self.policy, self._update_settings())
+        self._fix_arguments()
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """Like SB3's, and also seed the noise of acting and learning."""
@@ -243,7 +253,11 @@ class DreamerTPX(Algorithm):
                 print(self.replay_buffer.describe())
             if self.device.type == "cpu":
                 keep_freed_memory()
-        check_finite(self.num_timesteps, self._last_obs, np.zeros(1))
+        check_finite(self.num_timesteps, self._last_obs)
+        if not self._has_offset and not self._n_updates and self.pretrained_world_model is None:
+            first = self.policy.to_model(self._last_obs)[0]
+            self.policy.model.set_offset(torch.as_tensor(np.array(first)))
+        self._has_offset = True
         if is_reset or self._memory is None:
             self.replay_buffer.start(self.policy.to_model(self._last_obs))
             self._memory = self.policy.initial_state(self.env.num_envs)
@@ -282,8 +296,8 @@ class DreamerTPX(Algorithm):
         """Collect steps and learn until `total_timesteps` decisions are made.
 
         A round of updates follows every `train_freq` steps, even if they are spread over several
-        calls of `learn`. It is skipped while no window of `sequence_length` entries is stored: an
-        agent loaded without its replay first acts with its policy until there is one.
+        calls of `learn`. It is skipped while an environment has not `sequence_length` entries: an
+        agent loaded without its replay first acts with its policy until there are.
 
         Args:
             total_timesteps: decisions to make; exact up to the number of environments. Imagined
@@ -295,14 +309,14 @@ class DreamerTPX(Algorithm):
             progress_bar: as in SB3.
 
         Raises:
-            ValueError: an observation or reward is not finite, or all episodes are shorter than
-                `sequence_length`.
+            ValueError: an observation or reward is not finite.
             RuntimeError: an environment's process died.
         """
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         callback.on_training_start(locals(), globals())
+        before = self.num_timesteps, self._n_updates
         while self.num_timesteps < total_timesteps:
             due = self.num_timesteps + self.train_freq - self._since_round
             due = max(due, self.learning_starts)
@@ -313,12 +327,21 @@ class DreamerTPX(Algorithm):
                 break
             self._since_round = 0
             assert self.replay_buffer is not None
-            if not self.replay_buffer.needs_more_steps(self.sequence_length):
+            if self.replay_buffer.has_windows(self.sequence_length):
                 self.train(self.gradient_steps)
                 self._rounds += 1
                 if log_interval and self._rounds % log_interval == 0:
                     self.dump_logs()
         callback.on_training_end()
+        steps = self.num_timesteps - before[0]
+        if self.verbose and steps and self._n_updates == before[1]:
+            due = self.num_timesteps + self.train_freq - self._since_round
+            print(
+                f"no update was made in these {steps:,} steps: the next is due after step "
+                f"{max(due, self.learning_starts):,} (learning_starts={self.learning_starts:,}, "
+                f"train_freq={self.train_freq:,}), once every environment has stored "
+                f"{self.sequence_length} entries"
+            )
         return self
 
     def _collect(self, callback: BaseCallback, until: int) -> bool:
@@ -331,12 +354,15 @@ class DreamerTPX(Algorithm):
             actions = self._act(self._last_obs)
             new_observations, rewards, dones, infos = env.step(self.policy.to_env(actions))
             assert isinstance(new_observations, np.ndarray)
-            check_finite(self.num_timesteps, new_observations, rewards, infos)
+            check_finite(self.num_timesteps, new_observations, rewards, infos, dones)
             self.num_timesteps += env.num_envs
             self._since_round += env.num_envs
-            flat = self.policy.to_model(new_observations)
-            ends = [self.policy.info_to_model(info) for info in infos]
-            replay.step(actions, flat, rewards, dones, ends)
+            to_model = self.policy.to_model
+            ends = list(infos)  # callbacks see the environment's own
+            for i in np.flatnonzero(dones):
+                end = to_model(infos[i]["terminal_observation"][None])[0]
+                ends[i] = {**infos[i], "terminal_observation": end}
+            replay.step(actions, to_model(new_observations), rewards, dones, ends)
             self._last_obs, self._last_episode_starts = new_observations, dones
             callback.update_locals(locals())
             if not callback.on_step():
@@ -369,6 +395,8 @@ class DreamerTPX(Algorithm):
         """Update world model, actor and critic `gradient_steps` times."""
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
+        self._notice_terminations(self.replay_buffer)
+        self._update.configure(self._update_settings())
         # Several environments may overshoot the budget; the rate must not become negative.
         rate = self.lr_schedule(max(self._current_progress_remaining, 0.0))
         self._update.set_learning_rate(rate)
@@ -383,6 +411,19 @@ class DreamerTPX(Algorithm):
                     check_gradients(self.num_timesteps, self._n_updates, norms)
                 log.add(record)
         self.policy.set_training_mode(False)
+
+    def _notice_terminations(self, replay: SequenceReplay) -> None:
+        """The first episode that terminates switches the discount head on, or is a warning."""
+        if self._has_terminated or not replay.has_terminal():
+            return
+        self._has_terminated = True
+        if not self.discount_head:
+            warnings.warn(
+                "the environment terminates episodes, but with discount_head=False DreamerTPX "
+                "imagines that they go on, and does not learn to avoid (or to reach) their end: "
+                "pass discount_head=True, unless the rewards alone say what to do",
+                stacklevel=3,
+            )
 
     def predict(
         self,
@@ -494,10 +535,9 @@ class DreamerTPX(Algorithm):
                 "an Estimator brings its own baseline: pass baseline to estimators.make(...), "
                 "not to DreamerTPX"
             )
-        entries = self.sequence_length - self.discount_head  # as DreamerUpdate.possible_starts
-        starts = possible = self.batch_size * entries
+        starts = self.batch_size * self.sequence_length
         if self.imagination_starts > 0:
-            starts = min(self.imagination_starts, possible)
+            starts = min(self.imagination_starts, starts)
         try_estimator(self._resolved_estimator(), [starts], has_value=True)
 
     def _resolved_estimator(self) -> estimators.Estimator:
@@ -526,30 +566,16 @@ class DreamerTPX(Algorithm):
                 f"({IMAGE_SIZE}, {IMAGE_SIZE}))"
             )
         self.refuse_vec_normalize(self.env)
-        if self.env is not None:
-            self._check_sequences(self.env)
+        length = self.sequence_length
+        if self.env is not None and self.buffer_size // self.env.num_envs < length:
+            raise ValueError(
+                f"buffer_size must hold a sequence of every environment, at least "
+                f"{length} x {self.env.num_envs}, got {self.buffer_size}"
+            )
         assert np.isfinite(self.action_space.low).all()  # type: ignore[attr-defined]
 
-    def _check_sequences(self, env: VecEnv) -> None:
-        """Windows of `sequence_length` entries must come about, and must not be lost again."""
-        length = self.sequence_length
-        # Where an episode ends in the ring, half of it and more still belongs to one episode.
-        if self.buffer_size // env.num_envs < 2 * length:
-            raise ValueError(
-                f"buffer_size must hold two sequences of every environment, at least "
-                f"2 x {length} x {env.num_envs}, got {self.buffer_size}"
-            )
-        if not env.has_attr("_max_episode_steps"):  # of gymnasium's TimeLimit
-            return
-        longest = 1 + max(env.get_attr("_max_episode_steps"))
-        if longest < length:
-            raise ValueError(
-                f"sequence_length must be at most {longest}, the observations of an episode of "
-                f"{longest - 1} steps (the environment's time limit), got {length}"
-            )
-
     def _update_settings(self) -> UpdateSettings:
-        """The agent's arguments as the settings of a gradient step."""
+        """The agent's arguments, as they are now, as the settings of a gradient step."""
         return UpdateSettings(
             estimator=self._resolved_estimator(),
             imagination=ImaginationSettings(
@@ -558,6 +584,7 @@ class DreamerTPX(Algorithm):
                 stop_grad_actor_input=self.stop_grad_actor_input,
                 discount_weights=self.discount_weights,
                 entropy_scale=self.entropy_scale,
+                learned_discount=self._has_terminated,
             ),
             model=ModelLossSettings(
                 kl_scale=self.kl_scale,
@@ -565,6 +592,7 @@ class DreamerTPX(Algorithm):
                 free_nats_per_step=self.free_nats_per_step,
                 gamma=self.gamma,
                 discount_scale=self.discount_scale,
+                learned_discount=self._has_terminated,
             ),
             horizon=self.horizon,
             imagination_starts=self.imagination_starts,

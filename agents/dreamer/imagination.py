@@ -38,6 +38,7 @@ class ImaginationSettings:
             (Parmas et al. 2023, Eq. 17). With a discount head, RP ignores how actions change the
             weights; LR does not.
         entropy_scale: weight of the policy's entropy in the loss; 0 in DreamerV1.
+        learned_discount: take γ from the discount head, if there is one.
     """
 
     gamma: float
@@ -45,6 +46,7 @@ class ImaginationSettings:
     stop_grad_actor_input: bool
     discount_weights: bool
     entropy_scale: float
+    learned_discount: bool = True
 
 
 class ImaginationNoise(NamedTuple):
@@ -140,7 +142,7 @@ def _losses(
 ) -> Imagined:
     values = policy.value(features)  # [H, N]
     rewards = policy.model.reward(features)
-    gamma = policy.model.discount(features)
+    gamma = policy.model.discount(features) if settings.learned_discount else None
     if gamma is None:
         gamma = torch.full_like(values, settings.gamma)
     returns = lambda_returns(

@@ -131,9 +131,8 @@ class OpenLoopPictures(BaseCallback):
         model: DreamerTPX = self.model  # type: ignore[assignment]
         if model._n_updates == 0 or self.num_timesteps - self._last < self.every:
             return
-        if model.replay_buffer is None or model.replay_buffer.needs_more_steps(
-            model.sequence_length
-        ):
+        replay = model.replay_buffer
+        if replay is None or not replay.has_windows(model.sequence_length):
             return  # the agent was loaded without its replay
         self._last = self.num_timesteps
         self.logger.record("figures/open_loop", picture(model), PICTURE)

@@ -84,6 +84,9 @@ class DreamerPolicy(BasePolicy):
         discount_head: predict where episodes end.
     """
 
+    OPTIONAL_BUFFERS: ClassVar[tuple[str, ...]] = tuple(
+        f"model.{name}" for name in LatentModel.OPTIONAL_BUFFERS
+    )
     file_name: ClassVar[str] = "totalprop.DreamerPolicy"
     former_file_names: ClassVar[tuple[str, ...]] = ("agents.dreamer_policy.DreamerPolicy",)
 
@@ -166,12 +169,6 @@ class DreamerPolicy(BasePolicy):
     def to_model(self, observations: Observations) -> Observations:
         """Flatten observations [n, ...] for the world model, except images."""
         return observations.reshape(-1, *self.model_input_shape)
-
-    def info_to_model(self, info: dict[str, Any]) -> dict[str, Any]:
-        """Flatten the terminal observation of an info, if it has one, in a copy."""
-        if (end := info.get("terminal_observation")) is None:
-            return info
-        return {**info, "terminal_observation": self.to_model(end[None])[0]}
 
     def predict(
         self,

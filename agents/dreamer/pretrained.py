@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from totalprop.world_models.latent.model import LatentModel
 
 PREFIX = "model."  # of the world model's entries in the policy's state dict
+OPTIONAL = "discount_head."  # of entries that only one of the two models may have
 
 
 def load_world_model(model: LatentModel, path: str | Path) -> None:
     """Copy the world model of a saved DreamerTPX into `model`; nothing in the file is executed.
+
+    The discount head is optional: without one in the file, that of `model` remains as it is.
 
     Args:
         model: receives the weights.
@@ -40,6 +43,9 @@ def load_world_model(model: LatentModel, path: str | Path) -> None:
     except (safe_file.BadFileError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: {file} is not a saved DreamerTPX ({error})") from error
     saved = {k.removeprefix(PREFIX): v for k, v in policy.items() if k.startswith(PREFIX)}
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(OPTIONAL)}
+    if not (own and any(k.startswith(OPTIONAL) for k in saved)):
+        saved = {k: v for k, v in saved.items() if not k.startswith(OPTIONAL)} | own
     try:
         check_state("world model", model, saved)
     except ValueError as error:

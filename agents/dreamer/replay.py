@@ -1,4 +1,4 @@
-"""DreamerTPX's replay: stores the steps of whole episodes, samples windows of consecutive entries.
+"""DreamerTPX's replay: stores steps as they come, samples windows of consecutive entries.
 
 It aligns actions and rewards with observations, and reads and writes its files. Collecting steps
 and training on windows is left to the agent.
@@ -30,11 +30,12 @@ from totalprop.agents.persistence.safe_file import atomic_write
 from totalprop.agents.persistence.segments import Segments
 
 BLOCK_BYTES = 2**26  # `save` and `load` work in blocks, so that neither needs a second copy in RAM
-PATIENCE = 20  # window lengths to collect without a single window before `sample` may fail
 
 
 class SequenceBatch(NamedTuple):
-    """B windows of L consecutive entries, each window from one episode; on the training device.
+    """B windows of L consecutive entries of one environment each; on the training device.
+
+    A window may hold the end of an episode and the beginning of the next.
 
     Attributes:
         observation: [L, B, *observation_shape] in the stored dtype.
@@ -52,17 +53,19 @@ class SequenceBatch(NamedTuple):
 
 
 class SequenceReplay:
-    """One ring buffer per environment; all stored windows within an episode are equally likely.
+    """One ring buffer per environment; all windows of consecutive entries are equally likely.
 
     As in danijar/dreamer, entry t of an episode is (o_t, a_{t-1}, reward on arriving at o_t), where
     the action and reward of t = 0 are zeros. An episode of T decisions has T + 1 entries.
-    danijar/dreamer samples differently: it draws an episode, then a start in it, never the last
-    one. Samples depend only on the stored entries and their order, not on their slots in the ring.
+    Windows cross the borders of episodes, as in DreamerV3, so that episodes shorter than a window
+    are learned from, too. danijar/dreamer draws an episode, then a start in it, and never sees an
+    episode that is shorter. Samples depend only on the stored entries and their order, not on
+    their slots in the ring: a window never reaches from the newest entry to the oldest.
 
     Args:
         capacity: entries over all environments; each ring holds capacity // n_envs.
         observation_shape: shape of one observation.
-        observation_dtype: dtype of one observation; float64 is stored as float32.
+        observation_dtype: dtype of one observation.
         action_size: A.
         n_envs: number of environments.
         device: where batches are put.
@@ -96,7 +99,7 @@ class SequenceReplay:
         self._ring = capacity // n_envs
         dtype = np.dtype(observation_dtype)
         self._fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {  # of one entry
-            "observation": (tuple(observation_shape), np.dtype("f4") if dtype == "f8" else dtype),
+            "observation": (tuple(observation_shape), dtype),
             "action": ((action_size,), np.dtype("f4")),
             "reward": ((), np.dtype("f4")),
             "is_terminal": ((), np.dtype("?")),
@@ -123,8 +126,6 @@ class SequenceReplay:
         # t of each entry, 0 for the first of an episode. On the host, where windows are chosen.
         self._position = np.zeros((n_envs, self._ring), np.int32)
         self._count = [0] * n_envs  # entries ever added
-        # Cache of `_window_ends`: (length, ends). Adding an entry invalidates it.
-        self._ends: tuple[int, np.ndarray] | None = None
         self._segments = self._new_segments()
 
     @property
@@ -196,17 +197,21 @@ class SequenceReplay:
         Raises:
             ValueError: no window of this length is stored.
         """
-        ends = self._window_ends(length)
-        if not len(ends):
+        count = np.array(self._count)
+        filled = np.minimum(count, self._ring)
+        windows = np.maximum(filled - length + 1, 0)  # of each environment
+        last = windows.cumsum()
+        if not last[-1]:
             raise ValueError(
-                f"no window of {length} entries is stored; the longest stored part of an episode "
-                f"has {self._longest()}: take a smaller sequence_length or collect more steps "
+                f"no window of {length} entries is stored, an environment has {max(filled)} at "
+                f"most: take a smaller sequence_length or collect more steps "
                 f"(a ring holds {self._ring:,} entries)"
             )
-        ends = ends[generator.integers(len(ends), size=batch_size)]
-        env, slot = np.divmod(ends, self._ring)
-        steps = np.arange(1 - length, 1)[:, None]
-        index = env * self._ring + (slot + steps) % self._ring  # [L, B]
+        drawn = generator.integers(last[-1], size=batch_size)
+        env = last.searchsorted(drawn, side="right")
+        first = (count - filled)[env] + drawn - (last - windows)[env]  # numbered as they were added
+        slot = (first + np.arange(length)[:, None]) % self._ring
+        index = env * self._ring + slot  # [L, B]
         is_first = torch.from_numpy(self._position.reshape(-1)[index] == 0)
         rows = torch.from_numpy(index).to(self._arrays["reward"].device)
         return SequenceBatch(
@@ -214,14 +219,16 @@ class SequenceReplay:
             **{name: self._gather(array, rows) for name, array in self._arrays.items()},
         )
 
-    def needs_more_steps(self, length: int) -> bool:
-        """Whether no window of `length` entries is stored yet, but more steps may bring one.
+    def has_windows(self, length: int) -> bool:
+        """Whether every environment has `length` entries, so that each of them can be drawn."""
+        return min(min(self._count), self._ring) >= length
 
-        Any 2 `length` - 1 consecutive entries contain a window unless an episode among them is
-        shorter than that. After PATIENCE x `length` entries without one, all episodes probably are:
-        the answer is then False, so that `sample` raises its error.
-        """
-        return min(self._count) < PATIENCE * length and not len(self._window_ends(length))
+    def has_terminal(self) -> bool:
+        """Whether an episode that terminated is stored."""
+        ends = self._arrays["is_terminal"]
+        return any(
+            bool(ends[env, : min(count, self._ring)].any()) for env, count in enumerate(self._count)
+        )
 
     def save(self, path: Path | str) -> None:
         """Write the stored entries, oldest first, to one .npz file, replacing `path` atomically."""
@@ -259,7 +266,7 @@ class SequenceReplay:
         """
         filled, blocks = self._check(Path(path))
         # If loading fails half-way, the replay is left empty, not mixed.
-        self._count, self._ends = [0] * self.n_envs, None
+        self._count = [0] * self.n_envs
         self._segments = self._new_segments()  # the old ones hold different entries
         arrays = {"position": torch.from_numpy(self._position), **self._arrays}
         for (name, env, start, stop, _), rows in read_blocks(Path(path), blocks):
@@ -269,7 +276,11 @@ class SequenceReplay:
 
     def _check(self, path: Path) -> tuple[list[int], list[Block]]:
         layout, found = layout_and_filled(path)
-        if layout != self._layout():
+        fields = {"position": ((), self._position.dtype), **self._fields}
+        shape, dtype = self._fields["observation"]
+        if dtype == "f8" and layout == self._layout(np.dtype("f4")):  # as older versions stored it
+            fields["observation"] = shape, np.dtype("f4")
+        elif layout != self._layout():
             raise ValueError(
                 f"{path} holds a replay of {layout[:200]}, this one is of {self._layout()}"
             )
@@ -281,7 +292,6 @@ class SequenceReplay:
                 f"{path} holds {max(filled):,} entries of one environment, this replay has "
                 f"room for {self._ring:,}: raise buffer_size"
             )
-        fields = {"position": ((), self._position.dtype), **self._fields}
         return filled, checked_blocks(path, filled, fields)
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
@@ -327,7 +337,10 @@ class SequenceReplay:
         n = len(rows["position"])
         slots = np.arange(first, first + n) % self._ring
         for name, (shape, dtype) in self._fields.items():
-            if rows[name].shape != (n, *shape) or rows[name].dtype != dtype:
+            values = rows[name]
+            if name == "observation" and dtype == "f8" and values.dtype == "f4":
+                values = values.astype(dtype)  # older versions stored float64 as float32
+            if values.shape != (n, *shape) or values.dtype != dtype:
                 raise ValueError(
                     f"{name} is {rows[name].shape[1:]} {rows[name].dtype}, "
                     f"the replay stores {shape} {dtype}"
@@ -335,12 +348,12 @@ class SequenceReplay:
             _check_values(name, rows[name])
             target = self._arrays[name]
             chosen = torch.from_numpy(slots).to(target.device)
-            target[env].index_copy_(0, chosen, torch.from_numpy(rows[name]).to(target.device))
+            target[env].index_copy_(0, chosen, torch.from_numpy(values).to(target.device))
         if rows["position"].shape != (n,) or rows["position"].dtype != self._position.dtype:
             raise ValueError(f"position is not {n} whole numbers")
         _check_values("position", rows["position"])
         self._position[env, slots] = rows["position"]
-        self._count[env], self._ends = first + n, None
+        self._count[env] = first + n
 
     def _add(
         self,
@@ -371,32 +384,11 @@ class SequenceReplay:
         # At slot 0, index -1 is the last slot of the ring, which is the previous entry.
         self._position[env, slot] = 0 if action is None else self._position[env, slot - 1] + 1
         self._count[env] += 1
-        self._ends = None
 
     def _slots(self, env: int) -> np.ndarray:
         """[n] slots of an environment's entries, oldest first."""
         filled = min(self._count[env], self._ring)
         return (np.arange(filled) + self._count[env] - filled) % self._ring
-
-    def _window_ends(self, length: int) -> np.ndarray:
-        """[n] flat indices of all entries that end a window, by environment, oldest first."""
-        if self._ends is not None and self._ends[0] == length:
-            return self._ends[1]
-        found = []
-        for env in range(self.n_envs):
-            slots, before = self._before(env)
-            found.append(env * self._ring + slots[before >= length - 1])
-        self._ends = length, np.concatenate(found)
-        return self._ends[1]
-
-    def _longest(self) -> int:
-        """Entries in the longest stored part of an episode."""
-        return max(1 + int(self._before(env)[1].max(initial=-1)) for env in range(self.n_envs))
-
-    def _before(self, env: int) -> tuple[np.ndarray, np.ndarray]:
-        """[n] slots, oldest first, and how many stored entries of its episode precede each."""
-        slots = self._slots(env)
-        return slots, np.minimum(self._position[env, slots], np.arange(len(slots)))
 
     def _gather(self, array: Tensor, rows: Tensor) -> Tensor:
         """Rows [L, B] of an array [n_envs, ring, ...], as [L, B, ...] on the training device."""
@@ -410,9 +402,10 @@ class SequenceReplay:
     def _new_segments(self) -> list[Segments]:
         return [Segments(f"replay{env}") for env in range(self.n_envs)]
 
-    def _layout(self) -> str:
+    def _layout(self, stored_as: np.dtype | None = None) -> str:
         """What a saved replay and the one that loads it must have in common."""
         (shape, dtype), (action_shape, _) = self._fields["observation"], self._fields["action"]
+        dtype = stored_as or dtype
         return f"{self.n_envs} environment(s), observations {shape} {dtype}, actions {action_shape}"
 
 

@@ -53,7 +53,7 @@ class UpdateNoise(NamedTuple):
     """All random numbers of one step."""
 
     posterior: Tensor  # [T, B, stoch]
-    starts: Tensor | None  # [N] indices of the states to imagine from; None for all
+    starts: Tensor  # [N] indices of the states to imagine from
     imagination: ImaginationNoise
 
 
@@ -70,14 +70,43 @@ class DreamerUpdate:
 
     def __init__(self, policy: DreamerPolicy, settings: UpdateSettings) -> None:
         self.policy, self.settings = policy, settings
-        if settings.compile:  # single steps: the unrolled sequence would compile for minutes
-            rssm = policy.model.rssm
-            for name in ("recur", "prior"):
-                setattr(rssm, name, torch.compile(getattr(rssm, name)))
-            policy.actor.hidden.compile()
+        if settings.compile:
+            self._compile()
         self.model_optimizer = self._adam(policy.model, settings.model_learning_rate)
         self.actor_optimizer = self._adam(policy.actor, settings.learning_rate)
         self.critic_optimizer = self._adam(policy.critic, settings.learning_rate)
+
+    def configure(self, settings: UpdateSettings) -> None:
+        """Take the next steps with these settings.
+
+        The step sizes of actor and critic are set by `set_learning_rate`.
+        """
+        before = self.settings
+        if settings == before:
+            return
+        self.settings = settings
+        if settings.compile != before.compile:
+            self._compile() if settings.compile else self._run_eagerly()
+        for optimizer in (self.model_optimizer, self.actor_optimizer, self.critic_optimizer):
+            for group in optimizer.param_groups:
+                group["eps"] = settings.adam_eps
+                if optimizer is self.model_optimizer:
+                    group["lr"] = settings.model_learning_rate
+            self._fit_to_graph(optimizer)
+
+    def _compile(self) -> None:
+        """Compile single steps: the unrolled sequence would compile for minutes."""
+        rssm = self.policy.model.rssm
+        for name in ("recur", "prior"):
+            setattr(rssm, name, torch.compile(getattr(rssm, name)))
+        self.policy.actor.hidden.compile()
+
+    def _run_eagerly(self) -> None:
+        """Undo `_compile`."""
+        rssm = self.policy.model.rssm
+        for name in ("recur", "prior"):
+            delattr(rssm, name)  # the compiled function, which hides the method
+        self.policy.actor.hidden._compiled_call_impl = None
 
     def _adam(self, module: nn.Module, rate: float) -> torch.optim.Adam:
         parameters, eps = module.parameters(), self.settings.adam_eps
@@ -117,38 +146,23 @@ class DreamerUpdate:
         (length, sequences), latents = batch.reward.shape, policy.model.rssm.stoch_size
         shape, device = (length, sequences, latents), generator.device
         posterior = torch.randn(shape, generator=generator, device=device)
-        n, starts = self.possible_starts(length) * sequences, None
-        if 0 < settings.imagination_starts < n:
-            rows = torch.randperm(n, generator=generator, device=device)
-            starts, n = rows[: settings.imagination_starts], settings.imagination_starts
+        starts = draw_starts(batch.is_terminal, settings.imagination_starts, generator)
         imagination = ImaginationNoise.draw(
-            settings.horizon, n, policy.n_actions, latents, generator
+            settings.horizon, len(starts), policy.n_actions, latents, generator
         )
         return UpdateNoise(posterior, starts, imagination)
-
-    def possible_starts(self, length: int) -> int:
-        """Number of states of a sequence that imagination may start from.
-
-        With a discount head all but the last, as in danijar/dreamer (dreamer.py, "last step could
-        be terminal"), otherwise all. A terminal entry is always the last of its window, and after
-        it there is nothing to decide.
-        """
-        return length - (self.policy.model.discount_head is not None)
 
     def _take_step(self, batch: SequenceBatch, noise: UpdateNoise) -> UpdateRecord:
         """Take a step without drawing random numbers or waiting for results, for a CUDA graph."""
         settings, policy = self.settings, self.policy
-        model_parameters = list(policy.model.parameters())
+        model_parameters = self._model_parameters()
         with self._precision():
             loss, states = policy.model.loss(
                 batch.observation, batch.action, batch.reward, batch.is_first, batch.is_terminal,
                 noise.posterior, settings.model,
             )  # fmt: skip
         model_gradient = torch.autograd.grad(loss.total, model_parameters)
-        possible = self.possible_starts(len(batch.reward))
-        start = State(*(x[:possible].detach().flatten(0, 1) for x in states))
-        if noise.starts is not None:
-            start = State(*(x[noise.starts] for x in start))
+        start = State(*(x.detach().flatten(0, 1)[noise.starts] for x in states))
         actor_gradient, imagined = self.actor_gradient(start, noise.imagination)
         with self._precision():
             value_loss, values = critic_loss(policy, imagined)
@@ -175,6 +189,15 @@ class DreamerUpdate:
         return UpdateRecord(
             {name: value.detach() for name, value in scalars.items()}, actor_gradient.gradients, k
         )
+
+    def _model_parameters(self) -> list[nn.Parameter]:
+        """The world model's parameters that the loss depends on; Adam skips all others."""
+        model = self.policy.model
+        parameters = list(model.parameters())
+        if model.discount_head is not None and not self.settings.model.learned_discount:
+            unused = {id(parameter) for parameter in model.discount_head.parameters()}
+            parameters = [p for p in parameters if id(p) not in unused]
+        return parameters
 
     def actor_gradient(
         self, start: State, noise: ImaginationNoise
@@ -226,6 +249,30 @@ class DreamerUpdate:
         if not self.settings.bf16:
             return contextlib.nullcontext()
         return torch.autocast(self.policy.device.type, torch.bfloat16)
+
+
+def draw_starts(is_terminal: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    """Draw the states that imagination starts from, in random order.
+
+    After a terminal state there is nothing to decide, so none is drawn. (danijar/dreamer, whose
+    windows end where episodes end, leaves out the last state of each if it learns the discount.)
+    How many are drawn does not depend on how many are terminal, as a CUDA graph needs it: if too
+    few are left, some are drawn twice.
+
+    Args:
+        is_terminal: [T, B] bool, not all True.
+        wanted: number of states; 0, or more than there are, for T B.
+        generator: of the order, on the device of `is_terminal`.
+
+    Returns:
+        [N] indices into the T B states.
+    """
+    flat = is_terminal.flatten()
+    n = min(wanted, len(flat)) if wanted else len(flat)
+    # The terminal states, with numbers from 1, come last.
+    key = torch.rand(len(flat), generator=generator, device=flat.device) + flat
+    order = key.argsort(stable=True)
+    return order[torch.arange(n, device=flat.device) % (~flat).sum()]
 
 
 @contextlib.contextmanager

@@ -113,6 +113,7 @@ class PIPPS(Algorithm):
         "LinearPolicy": LinearPolicy,
     }
     action_spaces = (spaces.Box,)
+    fixed_arguments: ClassVar[tuple[str, ...]] = ("policy_kwargs", "angle_dims", "cost_fn")
     no_vec_normalize: ClassVar[str] = (
         "PIPPS fits its model to raw observations, whose scale VecNormalize keeps changing; "
         "pass the environment without VecNormalize (the GP scales its inputs itself)"
@@ -207,6 +208,7 @@ class PIPPS(Algorithm):
         kind = np.float32 if self.observation_space.dtype == np.float32 else np.float64
         model = GPDynamics(states, controls, angle_dims=self.angle_dims, rounding=ROUNDING[kind])
         self.world_model = model.to(self.device)
+        self._fix_arguments()
 
     @property
     def dynamics(self) -> GaussianProcess:

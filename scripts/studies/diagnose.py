@@ -214,9 +214,10 @@ def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:
     rssm = agent.policy.model.rssm
     noise = torch.randn((length, n, rssm.stoch_size), generator=generator, device=generator.device)
     with torch.no_grad():
-        embeds = agent.policy.model.encoder(batch.observation)
+        embeds = agent.policy.model.embed(batch.observation)
         states, _, _ = rssm.observe(embeds, batch.action, batch.is_first, noise)
-    steps = rng.integers(agent._update.possible_starts(length), size=n)
+    alive = (~batch.is_terminal).cpu().numpy()
+    steps = [rng.choice(np.flatnonzero(alive[:, i])) for i in range(n)]
     return [
         State(states.deter[t, i : i + 1], states.stoch[t, i : i + 1]) for i, t in enumerate(steps)
     ]

@@ -9,7 +9,7 @@ and its gradient, are in agents/dreamer/imagination.py.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class ModelLossSettings(NamedTuple):
             original), False to the mean over batch and time (danijar/dreamer).
         gamma: target of the discount head while the episode continues.
         discount_scale: weight of the discount head's cross entropy.
+        learned_discount: train the discount head, if there is one.
     """
 
     kl_scale: float
@@ -55,6 +56,7 @@ class ModelLossSettings(NamedTuple):
     free_nats_per_step: bool
     gamma: float
     discount_scale: float
+    learned_discount: bool = True
 
 
 class LatentModel(nn.Module):
@@ -70,9 +72,16 @@ class LatentModel(nn.Module):
         conv_depth: feature maps of the first convolution (32 in DreamerV1).
         vector_std: standard deviation of the vector decoder.
         discount_head: whether to learn γ·P(not terminal), for tasks that may end early.
+
+    Vectors are learned as differences from `offset`, which is zero until `set_offset`: symlog and
+    float32 lose the digits of numbers that vary little around a large one.
+
     Raises:
         ValueError: images are not 64x64.
     """
+
+    OPTIONAL_BUFFERS = ("offset",)  # older files lack it: zero
+    offset: Tensor | None  # [S] float64; None for images
 
     def __init__(
         self,
@@ -99,16 +108,41 @@ class LatentModel(nn.Module):
                     f"{list(observation_shape)}; wrap the environment in "
                     "gymnasium.wrappers.ResizeObservation"
                 )
+            self.register_buffer("offset", None)
             self.encoder = ImageEncoder(channels, depth=conv_depth)
             self.decoder = ImageDecoder(features, channels, depth=conv_depth)
         else:
             (size,) = observation_shape
+            self.register_buffer("offset", torch.zeros(size, dtype=torch.float64))
             self.encoder = VectorEncoder(size, width=width)
             self.decoder = VectorDecoder(features, size, width=width, std=vector_std)
         self.rssm = RSSM(action_size, self.encoder.outputs, stoch=stoch, deter=deter, hidden=hidden)
         self.reward_head = mlp(features, width, 2, 1)
         self.discount_head = mlp(features, width, 3, 1) if discount_head else None
         initialise(self)
+        if self.discount_head is not None:  # untrained, it says that the episode continues
+            *_, (_, bias) = self.discount_head.named_parameters()
+            nn.init.constant_(bias, math.log(99))  # sigmoid: 0.99
+
+    def set_offset(self, observation: Tensor) -> None:
+        """Let vectors be learned as differences from this one [S], before the first update."""
+        if self.offset is not None:
+            self.offset.copy_(observation)
+
+    def embed(self, observations: Tensor) -> Tensor:
+        """What the posterior sees of observations, [..., *shape] -> [..., E]."""
+        return self.encoder(self._centred(observations))
+
+    def _centred(self, observations: Tensor) -> Tensor:
+        """Vectors as float32 differences from the offset; images as they are."""
+        return observations if self.offset is None else (observations - self.offset).float()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.offset is not None:
+            state_dict.setdefault(f"{prefix}offset", torch.zeros_like(self.offset))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def reward(self, features: Tensor) -> Tensor:
         """Mean reward for arriving in a state, [..., F] -> [...]."""
@@ -144,6 +178,7 @@ class LatentModel(nn.Module):
             The loss, and the posterior states [T, B, ...].
         """
         steps = rewards.numel()
+        observations = self._centred(observations)
         states, prior, posterior = self.rssm.observe(
             self.encoder(observations), actions, is_first, noise
         )
@@ -159,7 +194,7 @@ class LatentModel(nn.Module):
             penalty = kl.clamp_min(settings.free_nats)
         total = settings.kl_scale * penalty + observation + reward
         discount = torch.zeros_like(kl)
-        if self.discount_head is not None:
+        if self.discount_head is not None and settings.learned_discount:
             target = settings.gamma * (~is_terminal).to(features.dtype)
             logits = at_least_float32(self.discount_head(features)).squeeze(-1)
             discount = settings.discount_scale * binary_cross_entropy_with_logits(logits, target)
@@ -181,7 +216,7 @@ class LatentModel(nn.Module):
             [N, ...] the new posterior state.
         """
         deter = self.rssm.recur(state, action)
-        mean, std = self.rssm.posterior(deter, self.encoder(observation))
+        mean, std = self.rssm.posterior(deter, self.embed(observation))
         return State(deter, mean if noise is None else mean + std * noise)
 
     @torch.no_grad()
@@ -195,6 +230,9 @@ class LatentModel(nn.Module):
         generator: torch.Generator,
     ) -> Tensor:
         """Predict observations open loop, after filtering the first `context` steps.
+
+        Where an episode begins among the predicted steps, the prediction begins anew too, with a
+        sample of the first state.
 
         Args:
             observations: [T, B, ...], of which only the first `context` steps are used.
@@ -211,18 +249,21 @@ class LatentModel(nn.Module):
             shape = (steps, observations.shape[1], self.rssm.stoch_size)
             return torch.randn(shape, generator=generator, device=generator.device)
 
-        embeds = self.encoder(observations[:context])
+        embeds = self.embed(observations[:context])
         states, _, _ = self.rssm.observe(
             embeds, actions[:context], is_first[:context], noise(context)
         )
         features = [states.features]
         state = State(states.deter[-1], states.stoch[-1])
-        for action, z in zip(actions[context:], noise(len(actions) - context)):
-            deter = self.rssm.recur(state, action)
+        keep = (~is_first).to(actions.dtype).unsqueeze(-1)
+        for t, z in enumerate(noise(len(actions) - context), context):
+            state = State(state.deter * keep[t], state.stoch * keep[t])
+            deter = self.rssm.recur(state, actions[t] * keep[t])
             prior = self.rssm.prior(deter)
             state = State(deter, prior.mean + prior.std * z)
             features.append(state.features.unsqueeze(0))
-        return self.decoder(torch.cat(features))
+        decoded = self.decoder(torch.cat(features))
+        return decoded if self.offset is None else decoded + self.offset
 
 
 __all__ = ["Gaussian", "LatentModel", "ModelLoss", "ModelLossSettings", "State"]

@@ -6,6 +6,7 @@ import pytest
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecMonitor
 
 from tests.agents.contract.environments import BrokenEnv, CountingEnv
+from tests.agents.contract.probes import assert_same
 
 
 @pytest.mark.parametrize("where", ["observation", "reward", "reset"])
@@ -76,3 +77,24 @@ def test_a_worker_process_that_dies(make, is_wrapped):
     with pytest.raises(RuntimeError, match=r"process\(es\) 1 of 2 \(exit code -9\) died"):
         make(env).learn(1000, callback=kill)
     workers.processes[0].kill()
+
+
+class StaleInfo(CountingEnv):
+    """Its infos hold what gym's old vector environments put there on every step."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def step(self, action):
+        *others, info = super().step(action)
+        return *others, {**info, "terminal_observation": self.value}
+
+
+@pytest.mark.parametrize(
+    "value", [None, "", np.full(4, np.nan, np.float32)], ids=["None", "text", "NaN"]
+)
+def test_terminal_observations_are_read_only_where_an_episode_ended(make, value):
+    """What the infos of other steps hold under that name changes nothing."""
+    found = [make(env).learn(28).get_parameters() for env in (StaleInfo(value), CountingEnv())]
+    assert_same(*found)

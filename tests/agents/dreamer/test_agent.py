@@ -5,6 +5,7 @@ All on tiny settings. `CountingEnv` makes every stored number predictable; `Pixe
 
 import json
 import types
+import warnings
 import zipfile
 
 import gymnasium as gym
@@ -119,6 +120,10 @@ def make(env=None, **changes):
 
 def parameters(agent, part=None):
     module = agent.policy if part is None else getattr(agent.policy, part)
+    return torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
+def parameters_of(module):
     return torch.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
 
 
@@ -336,22 +341,129 @@ def test_the_error_of_a_non_finite_value_names_the_step(where):
     assert agent.num_timesteps == steps
 
 
-def test_episodes_shorter_than_a_sequence_are_one_clear_sentence():
-    with pytest.raises(ValueError, match=r"^no window of 5 entries.*take a smaller") as error:
-        make(CountingEnv(length=3)).learn(300)
-    assert "\n" not in str(error.value)
-    make(CountingEnv(length=4)).learn(30)  # 4 decisions are 5 observations
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_episodes_shorter_than_a_sequence_are_learned_from(length):
+    """Their sequences of 5 entries hold several episodes, of length + 1 entries each."""
+    agent = make(CountingEnv(length=length)).learn(60)
+    assert agent._n_updates == make().learn(60)._n_updates > 0
+    batch = agent.replay_buffer.sample(200, 5, np.random.default_rng(0))
+    assert batch.is_terminal.float().mean() == pytest.approx(1 / (length + 1), abs=0.05)
 
 
-def test_some_episodes_shorter_than_a_sequence_are_waited_through():
-    class Uneven(CountingEnv):
-        def reset(self, **kwargs):
-            found = super().reset(**kwargs)
-            self.length = 30 if self.episode % 5 == 0 else 3
-            return found
+# Offsets
 
-    agent = make(Uneven(), learning_starts=2).learn(40)
-    assert agent._n_updates > 0
+
+class ShiftedEnv(gym.Env):
+    """A random walk in steps of 2⁻²⁰ around an offset, which float64 can add without rounding."""
+
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def __init__(self, offset, dtype=np.float64):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), dtype)
+        self.offset = offset
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.time = self.np_random.integers(-(2**20), 2**20, 2), 0
+        return self._look(), {}
+
+    def step(self, action):
+        self.x = self.x + self.np_random.integers(-(2**18), 2**18, 2)
+        self.time += 1
+        return self._look(), float(action[0]), self.time == 9, False, {}
+
+    def _look(self):
+        return (self.x / 2**20 + self.offset).astype(self.observation_space.dtype)
+
+
+@pytest.mark.parametrize("offset", [100.0, -1e6, 2.0**30])
+def test_an_offset_of_the_observations_changes_nothing(offset, tmp_path):
+    """The same actions and parameters, bit for bit; and so after save and load."""
+    plain, shifted = make(ShiftedEnv(0.0)).learn(60), make(ShiftedEnv(offset)).learn(60)
+    assert torch.equal(parameters(plain), parameters(shifted))
+    np.testing.assert_array_equal(stored(plain).action, stored(shifted).action)
+    shifted.save(tmp_path / "agent")
+    shifted.policy.save(tmp_path / "policy")
+    loaded = DreamerTPX.load(tmp_path / "agent", device="cpu")
+    policy = type(shifted.policy).load(tmp_path / "policy", device="cpu")
+    seen = np.linspace(-1, 1, 64).reshape(32, 2)
+    for each in (shifted, loaded, policy):
+        actions = each.predict(seen + offset, deterministic=True)[0]
+        np.testing.assert_allclose(actions, plain.predict(seen, deterministic=True)[0], atol=1e-5)
+
+
+def test_float32_observations_may_have_an_offset_too():
+    """As far as float32 has digits for it: 2¹⁰ leaves steps of 2⁻¹³."""
+    plain, shifted = (make(ShiftedEnv(x, np.float32)).learn(60) for x in (0.0, 2.0**10))
+    torch.testing.assert_close(parameters(plain), parameters(shifted), rtol=0, atol=5e-3)
+
+
+def test_the_offset_is_the_first_observation_and_stays(tmp_path):
+    agent = make(ShiftedEnv(1e6)).learn(5)
+    first = torch.from_numpy(stored(agent).observation[0])
+    assert torch.equal(agent.policy.model.offset, first)
+    agent.learn(60, reset_num_timesteps=False).learn(30)
+    assert torch.equal(agent.policy.model.offset, first)
+    agent.save(tmp_path / "agent")
+    other = make(ShiftedEnv(1e6), seed=1, pretrained_world_model=str(tmp_path / "agent"))
+    assert torch.equal(other.learn(30).policy.model.offset, first)
+
+
+def test_a_replay_loads_into_an_agent_with_another_offset(tmp_path):
+    """It holds the observations as the environment gave them."""
+    make(ShiftedEnv(1e6)).learn(30).save_replay_buffer(tmp_path / "replay.npz")
+    agent = make(ShiftedEnv(1e6), seed=1)
+    agent.load_replay_buffer(tmp_path / "replay.npz")
+    agent.learn(30)
+    seen = agent.policy.model._centred(torch.from_numpy(stored(agent).observation))
+    assert 0.1 < seen.abs().max() < 9
+
+
+# Termination
+
+
+def test_the_first_termination_switches_the_discount_head_on():
+    agent = make(CountingEnv(length=35))
+    head, memory = parameters_of(agent.policy.model.discount_head), logged(agent)
+    agent.learn(30)
+    assert torch.equal(parameters_of(agent.policy.model.discount_head), head)
+    agent.learn(30, reset_num_timesteps=False)
+    assert not torch.equal(parameters_of(agent.policy.model.discount_head), head)
+    losses = {step: values["train/discount_loss"] for values, step in memory.dumps}
+    assert {step: loss > 0 for step, loss in losses.items()} == {
+        20: False, 30: False, 40: True, 50: True, 60: True
+    }  # fmt: skip
+
+
+def test_before_the_first_termination_the_discount_head_is_as_good_as_absent():
+    """Truncations do not count, and what the head would learn is not mixed into the model."""
+    agents = [make(CountingEnv(truncates=True), discount_head=x) for x in (True, False)]
+    agents[0].policy.load_state_dict(agents[1].policy.state_dict(), strict=False)
+    for agent in agents:
+        agent.learn(60)
+    for name, value in agents[1].policy.state_dict().items():
+        assert torch.equal(agents[0].policy.state_dict()[name], value), name
+
+
+def test_terminations_without_a_discount_head_are_a_warning_once():
+    agent = make(discount_head=False)
+    with pytest.warns(UserWarning, match="imagines that they go on.*pass discount_head=True"):
+        agent.learn(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent.learn(30, reset_num_timesteps=False)
+        make(CountingEnv(truncates=True), discount_head=False).learn(60)
+
+
+def test_a_loaded_agent_knows_that_episodes_terminate(tmp_path):
+    agent = make().learn(40)
+    agent.save(tmp_path / "agent")
+    agent.save_replay_buffer(tmp_path / "replay.npz")
+    assert agent._update.settings.model.learned_discount
+    assert DreamerTPX.load(tmp_path / "agent", device="cpu")._update.settings.model.learned_discount
+    other = make(CountingEnv(truncates=True))
+    other.load_replay_buffer(tmp_path / "replay.npz")
+    assert other.learn(30)._has_terminated
 
 
 def test_rounds_are_logged_alike_however_the_training_is_cut():
@@ -798,6 +910,19 @@ def test_figure_and_scalars_reach_tensorboard(tmp_path):
     assert {"train/kl", "k/step_01", "k/coordinate_03", "time/frames"} <= set(tags["scalars"])
     assert [e.step for e in events.Images("figures/k")] == [20, 30]
     assert [e.step for e in events.Scalars("train/kl")] == [20, 30]
+
+
+def test_verbose_says_that_no_update_was_made_and_when_one_is_due(capsys):
+    agent = make(verbose=1).learn(STARTS - 1)
+    said = capsys.readouterr().out
+    assert f"no update was made in these 19 steps: the next is due after step {STARTS} " in said
+    agent.learn(1, reset_num_timesteps=False)
+    assert "no update" not in capsys.readouterr().out
+    agent.learn(3, reset_num_timesteps=False)
+    assert "in these 3 steps: the next is due after step 30 " in capsys.readouterr().out
+    agent.learn(0, reset_num_timesteps=False)
+    make(verbose=0).learn(STARTS - 1)
+    assert "no update" not in capsys.readouterr().out
 
 
 def test_verbose_says_how_large_the_replay_is(capsys):

@@ -56,19 +56,24 @@ def make(channels=0, **changes):
     return DreamerTPX("DreamerPolicy", Clock(channels), **{**TINY, **changes})
 
 
+def clock(first):
+    """[8, B] times from the first ones on; an episode has 13 of them."""
+    return (first.round() + np.arange(8)[:, None]) % 13
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_in_the_unit_range_channel_last(channels):
     truth, model = open_loop.predict_sequences(make(channels).learn(30), sequences=4)
     assert truth.shape == model.shape == (8, 4, 64, 64, channels)
     assert model.min() >= 0 and model.max() <= 1
     times = truth[:, :, 0, 0, 0] * 255
-    np.testing.assert_allclose(times, times[:1] + np.arange(8)[:, None], atol=1e-4)
+    np.testing.assert_allclose(times, clock(times[:1]), atol=1e-4)
 
 
 def test_vectors_are_as_the_environment_gives_them():
     truth, model = open_loop.predict_sequences(make().learn(30))
     assert truth.shape == model.shape == (8, 6, 2)
-    np.testing.assert_array_equal(truth[..., 0], truth[:1, :, 0] + np.arange(8)[:, None])
+    np.testing.assert_array_equal(truth[..., 0], clock(truth[:1, :, 0]))
     np.testing.assert_array_equal(truth[..., 1], -truth[..., 0])
     assert np.isfinite(model).all()
 

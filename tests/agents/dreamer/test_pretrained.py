@@ -67,6 +67,18 @@ def test_the_model_is_the_file_s_and_the_rest_is_fresh(trained, name):
     assert not torch.equal(weights(agent.policy.model), before)  # it keeps learning
 
 
+def test_only_one_of_the_two_may_have_a_discount_head(trained, tmp_path):
+    """Without one, what the other has is not used; a model that has one keeps its fresh head."""
+    other, folder = trained
+    agent = make(pretrained_world_model=str(folder), discount_head=False)
+    assert torch.equal(weights(agent.policy.model.rssm), weights(other.policy.model.rssm))
+    agent.save(tmp_path / "without")
+    agent, fresh = make(pretrained_world_model=str(tmp_path / "without")), make()
+    assert torch.equal(weights(agent.policy.model.rssm), weights(other.policy.model.rssm))
+    head = weights(fresh.policy.model.discount_head)
+    assert torch.equal(weights(agent.policy.model.discount_head), head)
+
+
 def test_a_saved_agent_loads_when_the_file_is_gone(trained, tmp_path):
     _, folder = trained
     copy = tmp_path / "model.zip"
@@ -92,7 +104,6 @@ def test_wrong_files_are_one_sentence(trained, tmp_path):
             bigger,
             r"\d+\] in the file, \[\d+.*use the environment, preset and policy_kwargs",
         ),
-        (folder, {"discount_head": True}, "the file lacks 'discount_head"),
     ]
     for path, changes, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from totalprop.agents.dreamer.replay import PATIENCE, SequenceReplay
+from totalprop.agents.dreamer.replay import SequenceReplay
 
 LENGTHS = [[7, 3, 12], [5], [1, 9]]  # decisions per episode, of three environments
 
@@ -82,13 +82,11 @@ class Loop:
             self.last = result[0]
 
     def windows(self, replay, length):
-        """By brute force, all windows within an episode among the entries a ring still holds."""
+        """By brute force, all windows among the entries that each ring still holds."""
         ring, found = replay.capacity // replay.n_envs, []
         for env in self.vec_env.envs:
             held = env.history[-ring:]
-            for window in (held[i : i + length] for i in range(len(held) - length + 1)):
-                if len({episode for _, episode, _ in window}) == 1:
-                    found.append(tuple(window))
+            found += [tuple(held[i : i + length]) for i in range(len(held) - length + 1)]
         return found
 
 
@@ -119,6 +117,12 @@ def windows(batch):
     return [tuple(tuple(entry) for entry in window) for window in per_window]
 
 
+def is_terminal(entry, lengths):
+    env, episode, t = entry
+    is_last = t == lengths[env][episode % len(lengths[env])]
+    return is_last and not is_truncated(episode)
+
+
 def assert_aligned(batch, lengths):
     """Assert that every action, reward and flag belongs to its observation."""
     for b, window in enumerate(windows(batch)):
@@ -127,8 +131,7 @@ def assert_aligned(batch, lengths):
             assert batch.action[i, b].tolist() == action.tolist()
             assert batch.reward[i, b] == (reward_at(env, episode, t) if t else 0)
             assert batch.is_first[i, b] == (t == 0)
-            is_last = t == lengths[env][episode % len(lengths[env])]
-            assert batch.is_terminal[i, b] == (is_last and not is_truncated(episode))
+            assert batch.is_terminal[i, b] == is_terminal((env, episode, t), lengths)
 
 
 def assert_same(batch, other):
@@ -161,7 +164,8 @@ def test_a_batch_has_time_first_and_the_stored_types():
 
 
 @pytest.mark.parametrize("length", [1, 3, 6])
-def test_windows_stay_in_their_episode_and_ring_over_many_wrap_arounds(length):
+def test_windows_are_consecutive_over_many_wrap_arounds(length):
+    """None reaches from the newest entry over the write head to the oldest."""
     replay, loop = make(51), Loop(LENGTHS)  # rings of 17, prime to the episodes' lengths
     for _ in range(60):
         loop.collect(3, replay)
@@ -188,16 +192,16 @@ def test_stored_windows_are_those_of_brute_force(lengths, ring, decisions, lengt
         histories = [env.history for env in loop.vec_env.envs]
         assert len(replay) == sum(min(ring, len(history)) for history in histories)
         expected = loop.windows(replay, length)
-        fewest = min(len(history) for history in histories)
-        assert replay.needs_more_steps(length) == (fewest < PATIENCE * length and not expected)
-        has_few = fewest < 2 * length - 1
-        # What else lacks a window has an episode, of T + 1 entries, or a ring that is too short.
-        if not expected and not has_few:
-            assert min(map(min, lengths)) + 1 < length or ring < 2 * length - 1
+        held = {entry for history in histories for entry in history[-ring:]}
+        assert replay.has_terminal() == any(is_terminal(entry, lengths) for entry in held)
+        fewest = min(min(len(history), ring) for history in histories)
+        assert replay.has_windows(length) == (fewest >= length)
         if expected:
             batch = every_window(replay, length)
             assert sorted(windows(batch)) == sorted(expected)
             assert_aligned(batch, lengths)
+            if replay.has_windows(length):  # then every stored entry can be drawn
+                assert {entry for window in windows(batch) for entry in window} == held
         else:
             with pytest.raises(ValueError, match=f"no window of {length} entries"):
                 replay.sample(1, length, np.random.default_rng(0))
@@ -221,7 +225,8 @@ def test_every_window_is_equally_likely():
     # The test has the power to see danijar/dreamer's scheme: an episode, then a start in it.
     episodes = {}
     for window in expected:
-        episodes.setdefault(window[0][:2], []).append(window)
+        if window[0][:2] == window[-1][:2]:
+            episodes.setdefault(window[0][:2], []).append(window)
     keys = list(episodes)
     picked = [episodes[keys[i]] for i in generator.integers(len(keys), size=n)]
     assert chi_square([starts[generator.integers(len(starts))] for starts in picked]) > threshold
@@ -247,20 +252,36 @@ def test_a_reset_in_mid_episode_ends_it_without_a_termination():
     loop.last = None
     loop.collect(2, replay)  # episode 1 begins
     batch = every_window(replay, 3)
-    assert [window[0] for window in windows(batch)] == [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
+    starts = [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 0, 3), (0, 1, 0)]
+    assert [window[0] for window in windows(batch)] == starts
+    assert_aligned(batch, [[50]])
     assert not batch.is_terminal.any()
 
 
-def test_too_short_episodes_say_how_long_the_longest_is():
-    replay, _ = filled(60, 300)
-    assert replay.sample(1, 13, np.random.default_rng(0)).reward.shape == (13, 1)
-    with pytest.raises(ValueError, match=r"14 entries .* an episode has 13: .*sequence_length"):
-        replay.sample(1, 14, np.random.default_rng(0))
-    with pytest.raises(ValueError, match=r"an episode has 0: .*collect more steps"):
+def test_without_a_window_the_error_says_how_many_entries_there_are():
+    replay, _ = filled(6, 300, [[50]])
+    assert replay.sample(1, 7, np.random.default_rng(0)).reward.shape == (7, 1)
+    with pytest.raises(ValueError, match=r"no window of 8 entries .* has 7 at most: .*collect"):
+        replay.sample(1, 8, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"has 0 at most: .*collect more steps"):
         make(10).sample(1, 1, np.random.default_rng(0))
     # What the ring has lost no longer counts.
-    with pytest.raises(ValueError, match="an episode has 4:"):
+    with pytest.raises(ValueError, match="has 4 at most: take a smaller sequence_length"):
         filled(60, 4, [[50]])[0].sample(1, 5, np.random.default_rng(0))
+
+
+def test_episodes_that_end_early_are_drawn_as_often_as_they_are_stored():
+    """Half of the episodes end at step 6; windows of 20 entries held none of their ends.
+
+    Of N = 40,000 drawn entries, a share p is terminal; entries of a window are not independent, so
+    the number of windows, 2000, gives the standard error of the mean share of each.
+    """
+    replay, loop = filled(3000, 3000, [[6, 40]])
+    held = loop.vec_env.envs[0].history[-3000:]
+    p = np.mean([is_terminal(entry, [[6, 40]]) for entry in held])
+    shares = replay.sample(2000, 20, np.random.default_rng(0)).is_terminal.float().mean(0).numpy()
+    assert abs(shares.mean() - p) < 4 * shares.std() / np.sqrt(2000)
+    assert p > 0.02
 
 
 def test_a_million_images_take_at_most_5_percent_more_than_their_bytes():
@@ -477,12 +498,31 @@ def test_a_loaded_file_is_not_taken_for_what_the_segments_hold(tmp_path):
     assert_same(every_window(restored, 2), every_window(other, 2))
 
 
-def test_a_float64_observation_is_stored_as_float32():
-    replay, loop = make(60, dtype=np.float64), Loop(LENGTHS, np.float64)
-    loop.collect(20, replay)
-    batch = every_window(replay, 3)
-    assert batch.observation.dtype == torch.float32
-    assert sorted(windows(batch)) == sorted(loop.windows(replay, 3))
+def test_a_float64_observation_keeps_its_digits():
+    replay = SequenceReplay(200, (1,), np.float64, 1)
+    values = 1e6 + np.linspace(-1, 1, 100)
+    replay.start(values[:1, None])
+    for value in values[1:]:
+        replay.step(np.zeros((1, 1)), value[None, None], np.zeros(1), np.array([False]), [{}])
+    assert np.unique(values.astype(np.float32)).size < 40
+    batch = replay.sample(0, 100, EveryIndex())
+    np.testing.assert_array_equal(batch.observation[:, 0, 0], values)
+
+
+def test_replays_of_float64_that_were_stored_as_float32_load(tmp_path):
+    """Files and segments of older versions."""
+    old, loop = filled(20, 60, dtype=np.float32)
+    old.save(tmp_path / "old.npz")
+    from_file, from_segments = make(60, dtype=np.float64), make(60, dtype=np.float64)
+    from_file.load(tmp_path / "old.npz")
+    from_segments.load_state_dict(old.state_dict(tmp_path), tmp_path)
+    for replay in (from_file, from_segments):
+        batch = every_window(replay, 3)
+        assert batch.observation.dtype == torch.float64
+        assert sorted(windows(batch)) == sorted(loop.windows(old, 3))
+    from_file.save(tmp_path / "new.npz")
+    with pytest.raises(ValueError, match=r"float64.*, this one is of .*float32"):
+        old.load(tmp_path / "new.npz")
 
 
 @pytest.mark.parametrize("is_read_only", [False, True])
@@ -494,7 +534,8 @@ def test_a_flipped_or_read_only_image_is_stored(is_read_only):
     info = {"terminal_observation": image, "TimeLimit.truncated": True}
     replay.step(np.ones((1, 1)), image[None], np.ones(1), np.array([True]), [info])
     batch = every_window(replay, 2)
-    np.testing.assert_array_equal(batch.observation, np.stack([image, image])[:, None])
+    assert batch.observation.shape == (2, 2, 3, 2, 2)
+    assert (batch.observation.numpy() == image).all()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from totalprop.agents.dreamer.imagination import (
 )
 from totalprop.agents.dreamer.policy import DreamerPolicy
 from totalprop.agents.dreamer.replay import SequenceBatch, SequenceReplay
-from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings
+from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings, draw_starts
 from totalprop.world_models.latent.model import ModelLossSettings
 from totalprop.world_models.latent.rssm import State
 
@@ -91,6 +91,12 @@ def values_of(module):
     return [p.detach().clone() for p in module.parameters()]
 
 
+def assert_same_scalars(scalars, others):
+    assert scalars.keys() == others.keys()
+    for name, value in scalars.items():
+        assert torch.equal(value, others[name]), name
+
+
 def is_unchanged(module, values):
     return all(torch.equal(p, v) for p, v in zip(module.parameters(), values, strict=True))
 
@@ -122,16 +128,16 @@ def plain_step(policy, optimizers, data, settings, source):
 
     The noise is drawn in the order of the update: model, actions, latents.
     """
-    states, losses = None, {}
+    losses = {}
     noise = torch.randn(T, B, policy.model.rssm.stoch_size, generator=source)
     loss, states = policy.model.loss(
         data.observation, data.action, data.reward, data.is_first, data.is_terminal, noise,
         settings.model,
     )  # fmt: skip
     losses["model"] = loss.total
-    steps = T if policy.model.discount_head is None else T - 1
-    start = State(*(x.detach()[:steps].flatten(0, 1) for x in states))
-    noise = ImaginationNoise.draw(H, steps * B, A, policy.model.rssm.stoch_size, source)
+    rows = draw_starts(data.is_terminal, settings.imagination_starts, source)
+    start = State(*(x.detach().flatten(0, 1)[rows] for x in states))
+    noise = ImaginationNoise.draw(H, len(rows), A, policy.model.rssm.stoch_size, source)
     imagined = imagine(policy, start, noise, settings.estimator, settings.imagination)
     losses["actor"], losses["critic"] = imagined.actor_loss, critic_loss(policy, imagined)[0]
     gradients = {
@@ -283,6 +289,7 @@ def spied_starts(monkeypatch):
 )
 def test_imagination_starts_from_different_posterior_states(wanted, n, spied_starts):
     policy, data = make(), batch()
+    data.is_terminal[:] = False
     noise = torch.randn(T, B, policy.model.rssm.stoch_size, generator=generator(5))
     states, _, _ = policy.model.rssm.observe(
         policy.model.encoder(data.observation), data.action, data.is_first, noise
@@ -296,39 +303,87 @@ def test_imagination_starts_from_different_posterior_states(wanted, n, spied_sta
     assert not start.deter.requires_grad and not start.stoch.requires_grad
     rows = [tuple(row.tolist()) for row in start.features]
     assert len(rows) == len(set(rows)) == n and set(rows) <= set(posterior)
-    if n == T * B:
-        assert rows == posterior
 
 
 @pytest.mark.parametrize("discount_head", [False, True])
 @pytest.mark.parametrize("wanted", [0, 10])
-def test_with_a_discount_head_imagination_starts_from_no_terminal_state(
-    wanted, discount_head, spied_starts
-):
-    """Windows of a replay whose every episode terminates after 6 entries, 15 times."""
+def test_imagination_starts_from_no_terminal_state(wanted, discount_head, spied_starts):
+    """Windows of a replay whose every episode terminates after 4 entries, shorter than a window."""
     replay, rng = SequenceReplay(90, (OBSERVATION,), np.float32, A), np.random.default_rng(0)
     replay.start(rng.normal(size=(1, OBSERVATION)).astype("f4"))
     for t in range(1, 75):
         action, seen, end = rng.normal(size=(3, 1, OBSERVATION)).astype("f4")
         infos = [{"terminal_observation": end[0]}]
-        replay.step(action[:, :A], seen, np.ones(1), np.array([t % 5 == 0]), infos)
+        replay.step(action[:, :A], seen, np.ones(1), np.array([t % 3 == 0]), infos)
     data = replay.sample(B, T, rng)
-    assert data.is_terminal[-1].any() and not data.is_terminal[:-1].any()
+    assert data.is_terminal[1:-1].any() and not data.is_terminal.all(0).any()
     for seed in range(5):
         policy = make(discount_head=discount_head)
         noise = torch.randn(T, B, policy.model.rssm.stoch_size, generator=generator(seed))
         states, _, _ = policy.model.rssm.observe(
             policy.model.encoder(data.observation), data.action, data.is_first, noise
         )
-        terminal = {tuple(row.tolist()) for row in states.features[data.is_terminal]}
+        alive = {tuple(row.tolist()) for row in states.features[~data.is_terminal]}
         settings = replace(SETTINGS, imagination_starts=wanted)
         DreamerUpdate(policy, settings)(data, generator(seed))
-        rows = {tuple(row.tolist()) for row in spied_starts[-1].features}
-        assert len(rows) == (wanted or (T - discount_head) * B)
-        if discount_head:
-            assert not rows & terminal
-        elif wanted == 0:
-            assert terminal <= rows
+        rows = [tuple(row.tolist()) for row in spied_starts[-1].features]
+        assert len(rows) == (wanted or T * B)
+        assert set(rows) <= alive
+        assert len(set(rows)) == min(len(rows), len(alive))  # none twice while others are left
+
+
+@pytest.mark.parametrize("wanted", [0, 3, 4, 12])
+def test_each_state_that_is_not_terminal_is_equally_likely_to_be_a_start(wanted):
+    """Of 6 states, 4 are alive; in N = 4000 draws of n starts each, 4 standard errors at most.
+
+    A state is drawn floor(n / 4) times, and once more with probability (n mod 4) / 4.
+    """
+    is_terminal = torch.tensor([[False, True], [True, False], [False, False]])
+    source, draws = generator(0), 4000
+    rows = torch.stack([draw_starts(is_terminal, wanted, source) for _ in range(draws)])
+    n = min(wanted, 6) if wanted else 6
+    assert rows.shape == (draws, n)
+    counts = rows.flatten().bincount(minlength=6).view(3, 2)
+    assert not counts[is_terminal].any()
+    p = n % 4 / 4
+    tolerance = 4 * math.sqrt(p * (1 - p) * draws)
+    assert (counts[~is_terminal] - draws * n / 4).abs().max() <= tolerance
+
+
+def test_an_unused_discount_head_changes_nothing_and_learns_nothing():
+    """Until an episode terminates, the update is that of a model without the head, bit for bit."""
+    data = batch()
+    data.is_terminal[:] = False
+    off = replace(
+        SETTINGS,
+        imagination=replace(SETTINGS.imagination, learned_discount=False),
+        model=SETTINGS.model._replace(learned_discount=False),
+    )
+    without, unused = make(), make(discount_head=True)
+    unused.load_state_dict(without.state_dict(), strict=False)
+    head = values_of(unused.model.discount_head)
+    update, other = DreamerUpdate(without, SETTINGS), DreamerUpdate(unused, off)
+    for seed in (5, 6):
+        records = [u(data, generator(seed)) for u in (update, other)]
+        assert_same_scalars(*(record.scalars for record in records))
+    for name, value in without.state_dict().items():
+        assert torch.equal(unused.state_dict()[name], value), name
+    assert is_unchanged(unused.model.discount_head, head)
+    # Once in use, it starts to learn with fresh moments: Adam's first step.
+    other.configure(SETTINGS)
+    other(data, generator(7))
+    moments = other.model_optimizer.state
+    steps = {int(moments[p]["step"]) for p in unused.model.discount_head.parameters()}
+    assert steps == {1} and not is_unchanged(unused.model.discount_head, head)
+
+
+def test_an_untrained_discount_head_says_that_episodes_continue():
+    torch.manual_seed(0)
+    policy = DreamerPolicy(
+        spaces.Box(-1, 1, (OBSERVATION,)), spaces.Box(-1, 1, (A,)), discount_head=True
+    )
+    found = policy.model.discount(randn(1000, 230, seed=0))
+    assert 0.97 < found.median() < 1
 
 
 def test_the_subset_of_starts_is_drawn_from_the_generator(spied_starts):
@@ -508,18 +563,54 @@ def test_another_optimiser_state_is_another_recording():
     assert type(group["lr"]) is float and not group["capturable"]
 
 
+CHANGES = {
+    "gamma": {"imagination": replace(SETTINGS.imagination, gamma=0.5)},
+    "model": {"model": SETTINGS.model._replace(kl_scale=0.1, gamma=0.5)},
+    "estimator": {"estimator": estimators.make("lr")},
+    "steps": {"model_learning_rate": 0.05, "adam_eps": 1e-6},
+    "starts": {"imagination_starts": 7, "horizon": 4},
+    "compile": {"compile": True},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_settings_count_from_the_next_step_on(name):
+    """Two steps with the settings, and one with others, are what updates of their own do."""
+    others = replace(SETTINGS, **CHANGES[name])
+    one, two = make(discount_head=True), make(discount_head=True)
+    update, first = DreamerUpdate(one, SETTINGS), DreamerUpdate(two, SETTINGS)
+    for seed in (1, 2):
+        update(batch(seed), generator(seed)), first(batch(seed), generator(seed))
+    update.configure(others)
+    second = DreamerUpdate(two, others)
+    for optimizer in ("model_optimizer", "actor_optimizer", "critic_optimizer"):
+        moments = getattr(first, optimizer).state_dict()["state"]
+        groups = getattr(second, optimizer).state_dict()["param_groups"]
+        getattr(second, optimizer).load_state_dict({"state": moments, "param_groups": groups})
+    update(batch(3), generator(3)), second(batch(3), generator(3))
+    assert is_unchanged(one, values_of(two))
+    update.configure(SETTINGS)  # and back again
+    if name == "compile":
+        rssm = type(one.model.rssm)
+        assert one.model.rssm.recur.__func__ is rssm.recur
+        assert one.actor.hidden._compiled_call_impl is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", estimators.names())
 def test_an_update_as_cuda_graph_equals_the_eager_one(name):
-    """Before, at and after the recording, with a change of the rate in between."""
+    """Before, at and after the recording, with a change of rate, then of settings, in between."""
     policies, records = [], []
     for cuda_graph in (False, True):
         policy = make(discount_head=True).to("cuda")
         settings = replace(SETTINGS, estimator=estimators.make(name), cuda_graph=cuda_graph)
         update, source = DreamerUpdate(policy, settings), torch.Generator("cuda").manual_seed(5)
-        for i in range(EAGER_CALLS + 3):
+        for i in range(2 * EAGER_CALLS + 6):
             if i == EAGER_CALLS + 1:
                 update.set_learning_rate(5e-4)
+            if i == EAGER_CALLS + 3:
+                other = replace(settings.imagination, gamma=0.5)
+                update.configure(replace(settings, imagination=other, adam_eps=1e-2))
             data = SequenceBatch(*(x.to("cuda") for x in batch(10 * i)))
             records.append(update(data, source))
         policies.append(policy)

@@ -90,9 +90,14 @@ def test_images_of_another_size_are_refused():
 
 
 def test_the_whole_model_is_initialised():
-    """No layer keeps PyTorch's default: biases are zero, and recurrent weights are orthogonal."""
+    """No layer keeps PyTorch's default: biases are zero, and recurrent weights are orthogonal.
+
+    Only the discount head's last one is not: sigmoid(log(99)) = 0.99.
+    """
     model = LatentModel(IMAGE, A, **SIZES, discount_head=True)
-    assert not any(p.any() for name, p in model.named_parameters() if "bias" in name)
+    biases = {name: p for name, p in model.named_parameters() if "bias" in name and p.any()}
+    assert list(biases) == ["discount_head.6.bias"]
+    assert biases["discount_head.6.bias"].sigmoid().item() == pytest.approx(0.99)
     recurrent = model.rssm.cell.weight_hh
     torch.testing.assert_close(recurrent.T @ recurrent, torch.eye(DETER), rtol=0, atol=1e-5)
 
@@ -141,6 +146,33 @@ def test_every_parameter_learns():
         loss, _ = model.loss(*batch(shape), SETTINGS)
         gradients = torch.autograd.grad(loss.total, list(model.parameters()))
         assert all(g.abs().max() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("discount_head", [False, True])
+@pytest.mark.parametrize("border", [1, 3])
+def test_a_window_across_a_border_is_learned_like_its_two_parts(border, discount_head):
+    """Its loss, a mean over steps, and its gradient are the parts' means, weighted by length.
+
+    Actions and rewards at the border do not matter: the replay's are zeros, the model's input too.
+    """
+    model = make(discount_head=discount_head)
+    data = [x.clone() for x in batch()]
+    is_first = data[3]
+    is_first[1:] = False
+    is_first[border] = True
+    settings = SETTINGS._replace(free_nats=0.0)
+    whole, _ = model.loss(*data, settings)
+    parts = [model.loss(*(x[rows] for x in data), settings)[0]
+             for rows in (slice(0, border), slice(border, T))]  # fmt: skip
+    shares = border / T, 1 - border / T
+    for name, value in whole._asdict().items():
+        first, second = (getattr(part, name) for part in parts)
+        torch.testing.assert_close(value, shares[0] * first + shares[1] * second)
+    mixed = shares[0] * parts[0].total + shares[1] * parts[1].total
+    gradients = [torch.autograd.grad(x, list(model.parameters())) for x in (whole.total, mixed)]
+    torch.testing.assert_close(*gradients)
+    data[1][border] += 1  # the action that is not there
+    torch.testing.assert_close(model.loss(*data, settings)[0].total, whole.total, rtol=0, atol=0)
 
 
 def kl_of_steps(model, data):
@@ -273,14 +305,14 @@ def test_filter_without_noise_gives_the_mean_and_draws_nothing():
 
 
 def explicit_open_loop(model, data, context, seed):
-    """Filter, then imagine, one step at a time with the same noise."""
+    """Filter, then imagine, one step at a time with the same noise; both begin anew at resets."""
     observations, actions, _, is_first, _, _ = data
     source = generator(seed)
     noise = torch.cat([torch.randn(n, B, STOCH, generator=source) for n in (context, T - context)])
     state, decoded = model.rssm.initial(B), []
     with torch.no_grad():
         for t in range(T):
-            keep = 1 - is_first[t].float().unsqueeze(-1) if t < context else torch.ones(B, 1)
+            keep = 1 - is_first[t].float().unsqueeze(-1)
             state = State(state.deter * keep, state.stoch * keep)
             deter = model.rssm.recur(state, actions[t] * keep)
             found = model.rssm.prior(deter)
@@ -300,10 +332,36 @@ def test_open_loop_filters_then_imagines(shape, context):
         observations, actions, is_first, context=context, generator=generator(7)
     )
     assert found.shape == observations.shape and not found.requires_grad
-    torch.testing.assert_close(found, explicit_open_loop(model, data, context, 7))
+    expected = explicit_open_loop(model, data, context, 7)
+    torch.testing.assert_close(found, expected, check_dtype=False)
     if len(shape) == 1:  # in the units of the observation
         features = observed(model, data)[0].features
         torch.testing.assert_close(model.decoder(features), symexp(model.decoder.net(features)))
+
+
+def test_an_offset_shifts_what_is_learned_and_predicted():
+    """Loss, states and predictions of shifted vectors are those of the vectors, in float64."""
+    model, shifted, data = make(), make(), batch()
+    observations, *others = data
+    shift = torch.tensor([2.0**20, -(2.0**30), 0.0, 3.0], dtype=torch.float64)
+    shifted.set_offset(shift)
+    moved = observations.double() + shift
+    shifted_by = moved - shift  # what float64 keeps of them
+    loss, states = model.loss(shifted_by.float(), *others, SETTINGS)
+    found, posterior = shifted.loss(moved, *others, SETTINGS)
+    assert torch.equal(found.total, loss.total) and torch.equal(posterior.stoch, states.stoch)
+    run = {"context": 2}
+    plain = model.open_loop(shifted_by, others[0], others[2], **run, generator=generator(7))
+    other = shifted.open_loop(moved, others[0], others[2], **run, generator=generator(7))
+    torch.testing.assert_close(other, plain + shift, rtol=0, atol=1e-6)
+    restored = make()
+    restored.load_state_dict(shifted.state_dict())
+    assert torch.equal(restored.offset, shift)
+    old = {name: value for name, value in shifted.state_dict().items() if name != "offset"}
+    restored.load_state_dict(old)  # a file of an older version
+    assert not restored.offset.any()
+    make(IMAGE).set_offset(torch.zeros(3, 64, 64))  # nothing for images
+    assert "offset" not in make(IMAGE).state_dict()
 
 
 def test_open_loop_does_not_look_ahead():

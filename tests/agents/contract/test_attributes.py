@@ -1,0 +1,100 @@
+"""Arguments that are set as attributes count as if they had been passed, or are refused."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.agents.contract.conftest import SIZES, Maker
+from tests.agents.contract.environments import CountingEnv
+from totalprop.agents import AGENTS
+from totalprop.agents.core.validation import constructor_hints
+
+# What is no setting of the method: stable-baselines3's own behaviour.
+NOT_SETTINGS = {
+    "policy", "env", "tensorboard_log", "verbose", "seed", "device", "stats_window_size",
+    "_init_setup_model",
+}  # fmt: skip
+# A value of every argument that is neither its default nor that of the small sizes.
+OTHERS: dict[str, dict[str, Any]] = {
+    "pipps": {
+        "learning_rate": 0.5, "estimator": "lr", "leg": "biw", "cross_fit": True, "horizon": 4,
+        "n_particles": 8, "gradient_steps": 3, "optimizer": "rmsprop2018", "adam_eps": 0.1,
+        "momentum": 0.5, "random_trials": 2, "model_uncertainty": False, "noise_multiplier": 3.0,
+        "gp_evaluations": 5, "max_points": 9, "angle_dims": (1,), "policy_kwargs": {"n_centres": 5},
+        "cost_fn": lambda states: states.sum(-1),
+    },
+    "dreamer": {
+        "learning_rate": 0.5, "estimator": "lr", "baseline": "critic", "horizon": 4,
+        "stop_grad_actor_input": False, "gamma": 0.5, "lam": 0.5, "discount_weights": False,
+        "entropy_scale": 0.5, "model_learning_rate": 0.1, "adam_eps": 0.1, "max_grad_norm": 0.1,
+        "batch_size": 4, "sequence_length": 4, "imagination_starts": 5, "buffer_size": 300,
+        "storage": "device", "learning_starts": 21, "train_freq": 3, "gradient_steps": 2,
+        "exploration_noise": 0.9, "kl_scale": 0.5, "free_nats": 0.0, "free_nats_per_step": True,
+        "discount_head": False, "discount_scale": 3.0, "pretrained_world_model": "model.zip",
+        "nonfinite": "skip", "bf16": True, "compile": True, "cuda_graph": True,
+        "policy_kwargs": {"deter": 6},
+    },
+    "daappo": {
+        "learning_rate": 0.1, "n_steps": 14, "batch_size": 4, "n_epochs": 2, "gamma": 0.5,
+        "gae_lambda": 0.5, "clip_range": 0.01, "clip_range_vf": 0.01, "normalize_advantage": False,
+        "ent_coef": 0.1, "vf_coef": 0.1, "max_grad_norm": 0.01, "target_kl": 1e-9,
+        "action_source": "none", "n_extra_actions": 3, "simulation_horizon": 1,
+        "grow_fraction": 0.5, "estimator": "rp", "real_advantage": "matched_horizon",
+        "extra_baseline": "leave-one-out", "timeout_bootstrap": False, "separate_grad_clip": True,
+        "dynamics_target": "next", "dynamics_normalise": False, "dynamics_width": 4,
+        "dynamics_activation": "leaky_relu", "dynamics_learning_rate": 0.1, "dynamics_eps": 0.1,
+        "dynamics_batch_size": 3, "dynamics_steps": 1, "dynamics_buffer_size": 8,
+        "dynamics_warmup": 8, "n_q": 1, "policy_kwargs": {"net_arch": [4]},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_every_argument_has_another_value(agent):
+    arguments = set(constructor_hints(AGENTS[agent].cls)) - NOT_SETTINGS
+    assert set(OTHERS.get(agent, {})) == arguments, f"complete OTHERS in {__file__}"
+
+
+@pytest.mark.parametrize(
+    ("agent", "name"), [(agent, name) for agent in SIZES for name in OTHERS.get(agent, {})]
+)
+@pytest.mark.filterwarnings("ignore:the environment terminates episodes")
+def test_an_attribute_that_is_set_counts_as_if_it_had_been_passed(agent, name):
+    """After the same steps the parameters are the same, bit for bit; or a sentence says why not."""
+    make, value = Maker(agent), OTHERS[agent][name]
+    late = make()
+    setattr(late, name, value)
+    if name in make.cls.fixed_arguments:
+        with pytest.raises(ValueError, match=f"^{name} cannot be changed any more: the agent was"):
+            late.learn(28)
+        return
+    assert_same(late.learn(28), make(**{name: value}).learn(28))
+
+
+@pytest.mark.parametrize("agent", SIZES)
+def test_a_setting_may_change_between_two_calls_of_learn(agent):
+    make = Maker(agent)
+    first, second = make().learn(14), make().learn(14)
+    second.learning_rate = 0.5
+    for each in (first, second):
+        each.learn(14, reset_num_timesteps=False)
+    assert not torch.equal(parameters(first), parameters(second))
+
+
+@pytest.mark.parametrize("agent", SIZES)
+def test_a_wrong_value_that_is_set_is_the_constructor_s_sentence(agent):
+    made = Maker(agent)(CountingEnv())
+    made.learning_rate = -1.0
+    with pytest.raises(ValueError, match=r"^learning_rate must be .* got -1\.0$"):
+        made.learn(28)
+    assert made.num_timesteps == 0
+
+
+def parameters(agent):
+    return torch.nn.utils.parameters_to_vector(agent.policy.parameters()).detach().clone()
+
+
+def assert_same(agent, other):
+    assert agent.num_timesteps == other.num_timesteps == 28
+    assert torch.equal(parameters(agent), parameters(other))
