@@ -201,7 +201,8 @@ class Algorithm(BaseAlgorithm):
 
         It reads every entry once. Set `check_observations` to False to save that time.
         """
-        if not self.check_observations:
+        is_pair = isinstance(observation, tuple)  # of Gymnasium's reset, which policies refuse
+        if is_pair or not self.check_observations:
             return
         parts = observation.items() if isinstance(observation, dict) else [("", observation)]
         for key, part in parts:
