@@ -211,7 +211,9 @@ def check_arguments(agent: BaseAlgorithm) -> None:
         )
     names = constructor_hints(type(agent))
     values = {name: getattr(agent, name) for name in names if hasattr(agent, name)}
-    check_values(type(agent), **values, stats_window_size=agent._stats_window_size)
+    if "stats_window_size" in names:  # not if the constructor is stable-baselines3's
+        values["stats_window_size"] = agent._stats_window_size
+    check_values(type(agent), **values)
 
 
 def check_values(cls: type, **values: Any) -> None:
