@@ -111,7 +111,7 @@ def simulate(
     rows_of_steps: list[Rows] = []
     least = 6 if estimator.cross_fit else 3  # samples that choose k
     for t in range(horizon):
-        start, u = x[under_way], x.new_zeros(len(x), policy.n_controls)
+        start, u = _get(x, under_way), x.new_zeros(len(x), policy.n_controls)
         if len(start):
             step_controls = act(start)
             found = model.dynamics.predict(start, step_controls)
@@ -127,14 +127,14 @@ def simulate(
             arrived, credited = node(
                 found.mean,
                 std,
-                noise.model[t][under_way],
-                credit[under_way],
+                _get(noise.model[t], under_way),
+                _get(credit, under_way),
                 probe=probe,
-                tap=None if tap is None else tap[under_way],
+                tap=None if tap is None else _get(tap, under_way),
                 meter=meters[t],
             )
             if noise.resample is not None and len(start) > 1:
-                arrived = gaussian_resample(arrived, noise.resample[t][under_way])
+                arrived = gaussian_resample(arrived, _get(noise.resample[t], under_way))
             x, credit = _put(x, under_way, arrived), _put(credit, under_way, credited)
             u = _put(u, under_way, step_controls)
             rows_of_steps.append(under_way)
@@ -156,6 +156,11 @@ def simulate(
         costs = weight * costs + (1 - weight) * model.termination_cost
     loss = assign_credit(costs, torch.stack(credits)).sum(0).mean()
     return loss, costs.detach(), path.detach()
+
+
+def _get(whole: Tensor, rows: Rows) -> Tensor:
+    """Some of the rows; all of them without a node in the graph."""
+    return whole if isinstance(rows, slice) else whole[rows]
 
 
 def _put(whole: Tensor, rows: Rows, part: Tensor) -> Tensor:
