@@ -155,7 +155,8 @@ def _check_statistics(name: str, current: RunningMeanStd, value: dict[str, Any])
 
 def _is_of_each(value: Any, n: int) -> bool:
     is_array = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
-    return is_array and value.shape[:1] == (n,) and bool(np.isfinite(value).all())
+    is_array = is_array and (value.shape[:1] == (n,) or not value.size)  # none before a step
+    return is_array and bool(np.isfinite(value).all())
 
 
 def layers_of(env: VecEnv | None) -> tuple[list[VecEnvWrapper], VecEnv | None]:
