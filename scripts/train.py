@@ -82,7 +82,7 @@ class Stopwatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._before, self._started = state["seconds"], time.perf_counter()
+        self._before, self._started = float(state["seconds"]), time.perf_counter()
 
 
 def sentence(error: Exception) -> str:

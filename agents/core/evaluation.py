@@ -13,6 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from tqdm import tqdm
 
+from totalprop.agents.core.validation import is_finite, is_whole
 from totalprop.agents.persistence import env_state, safe_file
 
 
@@ -77,16 +78,27 @@ class Evaluation(BaseCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the evaluations so far and the state of the environments, for a checkpoint."""
+        is_table = len({len(returns) for returns in self.returns}) == 1
         return {
             "timesteps": self.timesteps,
-            "returns": self.returns,
+            # An array, for the JSON of a checkpoint has a bound on its values.
+            "returns": np.array(self.returns) if is_table else self.returns,
             "evaluated": self._evaluated,
             "environments": env_state.snapshot(self.eval_env),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.timesteps, self.returns = state["timesteps"], state["returns"]
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: it is not that; a file may hold anything.
+        """
+        steps, returns = state["timesteps"], state["returns"]
+        returns = returns.tolist() if isinstance(returns, np.ndarray) else returns
+        is_right = len(steps) == len(returns) and all(map(is_whole, [*steps, state["evaluated"]]))
+        if not (is_right and all(returns) and all(is_finite(x) for row in returns for x in row)):
+            raise ValueError("it does not hold steps and returns of evaluations")
+        self.timesteps, self.returns = list(steps), returns
         self._evaluated = state["evaluated"]
         self._last = self.timesteps[-1] if self.timesteps else 0
         env_state.restore(self.eval_env, state["environments"])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -77,18 +78,28 @@ class SizeLimit(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call `func`; large memory is not in use before it is written to."""
-        result = func(*args, **(kwargs or {}))
+        """Call `func` if the memory that it asks for is within the limits."""
+        kwargs = kwargs or {}
         if func in _FACTORIES:
-            size = result.numel()
+            shape = _asked(args, kwargs)
+            size = math.prod(shape)
             self.elements -= size
             self.tensors -= 1
             if size > self.largest or self.elements < 0 or self.tensors < 0:
                 raise BadFileError(
                     f"its settings ask for networks larger than those it holds (a tensor of "
-                    f"{shown(list(result.shape))})"
+                    f"{shown(list(shape))})"
                 )
-        return result
+        return func(*args, **kwargs)
+
+
+def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[int]:
+    """The shape that is asked of a factory, as `size`, a sequence or several numbers."""
+    if "size" in kwargs:
+        return kwargs["size"]
+    if args and isinstance(args[0], Sequence):
+        return args[0]
+    return [arg for arg in args if isinstance(arg, int)]
 
 
 def _collect_sizes(value: Any, found: list[int]) -> None:

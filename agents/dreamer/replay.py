@@ -319,6 +319,8 @@ class SequenceReplay:
                 f"{self.n_envs}"
             )
         for env, segments in enumerate(state["replay"]):
+            if not segments:  # an episode begins with an entry
+                raise ValueError(f"it holds no entries of environment {env}")
             self._segments[env].load(folder, segments, self._ring, partial(self._put_rows, env))
 
     def _rows(self, env: int, first: int, stop: int) -> dict[str, np.ndarray]:

@@ -237,6 +237,8 @@ class Checkpoints(BaseCallback):
             try:
                 values = safe_file.read(path, f"{cls.__name__} {KIND}")
                 n_envs = int(values["agent"]["attributes"]["n_envs"])
+                if not all(isinstance(name, str) for name in values["files"]):
+                    raise ValueError("its files are not names")
             except (OSError, *safe_file.UNREADABLE) as error:
                 problems[path] = _reason(path, error)
                 continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import (
@@ -21,7 +22,10 @@ from stable_baselines3.common.vec_env import (
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 # Attributes of stable-baselines3's Monitor, which wraps the Rewindable from outside.
-MONITOR = ("rewards", "needs_reset", "episode_returns", "episode_lengths", "total_steps")
+MONITOR: dict[str, type] = {
+    "rewards": list, "needs_reset": bool, "episode_returns": list, "episode_lengths": list,
+    "total_steps": int,
+}  # fmt: skip
 LAYERS: dict[type, tuple[str, ...]] = {  # stable-baselines3's vector wrappers: their state
     VecTransposeImage: (),
     VecCheckNan: (),
@@ -74,14 +78,17 @@ def restore(env: VecEnv | None, state: dict[str, Any]) -> bool:
 
     Raises:
         OtherEnvironment: the vector environment has another number of wrappers.
+        ValueError: the state is not one of such environments; nothing but wrappers has changed.
     """
     layers, inner = layers_of(env)
+    _check(state, inner)
     if len(layers) != len(state["layers"]):
         raise OtherEnvironment(
             f"the checkpoint's environment has {len(state['layers'])} vector wrapper(s), env has "
             f"{len(layers)}; wrap it as it was (VecNormalize, VecMonitor, ...)"
         )
     for layer, values in zip(layers, state["layers"], strict=True):
+        _check_layer(layer, values)
         for name, value in values.items():
             current = getattr(layer, name, None)
             if isinstance(current, RunningMeanStd):
@@ -97,6 +104,59 @@ def restore(env: VecEnv | None, state: dict[str, Any]) -> bool:
         for i, value in enumerate(of_each or ()):
             inner.set_attr(name, value, indices=i)
     return True
+
+
+def _check(state: dict[str, Any], inner: VecEnv | None) -> None:
+    """Raise ValueError for a state that `snapshot` does not return; a file may hold any."""
+    n, environments = 0 if inner is None else inner.num_envs, state["environments"]
+    if environments is not None and not (isinstance(environments, list) and len(environments) == n):
+        raise ValueError(f"it does not hold the states of {n} environments")
+    is_right = len(state["seeds"]) == n and all(
+        seed is None or isinstance(seed, int | np.integer) for seed in state["seeds"]
+    )
+    monitors = dict(zip(MONITOR, state["monitors"], strict=environments is not None))
+    for name, of_each in monitors.items():
+        is_right &= of_each is None or (
+            len(of_each) == n and all(isinstance(value, MONITOR[name]) for value in of_each)
+        )
+    if not is_right:
+        raise ValueError(f"its seeds, or Monitor's records, are not those of {n} environments")
+
+
+def _check_layer(layer: VecEnvWrapper, values: dict[str, Any]) -> None:
+    names = LAYERS.get(type(layer), ())
+    needed = {name for name in names if hasattr(layer, name)}
+    if not needed <= values.keys() <= set(names):
+        raise ValueError(f"it does not hold the state of {type(layer).__name__}")
+    for name, value in values.items():
+        current = getattr(layer, name, None)
+        if isinstance(current, RunningMeanStd):
+            _check_statistics(name, current, value)
+        elif name == "episode_count":
+            if not isinstance(value, int):
+                raise ValueError(f"its {name} is not a whole number")
+        elif isinstance(layer.observation_space, spaces.Dict) and isinstance(value, dict):
+            continue
+        elif not _is_of_each(value, layer.num_envs):
+            raise ValueError(f"its {name} is not that of {layer.num_envs} environments")
+
+
+def _check_statistics(name: str, current: RunningMeanStd, value: dict[str, Any]) -> None:
+    mean, var, count = (np.asarray(value[key]) for key in ("mean", "var", "count"))
+    is_right = (
+        mean.shape == var.shape == np.shape(current.mean)
+        and mean.dtype.kind == var.dtype.kind == count.dtype.kind == "f"
+        and bool(np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all())
+        and bool(np.isfinite(count) and count > 0)
+    )
+    if not is_right:
+        raise ValueError(f"its {name} is not a mean and variance of shape {np.shape(current.mean)}")
+
+
+def _is_of_each(value: Any, n: int) -> bool:
+    is_array = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+    is_array = is_array and (value.shape[:1] == (n,) or not value.size)  # none before a step
+    return is_array and bool(np.isfinite(value).all())
 
 
 def layers_of(env: VecEnv | None) -> tuple[list[VecEnvWrapper], VecEnv | None]:

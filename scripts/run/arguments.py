@@ -28,6 +28,7 @@ from docstring_parser import parse as parse_docstring
 from totalprop.agents import AGENTS
 from totalprop.agents.core.validation import RANGES, constructor_hints
 from totalprop.agents.persistence import safe_file
+from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import add_import, check_import, parse_env_args
 from totalprop.scripts.run.job import NOT_FLAGS, Job, RunOptions
@@ -144,22 +145,23 @@ def _parse(arguments: list[str], usage: str) -> Job:
         print(f"{usage}\nagents: {known}  (totalprop train AGENT --help lists its flags)")
         if agent in ("-h", "--help"):
             raise SystemExit(0)
-        what = f"unknown agent '{agent}'" if agent else "an agent must be named"
+        what = f"unknown agent {shown(agent)}" if agent else "an agent must be named"
         raise UserError(f"{what}; choose one of {known}")
     if (named := settings.pop("agent", agent)) != agent:
         raise UserError(f"{config} is for {named}, not {agent}")
     flags = arguments[1:]
     preset = _take(flags, "--preset")
-    in_config = settings.pop("preset", "")
+    in_config = str(settings.pop("preset", None) or "")
     entry, preset = AGENTS[agent], in_config if preset is None else preset
     if preset not in entry.presets and not (preset == in_config == ""):
-        raise UserError(f"unknown preset '{preset}'; choose one of {', '.join(entry.presets)}")
+        raise UserError(f"unknown preset {shown(preset)}; choose one of {', '.join(entry.presets)}")
     defaults = _defaults(agent, preset)
+    is_own = any(flag.partition("=")[0] in ("--env-id", "--env_id") for flag in flags)
     if config is not None:
-        if not any(flag.partition("=")[0] in ("--env-id", "--env_id") for flag in flags):
-            _check_import(settings, Path(config), imports)
         flags = [*_as_flags(settings, config, defaults), *flags]
     run, own, policy = _parse_flags(agent, flags, defaults)
+    if config is not None and not is_own:
+        _check_import(run.env_id, Path(config), imports)
     # A run's config.json holds all arguments of its environment, and the preset may have changed.
     is_of_a_run = (
         config is not None and preset == in_config and not config.endswith((".yaml", ".yml"))
@@ -176,11 +178,11 @@ def _parse(arguments: list[str], usage: str) -> Job:
     )
 
 
-def _check_import(settings: dict[str, Any], config: Path, imports: list[str]) -> None:
+def _check_import(env_id: str, config: Path, imports: list[str]) -> None:
     """An environment's module is named by the command line, too, before it is imported."""
     is_run = config.is_dir() or config.name == "config.json"
     within = None if not is_run else config if config.is_dir() else config.parent
-    check_import(str(settings.get("env_id", "")), config, imports, within=within)
+    check_import(env_id, config, imports, within=within)
 
 
 def _take(arguments: list[str], flag: str) -> str | None:
@@ -296,18 +298,24 @@ def _as_flags(settings: dict[str, Any], config: str, defaults: Sequence[Any]) ->
     known = [field.name for part in defaults for field in dataclasses.fields(part)]
     flags = []
     for name, value in settings.items():
-        if name == "env_args" and isinstance(value, dict):
+        if name == "env_args":
+            if not isinstance(value, dict):
+                raise UserError(f"{config}: env_args must be a mapping, got {shown(value)}")
             flags += [f"--env-arg={key}={item}" for key, item in value.items()]
             continue
         if name not in known:
             near = difflib.get_close_matches(name, [*known, "env_args", "preset", "agent"], 1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"{config} sets '{name}', which is not a setting{hint}")
+            raise UserError(f"{config} sets {shown(name)}, which is not a setting{hint}")
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             flags.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list | tuple | dict):
-            flags += [flag, *to_words(value)]
+            parts = value.values() if isinstance(value, dict) else [value]
+            words = to_words(value) if all(isinstance(part, list) for part in parts) else ["--"]
+            if any(word.startswith("--") for word in words):  # it would be a flag of its own
+                raise UserError(f"{config}: {name} cannot be {shown(value)}")
+            flags += [flag, *words]
         else:
             flags.append(f"{flag}={value}")
     return flags

@@ -166,8 +166,9 @@ class RunFolder:
             raise UserError(
                 f"{self.config} lacks {', '.join(missing)}: it is not the config of a run"
             )
-        for name, (kind, _) in CONFIG.items():
-            if config.get(name) is not None and not isinstance(config[name], kind):
+        for name, (kind, is_needed) in CONFIG.items():
+            is_there = is_needed or config.get(name) is not None
+            if is_there and not isinstance(config[name], kind):
                 noun = "a text" if kind is str else "an object"
                 raise UserError(f"{self.config}: {name} must be {noun}, got {shown(config[name])}")
         if config["agent"] not in AGENTS:

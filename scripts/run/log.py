@@ -79,6 +79,8 @@ class ResumableCSV(KVWriter):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the checkpoint's last row; rows written after it are dropped."""
         self.keys, self.n_rows = list(state["keys"]), state["rows"]
+        if not (isinstance(self.n_rows, int) and all(isinstance(key, str) for key in self.keys)):
+            raise ValueError("it does not hold the columns and the number of rows of a table")
         if self.n_rows and not self.path.exists():
             print(f"{self.path} is gone: its first {self.n_rows} rows are lost, logging continues")
             self.n_rows = 0

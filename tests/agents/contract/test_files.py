@@ -8,6 +8,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import given as given_any
+from hypothesis import strategies as st
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
@@ -15,8 +18,10 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tests.agents.contract.conftest import Maker
 from tests.agents.contract.environments import CountingEnv, OtherSpaces, vector
 from tests.agents.contract.probes import assert_same, assert_same_agents, parameters
+from tests.agents.persistence import hostile_files
 from totalprop import estimators
 from totalprop.agents import AGENTS
+from totalprop.agents.persistence.checkpoint import Checkpoints
 
 # What is kept of a trained agent
 
@@ -143,6 +148,70 @@ def test_a_file_of_another_library_is_not_unpickled(make, tmp_path):
     with pytest.raises(ValueError, match="cannot load") as error:
         make.cls.load(tmp_path / "ppo")
     assert "\n" not in str(error.value)
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 9), st.floats(), st.text(max_size=3),
+    st.sampled_from([[], {}, [5, 5], [[1.0]], {"a": None}, 2**70, {"$number": ["<f8", 0.5]}]),
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given_any(data=st.data())
+def test_a_file_with_any_other_value_is_refused_or_an_agent_that_works(
+    make, file, tmp_path, monkeypatch, data
+):
+    """One member of the document is another JSON value: an attribute, a size, a moment's name."""
+    monkeypatch.chdir(tmp_path)  # tensorboard_log is a value, too
+    document, tensors = hostile_files.take_apart(file)
+    node = document["values"]
+    while True:
+        keys = sorted(node) if isinstance(node, dict) else range(len(node))
+        key = data.draw(st.sampled_from(keys))
+        if not (isinstance(node[key], dict | list) and node[key]) or data.draw(st.booleans()):
+            break
+        node = node[key]
+    node[key] = data.draw(VALUES)
+    hostile_files.put_together(tmp_path / "other.zip", document, tensors)
+    try:
+        agent = make.cls.load(tmp_path / "other.zip", env=CountingEnv(), device="cpu")
+    except ValueError as error:
+        text = str(error)
+        assert text.startswith("cannot load") and "\n" not in text and len(text) < 700
+        return
+    agent.predict(agent.observation_space.sample())
+    if agent.n_envs == 1 and key not in ("compile", "_needs_cost_fn"):
+        try:
+            agent.learn(14, reset_num_timesteps=False)
+        except FloatingPointError:  # a step size of 9 is one
+            return
+    agent.save(tmp_path / "again")
+    make.cls.load(tmp_path / "again", device="cpu")
+
+
+def test_what_could_not_be_loaded_is_not_saved(make, trained, tmp_path):
+    """Neither networks nor what optimisers keep; the older file and checkpoint remain."""
+    agent = make().learn(21)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.init_callback(agent)
+    for name, state in trained.get_parameters().items():
+        agent.set_parameters(copy.deepcopy(trained.get_parameters()))
+        agent.save(tmp_path / "agent")
+        checkpoints.save()
+        before = (tmp_path / "agent.zip").read_bytes(), checkpoints.paths()
+        values = agent.get_parameters()[name]
+        if "param_groups" in state:
+            values = values["state"].get(0, {})
+        tensors = [x for x in values.values() if x.is_floating_point() and x.dim() and len(x)]
+        if not tensors:
+            continue
+        with torch.no_grad():
+            tensors[-1].view(-1)[0] = np.inf
+        for save in (checkpoints.save, lambda: agent.save(tmp_path / "agent")):
+            with pytest.raises(FloatingPointError, match=f"in '{name}' holds a NaN or infinity"):
+                save()
+        assert before == ((tmp_path / "agent.zip").read_bytes(), checkpoints.paths())
+        make.cls.load(tmp_path / "agent", device="cpu")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])

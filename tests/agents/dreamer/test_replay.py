@@ -2,6 +2,7 @@
 
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import gymnasium as gym
@@ -437,6 +438,79 @@ def test_loading_into_another_kind_of_replay_is_refused_and_changes_nothing(tmp_
             other.load(path)
         assert len(other) == other.n_envs
         assert other.sample(1, 1, np.random.default_rng(0)).observation.min() == 1
+
+
+HOSTILE = {
+    "missing": (lambda a: a.pop("reward/1/0"), "reward of environment 1 does not hold its 20"),
+    "dtype": (lambda a: a.update({"reward/1/0": a["reward/1/0"].astype("f8")}), "float64"),
+    "object": (lambda a: a.update({"reward/1/0": a["reward/1/0"].astype(object)}), "reward/1/0"),
+    "shape": (lambda a: a.update({"action/0/0": a["action/0/0"][:, :1]}), "holds float32 of"),
+    "axes": (lambda a: a.update({"reward/0/0": a["reward/0/0"][:, None]}), "holds float32 of"),
+    "short": (lambda a: a.update({"reward/2/0": a["reward/2/0"][:9]}), "does not hold its 20"),
+    "long": (lambda a: a.update({"reward/2/0": np.ones(21, "f4")}), "does not hold its 20"),
+    "twice": (lambda a: a.update({"reward/2/4": np.ones(16, "f4")}), "does not hold its 20"),
+    "gap": (lambda a: a.update({"reward/2/4": a.pop("reward/2/0")}), "does not hold its 20"),
+    "unknown": (lambda a: a.update({"prize/0/0": np.ones(20, "f4")}), "unknown member"),
+    "other env": (lambda a: a.update({"reward/7/0": np.ones(20, "f4")}), "holds float32 of"),
+    "negative": (lambda a: a.update({"reward/0/-5": np.ones(5, "f4")}), "unknown member"),
+    "no layout": (lambda a: a.pop("layout"), "it lacks its layout"),
+    "layout": (lambda a: a.update(layout=np.array(3)), "layout is not a text"),
+    "counts": (lambda a: a.update(filled=np.array([20, 20])), r"counts \[20, 20\]"),
+    "reals": (lambda a: a.update(filled=np.array([20.0] * 3)), "not whole numbers"),
+    "below 0": (lambda a: a.update(filled=np.array([20, 20, -1])), r"counts \[20, 20, -1\]"),
+    "too many": (lambda a: a.update(filled=np.array([20, 20, 10**9])), "room for 20"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_file_that_lies_is_refused_before_anything_is_copied(name, tmp_path):
+    """What no member holds would be whatever was in memory."""
+    replay, _ = filled(50, 60)
+    replay.save(tmp_path / "replay.npz")
+    with np.load(tmp_path / "replay.npz") as file:
+        arrays = dict(file)
+    change, words = HOSTILE[name]
+    change(arrays)
+    np.savez(tmp_path / "replay.npz", **arrays)
+    other, _ = filled(50, 60)
+    for load in (other.check, other.load):
+        with pytest.raises(ValueError, match=words) as error:
+            load(tmp_path / "replay.npz")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert len(other) == 60
+    assert_same(every_window(other, 3), every_window(replay, 3))
+
+
+def test_positions_that_no_episode_has_are_refused(tmp_path):
+    replay, _ = filled(50, 60)
+    replay.save(tmp_path / "replay.npz")
+    for wrong in (-1, 1000):
+        with np.load(tmp_path / "replay.npz") as file:
+            arrays = dict(file)
+        arrays["position/1/0"][5] = wrong
+        np.savez(tmp_path / "wrong.npz", **arrays)
+        with pytest.raises(ValueError, match="are not those of episodes"):
+            make(60).load(tmp_path / "wrong.npz")
+
+
+@pytest.mark.parametrize("compress", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_a_large_header_is_refused_without_reading_it(compress, tmp_path):
+    """Compressed, 3 MB became 3 GB; stored, a header says more than its member has."""
+    replay, _ = filled(50, 60)
+    replay.save(tmp_path / "replay.npz")
+    with zipfile.ZipFile(tmp_path / "replay.npz", "a", compress) as file:
+        header = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<f4', 'fortran_order': False, "
+        header += b"'shape': (99999999999,), }".ljust(0x76 - 41) + b"\n"
+        file.writestr("reward/0/20.npy", header + bytes(10**6))
+    words = "compressed" if compress else "not as long as its header says"
+    with pytest.raises(ValueError, match=words):
+        make(60).check(tmp_path / "replay.npz")
+
+
+def test_a_pipe_is_no_replay(tmp_path):
+    os.mkfifo(tmp_path / "replay.npz")
+    with pytest.raises(ValueError, match="a pipe, not a file"):
+        make(60).check(tmp_path / "replay.npz")
 
 
 def test_a_load_that_fails_half_way_leaves_an_empty_replay(tmp_path, monkeypatch):

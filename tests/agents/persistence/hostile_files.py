@@ -69,6 +69,8 @@ def make_all(good: Path, folder: Path, proof: Path) -> dict[str, tuple[Path, str
     maker.documents()
     maker.attributes()
     maker.weights()
+    maker.meanings()
+    maker.sizes()
     return maker.made
 
 
@@ -259,6 +261,57 @@ class _Maker:
             "tensors_overlap": _overlapping(), "tensors_pickle": self.pickled,
         }.items():  # fmt: skip
             self.add(name, DAMAGED, lambda p, data=data: put_together(p, self.document, data))
+
+    def meanings(self) -> None:
+        """Values of the right type that no agent has."""
+        ten = {"$number": ["<i8", 10]}
+        for name, value, words in (
+            ("num_timesteps", "x", "num_timesteps must be at least 0"),
+            ("num_timesteps", -1, "num_timesteps must be at least 0"),
+            ("seed", "x", "seed must be a whole number"),
+            ("verbose", [1], "verbose must be a whole number"),
+            ("angle_dims", {"$tuple": ["x"]}, "angle_dims must be a tuple"),
+            ("momentum", float("nan"), "momentum must be"),
+            ("noise_multiplier", 2**70, "noise_multiplier must be at most"),
+            ("learning_rate", {"$linear": [0.1, -0.1, 1.0]}, "learning_rate must be a schedule"),
+            ("learning_rate", {"$linear": [0.1, 0.0, 0.0]}, "linear schedule"),
+            ("ep_info_buffer", {"$deque": [{"r": "x", "l": 1}], "maxlen": 9}, "ep_info_buffer"),
+            ("ep_success_buffer", None, "only one of ep_info_buffer"),
+            ("_start_observations", [ten], "_start_observations"),
+            ("_last_obs", [1.0], "_last_obs is not one observation"),
+            ("n_envs", 3, "_last_obs is not one observation of each of 3"),
+            ("_last_episode_starts", None, "_last_episode_starts"),
+            ("_current_progress_remaining", None, "_current_progress_remaining"),
+            ("policy_kwargs", [4], "policy_kwargs must be a dict"),
+            ("action_space", {"$box": [0, 1, "<f4"]}, "a Box without bounds"),
+        ):
+            number = len(self.made)
+            self.add(f"meaning_{number}_{name}", words, self.attribute(name, value))
+        for name in ("inputs", "targets"):
+            self.add(f"gp_{name}_shorter", "inputs and targets in 'dynamics' differ in length",
+                     self.changed(lambda d, t, name=name: _halve(d, t, name)))  # fmt: skip
+
+    def sizes(self) -> None:
+        """Small files of what would be large agents."""
+        twice = {key: {"$tensor": "0"} for key in ("a", "b")}
+        self.add("tensor_used_twice", "used twice", self.attribute("policy_kwargs", twice))
+        legs = ["tpx", ["score"] * 40, "none", False]
+        self.add("many_legs", "40 legs", self.attribute("estimator", {"$estimator": legs}))
+        width = {"n_centres": 10**8}
+        self.add("wide_network", "larger than those it holds",
+                 self.attribute("policy_kwargs", width))  # fmt: skip
+        text = '{"format": 2, "kind": "PIPPS model", "values": [' + "{}," * (10**7) + "{}]}"
+        self.add("many_values", "values, more than", _members(
+            **{"data": text.encode(), "tensors.safetensors": self.content[:8]}
+        ))  # fmt: skip
+        self.add("void_number", "not a number",
+                 self.attribute("seed", {"$number": ["|V1000000000", 1]}))  # fmt: skip
+
+
+def _halve(document: dict[str, Any], tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Half of the GP's data of one kind."""
+    key = document["values"]["parameters"]["dynamics"][name]["$tensor"]
+    tensors[key] = tensors[key][: len(tensors[key]) // 2].clone()
 
 
 def _one_more(tensors: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from collections import deque
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, Line
 import totalprop.envs  # noqa: F401
 from tests.agents.persistence import hostile_files
 from totalprop import estimators
-from totalprop.agents import PIPPS
+from totalprop.agents import DAAPPO, PIPPS, DreamerTPX
 from totalprop.agents.persistence import safe_file
+
+SMALL_DREAMER = {"policy_kwargs": {"stoch": 3, "deter": 5, "hidden": 5, "width": 5}}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def hostile(good, tmp_path_factory):
 
 def test_hostile_and_broken_files_are_one_sentence_each_and_execute_nothing(hostile):
     proof, files = hostile
-    assert len(files) >= 40
+    assert len(files) >= 90
     for name, (path, words) in files.items():
         with pytest.raises(ValueError, match=words) as error:
             PIPPS.load(path, device="cpu")
@@ -45,6 +48,72 @@ def test_hostile_and_broken_files_are_one_sentence_each_and_execute_nothing(host
         assert text.startswith("cannot load") and "\n" not in text and len(text) < 700, name
         assert not proof.exists(), name
         assert not (path.parent.parent / "escape").exists(), name
+
+
+STATUS = Path("/proc/self/status")
+
+
+def peak_of(function):
+    """MB that a call takes at its peak, beside what was in use."""
+
+    def read(name):
+        line = next(x for x in STATUS.read_text().splitlines() if x.startswith(name))
+        return int(line.split()[1]) / 1e3
+
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
+    before = read("VmRSS")
+    function()
+    return read("VmHWM") - before
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="reads Linux's /proc")
+def test_no_file_takes_much_more_memory_than_its_size_or_much_time(hostile, tmp_path):
+    """Each of these took gigabytes: a tensor used often, sizes in settings, 64 MB of `{}`."""
+    ppo = DAAPPO("MlpPolicy", "Pendulum-v1", n_steps=16, batch_size=16, device="cpu")
+    ppo.save(tmp_path / "ppo.zip")
+    dreamer = DreamerTPX("DreamerPolicy", "Pendulum-v1", device="cpu", **SMALL_DREAMER)
+    dreamer.save(tmp_path / "dreamer.zip")
+    files = [(PIPPS, path) for path, _ in hostile[1].values()]
+    for cls, name, kwargs in (
+        (DAAPPO, "ppo", {"net_arch": [9000, 9000]}), (DAAPPO, "ppo", {"net_arch": [1] * 10**5}),
+        (DreamerTPX, "dreamer", {"deter": 20000}), (DreamerTPX, "dreamer", {"width": 30000}),
+    ):  # fmt: skip
+        document, tensors = hostile_files.take_apart(tmp_path / f"{name}.zip")
+        document["values"]["attributes"]["policy_kwargs"] = kwargs
+        files.append((cls, tmp_path / f"{len(files)}.zip"))
+        hostile_files.put_together(files[-1][1], document, tensors)
+    document, tensors = hostile_files.take_apart(tmp_path / "ppo.zip")
+    tensors["large"] = torch.zeros(2_500_000)
+    document["values"]["attributes"]["_last_obs"] = [{"$array": "large"}] * 700
+    files.append((DAAPPO, tmp_path / "aliases.zip"))
+    hostile_files.put_together(files[-1][1], document, tensors)
+    for cls, path in files:
+
+        def load(cls=cls, path=path):
+            with pytest.raises(ValueError, match="cannot load"):
+                cls.load(path, device="cpu")
+
+        started = time.process_time()
+        assert peak_of(load) < 60 + 4 * path.stat().st_size / 1e6, path.name
+        assert time.process_time() - started < 10, path.name
+
+
+def test_a_pipe_a_device_and_a_folder_are_one_sentence(tmp_path):
+    os.mkfifo(tmp_path / "pipe.zip")
+    (tmp_path / "folder.zip").mkdir()
+    for path, words in (
+        (tmp_path / "pipe.zip", "a pipe, not a file"), (Path("/dev/zero"), "a device, not a file"),
+        (tmp_path / "folder.zip", "a folder, not a file"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            PIPPS.load(path)
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path):
+    safe_file.write(tmp_path / "file", "test", {"value": 1})
+    with pytest.raises(ValueError, match="values, more than any model needs"):
+        safe_file.write(tmp_path / "file", "test", {"value": [0] * safe_file.MAX_VALUES})
+    assert safe_file.read(tmp_path / "file", "test") == {"value": 1}
 
 
 def test_the_payload_would_have_been_executed_by_unpickling(tmp_path):

@@ -34,7 +34,11 @@ def test_a_ring_is_saved_in_segments_that_hold_what_changed(tmp_path):
 
 def test_a_segment_that_lies_is_refused(tmp_path):
     safe_file.write(tmp_path / "a.zip", "replay segment", {"x": np.zeros(3)})
-    for segments in ([(0, 4, "a.zip")], [(0, 3, "../a.zip")]):
+    wrong = [
+        [(0, 4, "a.zip")], [(0, 3, "../a.zip")], [(0, 3, "a.zip"), (3, 6, "a.zip")],
+        [(0, 0, "a.zip")], [(0, -3, "a.zip")],
+    ]  # fmt: skip
+    for segments in wrong:
         with pytest.raises(safe_file.BadFileError):
             Segments("a").load(tmp_path, segments, 10, lambda *_: None)
 
