@@ -28,8 +28,9 @@ from docstring_parser import parse as parse_docstring
 from totalprop.agents import AGENTS
 from totalprop.agents.core.validation import RANGES, constructor_hints
 from totalprop.agents.persistence import safe_file
+from totalprop.scripts.commands import add_import
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import add_import, check_import, parse_env_args
+from totalprop.scripts.run.folder import check_import, parse_env_args
 from totalprop.scripts.run.job import NOT_FLAGS, Job, RunOptions
 from totalprop.scripts.run.policy_kwargs import (
     SB3_FLAGS,
@@ -141,7 +142,7 @@ def _parse(arguments: list[str], usage: str) -> Job:
     agent = arguments[0] if arguments else ""
     if agent not in AGENTS:
         known = ", ".join(AGENTS)
-        print(f"{usage}\nagents: {known}  (totalprop train AGENT --help lists its flags)")
+        print(usage)
         if agent in ("-h", "--help"):
             raise SystemExit(0)
         what = f"unknown agent '{agent}'" if agent else "an agent must be named"
