@@ -1,34 +1,22 @@
-"""The command `totalprop`, with one subcommand per script; a script is imported when called."""
+"""The command `totalprop`, with one subcommand per script.
+
+A script is imported when it is called, and not for its help.
+"""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-# name: (module in totalprop.scripts, what it does)
-COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("train", "train an agent, or resume a run"),
-    "evaluate": ("evaluate", "evaluate a trained run and record a GIF of its policy"),
-    "doctor": ("doctor", "check versions, rendering, GPU and disk space, and suggest fixes"),
-    "diagnose": ("studies.diagnose", "compare the estimators' accuracy on a trained world model"),
-    "variance": ("studies.variance", "decompose DAAPPO's variance: more actions or more states?"),
-    "sweep": ("studies.sweep", "train estimators x seeds; write a table and learning curves"),
-    "chaos": ("studies.chaos", "measure every estimator's gradient variance on chaotic RNNs"),
-    "bench": ("bench.pipps", "time gradients and updates against other libraries"),
-    "kill-test": ("reliability.kill_test", "kill and resume runs; compare with undisturbed ones"),
-    "fingerprint": (
-        "reliability.fingerprint",
-        "hash the results of seeded runs, to compare two commits",
-    ),
-    "soak": ("reliability.soak", "train for an hour and monitor memory and open files"),
-}
+from totalprop.scripts.commands import COMMANDS, parser_of, train_usage
 
 
 def usage() -> str:
     """The text of `totalprop --help`."""
-    lines = [f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<11} {command.text}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: totalprop COMMAND [...]",
@@ -62,7 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: unknown command '{name}': {hint}choose one of {known}", file=sys.stderr)
         raise SystemExit(2)
     sys.argv[0] = f"totalprop {name}"  # the program name that argparse prints
-    import_module(f"totalprop.scripts.{COMMANDS[name][0]}").main(arguments[1:])
+    command, arguments = COMMANDS[name], arguments[1:]
+    if name == "train" and arguments[:1] in (["-h"], ["--help"]):
+        print(train_usage())
+        raise SystemExit(0)
+    if command.add_flags is not None and _asks_for_help(arguments):
+        parser_of(name).parse_args(["--help"])
+    import_module(f"totalprop.scripts.{command.module}").main(arguments)
+
+
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    own = itertools.takewhile(lambda argument: argument != "--", arguments)
+    return not {"-h", "--help"}.isdisjoint(own)
 
 
 if __name__ == "__main__":

@@ -16,31 +16,15 @@ import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from totalprop.agents import AGENTS
+from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, add_import, make_env, record_gif
+from totalprop.scripts.run.folder import RunFolder, make_env, record_gif
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="run folder, as printed by totalprop train")
-    parser.add_argument(
-        "--episodes", type=int, default=30, help="number of episodes to average (default: 30)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=12345, help="seed of the environments (default: 12345)"
-    )
-    parser.add_argument(
-        "--gif",
-        type=Path,
-        default=None,
-        help="file for a GIF of one episode (default: RUN/evaluation.gif)",
-    )
-    parser.add_argument("--no-gif", action="store_true", help="do not record a GIF")
-    add_import(parser)
+    parser = parser_of("evaluate")
     options = parser.parse_args(arguments)
     if options.episodes < 1:
         parser.error(f"--episodes must be at least 1, got {options.episodes}")

@@ -33,6 +33,7 @@ from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.core.spaces import UnsupportedSpaceError
 from totalprop.agents.persistence.checkpoint import Checkpoints, Stateful, TrainingStopped
 from totalprop.agents.persistence.safe_file import write_text
+from totalprop.scripts.commands import train_usage
 from totalprop.scripts.run.arguments import parse, parse_resume
 from totalprop.scripts.run.errors import UsageError, UserError
 from totalprop.scripts.run.folder import RunFolder, import_flag, program
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     is_resumed = any(argument.partition("=")[0] == "--resume" for argument in arguments)
     resumed = parse_resume(arguments) if is_resumed else None
-    job = None if resumed else parse(arguments, usage=__doc__ or "")
+    job = None if resumed else parse(arguments, usage=train_usage())
     try:
         if resumed:
             resume(*resumed)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from totalprop.agents.persistence.safe_file import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 QUANTILES = (0.05, 0.25, 0.75, 0.95)
 MAX_GIF_FRAMES = 125  # a GIF of 500 frames at 240 x 320 would exceed 10 MB
@@ -23,7 +26,7 @@ def prediction(particles: np.ndarray, path: np.ndarray, labels: Sequence[str]) -
         labels: S names of the dimensions.
     """
     n_states = particles.shape[-1]
-    figure = Figure(figsize=(3.2 * min(n_states, 4), 2.6 * -(-n_states // 4)), layout="constrained")
+    figure = _figure(figsize=(3.2 * min(n_states, 4), 2.6 * -(-n_states // 4)))
     axes = figure.subplots(-(-n_states // 4), min(n_states, 4), squeeze=False).ravel()
     steps = np.arange(len(particles))
     for d in range(n_states):
@@ -40,7 +43,7 @@ def prediction(particles: np.ndarray, path: np.ndarray, labels: Sequence[str]) -
 
 def weights(k: np.ndarray) -> Figure:
     """Plot a heat map of k [H, S]: 0 (blue) is pure RP, 1 (red) is pure LR."""
-    figure = Figure(figsize=(7, 2.4), layout="constrained")
+    figure = _figure(figsize=(7, 2.4))
     axis = figure.subplots()
     image = axis.imshow(k.T, vmin=0, vmax=1, cmap="coolwarm", aspect="auto", origin="lower")
     axis.set(xlabel="step of the simulation", ylabel="state dimension", yticks=range(k.shape[1]))
@@ -67,7 +70,7 @@ def learning_curve(
         threshold: value that counts as success, or None.
         title: above the axes.
     """
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = _figure(figsize=(6, 3.6))
     axis = figure.subplots()
     mean, spread = values.mean(1), values.std(1)
     axis.fill_between(x, mean - spread, mean + spread, alpha=0.25, lw=0, label="± 1 std")
@@ -91,7 +94,7 @@ def traces(truth: np.ndarray, model: np.ndarray, context: int) -> Figure:
     n = truth.shape[1]
     columns = min(n, 4)
     rows = -(-n // columns)
-    figure = Figure(figsize=(3 * columns, 1.8 * rows), layout="constrained")
+    figure = _figure(figsize=(3 * columns, 1.8 * rows))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     for d in range(n):
         axes[d].plot(truth[:, d], color="0.3", lw=1.5, label="truth")
@@ -105,6 +108,12 @@ def traces(truth: np.ndarray, model: np.ndarray, context: int) -> Figure:
         axis.set_visible(False)
     axes[0].legend(fontsize="small", frameon=False)
     return figure
+
+
+def _figure(figsize: tuple[float, float]) -> Figure:
+    from matplotlib.figure import Figure  # takes 0.4 s, for which `--help` has no use
+
+    return Figure(figsize=figsize, layout="constrained")
 
 
 def save(figure: Figure, path: Path, *, dpi: int) -> None:

@@ -23,7 +23,6 @@ from totalprop.scripts.bench.timing import interleaved_medians
 from totalprop.world_models.latent.model import ModelLossSettings
 
 ACTIONS = 6
-MODES = ("compile", "cuda_graph")  # fields of `UpdateSettings`
 # Multiply-accumulates of a forward pass: of one frame through encoder and decoder, and of one
 # imagined step through RSSM, actor, reward and critic (default sizes, 6 actions). A backward pass
 # counts twice.
@@ -48,8 +47,8 @@ def bench_dreamer(
         length: T, the steps per sequence, each a 64x64 image.
         horizons: H, numbers of imagined steps; sheeprl is timed at the first of them.
         device: "cpu" or "cuda".
-        modes: names in `MODES`. Each is timed at the first horizon with `rp`, and with sheeprl if
-            it supports the mode.
+        modes: names in `MODES` of scripts/commands.py. Each is timed at the first horizon with
+            `rp`, and with sheeprl if it supports the mode.
         peer: whether to time sheeprl; skipped unless `make bench-peer` has installed it.
     Returns:
         One column of the table.

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -30,72 +29,19 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
 from totalprop.agents.trials.controllers import RBFPolicy
 from totalprop.scripts.bench.checkpoint import bench_checkpoint
-from totalprop.scripts.bench.dreamer import MODES, bench_dreamer
+from totalprop.scripts.bench.dreamer import bench_dreamer
 from totalprop.scripts.bench.ppo import ENV_ID, bench_ppo
 from totalprop.scripts.bench.timing import interleaved_medians
+from totalprop.scripts.commands import parser_of
 from totalprop.world_models.gp_dynamics import GPDynamics, Prediction
 
-WHAT = ("pipps", "dreamer", "ppo", "checkpoint")
 HORIZON, PARTICLES = 30, 300  # Parmas et al. 2023, App. B.1
 ESTIMATORS = ("rp", "lr", "tpx", "tp", "tpg")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "what",
-        nargs="?",
-        default="pipps",
-        choices=list(WHAT),
-        help="benchmark to run (default: pipps)",
-    )
-    parser.add_argument(
-        "--points",
-        type=int,
-        nargs="+",
-        default=[30, 150, 450],
-        metavar="N",
-        help="pipps: numbers of data points of the GP (default: 30 150 450)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        help="repeats, of which the median is taken (default: 11 for pipps, 5 for the others)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=torch.get_num_threads(),
-        help="CPU threads of PyTorch (default: PyTorch's own choice)",
-    )
-    parser.add_argument("--device", default="cpu", help="dreamer: cpu or cuda (default: cpu)")
-    parser.add_argument(
-        "--batch", type=int, default=50, help="dreamer: sequences per batch (default: 50)"
-    )
-    parser.add_argument(
-        "--length", type=int, default=50, help="dreamer: steps per sequence (default: 50)"
-    )
-    parser.add_argument(
-        "--horizons",
-        type=int,
-        nargs="+",
-        default=[15, 60],
-        metavar="H",
-        help="dreamer: imagination horizons (default: 15 60)",
-    )
-    parser.add_argument(
-        "--modes",
-        nargs="+",
-        default=[],
-        choices=MODES,
-        help="dreamer: accelerated modes to time as well (default: none)",
-    )
-    parser.add_argument(
-        "--json", type=Path, default=None, help="also write the results to this file"
-    )
+    parser = parser_of("bench")
     options = parser.parse_args(arguments)
     check(parser, options)
     torch.set_num_threads(options.threads)
@@ -133,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Set defaults that depend on the benchmark, and reject invalid values in one line each."""
+    if options.threads is None:
+        options.threads = torch.get_num_threads()
     if options.repeats is None:
         options.repeats = 11 if options.what == "pipps" else 5
     for name, least in (

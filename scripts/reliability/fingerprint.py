@@ -11,7 +11,6 @@ the same CPU for both: on another CPU the same seed gives different bits.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -40,6 +39,7 @@ from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.checkpoint import Checkpoints
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.envs.rewind import Rewindable
+from totalprop.scripts.commands import parser_of
 
 FORMAT = 2  # of the JSON file; 1 had no "format" and hashed less
 PENDULUM, CARTPOLE = "Pendulum-v1", "totalprop/CartPoleSwingUp-v0"
@@ -364,15 +364,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], shown: int = 5) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--out", type=Path, help="write the hashes to this file")
-    wanted.add_argument("--compare", type=Path, help="compare with the hashes in this file")
-    parser.add_argument(
-        "--only", default="", metavar="SUBSTRING", help="only settings whose name contains this"
-    )
+    parser = parser_of("fingerprint")
     options = parser.parse_args(arguments)
     names = [name for name in SETTINGS if options.only in name]
     if not names:

@@ -10,7 +10,6 @@ Exit code 1 if anything differs.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import multiprocessing
@@ -32,6 +31,7 @@ from totalprop.agents import AGENTS
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.checkpoint import Checkpoints
 from totalprop.agents.persistence.safe_file import write_text
+from totalprop.scripts.commands import parser_of
 from totalprop.scripts.reliability.preload import PRELOAD
 from totalprop.scripts.run.entry_runs import command
 from totalprop.scripts.run.folder import RunFolder, current_commit
@@ -49,29 +49,7 @@ TIMES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--agents",
-        nargs="+",
-        choices=list(AGENTS),
-        default=list(AGENTS),
-        help="agents to test (default: all)",
-    )
-    parser.add_argument(
-        "--kills", type=int, default=20, help="kills at random moments, per agent (default: 20)"
-    )
-    parser.add_argument(
-        "--kills-in-checkpoints",
-        type=int,
-        default=5,
-        help="kills while a checkpoint is written, per agent (default: 5)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder for kill_test.json (default: not written)"
-    )
+    parser = parser_of("kill-test")
     options = parser.parse_args(arguments)
     records = []
     for agent in options.agents:

@@ -11,7 +11,6 @@ usual number of open files must not change. Exit code 1 if either does. Linux on
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -31,6 +30,7 @@ from totalprop.agents import AGENTS
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.checkpoint import Checkpoints
 from totalprop.agents.persistence.safe_file import write_text
+from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.entry_runs import command
 from totalprop.scripts.run.folder import RunFolder, current_commit
 
@@ -41,28 +41,7 @@ MEGABYTE = 2**20
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--agents",
-        nargs="+",
-        choices=list(AGENTS),
-        default=list(AGENTS),
-        help="agents to train (default: all)",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=60, help="minutes to train for (default: 60)"
-    )
-    parser.add_argument(
-        "--every", type=float, default=10, help="seconds between samples (default: 10)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=None,
-        help="folder of soak.json and soak.png; results of other agents in it are kept",
-    )
+    parser = parser_of("soak")
     options = parser.parse_args(arguments)
     seconds = 60 * options.minutes
     if options.every <= 0 or seconds * (1 - WARM_UP) < 8 * options.every:

@@ -29,8 +29,9 @@ from totalprop.agents import AGENTS
 from totalprop.agents.core.validation import RANGES, constructor_hints
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import shown
+from totalprop.scripts.commands import add_import
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import add_import, check_import, parse_env_args
+from totalprop.scripts.run.folder import check_import, parse_env_args
 from totalprop.scripts.run.job import NOT_FLAGS, Job, RunOptions
 from totalprop.scripts.run.policy_kwargs import (
     SB3_FLAGS,
@@ -142,7 +143,7 @@ def _parse(arguments: list[str], usage: str) -> Job:
     agent = arguments[0] if arguments else ""
     if agent not in AGENTS:
         known = ", ".join(AGENTS)
-        print(f"{usage}\nagents: {known}  (totalprop train AGENT --help lists its flags)")
+        print(usage)
         if agent in ("-h", "--help"):
             raise SystemExit(0)
         what = f"unknown agent {shown(agent)}" if agent else "an agent must be named"

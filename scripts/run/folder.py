@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import difflib
@@ -255,14 +254,6 @@ def check_import(
             f"the module {module} lies in {within}, a run's folder, from which no code is run; "
             "move it elsewhere on Python's path"
         )
-
-
-def add_import(parser: argparse.ArgumentParser) -> None:
-    """Add the flag --import, whose values are `imports` of `RunFolder.open`."""
-    parser.add_argument(
-        "--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="module that the run's environment, MODULE:ID in its config.json, may import",
-    )  # fmt: skip
 
 
 def import_flag(env_id: str) -> str:

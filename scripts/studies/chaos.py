@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from tqdm import tqdm
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.estimators import make, names
+from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import current_commit
 from totalprop.scripts.studies.chaos_report import Measured, Study, figure_of, rank, summary, table
@@ -53,11 +54,6 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = parse(arguments)
@@ -74,59 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; on wrong usage, print one line and exit with code 2."""
-    parser = _Parser(
-        prog="totalprop chaos",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--study",
-        choices=list(GRIDS),
-        default="single",
-        help="one chain or two (default: single)",
-    )
-    add(
-        "--betas",
-        nargs="+",
-        type=float,
-        help="grid of β_1 (default: 22 values for single, 12 for double)",
-    )
-    add(
-        "--second-betas",
-        nargs="+",
-        type=float,
-        default=SECOND_BETAS,
-        help="values of β_2 for --study double (default: 1.5 2.5 3.5)",
-    )
-    add(
-        "--estimators",
-        nargs="+",
-        default=names(),
-        metavar="ESTIMATOR",
-        help="estimators to measure (default: all that are registered)",
-    )
-    add("--samples", type=int, default=1000, help="N, samples per gradient (default: 1000)")
-    add("--repeats", type=int, default=40, help="R, gradients per grid point (default: 40)")
-    add("--horizon", type=int, default=100, help="H, steps of a rollout (default: 100)")
-    add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("results/chaos"),
-        help="folder of the results (default: results/chaos)",
-    )
-    add(
-        "--redo",
-        nargs="+",
-        default=[],
-        metavar="ESTIMATOR",
-        help="estimators to measure again, replacing their rows",
-    )
-    add("--report-only", action="store_true", help="only write the figures and the table")
+    parser = parser_of("chaos")
     options = parser.parse_args(arguments)
     options.command = shlex.join(sys.argv[1:] if arguments is None else list(arguments))
     options.betas = options.betas or GRIDS[options.study]
+    options.second_betas = options.second_betas or SECOND_BETAS
+    options.estimators = options.estimators or names()
     for name, least in (("samples", 3), ("repeats", 3), ("horizon", 1), ("seed", 0)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")

@@ -27,7 +27,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,8 +48,9 @@ from totalprop.estimators.analysis.diagnostics import (
     median_interval,
     statistics_of,
 )
+from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, add_import, make_env
+from totalprop.scripts.run.folder import RunFolder, make_env
 from totalprop.world_models.latent.model import State
 
 BLOCKED = """Caution: as in DreamerV1, no gradient passed through the policy's input. RP and LR then
@@ -62,60 +62,10 @@ DIFFERENT = 4.0  # standard errors from LR's mean that we call a difference
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="run folder of totalprop train dreamer")
-    parser.add_argument(
-        "--estimators",
-        nargs="+",
-        default=["rp", "lr", "tps", "tpx", "tpg"],
-        metavar="NAME",
-        help="estimators to compare (default: rp lr tps tpx tpg); rp is plain backpropagation, lr "
-        "the likelihood-ratio gradient, and the others mix the two",
-    )
-    parser.add_argument(
-        "--horizons",
-        nargs="+",
-        type=int,
-        default=[2, 5, 15, 30, 60],
-        metavar="H",
-        help="imagination horizons (default: 2 5 15 30 60)",
-    )
-    parser.add_argument(
-        "--starts",
-        type=int,
-        default=10,
-        help="encoded states to start from (default: 10; the paper uses 50)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=10,
-        help="gradients per state, at least 4 (default: 10; the paper uses 50)",
-    )
-    parser.add_argument(
-        "--trajectories",
-        type=int,
-        default=250,
-        help="imagined trajectories per gradient (default: 250; the paper uses 2500)",
-    )
-    parser.add_argument(
-        "--stop-grad-actor-input", action=argparse.BooleanOptionalAction, default=None,
-        help="stop gradients at the policy's input (default: as in training)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=torch.get_num_threads(),
-        help="CPU threads of PyTorch (default: PyTorch's own choice)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the results (default: RUN/diagnosis)"
-    )
-    add_import(parser)
+    parser = parser_of("diagnose")
     options = parser.parse_args(arguments)
+    if options.threads is None:
+        options.threads = torch.get_num_threads()
     for name, least in (("starts", 1), ("repeats", 4), ("trajectories", 8), ("threads", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")

@@ -35,6 +35,7 @@ from totalprop.agents import AGENTS
 from totalprop.agents.core import figures
 from totalprop.agents.core.validation import is_finite
 from totalprop.agents.persistence.safe_file import write_text
+from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.arguments import parse
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, import_flag, read_json
@@ -45,49 +46,7 @@ THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("agent", choices=list(AGENTS), help="agent to train")
-    parser.add_argument(
-        "--vary",
-        default="estimator",
-        metavar="FLAG",
-        help="flag of totalprop train to vary, without dashes (default: estimator)",
-    )
-    parser.add_argument(
-        "--values",
-        "--estimators",
-        nargs="+",
-        required=True,
-        metavar="VALUE",
-        help="values of that flag to compare",
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, required=True, metavar="SEED", help="seeds of each value"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=None,
-        help="folder of the runs (default: runs/NAME, where NAME is the last part of --out)",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=os.cpu_count(),
-        help="runs at the same time, one thread each (default: one per core)",
-    )
-    parser.add_argument(
-        "--watch",
-        default="",
-        metavar="COLUMN",
-        help="column of progress.csv to plot as well, such as train/actor_gradient_norm",
-    )
-    parser.add_argument(
-        "--report-only", action="store_true", help="do not train, only write the report"
-    )
+    parser = parser_of("sweep")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -34,8 +33,9 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.envs.rewind import Snapshot
 from totalprop.estimators.analysis.many_actions import Advice, advise, optimal_actions, table
 from totalprop.estimators.analysis.many_actions_data import ComponentEstimate, estimate_components
+from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, add_import, make_env, parse_env_args
+from totalprop.scripts.run.folder import RunFolder, make_env, parse_env_args
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
 
 PAPER_SHARE = "96.9 to 99.9 % on four of its six tasks, 61 and 82 % on two; about 90 % on average"
@@ -43,69 +43,7 @@ PAPER_SHARE = "96.9 to 99.9 % on four of its six tasks, 61 and 82 % on two; abou
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "run",
-        type=Path,
-        nargs="?",
-        help="run folder of totalprop train daappo; its policy and environment are used",
-    )
-    parser.add_argument(
-        "--env-id",
-        default="dmc/cartpole-swingup-v0",
-        help="environment of a new policy (default: dmc/cartpole-swingup-v0)",
-    )
-    parser.add_argument(
-        "--env-arg",
-        action="append",
-        metavar="NAME=VALUE",
-        help="argument of the environment; may be repeated (default for the control suite: the "
-        "paper's action_repeat=4)",
-    )
-    parser.add_argument(
-        "--trajectories",
-        type=int,
-        default=40,
-        help="trajectories to sample (default: 40; the paper uses 1100)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=50,
-        help="T, steps per trajectory (default: 50; the paper uses 100)",
-    )
-    parser.add_argument(
-        "--rollouts",
-        type=int,
-        default=2,
-        help="K, rollouts per action (default: 2; the paper uses 100)",
-    )
-    parser.add_argument("--horizon", type=int, default=25, help="steps per rollout (default: 25)")
-    parser.add_argument(
-        "--updates",
-        type=int,
-        default=0,
-        help="policy-gradient steps of a new policy (default: 0; the paper uses 20)",
-    )
-    parser.add_argument(
-        "--learning-rate", type=float, default=0.1, help="step size of --updates (default: 0.1)"
-    )
-    parser.add_argument(
-        "--gamma", type=float, default=0.99, help="discount of the rollouts (default: 0.99)"
-    )
-    parser.add_argument(
-        "--delta",
-        type=float,
-        default=1.0,
-        help="cost of an extra action, in units of the cost of an extra state (default: 1)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
-    parser.add_argument(
-        "--json", type=Path, default=None, help="also write the components to this file"
-    )
-    add_import(parser)
+    parser = parser_of("variance")
     options = parser.parse_args(arguments)
     for name, least in (
         ("trajectories", 2), ("steps", 1), ("rollouts", 2), ("horizon", 1), ("updates", 0)

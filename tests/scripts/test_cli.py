@@ -1,5 +1,7 @@
 """The command `totalprop` and its subcommands."""
 
+import importlib
+import inspect
 import subprocess
 import sys
 
@@ -16,6 +18,32 @@ def test_every_command_has_a_help(command, capsys, monkeypatch):
     with pytest.raises(SystemExit, match=r"^0$"):
         cli.main([command, "--help"])
     assert len(capsys.readouterr().out) > 200
+
+
+HELPS = [["--help"], *([name, "--help"] for name in cli.COMMANDS)]
+
+
+@pytest.mark.parametrize("arguments", HELPS, ids=" ".join)
+def test_a_help_does_not_load_pytorch(arguments):
+    code = (
+        "import sys; from totalprop.scripts.cli import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit: print(sorted({'torch', 'gymnasium', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("\n[]\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", [n for n, c in cli.COMMANDS.items() if c.add_flags])
+def test_a_help_is_that_of_the_command_itself(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"totalprop {name}"])
+    module = importlib.import_module(f"totalprop.scripts.{cli.COMMANDS[name].module}")
+    texts = []
+    for main in (lambda a: cli.main([name, *a]), module.main):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(["--help"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and inspect.getdoc(module).splitlines()[0] in texts[0]
 
 
 def test_help_names_every_command(capsys):

@@ -98,6 +98,35 @@ class ReusingEnv(NoisyEnv):
         return (self._own(observation), *rest)
 
 
+class MeasuredEnv(NoisyEnv):
+    """The same in other units and from another origin: scale * observation + offset.
+
+    Observations are multiples of 2^-10, so that float64 holds them exactly at offsets up to 2^40;
+    `seen` lists them without scale and offset.
+    """
+
+    def __init__(self, scale: float = 1.0, offset: float = 0.0) -> None:
+        super().__init__()
+        self.observation_space = spaces.Box(-np.inf, np.inf, (4,), np.float64)
+        self.scale, self.offset = scale, offset
+        self.seen: list[np.ndarray] = []
+
+    def measured(self, observation: np.ndarray) -> np.ndarray:
+        return self.scale * observation + self.offset
+
+    def _see(self, observation: np.ndarray) -> np.ndarray:
+        self.seen.append(np.round(observation.astype(np.float64) * 2**10) / 2**10)
+        return self.measured(self.seen[-1])
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict]:
+        observation, info = super().reset(**kwargs)
+        return self._see(observation), info
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        observation, *rest = super().step(action)
+        return (self._see(observation), *rest)
+
+
 class RewindableEnv(NoisyEnv):
     """The same, which knows its state."""
 

@@ -16,13 +16,14 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from tests.agents.contract.conftest import TRAINED
 from tests.agents.contract.environments import (
     LENGTH,
     RETURN,
     CountingEnv,
+    MeasuredEnv,
     NoisyEnv,
     OtherSpaces,
     ReusingEnv,
@@ -34,6 +35,7 @@ from tests.agents.contract.probes import (
     logged,
     parameters,
 )
+from tests.agents.contract.runs import takes_vec_normalize
 from totalprop.agents.core.checked_env import CheckedEnv
 
 # Steps
@@ -267,6 +269,28 @@ def test_an_environment_that_reuses_its_array_is_learned_from_like_any_other(mak
         layers += isinstance(inner, CheckedEnv)
         inner = inner.env
     assert layers == 1
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset"), [(1, 2**20), (4, 0), (2**-10, 0)], ids=["offset", "larger", "smaller"]
+)
+def test_observations_in_other_units_are_learned_from_alike(make, scale, offset):
+    """In VecNormalize where the agent takes that: scaling is its task there."""
+    envs, actions = [MeasuredEnv(), MeasuredEnv(scale, offset)], []
+    for env in envs:
+        vec_env: VecEnv = DummyVecEnv([lambda env=env: Monitor(env)])
+        if takes_vec_normalize(make):
+            vec_env = VecNormalize(vec_env, norm_reward=False, epsilon=2**-100)
+            vec_env.obs_rms.count = 0.0  # SB3 starts as if 1e-4 observations of 0 had been seen
+        agent = make(vec_env).learn(TRAINED)
+        observations = env.measured(np.array(envs[0].seen))
+        normalize = agent.get_vec_normalize_env()
+        if normalize is not None:
+            observations = normalize.normalize_obs(observations)
+        actions.append(agent.predict(observations, deterministic=True)[0])
+    np.testing.assert_array_equal(envs[1].seen, envs[0].seen)
+    assert actions[0].std(0).min() > 1e-3
+    np.testing.assert_allclose(actions[1], actions[0], rtol=0, atol=1e-5)
 
 
 def test_gymnasiums_own_environment_through_its_id(make):

@@ -1,0 +1,437 @@
+"""The commands and their flags. Nothing here loads PyTorch, so `--help` answers at once.
+
+The flags of `train` are an agent's constructor's arguments: see scripts/run/arguments.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from totalprop.agents import AGENTS
+
+BENCHMARKS = ("pipps", "dreamer", "ppo", "checkpoint")
+MODES = ("compile", "cuda_graph")  # of a benchmark of the dreamer: fields of `UpdateSettings`
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        module: in totalprop.scripts; its docstring heads the command's help.
+        text: what the command does, for `totalprop --help`.
+        add_flags: adds its flags to a parser; None if the module has them, and loads quickly.
+    """
+
+    module: str
+    text: str
+    add_flags: Callable[[ArgumentParser], None] | None = None
+
+
+def parser_of(name: str) -> ArgumentParser:
+    """The parser of a command in `COMMANDS` that has `add_flags`."""
+    command = COMMANDS[name]
+    parser = _PARSERS.get(name, ArgumentParser)(
+        prog=f"totalprop {name}",
+        description=docstring(command.module),
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    assert command.add_flags is not None
+    command.add_flags(parser)
+    return parser
+
+
+def train_usage() -> str:
+    """The text of `totalprop train --help`."""
+    known = ", ".join(AGENTS)
+    return (
+        f"{docstring('train')}\n\nagents: {known}  (totalprop train AGENT --help lists its flags)"
+    )
+
+
+def docstring(module: str) -> str:
+    """Docstring of a script, read from its source: importing it would load PyTorch."""
+    path = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def add_import(parser: ArgumentParser) -> None:
+    """Add the flag --import, whose values are `imports` of `RunFolder.open`."""
+    parser.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="module that the run's environment, MODULE:ID in its config.json, may import",
+    )  # fmt: skip
+
+
+class _OneLineErrors(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def _evaluate(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder, as printed by totalprop train")
+    parser.add_argument(
+        "--episodes", type=int, default=30, help="number of episodes to average (default: 30)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=12345, help="seed of the environments (default: 12345)"
+    )
+    parser.add_argument(
+        "--gif",
+        type=Path,
+        default=None,
+        help="file for a GIF of one episode (default: RUN/evaluation.gif)",
+    )
+    parser.add_argument("--no-gif", action="store_true", help="do not record a GIF")
+    add_import(parser)
+
+
+def _diagnose(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder of totalprop train dreamer")
+    parser.add_argument(
+        "--estimators",
+        nargs="+",
+        default=["rp", "lr", "tps", "tpx", "tpg"],
+        metavar="NAME",
+        help="estimators to compare (default: rp lr tps tpx tpg); rp is plain backpropagation, lr "
+        "the likelihood-ratio gradient, and the others mix the two",
+    )
+    parser.add_argument(
+        "--horizons",
+        nargs="+",
+        type=int,
+        default=[2, 5, 15, 30, 60],
+        metavar="H",
+        help="imagination horizons (default: 2 5 15 30 60)",
+    )
+    parser.add_argument(
+        "--starts",
+        type=int,
+        default=10,
+        help="encoded states to start from (default: 10; the paper uses 50)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=10,
+        help="gradients per state, at least 4 (default: 10; the paper uses 50)",
+    )
+    parser.add_argument(
+        "--trajectories",
+        type=int,
+        default=250,
+        help="imagined trajectories per gradient (default: 250; the paper uses 2500)",
+    )
+    parser.add_argument(
+        "--stop-grad-actor-input", action=BooleanOptionalAction, default=None,
+        help="stop gradients at the policy's input (default: as in training)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=None,
+        help="CPU threads of PyTorch (default: PyTorch's own choice)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of the results (default: RUN/diagnosis)"
+    )
+    add_import(parser)
+
+
+def _variance(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "run",
+        type=Path,
+        nargs="?",
+        help="run folder of totalprop train daappo; its policy and environment are used",
+    )
+    parser.add_argument(
+        "--env-id",
+        default="dmc/cartpole-swingup-v0",
+        help="environment of a new policy (default: dmc/cartpole-swingup-v0)",
+    )
+    parser.add_argument(
+        "--env-arg",
+        action="append",
+        metavar="NAME=VALUE",
+        help="argument of the environment; may be repeated (default for the control suite: the "
+        "paper's action_repeat=4)",
+    )
+    parser.add_argument(
+        "--trajectories",
+        type=int,
+        default=40,
+        help="trajectories to sample (default: 40; the paper uses 1100)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=50,
+        help="T, steps per trajectory (default: 50; the paper uses 100)",
+    )
+    parser.add_argument(
+        "--rollouts",
+        type=int,
+        default=2,
+        help="K, rollouts per action (default: 2; the paper uses 100)",
+    )
+    parser.add_argument("--horizon", type=int, default=25, help="steps per rollout (default: 25)")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=0,
+        help="policy-gradient steps of a new policy (default: 0; the paper uses 20)",
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=0.1, help="step size of --updates (default: 0.1)"
+    )
+    parser.add_argument(
+        "--gamma", type=float, default=0.99, help="discount of the rollouts (default: 0.99)"
+    )
+    parser.add_argument(
+        "--delta",
+        type=float,
+        default=1.0,
+        help="cost of an extra action, in units of the cost of an extra state (default: 1)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
+    parser.add_argument(
+        "--json", type=Path, default=None, help="also write the components to this file"
+    )
+    add_import(parser)
+
+
+def _sweep(parser: ArgumentParser) -> None:
+    parser.add_argument("agent", choices=list(AGENTS), help="agent to train")
+    parser.add_argument(
+        "--vary",
+        default="estimator",
+        metavar="FLAG",
+        help="flag of totalprop train to vary, without dashes (default: estimator)",
+    )
+    parser.add_argument(
+        "--values",
+        "--estimators",
+        nargs="+",
+        required=True,
+        metavar="VALUE",
+        help="values of that flag to compare",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, required=True, metavar="SEED", help="seeds of each value"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=None,
+        help="folder of the runs (default: runs/NAME, where NAME is the last part of --out)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="runs at the same time, one thread each (default: one per core)",
+    )
+    parser.add_argument(
+        "--watch",
+        default="",
+        metavar="COLUMN",
+        help="column of progress.csv to plot as well, such as train/actor_gradient_norm",
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="do not train, only write the report"
+    )
+
+
+def _bench(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "what",
+        nargs="?",
+        default="pipps",
+        choices=list(BENCHMARKS),
+        help="benchmark to run (default: pipps)",
+    )
+    parser.add_argument(
+        "--points",
+        type=int,
+        nargs="+",
+        default=[30, 150, 450],
+        metavar="N",
+        help="pipps: numbers of data points of the GP (default: 30 150 450)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="repeats, of which the median is taken (default: 11 for pipps, 5 for the others)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=None,
+        help="CPU threads of PyTorch (default: PyTorch's own choice)",
+    )
+    parser.add_argument("--device", default="cpu", help="dreamer: cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--batch", type=int, default=50, help="dreamer: sequences per batch (default: 50)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=50, help="dreamer: steps per sequence (default: 50)"
+    )
+    parser.add_argument(
+        "--horizons",
+        type=int,
+        nargs="+",
+        default=[15, 60],
+        metavar="H",
+        help="dreamer: imagination horizons (default: 15 60)",
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=[],
+        choices=MODES,
+        help="dreamer: accelerated modes to time as well (default: none)",
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, help="also write the results to this file"
+    )
+
+
+def _kill_test(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--agents",
+        nargs="+",
+        choices=list(AGENTS),
+        default=list(AGENTS),
+        help="agents to test (default: all)",
+    )
+    parser.add_argument(
+        "--kills", type=int, default=20, help="kills at random moments, per agent (default: 20)"
+    )
+    parser.add_argument(
+        "--kills-in-checkpoints",
+        type=int,
+        default=5,
+        help="kills while a checkpoint is written, per agent (default: 5)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for kill_test.json (default: not written)"
+    )
+
+
+def _fingerprint(parser: ArgumentParser) -> None:
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--out", type=Path, help="write the hashes to this file")
+    wanted.add_argument("--compare", type=Path, help="compare with the hashes in this file")
+    parser.add_argument(
+        "--only", default="", metavar="SUBSTRING", help="only settings whose name contains this"
+    )
+
+
+def _soak(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--agents",
+        nargs="+",
+        choices=list(AGENTS),
+        default=list(AGENTS),
+        help="agents to train (default: all)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="minutes to train for (default: 60)"
+    )
+    parser.add_argument(
+        "--every", type=float, default=10, help="seconds between samples (default: 10)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="folder of soak.json and soak.png; results of other agents in it are kept",
+    )
+
+
+def _chaos(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--study",
+        choices=["single", "double"],
+        default="single",
+        help="one chain or two (default: single)",
+    )
+    add(
+        "--betas",
+        nargs="+",
+        type=float,
+        help="grid of β_1 (default: 22 values for single, 12 for double)",
+    )
+    add(
+        "--second-betas",
+        nargs="+",
+        type=float,
+        help="values of β_2 for --study double (default: 1.5 2.5 3.5)",
+    )
+    add(
+        "--estimators",
+        nargs="+",
+        metavar="ESTIMATOR",
+        help="estimators to measure (default: all that are registered)",
+    )
+    add("--samples", type=int, default=1000, help="N, samples per gradient (default: 1000)")
+    add("--repeats", type=int, default=40, help="R, gradients per grid point (default: 40)")
+    add("--horizon", type=int, default=100, help="H, steps of a rollout (default: 100)")
+    add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/chaos"),
+        help="folder of the results (default: results/chaos)",
+    )
+    add(
+        "--redo",
+        nargs="+",
+        default=[],
+        metavar="ESTIMATOR",
+        help="estimators to measure again, replacing their rows",
+    )
+    add("--report-only", action="store_true", help="only write the figures and the table")
+
+
+_PARSERS = {"chaos": _OneLineErrors}
+COMMANDS: dict[str, Command] = {
+    "train": Command("train", "train an agent, or resume a run"),
+    "evaluate": Command(
+        "evaluate", "evaluate a trained run and record a GIF of its policy", _evaluate
+    ),
+    "doctor": Command("doctor", "check versions, rendering, GPU and disk space, and suggest fixes"),
+    "diagnose": Command(
+        "studies.diagnose", "compare the estimators' accuracy on a trained world model", _diagnose
+    ),
+    "variance": Command(
+        "studies.variance", "decompose DAAPPO's variance: more actions or more states?", _variance
+    ),
+    "sweep": Command(
+        "studies.sweep", "train estimators x seeds; write a table and learning curves", _sweep
+    ),
+    "chaos": Command(
+        "studies.chaos", "measure every estimator's gradient variance on chaotic RNNs", _chaos
+    ),
+    "bench": Command("bench.pipps", "time gradients and updates against other libraries", _bench),
+    "kill-test": Command(
+        "reliability.kill_test", "kill and resume runs; compare with undisturbed ones", _kill_test
+    ),
+    "fingerprint": Command(
+        "reliability.fingerprint",
+        "hash the results of seeded runs, to compare two commits",
+        _fingerprint,
+    ),
+    "soak": Command(
+        "reliability.soak", "train for an hour and monitor memory and open files", _soak
+    ),
+}
