@@ -11,10 +11,11 @@ import totalprop.estimators.baselines as baselines
 import totalprop.estimators.legs as legs
 import totalprop.estimators.mixing as mixing
 import totalprop.estimators.surrogates as surrogates
+from totalprop.estimators.declarations import unknown_name
 from totalprop.estimators.gradient import PolicyGradient, gradient
 from totalprop.estimators.node import Estimator, assign_credit, infer_noise
 from totalprop.estimators.probes import ControlProbe, DenseJacobian, ParameterProbe
-from totalprop.estimators.registry import make, names, register, unknown_name
+from totalprop.estimators.registry import make, names, register
 
 __all__ = [
     "ControlProbe",

@@ -93,6 +93,7 @@ def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     return _shares(variances[(...,) + (None,) * rp[0].ndim].sqrt() * scale)
 
 
+@without("any_node", "several_legs")
 def tpg(
     rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, carried: float = 1.0
 ) -> list[Tensor]:

@@ -85,7 +85,7 @@ class Estimator:
         source: paper and equation.
 
     Raises:
-        ValueError: cross_fit with a whole-graph estimator, which has one k for all samples.
+        ValueError: a field is not what it should be, or the fields do not work together.
     """
 
     weight: Weight
@@ -97,6 +97,20 @@ class Estimator:
     source: str = ""
 
     def __post_init__(self) -> None:
+        named = isinstance(self.legs, tuple) and len(self.legs) > 0
+        parts = (self.weight, self.baseline, *(self.legs if named else (self.legs,)))
+        if not named or not all(callable(part) for part in parts):
+            raise ValueError(
+                "weight and baseline are functions and legs is a tuple of functions, got "
+                f"{self.weight!r}, {self.baseline!r}, {self.legs!r}; estimators.make takes the "
+                "names of baselines and legs, too"
+            )
+        if self.probe not in ("none", "all", "subset"):
+            raise ValueError(f"probe is 'none', 'all' or 'subset', got {self.probe!r}")
+        if len(self.legs) > 1 and not declared(self.weight, "several_legs"):
+            raise ValueError(
+                f"the weight rule takes one score leg, got {len(self.legs)}; use estimator 'tpx'"
+            )
         if self.whole_graph and self.cross_fit:
             raise ValueError(
                 "a whole-graph estimator combines once, with one k for all samples: set "
