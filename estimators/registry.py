@@ -24,6 +24,7 @@ from totalprop.estimators.mixing import (
     tpx_ivw,
     tpx_ivw_scalar,
     tpx_scalar,
+    tpx_unclipped,
 )
 from totalprop.estimators.node import Estimator
 
@@ -37,6 +38,7 @@ _REGISTRY: dict[str, Estimator] = {
     ),
     "tps": Estimator(tp, probe="subset", source="Parmas et al. 2023, Sec. 4"),
     "tpx": Estimator(tpx, source="Parmas et al. 2023, Eq. 8, footnote 4"),
+    "tpx-unclipped": Estimator(tpx_unclipped, source="Parmas et al. 2023, Eq. 8, footnote 4"),
     "tpx-scalar": Estimator(tpx_scalar, source="Parmas et al. 2023, App. D"),
     "tpx-ivw": Estimator(tpx_ivw, source="Parmas et al. 2023, App. D"),
     "tpx-ivw-scalar": Estimator(tpx_ivw_scalar, source="Parmas et al. 2023, App. D"),
