@@ -1,7 +1,8 @@
 """Policy-gradient estimators as a plug-in for any PyTorch model.
 
->>> sample, credit = make("tpx")(mean, std, noise, credit)      # instead of mean + std * noise
->>> loss = assign_credit(cost(sample), credit).mean()           # every cost downstream is credited
+>>> r = Rollout("tpx")
+>>> sample = r.sample(mean, std)          # instead of mean + std * noise
+>>> loss = r.cost(cost(sample)).mean()    # for every cost
 
 Read `node.py` first, then `mixing.py`. This package imports no other package of the project.
 """
@@ -11,10 +12,13 @@ import totalprop.estimators.baselines as baselines
 import totalprop.estimators.legs as legs
 import totalprop.estimators.mixing as mixing
 import totalprop.estimators.surrogates as surrogates
+from totalprop.estimators.analysis.check import Report, check
+from totalprop.estimators.declarations import unknown_name
 from totalprop.estimators.gradient import PolicyGradient, gradient
 from totalprop.estimators.node import Estimator, assign_credit, infer_noise
 from totalprop.estimators.probes import ControlProbe, DenseJacobian, ParameterProbe
-from totalprop.estimators.registry import make, names, register, unknown_name
+from totalprop.estimators.registry import make, names, register
+from totalprop.estimators.rollout import Rollout
 
 __all__ = [
     "ControlProbe",
@@ -22,8 +26,11 @@ __all__ = [
     "Estimator",
     "ParameterProbe",
     "PolicyGradient",
+    "Report",
+    "Rollout",
     "assign_credit",
     "baselines",
+    "check",
     "diagnostics",
     "gradient",
     "infer_noise",

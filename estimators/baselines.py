@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from totalprop.estimators.declarations import without
+from totalprop.estimators.declarations import part_named, without
 
 Baseline = Callable[[Tensor, "Tensor | None"], Tensor]
 
@@ -74,3 +74,16 @@ def critic(returns: Tensor, value: Tensor | None) -> Tensor:
     alone = 1 - leverage < 0.01
     left_out = residual / torch.where(alone, torch.ones_like(leverage), 1 - leverage)
     return torch.where(alone, leave_one_out(returns, None), returns - left_out)
+
+
+BASELINES: dict[str, Baseline] = {
+    "none": none,
+    "mean": mean,
+    "leave-one-out": leave_one_out,
+    "critic": critic,
+}
+
+
+def baseline_named(baseline: str | Baseline) -> Baseline:
+    """Look up a baseline by name; a function passes through."""
+    return part_named("baseline", baseline, BASELINES)

@@ -1,4 +1,6 @@
-"""Declarations of the inputs that a weight rule or a baseline does not use.
+"""What the parts of an estimator declare, and how they are found by name.
+
+A weight rule, a leg or a baseline declares the inputs that it does not use:
 
     @without("needs_value")
     def leave_one_out(returns, value): ...
@@ -8,8 +10,9 @@ A function without a declaration is assumed to need everything, so user-defined 
 
 from __future__ import annotations
 
+import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -38,3 +41,30 @@ def declared(function: Callable[..., Any], need: str) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     return bool(getattr(function, need, True))
+
+
+def part_named(kind: str, part: str | Function, known: Mapping[str, Function]) -> Function:
+    """Look up a part of an estimator by name; a function passes through.
+
+    Args:
+        kind: what it is, for the message.
+        part: a name, with hyphens or underscores, or a function.
+        known: name -> function.
+    Raises:
+        ValueError: the name is unknown.
+        TypeError: `part` is neither a name nor a function.
+    """
+    if callable(part):
+        return part
+    if not isinstance(part, str):
+        raise TypeError(f"a {kind} is one of {', '.join(known)}, or a function, got {part!r}")
+    if (name := part.replace("_", "-")) in known:
+        return known[name]
+    raise ValueError(unknown_name(part, list(known), kind))
+
+
+def unknown_name(name: object, known: Sequence[str], kind: str = "estimator") -> str:
+    """Error message for an unknown name, which suggests the nearest known one."""
+    near = difflib.get_close_matches(str(name), known, 1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"unknown {kind} {name!r}: {hint}choose one of {', '.join(known)}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from totalprop.estimators.mixing import likelihood_ratio, pathwise, whole_graph_ivw
 from totalprop.estimators.node import Estimator
 
-Rollout = Callable[[Estimator, "Tensor | None"], Tensor]
+RolloutLoss = Callable[[Estimator, "Tensor | None"], Tensor]
 
 
 class PolicyGradient(NamedTuple):
@@ -25,7 +25,7 @@ class PolicyGradient(NamedTuple):
 
 
 def gradient(
-    rollout: Rollout,
+    rollout: RolloutLoss,
     parameters: Sequence[Tensor],
     estimator: Estimator,
     *,

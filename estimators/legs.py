@@ -9,13 +9,14 @@ of each leg is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from totalprop.estimators.baselines import Baseline, none
+from totalprop.estimators.declarations import part_named, without
 
 Zeta = tuple[Tensor, ...]
 Leg = Callable[[Zeta, Tensor, Tensor, Tensor | None, Baseline], Zeta]
@@ -66,6 +67,7 @@ def score(
     return g_mean, torch.addcmul(-advantage, g_mean, noise)
 
 
+@without("any_node")
 def biw(
     zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
 ) -> Zeta:
@@ -99,3 +101,12 @@ def biw(
     g_mean = torch.einsum("ij,ijd->id", weighted, z) / std
     second_moment = torch.einsum("ij,ijd->id", weighted, z.square())
     return g_mean, (second_moment - weighted.sum(1, keepdim=True)) / std
+
+
+LEGS: dict[str, Leg] = {"score": score, "biw": biw}
+
+
+def legs_named(legs: str | Leg | Sequence[str | Leg]) -> tuple[Leg, ...]:
+    """Look up score legs by name: one, such as "biw", or a sequence; functions pass through."""
+    several = (legs,) if isinstance(legs, str) or callable(legs) else legs
+    return tuple(part_named("leg", leg, LEGS) for leg in several)

@@ -4,7 +4,8 @@ Every rule is a function (rp, legs, probe) -> [k, ...], one k per leg, broadcast
 `rp` is the pathwise cotangent of zeta and `legs` are the cotangents of the score legs (usually
 one), all in the scale of the loss. `probe` is described in `estimators.probes`. The node computes
 rp + Σ_l k_l (leg_l - rp). Where the weights sum to 1 or to NaN it uses the score legs alone, so
-that an exploding or non-finite pathwise leg never reaches the result.
+that an exploding or non-finite pathwise leg never reaches the result. Weights may lie outside
+[0, 1].
 
 With delta = leg - rp, minimising Var(rp + k·delta) is a regression of -rp on delta (Parmas et al.
 2023, Eq. 6 and 8). `tpx`, `tpg` and the mixture of several legs all solve this regression, each in
@@ -46,9 +47,18 @@ def tpx(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     """One k per coordinate, from the variances and the covariance of the mean's cotangents.
 
     k = (V_RP - cov) / (V_LR + V_RP - 2 cov), clipped to [0, 1]; the std uses the same k.
-    Parmas et al. 2023 (TPX), Eq. 8 and footnote 4.
+    Parmas et al. 2023 (TPX), Eq. 8 and footnote 4. Differs from the paper: Eq. 8 has no clip, see
+    `tpx_unclipped`.
     """
     return _regress(rp[0], [leg[0] for leg in legs], summed=False)
+
+
+def tpx_unclipped(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """`tpx` without the clip, so that k may lie outside [0, 1].
+
+    Parmas et al. 2023 (TPX), Eq. 8 and footnote 4.
+    """
+    return _regress(rp[0], [leg[0] for leg in legs], summed=False, clip=False)
 
 
 def tpx_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
@@ -93,6 +103,7 @@ def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     return _shares(variances[(...,) + (None,) * rp[0].ndim].sqrt() * scale)
 
 
+@without("any_node", "several_legs")
 def tpg(
     rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, carried: float = 1.0
 ) -> list[Tensor]:
@@ -173,10 +184,10 @@ def whole_graph_ivw(rp: Tensor, lr: Tensor) -> Tensor:
     return _inverse_variance(rp, [lr], summed=True)[0].squeeze().nan_to_num(nan=1.0)
 
 
-def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
+def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool, clip: bool = True) -> list[Tensor]:
     """Minimise Var_i(rp + Σ_l k_l (leg_l - rp)), per coordinate or summed over the last axis."""
     if len(legs) > 1:
-        return _simplex([rp, *legs], summed=summed)[1:]
+        return _simplex([rp, *legs], summed=summed, clip=clip)[1:]
     delta = legs[0] - rp
     dims = (0, -1) if summed else (0,)
     # Divide by the largest entry: the squares cannot overflow, at any scale of the loss.
@@ -187,11 +198,11 @@ def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool) -> list[Tensor]:
     delta = delta - delta.mean(0, keepdim=True)
     numerator = (delta * rp).sum(dims, keepdim=True)
     k = numerator / (delta * delta).sum(dims, keepdim=True).clamp_min(_tiny(scale))
-    return [k.neg_().clamp_(0.0, 1.0)]
+    return [(-k).clamp(0.0, 1.0) if clip else -k]
 
 
-def _simplex(legs: list[Tensor], *, summed: bool) -> list[Tensor]:
-    """Minimum-variance weights on the simplex (each >= 0, sum 1): generalised least squares.
+def _simplex(legs: list[Tensor], *, summed: bool, clip: bool) -> list[Tensor]:
+    """Minimum-variance weights with sum 1, with `clip` each >= 0: generalised least squares.
 
     Within a face of the simplex w ∝ S⁻¹ 1, with variance 1 / (1ᵀ S⁻¹ 1). With two or three legs the
     faces can be enumerated, which is exact where clipping is not. The covariance S is scaled to a
@@ -220,7 +231,10 @@ def _simplex(legs: list[Tensor], *, summed: bool) -> list[Tensor]:
             w = torch.linalg.solve_ex(block, precision[..., index].unsqueeze(-1))[0].squeeze(-1)
             w = w * precision[..., index]
             variance = 1 / w.sum(-1, keepdim=True)
-            inside = (w >= 0).all(-1, keepdim=True) & torch.isfinite(variance)
+            # Without a clip the whole simplex wins, unless one of its legs is not finite.
+            inside = torch.isfinite(variance) & (variance > 0)
+            if clip:
+                inside = inside & (w >= 0).all(-1, keepdim=True)
             better = inside & (variance < best)
             full = torch.zeros_like(weights)
             full[..., index] = w * variance

@@ -14,6 +14,8 @@ Schulman et al. 2015 (stochastic computation graphs); Parmas 2018 (total propaga
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,12 +28,19 @@ from totalprop.estimators.legs import Leg, Zeta, draw, pathwise, score
 from totalprop.estimators.mixing import Weight, largest_usable
 from totalprop.estimators.probes import Probe, restrict
 
+HALF = (torch.bfloat16, torch.float16)
+UNCREDITED = (
+    "the loss depends on a node's sample but not on the credit that the node returned, so its "
+    "score leg is 0: credit every cost downstream, with assign_credit(cost, credit) or Rollout.cost"
+)
+
 
 def assign_credit(cost: Tensor, credit: Tensor) -> Tensor:
     """Credit a cost to the nodes upstream: cost·(1 + credit), which leaves its value unchanged.
 
     Every differentiable term downstream of a node must be given the credit that the last node
     before it returned. The gradient of an uncredited term is silently shrunk by (1 - k).
+    `estimators.Rollout` does this without the chance of an omission.
 
     Args:
         cost: [N] or [..., N], any term of the loss.
@@ -41,9 +50,18 @@ def assign_credit(cost: Tensor, credit: Tensor) -> Tensor:
     Raises:
         ValueError: the product would not have the cost's shape. A cost [N, 1] times a credit [N]
             would broadcast to [N, N], and every sample would receive the returns of all samples.
+        TypeError: an argument is no tensor.
     """
-    shape = torch.broadcast_shapes(cost.shape, credit.shape)
-    if shape != cost.shape:
+    if not (isinstance(cost, Tensor) and isinstance(credit, Tensor)):
+        raise TypeError(
+            f"cost and credit must be tensors, one number per sample, got {_shown(cost)} and "
+            f"{_shown(credit)}; average the credited costs, not the costs"
+        )
+    try:
+        fits = torch.broadcast_shapes(cost.shape, credit.shape) == cost.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
         raise ValueError(
             f"a cost of shape {list(cost.shape)} cannot take a credit of shape "
             f"{list(credit.shape)}: one number per sample is needed, e.g. cost.squeeze(-1)"
@@ -85,7 +103,7 @@ class Estimator:
         source: paper and equation.
 
     Raises:
-        ValueError: cross_fit with a whole-graph estimator, which has one k for all samples.
+        ValueError: a field is not what it should be, or the fields do not work together.
     """
 
     weight: Weight
@@ -97,6 +115,20 @@ class Estimator:
     source: str = ""
 
     def __post_init__(self) -> None:
+        named = isinstance(self.legs, tuple) and len(self.legs) > 0
+        parts = (self.weight, self.baseline, *(self.legs if named else (self.legs,)))
+        if not named or not all(callable(part) for part in parts):
+            raise ValueError(
+                "weight and baseline are functions and legs is a tuple of functions, got "
+                f"{self.weight!r}, {self.baseline!r}, {self.legs!r}; estimators.make takes the "
+                "names of baselines and legs, too"
+            )
+        if self.probe not in ("none", "all", "subset"):
+            raise ValueError(f"probe is 'none', 'all' or 'subset', got {self.probe!r}")
+        if len(self.legs) > 1 and not declared(self.weight, "several_legs"):
+            raise ValueError(
+                f"the weight rule takes one score leg, got {len(self.legs)}; use estimator 'tpx'"
+            )
         if self.whole_graph and self.cross_fit:
             raise ValueError(
                 "a whole-graph estimator combines once, with one k for all samples: set "
@@ -171,11 +203,38 @@ def stochastic_node(
     tap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a node whose backward pass mixes the estimator's legs. See `Estimator.__call__`."""
-    shape, samples = zeta[0].shape, zeta[0].shape[:-1]
+    _check_shapes(zeta, noise, credit, value)
+    _check_values(zeta, noise)
+    if tap is not None and probe is None:
+        raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
+    if estimator.needs_score and torch.is_grad_enabled():
+        _check_legs(estimator, zeta, probe)
+    node = _TransformedNode if _is_transformed() else _Node
+    sample, credit = node.apply(estimator, probe, noise, credit, value, meter, tap, *zeta)
+    return sample, credit
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func transforms (vmap, grad, ...) are active, as Function.apply asks."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _check_shapes(zeta: Zeta, noise: Tensor, credit: Tensor, value: Tensor | None) -> None:
+    """Refuse what would raise an error later, or broadcast to another gradient."""
+    mean = zeta[0]
+    if not isinstance(mean, Tensor) or mean.ndim < 2 or not mean.is_floating_point():
+        raise ValueError(
+            f"mean must be a tensor [N, ..., D] of real numbers, with the samples on axis 0, got "
+            f"{_shown(mean)}; a mean [N] of one coordinate needs mean.unsqueeze(-1)"
+        )
+    shape, samples = mean.shape, mean.shape[:-1]
+    start = "start a rollout with credit = mean.new_zeros(N)"
+    if not isinstance(credit, Tensor):
+        raise ValueError(f"credit must be a tensor {list(samples)}, got {credit!r}; {start}")
     if credit.shape != samples:
         raise ValueError(
             f"credit must have the node's shape without its last axis, {list(samples)}, "
-            f"got {list(credit.shape)}; start a rollout with credit = mean.new_zeros(N)"
+            f"got {list(credit.shape)}; {start}"
         )
     if value is not None and value.shape != samples:
         raise ValueError(
@@ -186,44 +245,118 @@ def stochastic_node(
         ("std", zeta[-1], "std.expand_as(mean)"), ("noise", noise, "torch.randn_like(mean)")
     ):  # fmt: skip
         if not isinstance(x, Tensor) or x.shape != shape:
-            got = list(x.shape) if isinstance(x, Tensor) else repr(x)
             raise ValueError(
-                f"{name} must have the node's shape, {list(shape)}, got {got}; "
+                f"{name} must have the node's shape, {list(shape)}, got {_shown(x)}; "
                 f"every entry needs its own value: {own}"
             )
-    if credit.dtype != zeta[0].dtype:
+    # In half precision the credit is float32: its gradients are sums of costs.
+    if credit.dtype not in (mean.dtype, torch.promote_types(mean.dtype, torch.float32)):
         raise ValueError(
-            f"credit must have the node's dtype, {zeta[0].dtype}, got {credit.dtype}; start a "
-            "rollout with credit = mean.new_zeros(N)"
+            f"credit must have the node's dtype, {mean.dtype}, got {credit.dtype}; {start}"
         )
-    if tap is not None and probe is None:
-        raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
-    sample, credit = _Node.apply(estimator, probe, noise, credit, value, meter, tap, *zeta)
-    return sample, credit
+
+
+def _check_values(zeta: Zeta, noise: Tensor) -> None:
+    """Refuse a negative std and, for a categorical, noise that is clearly not Gumbel noise."""
+    if len(zeta) == 2:
+        if _holds(zeta[1], lambda std: std.amin() < 0):
+            raise ValueError(
+                "std must be positive, got a negative entry; exp or softplus of a network's output "
+                "is positive"
+            )
+    elif _holds(noise, _looks_normal):
+        raise ValueError(
+            "a categorical node needs Gumbel noise, and this is standard normal: use "
+            "-torch.empty_like(logits).exponential_().log()"
+        )
+
+
+def _holds(x: Tensor, condition: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a condition on values holds; False where reading them would cost a wait."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+        return False
+    try:
+        return bool(condition(x.detach()))
+    except RuntimeError:  # inside torch.func.vmap there is no value to read
+        return False
+
+
+def _looks_normal(noise: Tensor) -> Tensor:
+    """Whether mean and mean square fit a standard normal, and the mean no Gumbel distribution.
+
+    Within 4 standard errors of the one and more than 6 from the other, so that Gumbel noise is
+    never mistaken. This takes about 180 entries.
+    """
+    root_n, x = noise.numel() ** 0.5, noise.double()
+    fits = (x.mean() * root_n).abs() < 4
+    fits = fits & (((x.square().mean() - 1) * root_n / 2**0.5).abs() < 4)
+    return fits & ((x.mean() - 0.5772).abs() * root_n / 1.2825 > 6)
+
+
+def _check_legs(estimator: Estimator, zeta: Zeta, probe: Probe | None) -> None:
+    """Refuse a node on which the backward pass would fail."""
+    n, mean = len(zeta[0]), zeta[0]
+    if len(zeta) != 2 or mean.ndim != 2:
+        parts: tuple[Callable[..., Any], ...] = (estimator.weight, *estimator.legs)
+        for part in parts:
+            if not declared(part, "any_node"):
+                name = getattr(part, "__name__", part)
+                kind = "Gaussian" if len(zeta) == 2 else "categorical"
+                raise ValueError(
+                    f"'{name}' needs a Gaussian node of shape [N, D], got a {kind} one of shape "
+                    f"{list(mean.shape)}; use estimator 'tpx' with legs='score'"
+                )
+    if estimator.cross_fit and n < 4:
+        raise ValueError(
+            f"cross_fit chooses k in halves of at least 2 samples, and needs N >= 4, got {n}"
+        )
+
+
+def _shown(x: object) -> str:
+    return str(list(x.shape)) if isinstance(x, Tensor) else repr(x)
+
+
+def _forward(
+    estimator: Estimator,
+    probe: Probe | None,
+    noise: Tensor,
+    credit: Tensor,
+    value: Tensor | None,
+    meter: Tensor | None,
+    tap: Tensor | None,
+    *zeta: Tensor,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(credit.dtype, torch.float32)
+    return draw(zeta, noise), credit.to(dtype, copy=True)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    estimator, probe, noise, _, value, meter, tap, *zeta = inputs
+    ctx.estimator, ctx.probe = estimator, probe
+    ctx.meter_shape = None if meter is None else meter.shape
+    ctx.has_tap = tap is not None
+    ctx.set_materialize_grads(False)  # to tell a credit without gradient
+    ctx.save_for_backward(noise, value, *zeta)
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        estimator: Estimator,
-        probe: Probe | None,
-        noise: Tensor,
-        credit: Tensor,
-        value: Tensor | None,
-        meter: Tensor | None,
-        tap: Tensor | None,
-        *zeta: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.estimator, ctx.probe = estimator, probe
-        ctx.meter_shape = None if meter is None else meter.shape
-        ctx.has_tap = tap is not None
-        ctx.save_for_backward(noise, value, *zeta)
-        return draw(zeta, noise), credit.clone()
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, g_sample: Tensor, returns: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, g_sample: Tensor | None, returns: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         noise, value, *zeta = ctx.saved_tensors
+        if returns is None:
+            if ctx.estimator.needs_score:
+                warnings.warn(UNCREDITED, stacklevel=2)
+            returns = zeta[0].new_zeros(zeta[0].shape[:-1])
+        if g_sample is None:
+            g_sample = torch.zeros_like(zeta[0])
         g_zeta, k = mix(ctx.estimator, tuple(zeta), noise, g_sample, returns, value, ctx.probe)
         if torch.is_grad_enabled() and ctx.estimator.needs_score:
             g_zeta = _Once.apply(*g_zeta, g_sample, returns, *zeta)[: len(g_zeta)]
@@ -234,12 +367,26 @@ class _Node(torch.autograd.Function):
         return (None, None, None, returns, None, g_meter, g_tap, *g_zeta)
 
 
+class _TransformedNode(_Node):
+    """A node under `torch.func`, whose form costs an ordinary node half of its forward time."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_forward)  # type: ignore[assignment]
+    setup_context = staticmethod(_setup_context)
+
+
 class _Once(torch.autograd.Function):
     """Identity whose backward pass raises, so that its outputs cannot be differentiated."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -272,6 +419,11 @@ def mix(
         The cotangent of zeta, and the total weight k of the score legs that the rule chose,
         broadcastable to zeta.
     """
+    if zeta[0].dtype in HALF:  # variances and sums over the batch need more digits
+        wide, wide_value = tuple(z.float() for z in zeta), None if value is None else value.float()
+        noise, g_sample, returns = noise.float(), g_sample.float(), returns.float()
+        g_zeta, k = mix(estimator, wide, noise, g_sample, returns, wide_value, probe)
+        return tuple(g.to(zeta[0].dtype) for g in g_zeta), k
     rp = pathwise(zeta, noise, g_sample)
     if not estimator.needs_score:
         return rp, torch.zeros_like(rp[0][:1])
@@ -328,7 +480,7 @@ def _has_pathwise(k: Tensor) -> Tensor:
     If k is within round-off of 1, then 1 - k is noise, which an exploded pathwise leg would
     amplify. If k is NaN, the pathwise leg is not finite.
     """
-    return k < 1 - 8 * torch.finfo(k.dtype).eps
+    return (1 - k).abs() > 8 * torch.finfo(k.dtype).eps
 
 
 def _combine(rp: Zeta, legs: list[Zeta], k: list[Tensor]) -> tuple[Zeta, Tensor]:

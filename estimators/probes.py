@@ -7,12 +7,13 @@ probe does no work until a rule calls it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import vjp, vmap
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
 
 Zeta = tuple[Tensor, ...]
 Probe = Callable[[Zeta], Tensor]
@@ -30,6 +31,7 @@ def gram(probe: Probe, cotangents: Zeta) -> Tensor:
     if isinstance(probe, ControlProbe):
         return probe.gram(cotangents)
     b = torch.stack([probe(one) for one in zip(*cotangents, strict=True)])  # [M, N, P]
+    b = b.to(torch.promote_types(b.dtype, torch.float32))
     b = (b - b.mean(1, keepdim=True)).flatten(1)
     return b @ b.T
 
@@ -54,15 +56,30 @@ class ParameterProbe:
     """The general probe: per-sample vector-Jacobian products with `torch.func`.
 
     Args:
-        function: (parameters, *inputs of one sample) -> its zeta, e.g. (mean [D], std [D]).
-        parameters: name -> tensor. Leave out those that should not count for the rule, as `tps`
-            does (Parmas et al. 2023, Sec. 4).
+        function: (parameters, *inputs of one sample) -> its zeta, e.g. (mean [D], std [D]); or an
+            `nn.Module` that maps the inputs to zeta.
+        parameters: name -> tensor, or an `nn.Module` for all of its own. Leave out those that
+            should not count for the rule, as `tps` does (Parmas et al. 2023, Sec. 4).
         inputs: tensors [N, ...], one slice per sample.
+    Raises:
+        TypeError: `parameters` has no names.
     """
 
     def __init__(
-        self, function: Callable[..., Any], parameters: Mapping[str, Tensor], *inputs: Tensor
+        self,
+        function: Callable[..., Any],
+        parameters: Mapping[str, Tensor] | nn.Module,
+        *inputs: Tensor,
     ) -> None:
+        if isinstance(parameters, nn.Module):
+            parameters = dict(parameters.named_parameters())
+        if not isinstance(parameters, Mapping):
+            raise TypeError(
+                "parameters must be a mapping of names to tensors, such as "
+                f"dict(policy.named_parameters()), or an nn.Module, got {type(parameters).__name__}"
+            )
+        if isinstance(function, nn.Module):
+            function = functools.partial(_call_module, function)
         self.function = function
         self.parameters = {name: p.detach() for name, p in parameters.items()}
         self.inputs = tuple(x.detach() for x in inputs)
@@ -71,11 +88,16 @@ class ParameterProbe:
         """[N, P] gradients of Σ cotangent·zeta, one row per sample, parameters in order."""
 
         def one_sample(cotangent: Zeta, *inputs: Tensor) -> Tensor:
-            pull_back = vjp(lambda p: self.function(p, *inputs), self.parameters)[1]
-            gradients = pull_back(tuple(cotangent))[0]
+            zeta, pull_back, *_ = vjp(lambda p: tuple(self.function(p, *inputs)), self.parameters)
+            matching = (c.to(z.dtype) for c, z in zip(cotangent, zeta, strict=True))
+            gradients = pull_back(tuple(matching))[0]
             return torch.cat([g.reshape(-1) for g in gradients.values()])
 
         return vmap(one_sample)(tuple(cotangent), *self.inputs)
+
+
+def _call_module(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor) -> Any:
+    return functional_call(module, dict(parameters), inputs)
 
 
 class DenseJacobian:

@@ -7,12 +7,14 @@ with `register`, or with an entry point in the group `totalprop.estimators` that
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from importlib.metadata import entry_points
 from typing import Any
 
+from totalprop.estimators.baselines import baseline_named
+from totalprop.estimators.declarations import unknown_name
+from totalprop.estimators.legs import legs_named
 from totalprop.estimators.mixing import (
     likelihood_ratio,
     pathwise,
@@ -22,6 +24,7 @@ from totalprop.estimators.mixing import (
     tpx_ivw,
     tpx_ivw_scalar,
     tpx_scalar,
+    tpx_unclipped,
 )
 from totalprop.estimators.node import Estimator
 
@@ -35,6 +38,7 @@ _REGISTRY: dict[str, Estimator] = {
     ),
     "tps": Estimator(tp, probe="subset", source="Parmas et al. 2023, Sec. 4"),
     "tpx": Estimator(tpx, source="Parmas et al. 2023, Eq. 8, footnote 4"),
+    "tpx-unclipped": Estimator(tpx_unclipped, source="Parmas et al. 2023, Eq. 8, footnote 4"),
     "tpx-scalar": Estimator(tpx_scalar, source="Parmas et al. 2023, App. D"),
     "tpx-ivw": Estimator(tpx_ivw, source="Parmas et al. 2023, App. D"),
     "tpx-ivw-scalar": Estimator(tpx_ivw_scalar, source="Parmas et al. 2023, App. D"),
@@ -68,30 +72,42 @@ def names() -> list[str]:
 def make(name: str | Estimator, **changes: Any) -> Estimator:
     """Look up an estimator by name, with some of its fields replaced.
 
+    >>> make("tpx", baseline="mean", legs="biw")
+
     Args:
         name: a registered name, or an `Estimator` (so that agents can take either).
-        changes: fields of `Estimator` to replace, for example baseline=baselines.mean.
+        changes: fields of `Estimator` to replace. `baseline` and `legs` take names ("none", "mean",
+            "leave-one-out", "critic"; "score", "biw") or functions, `legs` also a sequence of them.
     Returns:
         The estimator; the registered one is not modified.
     Raises:
-        ValueError: the name is unknown; the message suggests the nearest known name.
+        ValueError: a name is unknown (the message suggests the nearest known one), or the options
+            do not work together.
+        TypeError: there is no such option, or it has another type.
     """
+    known = [field.name for field in fields(Estimator)]
+    for option in changes:
+        if option not in known:
+            raise TypeError(
+                f"an estimator has no option '{option}': choose among {', '.join(known)}"
+            )
+    if "baseline" in changes:
+        changes["baseline"] = baseline_named(changes["baseline"])
+    if "legs" in changes:
+        changes["legs"] = legs_named(changes["legs"])
+    return replace(_registered(name), **changes)
+
+
+def _registered(name: str | Estimator) -> Estimator:
     if isinstance(name, Estimator):
-        return replace(name, **changes)
+        return name
     if name in _REGISTRY:
-        return replace(_REGISTRY[name], **changes)
+        return _REGISTRY[name]
     if name in _plugins():
-        estimator = entry_points(group=ENTRY_POINT_GROUP)[name].load()
+        estimator: Estimator = entry_points(group=ENTRY_POINT_GROUP)[name].load()
         register(name, estimator)
-        return replace(estimator, **changes)
+        return estimator
     raise ValueError(unknown_name(name, names()))
-
-
-def unknown_name(name: object, known: Sequence[str]) -> str:
-    """Error message for an unknown estimator, which suggests the nearest known name."""
-    near = difflib.get_close_matches(str(name), known, 1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"unknown estimator {name!r}: {hint}choose one of {', '.join(known)}"
 
 
 def _plugins() -> Iterator[str]:

@@ -11,6 +11,7 @@ from totalprop.estimators import (
     assign_credit,
     make,
     mixing,
+    node,
 )
 from totalprop.estimators.probes import restrict
 
@@ -206,8 +207,52 @@ def test_k_is_broadcastable_and_between_zero_and_one(name):
     rp, lr, probe = toy_legs()
     (k,) = make(name).weight(rp, [lr], probe)
     assert torch.broadcast_shapes(k.shape, rp[0].shape) == rp[0].shape
-    assert ((k >= 0) & (k <= 1)).all()
+    if name == "tpx-unclipped":
+        assert ((k < 0) | (k > 1)).any()
+    else:
+        assert ((k >= 0) & (k <= 1)).all()
     assert ((k > 0) & (k < 1)).any()
+
+
+def test_unclipped_k_is_equation_8():
+    """With N - 1 in all variances and covariances; `tpx` is the same, clipped."""
+    rp, lr, _ = toy_legs()
+    (k,) = mixing.tpx_unclipped(rp, [lr], None)
+    for d in range(rp[0].shape[1]):
+        (v_rp, cov), (_, v_lr) = torch.cov(torch.stack((rp[0][:, d], lr[0][:, d])))
+        torch.testing.assert_close(k[0, d], (v_rp - cov) / (v_lr + v_rp - 2 * cov))
+    torch.testing.assert_close(mixing.tpx(rp, [lr], None)[0], k.clamp(0, 1))
+
+
+def test_a_weight_above_one_is_used():
+    """RP = 2 LR + noise: Eq. 8 subtracts RP, and halves the standard deviation of LR at least.
+
+    N = 2000, seed 1; without the clip the variance is that of the regression's residual.
+    """
+    generator = torch.Generator().manual_seed(1)
+    lr, noise = torch.randn(2, 2000, 1, dtype=F64, generator=generator)
+    rp = 2 * lr + 0.3 * noise
+    (k,) = mixing.tpx_unclipped((rp, rp), [(lr, lr)], None)
+    assert k.item() > 1
+    mixed = node._combine((rp, rp), [(lr, lr)], [k])[0][0]
+    delta = (lr - rp - (lr - rp).mean()).squeeze()
+    centred = (rp - rp.mean()).squeeze()
+    residual = centred - delta * (delta @ centred) / (delta @ delta)
+    torch.testing.assert_close(mixed.var(), residual.var())
+    assert mixed.std() < 0.5 * lr.std()
+
+
+def test_unclipped_weights_of_several_legs_are_generalised_least_squares():
+    """The optimum on the plane Σ w = 1 is S⁻¹ 1 / 1ᵀ S⁻¹ 1, with a negative weight here."""
+    generator = torch.Generator().manual_seed(2)
+    common, *own = torch.randn(4, 500, 1, dtype=F64, generator=generator)
+    rp, first, second = common + 0.1 * own[0], 2 * common + 0.1 * own[1], own[2]
+    k = mixing.tpx_unclipped((rp, rp), [(first, first), (second, second)], None)
+    s = torch.cov(torch.cat((rp, first, second), 1).T)
+    expected = torch.linalg.solve(s, torch.ones(3, dtype=F64))
+    expected = expected / expected.sum()
+    torch.testing.assert_close(torch.cat(k).flatten(), expected[1:], rtol=1e-5, atol=1e-6)
+    assert expected.min() < 0
 
 
 def variances_in_parameter_space(rp, lr, probe):

@@ -62,6 +62,52 @@ def test_make_changes_fields_of_a_copy():
         make("tpx", nonsense=1)
 
 
+@pytest.mark.parametrize("name", estimators.names())
+@pytest.mark.parametrize("baseline", ["none", "mean", "leave-one-out", "leave_one_out", "critic"])
+def test_baselines_are_taken_by_name(name, baseline):
+    expected = getattr(estimators.baselines, baseline.replace("-", "_"))
+    assert make(name, baseline=baseline).baseline is expected
+    assert make(name, baseline=expected).baseline is expected
+
+
+@pytest.mark.parametrize("name", estimators.names())
+def test_legs_are_taken_by_name(name):
+    score, biw = estimators.legs.score, estimators.legs.biw
+    for given in ("biw", ["biw"], biw, (biw,)):
+        assert make(name, legs=given).legs == (biw,)
+    if name == "tpg":
+        with pytest.raises(ValueError, match="takes one score leg, got 2; use estimator 'tpx'"):
+            make(name, legs=("score", "biw"))
+    else:
+        assert make(name, legs=("score", biw)).legs == (score, biw)
+
+
+WRONG_OPTIONS = [
+    ({"baseline": "critc"}, ValueError, "unknown baseline 'critc': did you mean 'critic'"),
+    ({"baseline": None}, TypeError, "a baseline is one of none, mean, .* got None"),
+    ({"legs": "bwi"}, ValueError, "unknown leg 'bwi': did you mean 'biw'"),
+    ({"legs": (3,)}, TypeError, "a leg is one of score, biw, or a function, got 3"),
+    ({"legs": ()}, ValueError, "legs is a tuple of functions, got"),
+    ({"probe": "some"}, ValueError, "probe is 'none', 'all' or 'subset', got 'some'"),
+    ({"leg": "biw"}, TypeError, "no option 'leg': choose among .*legs"),
+]
+
+
+@pytest.mark.parametrize("name", estimators.names())
+@pytest.mark.parametrize(("changes", "kind", "message"), WRONG_OPTIONS)
+def test_a_wrong_option_is_refused_where_it_is_given(name, changes, kind, message):
+    with pytest.raises(kind, match=message) as caught:
+        make(name, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_fields_of_an_estimator_are_checked():
+    with pytest.raises(ValueError, match=r"legs is a tuple of functions.*estimators\.make takes"):
+        Estimator(mixing.tpx, legs="biw")
+    with pytest.raises(ValueError, match="weight and baseline are functions"):
+        Estimator(mixing.tpx, baseline="mean")
+
+
 def test_an_estimator_passes_through():
     assert make(MINE) == MINE
     assert make(MINE, cross_fit=True).cross_fit

@@ -1,0 +1,326 @@
+"""Check a user's rollout: are all costs credited, do RP and LR agree, which estimator is best."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from totalprop.estimators.node import UNCREDITED, Estimator
+from totalprop.estimators.registry import make
+from totalprop.estimators.rollout import Rollout
+
+LIMIT = 4.0  # standard errors by which RP and LR may differ, with up to some 100 parameters
+SHOWN = 8  # parameters in a printed report
+
+
+class _Ledger(Rollout):
+    """A rollout that also records which part of the loss was credited.
+
+    Every cost is multiplied by (1 + ledger), a zero, so dL/dledger is the credited part of L if L
+    is linear in its costs.
+    """
+
+    def __init__(self, estimator: Estimator, ledger: float, noise_scale: float) -> None:
+        super().__init__(estimator)
+        self.ledger = torch.tensor(ledger, dtype=torch.float64, requires_grad=True)
+        self.noise_scale = noise_scale
+
+    def sample(
+        self, mean: Tensor, std: Tensor | None, *, noise: Tensor | None = None, **extra: Any
+    ) -> Tensor:
+        if noise is None and isinstance(mean, Tensor):
+            noise = self._draw(mean, is_gaussian=std is not None)
+        if noise is not None:
+            noise = self.noise_scale * noise
+        return super().sample(mean, std, noise=noise, **extra)
+
+    def cost(self, cost: Tensor) -> Tensor:
+        return super().cost(cost) * (1 + self.ledger.to(cost))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `check`; `print` it.
+
+    Attributes:
+        loss: mean of the loss over the repeats.
+        credited: mean of the part of it that passed through `Rollout.cost`.
+        uncredited_cost: whether the rest of the loss depends on the rollout's samples; None if the
+            loss is not linear in its costs, so that this cannot be told.
+        means: estimator -> parameter -> mean gradient, of the parameter's shape.
+        z: parameter -> difference of RP's and LR's mean gradient in its standard errors.
+        limit: the largest |z| that chance explains.
+        variances: estimator -> variance of the gradient, summed over all parameters.
+        relative_errors: estimator -> relative standard error of its variance.
+        best: the estimator to use, or None while a cost is uncredited.
+        repeats: number of gradients of each estimator.
+    """
+
+    loss: float
+    credited: float
+    uncredited_cost: bool | None
+    means: dict[str, dict[str, Tensor]]
+    z: dict[str, Tensor]
+    limit: float
+    variances: dict[str, float]
+    relative_errors: dict[str, float]
+    best: str | None
+    repeats: int
+
+    @property
+    def agree(self) -> bool:
+        """Whether RP and LR have the same mean, as far as these repeats can tell."""
+        return all(bool((z.abs() <= self.limit).all()) for z in self.z.values())
+
+    def saves(self, name: str, over: str = "rp") -> float:
+        """How many times less variance an estimator has than another, by default than RP."""
+        mine, other = self.variances[name], self.variances[over]
+        if not math.isfinite(other):
+            return math.inf if math.isfinite(mine) else 1.0
+        return other / mine if mine > 0 else (math.inf if other > 0 else 1.0)
+
+    def __str__(self) -> str:
+        lines = [*self._credit(), *self._agreement(), ""]
+        lines.append(f"{'estimator':<16}{'variance':>10}{'± %':>6}{'times less than rp':>20}")
+        for name, variance in self.variances.items():
+            error = 100 * self.relative_errors[name]
+            shown = f"{error:.0f}" if math.isfinite(error) else "-"
+            lines.append(f"{name:<16}{variance:>10.2g}{shown:>6}{self.saves(name):>20.3g}")
+        return "\n".join([*lines, "", self._advice()])
+
+    def _credit(self) -> list[str]:
+        if self.uncredited_cost is None:
+            return ["credit: cannot be checked, since the loss is not linear in its costs"]
+        if not self.uncredited_cost:
+            return ["credit: every cost that depends on a sample is credited"]
+        return [
+            f"credit: NOT COMPLETE. The loss is {self.loss:.4g}, but costs of only "
+            f"{self.credited:.4g} passed through r.cost, and the rest depends on the samples"
+        ]
+
+    def _agreement(self) -> list[str]:
+        verdict = "agree" if self.agree else "DISAGREE"
+        lines = [f"RP and LR {verdict} (z: standard errors between them, limit {self.limit:.1f})"]
+        by_size = sorted(self.z, key=lambda name: -float(self.z[name].abs().max()))
+        for name in by_size[:SHOWN]:
+            z = self.z[name].flatten()
+            index = int(z.abs().argmax())
+            rp, lr = (self.means[one][name].flatten()[index].item() for one in ("rp", "lr"))
+            where = f"{name}[{index}]" if len(z) > 1 else name
+            lines.append(f"  {where}: RP {rp:.3g}, LR {lr:.3g}, z {z[index].item():.1f}")
+        if len(by_size) > SHOWN:
+            lines.append(f"  and {len(by_size) - SHOWN} more, with smaller z")
+        return lines
+
+    def _advice(self) -> str:
+        if self.best is None:
+            return "Credit every cost with r.cost(...), then check again."
+        if not self.agree:
+            return (
+                f"Use '{self.best}': RP misses part of the gradient (a jump, a rounding, a "
+                "detached path), and so does every mixture with it. If every step is smooth, look "
+                "for a cost that is credited too early, or for noise that r.sample did not draw."
+            )
+        if self.best == "rp":
+            return (
+                f"Use 'rp': no other estimator has clearly less variance ({self.repeats} repeats)."
+            )
+        saved = f"{self.saves(self.best):.3g}"
+        return (
+            f"Use '{self.best}': it has {saved} times less variance than 'rp', which would need "
+            f"{saved} times the samples."
+        )
+
+
+def check(
+    rollout: Callable[[Rollout], Tensor],
+    parameters: Mapping[str, Tensor] | nn.Module | None = None,
+    *,
+    estimators: Sequence[str | Estimator] = ("rp", "lr", "tpx"),
+    repeats: int = 40,
+    seed: int = 0,
+) -> Report:
+    """Check a rollout: its credits, the agreement of RP and LR, and the estimators' variances.
+
+    The rollout is evaluated `repeats` times with each estimator. All see the same noise, so the
+    difference of RP and LR is measured pairwise. PyTorch's global generator is restored.
+
+    Args:
+        rollout: r -> loss [], which samples with `r.sample(mean, std)` and credits each cost with
+            `r.cost(cost)`, for an r that is passed to it, a `Rollout`.
+        parameters: name -> tensor, or a module; by default all leaves that the loss depends on.
+        estimators: what to compare; RP and LR are always among them. Those that need a probe work
+            if the rollout passes one.
+        repeats: gradients of each estimator, at least 3.
+        seed: seed of the noise.
+    Returns:
+        A report to print, with its figures as attributes.
+    Raises:
+        TypeError: the rollout does not return a tensor.
+        ValueError: the loss is no scalar, or depends on no parameter or on no node.
+    """
+    if repeats < 3:
+        raise ValueError(f"check needs at least 3 repeats, got {repeats}")
+    chosen = {_name(e): make(e) for e in ("rp", "lr", *estimators)}
+
+    def evaluate(
+        name: str, number: int, *, ledger: float = 0.0, noise_scale: float = 1.0
+    ) -> tuple[Tensor, float, _Ledger]:
+        torch.manual_seed(1_000_003 * seed + number)
+        r = _Ledger(chosen[name], ledger, noise_scale)
+        loss = rollout(r)
+        _check_loss(loss, r)
+        (credited,) = torch.autograd.grad(
+            loss, r.ledger, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return loss, float(credited), r
+
+    def rest(loss: Tensor, credited: float) -> float:
+        return float(loss.detach()) - credited
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", re.escape(UNCREDITED))  # the report says it
+        loss, credited, r = evaluate("rp", 0)
+        named = _named(parameters, loss, r.ledger)
+        # What is not credited must not change with the nodes' noise, and crediting is linear.
+        moved, moved_credited, _ = evaluate("rp", 0, noise_scale=-0.7)
+        doubled, _, _ = evaluate("rp", 0, ledger=1.0)
+        known = [float(loss.detach()), credited, float(moved.detach()), moved_credited]
+        round_off = 1e-4 * max(map(abs, known))
+        uncredited: bool | None = (
+            abs(rest(loss, credited) - rest(moved, moved_credited)) > round_off
+        )
+        if abs(rest(doubled, credited) - known[0]) > round_off:
+            uncredited = None
+        gradients: dict[str, list[Tensor]] = {name: [] for name in chosen}
+        losses, parts = [], []
+        for number in range(repeats):
+            for name in chosen:
+                loss, credited, _ = evaluate(name, number)
+                found = torch.autograd.grad(
+                    loss, list(named.values()), allow_unused=True, materialize_grads=True
+                )
+                gradients[name].append(torch.cat([g.detach().flatten().double() for g in found]))
+            losses.append(float(loss.detach()))
+            parts.append(credited)
+    stacked = {name: torch.stack(g).cpu() for name, g in gradients.items()}  # [R, P]
+    return _report(stacked, named, losses, parts, uncredited=uncredited)
+
+
+def _report(
+    gradients: dict[str, Tensor],
+    named: Mapping[str, Tensor],
+    losses: list[float],
+    parts: list[float],
+    *,
+    uncredited: bool | None,
+) -> Report:
+    repeats, size = gradients["rp"].shape
+    sizes, shapes = [p.numel() for p in named.values()], [p.shape for p in named.values()]
+
+    def by_parameter(flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split(sizes)
+        return {n: x.reshape(s) for n, x, s in zip(named, parts, shapes, strict=True)}
+
+    difference = gradients["rp"] - gradients["lr"]
+    error = difference.std(0) / repeats**0.5
+    z = torch.where(difference.mean(0) == 0, 0.0, difference.mean(0) / error)
+    z = z.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)  # where one is not finite
+    limit = max(LIMIT, math.sqrt(2 * math.log(size / 1e-3)))
+    agree = bool((z.abs() <= limit).all())
+    variances, errors = {}, {}
+    for name, g in gradients.items():
+        variances[name] = float(g.var(0).sum().nan_to_num(nan=math.inf))
+        errors[name] = _relative_error(g)
+    best: str | None = None
+    if not uncredited:
+        best = _best(variances, errors) if agree else "lr"
+    return Report(
+        loss=sum(losses) / repeats,
+        credited=sum(parts) / repeats,
+        uncredited_cost=uncredited,
+        means={name: by_parameter(g.mean(0)) for name, g in gradients.items()},
+        z=by_parameter(z),
+        limit=limit,
+        variances=variances,
+        relative_errors=errors,
+        best=best,
+        repeats=repeats,
+    )
+
+
+def _relative_error(g: Tensor) -> float:
+    """Relative standard error of the variance's trace over repeats [R, P], by the jackknife."""
+    n = len(g)
+    squares = (g - g.mean(0)).square().sum(1)  # [R]
+    total = squares.sum()
+    left_out = (total - squares * n / (n - 1)) / (n - 2)
+    error = left_out.std(correction=0) * (n - 1) ** 0.5 / (total / (n - 1))
+    return float(error.nan_to_num(nan=0.0 if total == 0 else math.inf))
+
+
+def _best(variances: dict[str, float], errors: dict[str, float]) -> str:
+    """The first estimator whose variance is not clearly (2 standard errors) above the least."""
+    least = min(variances, key=lambda name: variances[name])
+    for name, variance in variances.items():
+        if variance == variances[least]:
+            return name
+        error = min(math.hypot(errors[name], errors[least]), 1.0)
+        is_comparable = variances[least] > 0 and math.isfinite(variance)
+        if is_comparable and math.log(variance / variances[least]) <= 2 * error:
+            return name
+    return least
+
+
+def _check_loss(loss: object, r: Rollout) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the rollout must return its loss, a tensor [], got {type(loss).__name__}")
+    if loss.ndim != 0:
+        raise ValueError(
+            f"the rollout must return a loss [], got {list(loss.shape)}; average the credited costs"
+        )
+    if r.credit is None:
+        raise ValueError(
+            "the rollout never called r.sample(mean, std), so there is nothing to check"
+        )
+
+
+def _named(
+    parameters: Mapping[str, Tensor] | nn.Module | None, loss: Tensor, ledger: Tensor
+) -> dict[str, Tensor]:
+    if isinstance(parameters, nn.Module):
+        return {n: p for n, p in parameters.named_parameters() if p.requires_grad}
+    if parameters is not None:
+        return dict(parameters)
+    leaves = [leaf for leaf in _leaves(loss) if leaf is not ledger]
+    if not leaves:
+        raise ValueError("the loss depends on no parameter: is one with requires_grad=True used?")
+    return {f"parameter {i}": leaf for i, leaf in enumerate(leaves)}
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The leaves of the loss's graph."""
+    found: list[Tensor] = []
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        function = stack.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if (leaf := getattr(function, "variable", None)) is not None:
+            found.append(leaf)
+        stack.extend(upstream for upstream, _ in function.next_functions)
+    return found
+
+
+def _name(estimator: str | Estimator) -> str:
+    if isinstance(estimator, str):
+        return estimator
+    return getattr(estimator.weight, "__name__", "estimator")

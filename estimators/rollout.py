@@ -1,0 +1,71 @@
+"""A rollout that carries the credit from node to node, so that none is forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from totalprop.estimators.node import Estimator, assign_credit
+from totalprop.estimators.registry import make
+
+
+class Rollout:
+    """Carry the credit of one rollout.
+
+    >>> r = Rollout("tpx")
+    >>> x = r.sample(mean, std)          # instead of mean + std * noise
+    >>> loss = r.cost(c(x)).mean()       # for every cost
+
+    Use a new one for each rollout. For branching rollouts, call an `Estimator` and `assign_credit`.
+
+    Args:
+        estimator: a registered name, or an `Estimator`.
+        generator: source of the noise, by default PyTorch's global one.
+    """
+
+    def __init__(
+        self, estimator: str | Estimator = "tpx", *, generator: torch.Generator | None = None
+    ) -> None:
+        self.estimator = make(estimator)
+        self.generator = generator
+        self.credit: Tensor | None = None  # what the last node returned
+
+    def sample(
+        self, mean: Tensor, std: Tensor | None, *, noise: Tensor | None = None, **extra: Any
+    ) -> Tensor:
+        """Sample a node: mean + std·noise.
+
+        Args:
+            mean: [N, ..., D], samples on axis 0; the logits of a one-hot categorical if `std` is
+                None.
+            std: [N, ..., D], positive, or None.
+            noise: like `mean`; drawn here if None.
+            extra: `probe`, `value`, `meter` and `tap` of `Estimator.__call__`.
+        Returns:
+            [N, ..., D] the sample.
+        """
+        if noise is None and isinstance(mean, Tensor):
+            noise = self._draw(mean, is_gaussian=std is not None)
+        credit = self.credit
+        if credit is None and isinstance(mean, Tensor):
+            credit = mean.new_zeros(mean.shape[:-1])
+        sample, self.credit = self.estimator(mean, std, noise, credit, **extra)
+        return sample
+
+    def cost(self, cost: Tensor) -> Tensor:
+        """Credit a cost, one number for each sample, to all nodes so far; its value is unchanged.
+
+        Args:
+            cost: [N] or [..., N], any term of the loss, before it is averaged.
+        Returns:
+            The credited cost, of the cost's shape.
+        """
+        return cost if self.credit is None else assign_credit(cost, self.credit)
+
+    def _draw(self, like: Tensor, *, is_gaussian: bool) -> Tensor:
+        noise = torch.empty_like(like, requires_grad=False)
+        if is_gaussian:
+            return noise.normal_(generator=self.generator)
+        return -noise.exponential_(generator=self.generator).log()

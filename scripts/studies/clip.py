@@ -1,0 +1,121 @@
+"""Measure what clipping k to [0, 1] does to the gradient variance of `tpx`, in PIPPS.
+
+    python -m totalprop.scripts.studies.clip                # writes results/clip/pipps.json
+    totalprop chaos --estimators tpx tpx-unclipped          # the same question on chaotic RNNs
+    totalprop diagnose RUN --estimators tpx tpx-unclipped   # and in Dreamer
+
+Eq. 8 of Parmas et al. 2023 has no clip. PIPPS learns the cart-pole swing-up for a few trials. At
+the policy it has then, the gradient is computed R times by each estimator from the same noise, with
+each number of particles. Prints and records, for each, the trace of the gradient's variance with
+its standard error, the ratio unclipped / clipped with a 95 % interval (bootstrap over the repeats,
+paired), and the share of k outside [0, 1].
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from totalprop import PIPPS
+from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
+from totalprop.agents.trials.controllers import ControllerPolicy
+from totalprop.estimators import gradient, make
+from totalprop.scripts.run.folder import current_commit
+
+ESTIMATORS = ("tpx", "tpx-unclipped")
+STEPS = 30  # of a trial on the cart-pole
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--trials", type=int, nargs="+", default=[3], help="trials learned (default: 3)")
+    add("--particles", type=int, nargs="+", default=[100, 300], help="P (default: 100 300)")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of PIPPS (default: 0 1)")
+    add("--repeats", type=int, default=50, help="gradients R of each estimator (default: 50)")
+    add("--gradient-steps", type=int, default=60, help="of each search (default: 60)")
+    add("--out", type=Path, default=Path("results/clip"), help="(default: results/clip)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    given = sys.argv[1:] if arguments is None else arguments
+    record: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "totalprop.scripts.studies.clip", *given]),
+        "commit": current_commit(),
+        "torch": torch.__version__,
+        "rows": [],
+    }
+    for seed in options.seeds:
+        for trials in options.trials:
+            agent = PIPPS(
+                "RBFPolicy",
+                "totalprop/CartPoleSwingUp-v0",
+                seed=seed,
+                gradient_steps=options.gradient_steps,
+            ).learn(trials * STEPS)
+            for particles in options.particles:
+                row = {"seed": seed, "trials": trials, "particles": particles}
+                row |= compare(agent._particle_model(), agent.policy, particles, options.repeats)
+                record["rows"].append(row)
+                print(json.dumps(row), flush=True)
+                options.out.mkdir(parents=True, exist_ok=True)
+                path = options.out / "pipps.json"
+                path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def compare(
+    model: ParticleModel, policy: ControllerPolicy, particles: int, repeats: int
+) -> dict[str, Any]:
+    """Variances of both estimators at one policy, and their ratio."""
+    found = {name: gradients(name, model, policy, particles, repeats) for name in ESTIMATORS}
+    squares = {name: (g - g.mean(0)).square().sum(1) for name, (g, _) in found.items()}  # [R]
+    row: dict[str, Any] = {}
+    for name, square in squares.items():
+        row[name] = float(square.sum() / (repeats - 1))
+        row[f"{name} se"] = float(square.std() * repeats**0.5 / (repeats - 1))
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(repeats, (2000, repeats), generator=generator)
+    ratios = squares["tpx-unclipped"][chosen].sum(1) / squares["tpx"][chosen].sum(1)
+    row["ratio"] = row["tpx-unclipped"] / row["tpx"]
+    row["ratio 95 %"] = [float(q) for q in ratios.quantile(torch.tensor([0.025, 0.975]).to(ratios))]
+    k = found["tpx-unclipped"][1]
+    row["k outside"] = float(((k < 0) | (k > 1)).to(k).mean())
+    return row
+
+
+def gradients(
+    name: str, model: ParticleModel, policy: ControllerPolicy, particles: int, repeats: int
+) -> tuple[Tensor, Tensor]:
+    """[R, P] gradients and [R, H, S] weights k; the noise is the same for all estimators."""
+    rows, weights = [], []
+    generator, states = torch.Generator().manual_seed(0), len(model.start_mean)
+    for _ in range(repeats):
+        noise = Noise.draw(STEPS, particles, states, generator, resample=False)
+        meter = torch.zeros(STEPS, states, dtype=torch.float64, requires_grad=True)
+        found = gradient(
+            lambda estimator, tap, noise=noise, meter=meter: simulate(  # type: ignore[misc]
+                model, policy, noise, estimator, tap=tap, meter=meter
+            )[0],
+            list(policy.parameters()),
+            make(name),
+            samples=particles,
+            meter=meter,
+        )
+        assert found.k is not None
+        rows.append(torch.cat([g.flatten() for g in found.gradients]))
+        weights.append(found.k)
+    return torch.stack(rows), torch.stack(weights)
+
+
+if __name__ == "__main__":
+    main()
