@@ -144,7 +144,8 @@ def measure(options: argparse.Namespace) -> None:
         ]
     )
     generator = torch.Generator().manual_seed(options.seed)
-    found = estimate_components(gradients, generator=generator)
+    # Trajectories begin with a reset, whose distribution is not the stationary one.
+    found = estimate_components(gradients, stationary=False, generator=generator)
     print(report(found, options, env_id, sampler.interactions))
     if options.json is not None:
         c = found.components
@@ -293,13 +294,16 @@ def report(
         f"policy-dependent share: {c.policy_share:.1%} [{low:.1%}, {high:.1%}]; in the paper: "
         f"{PAPER_SHARE}"
     )
-    advice, best = advise(c, options.delta), optimal_actions(c, options.delta)
+    advice = advise(c, options.delta, states="trajectories")
+    best = optimal_actions(c, options.delta, states="trajectories")
     mean = 1 / c.n_parameters  # traces to means over the parameters, as in the table
     lines.append(
         f"one more action per state changes the variance by {advice.delta_actions * mean:.3g}; "
-        f"more states at the same cost change it by {advice.delta_states * mean:.3g}:"
+        f"more trajectories at the same cost change it by {advice.delta_states * mean:.3g}:"
     )
-    low, high = found.interval(lambda c: mean * _preference(advise(c, options.delta)))
+    low, high = found.interval(
+        lambda c: mean * _preference(advise(c, options.delta, states="trajectories"))
+    )
     if low < 0 < high:
         lines.append(
             f"the difference is within its noise, [{low:.3g}, {high:.3g}]; increase "
