@@ -36,7 +36,7 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.run.arguments import parse, parse_resume
 from totalprop.scripts.run.errors import UsageError, UserError
 from totalprop.scripts.run.folder import RunFolder, import_flag, program
-from totalprop.scripts.run.interruption import locked, stopping_between_rollouts
+from totalprop.scripts.run.interruption import locked, stopping_on_signals
 from totalprop.scripts.run.job import Job, RunOptions
 from totalprop.scripts.run.log import make_logger
 from totalprop.scripts.run.normalisation import save_statistics
@@ -165,6 +165,7 @@ def resume(
     own = job.options.total_timesteps
     total_timesteps = own if total_timesteps is None else total_timesteps
     with locked(folder.path):
+        folder.sweep()
         if folder.summary.exists() and total_timesteps <= own:
             raise UserError(
                 f"{folder.path} is finished ({own} steps); to extend it, pass a larger "
@@ -212,6 +213,7 @@ def learn(
         eval_env,
         n_episodes=options.eval_episodes,
         every=options.eval_every,
+        max_steps=options.eval_max_steps,
         path=folder.evaluations,
         verbose=1,
         quantity=AGENTS[job.agent].quantity,
@@ -248,7 +250,7 @@ def learn(
             f"{options.env_id} does not expose its state (see envs.rewind)"
         )
     remaining = options.total_timesteps - algorithm.num_timesteps
-    with stopping_between_rollouts(checkpoints) as signals:
+    with stopping_on_signals(checkpoints) as signals:
         try:
             if remaining > 0:
                 algorithm.learn(
@@ -259,7 +261,7 @@ def learn(
                 )
         except TrainingStopped:
             print(
-                f"stopped after {algorithm.num_timesteps} of {options.total_timesteps} steps; "
+                f"stopped after {checkpoints.newest_step()} of {options.total_timesteps} steps; "
                 f"continue with: {program('python')} -m totalprop train --resume {folder.quoted}"
                 f"{import_flag(options.env_id)}",
                 file=sys.stderr,

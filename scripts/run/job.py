@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.evaluation import MAX_STEPS
 from totalprop.agents.core.validation import AtLeast, constructor_hints, expectation
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.run.errors import UserError
@@ -52,12 +53,15 @@ class RunOptions:
     """Name of the run's folder; default: agent, environment, estimator and seed."""
     eval_episodes: Annotated[int, AtLeast(2)] = 30
     """Episodes per evaluation; they are not used for learning."""
+    eval_max_steps: Annotated[int, AtLeast(1)] = MAX_STEPS
+    """Steps after which an episode of an evaluation is cut, if the environment has not ended it."""
     eval_every: Annotated[int, AtLeast(0)] = 0
     """Steps between evaluations; 0: after each rollout and what is learned from it."""
     save_replay: bool = False
     """Also write DreamerTPX's replay to replay.npz, which `totalprop diagnose` reads."""
     checkpoint_seconds: Annotated[float, AtLeast(0)] = 60.0
-    """Minimum time between checkpoints, in seconds; --resume RUN starts from the last one."""
+    """Minimum time between checkpoints, in seconds; --resume RUN starts from the last one.
+    Rounds of more than 5 s get one each."""
     step_timeout: Annotated[float, AtLeast(0)] = 600.0
     """Seconds after which a call of the environment counts as hung and ends the run; 0: never."""
     threads: Annotated[int, AtLeast(0)] = 0
@@ -120,6 +124,7 @@ class Job:
             "normalize",
             "eval_every",
             "eval_episodes",
+            "eval_max_steps",
         )
         options = {name: getattr(self.options, name) for name in learning}
         return {
