@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from totalprop.scripts.run.threads import wait_passively
+
 # name: (module in totalprop.scripts, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "train an agent, or resume a run"),
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = ", ".join(COMMANDS)
         print(f"error: unknown command '{name}': {hint}choose one of {known}", file=sys.stderr)
         raise SystemExit(2)
+    wait_passively()
     sys.argv[0] = f"totalprop {name}"  # the program name that argparse prints
     import_module(f"totalprop.scripts.{COMMANDS[name][0]}").main(arguments[1:])
 

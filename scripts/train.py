@@ -25,7 +25,9 @@ from typing import Any, cast
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
 
 from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
@@ -41,6 +43,7 @@ from totalprop.scripts.run.job import Job, RunOptions
 from totalprop.scripts.run.log import make_logger
 from totalprop.scripts.run.normalisation import save_statistics
 from totalprop.scripts.run.report import report
+from totalprop.scripts.run.threads import owned_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -115,7 +118,14 @@ def train(job: Job) -> RunFolder:
     options, arguments = job.options, job.arguments
     options.check()
     check_device(arguments["device"])
+    if not options.threads:  # recorded, since bits depend on it
+        number = owned_cores()
+        if os.environ.get("OMP_NUM_THREADS"):
+            number = min(number, torch.get_num_threads())
+        options = dataclasses.replace(options, threads=number)
+        job = dataclasses.replace(job, options=options)
     set_up_torch(options)
+    say_what_surprises(job)
     # Whatever may fail is made before the folder, so that a typo leaves nothing behind.
     env, eval_env = job.environments()
     algorithm = job.algorithm(env)
@@ -143,6 +153,21 @@ def check_device(device: str) -> None:
         raise UserError(
             f"--device must be auto, cpu or a device that PyTorch sees, got '{device}' ({reason})"
         ) from None
+
+
+def say_what_surprises(job: Job) -> None:
+    """Print which flags will have no effect, or an effect other than they say."""
+    device = get_device(job.arguments["device"]).type
+    if job.arguments.get("cuda_graph") and device != "cuda":
+        print(f"--cuda-graph has no effect on {device}: it needs a CUDA device", file=sys.stderr)
+    steps, every = job.options.total_timesteps, job.options.eval_every
+    starts = max(job.arguments.get(name) or 0 for name in ("learning_starts", "n_steps"))
+    if every and every < starts:  # no policy is new before
+        print(
+            f"the first evaluation is after about {min(starts, steps)} steps, the first that are "
+            f"learned from, not after --eval-every {every}",
+            file=sys.stderr,
+        )
 
 
 def resume(
@@ -187,9 +212,15 @@ def resume(
 
 def set_up_torch(options: RunOptions) -> None:
     """Set the number of CPU threads, and allow TF32 (10 bits of mantissa) for GPU products."""
-    if options.threads:
+    if options.threads:  # 0 in runs of version 0.1, which used PyTorch's own number
         torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def close_bars() -> None:
+    """Close progress bars, whose threads would otherwise draw on while Python shuts down."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def learn(
@@ -256,7 +287,7 @@ def learn(
                 algorithm.learn(
                     remaining,
                     callback=callbacks,
-                    progress_bar=options.progress,
+                    progress_bar=options.progress and sys.stdout.isatty(),
                     reset_num_timesteps=False,
                 )
         except TrainingStopped:
@@ -267,6 +298,8 @@ def learn(
                 file=sys.stderr,
             )
             raise SystemExit(128 + signals[0]) from None
+        finally:
+            close_bars()
     algorithm.save(folder.model)
     statistics = algorithm.get_vec_normalize_env()
     if statistics is not None:

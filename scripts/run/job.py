@@ -28,6 +28,7 @@ from totalprop.scripts.run.policy_kwargs import (
     default_policy_kwargs,
     policy_kwargs_from_json,
 )
+from totalprop.scripts.run.threads import owned_cores
 
 # Constructor arguments that are not flags: set by the run, or not expressible as text.
 NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
@@ -65,7 +66,8 @@ class RunOptions:
     step_timeout: Annotated[float, AtLeast(0)] = 600.0
     """Seconds after which a call of the environment counts as hung and ends the run; 0: never."""
     threads: Annotated[int, AtLeast(0)] = 0
-    """CPU threads of PyTorch; 0: one per core, or OMP_NUM_THREADS."""
+    """CPU threads of PyTorch, at most one per core that the process may use (affinity, quota of its
+    control group); 0: as many as that, or OMP_NUM_THREADS."""
     tensorboard: bool = True
     """Write TensorBoard events (scalars and figures)."""
     progress: bool = True
@@ -78,6 +80,11 @@ class RunOptions:
             if expected := expectation(hint, value):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} must be {expected}, got {value}")
+        if self.threads > (cores := owned_cores()):
+            raise UserError(
+                f"--threads must be at most {cores}, the cores that this process may use, got "
+                f"{self.threads}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,6 +129,12 @@ def measure(options: argparse.Namespace) -> None:
     if options.run is not None:
         folder = RunFolder.open(options.run, imports=options.imports)
         config = folder.read_config()
+        if config["agent"] != "daappo":
+            tool = "totalprop diagnose" if config["agent"] == "dreamer" else "totalprop evaluate"
+            raise UserError(
+                f"{folder.path} is a run of {config['agent']}, and variance decomposes DAAPPO's "
+                f"gradient; use {tool} {folder.quoted}"
+            )
         env_id, env_args = config["env_id"], config["env_args"]
         statistics = statistics_of(folder, config)
     env = make_env(env_id, env_args, seed=options.seed, rewindable=True)
