@@ -14,6 +14,7 @@ totalprop train --resume runs/NAME                     # continue after a kill o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -42,6 +43,7 @@ from totalprop.scripts.run.interruption import locked, stopping_on_signals
 from totalprop.scripts.run.job import Job, RunOptions
 from totalprop.scripts.run.log import make_logger
 from totalprop.scripts.run.normalisation import save_statistics
+from totalprop.scripts.run.progress import Pace, said
 from totalprop.scripts.run.report import report
 from totalprop.scripts.run.threads import owned_cores
 
@@ -265,7 +267,7 @@ def learn(
     checkpoints.also = also
     algorithm.set_logger(logger)
     algorithm.tensorboard_log = str(folder.path) if options.tensorboard else None
-    callbacks: list[BaseCallback] = [evaluation]
+    callbacks: list[BaseCallback] = [Pace(), evaluation]
     if options.tensorboard:
         for name, pictures in AGENTS[job.agent].callbacks(options.total_timesteps).items():
             callbacks.append(pictures)
@@ -281,13 +283,17 @@ def learn(
             f"{options.env_id} does not expose its state (see envs.rewind)"
         )
     remaining = options.total_timesteps - algorithm.num_timesteps
-    with stopping_on_signals(checkpoints) as signals:
+    is_drawn = options.progress and sys.stdout.isatty()
+    started, total = algorithm, options.total_timesteps
+    with stopping_on_signals(checkpoints) as signals, contextlib.ExitStack() as stack:
+        if not is_drawn:
+            stack.enter_context(said(lambda: f"{started.num_timesteps} of {total} steps"))
         try:
             if remaining > 0:
                 algorithm.learn(
                     remaining,
                     callback=callbacks,
-                    progress_bar=options.progress and sys.stdout.isatty(),
+                    progress_bar=is_drawn,
                     reset_num_timesteps=False,
                 )
         except TrainingStopped:

@@ -28,7 +28,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from tqdm import tqdm
 
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.envs.rewind import Snapshot
@@ -37,6 +36,7 @@ from totalprop.estimators.analysis.many_actions_data import ComponentEstimate, e
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, add_import, make_env, parse_env_args
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
+from totalprop.scripts.run.progress import counted
 
 PAPER_SHARE = "96.9 to 99.9 % on four of its six tasks, 61 and 82 % on two; about 90 % on average"
 
@@ -143,12 +143,12 @@ def measure(options: argparse.Namespace) -> None:
     sampler = Sampler(env, policy, options)
     for _ in range(options.updates if options.run is None else 0):
         sampler.update(options.learning_rate)
-    gradients = torch.stack(
-        [
-            sampler.trajectory()
-            for _ in tqdm(range(options.trajectories), desc="trajectories", leave=False)
-        ]
-    )
+    sampled = []
+    with counted(options.trajectories, "trajectories") as advance:
+        for _ in range(options.trajectories):
+            sampled.append(sampler.trajectory())
+            advance()
+    gradients = torch.stack(sampled)
     generator = torch.Generator().manual_seed(options.seed)
     # Trajectories begin with a reset, whose distribution is not the stationary one.
     found = estimate_components(gradients, stationary=False, generator=generator)
