@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 OFF = "off"  # the value of MUJOCO_GL that disables rendering
@@ -59,6 +60,13 @@ def draws(backend: str) -> bool:
             command, env=environment, timeout=PROBE_TIMEOUT, stdin=quiet, stdout=quiet, stderr=quiet
         )
     except subprocess.TimeoutExpired:
+        return False
+    except OSError as error:  # EAGAIN: too many processes; simulation needs no renderer
+        warnings.warn(
+            f"cannot start a process to try MUJOCO_GL={backend} ({error.strerror}): MuJoCo will "
+            f"not render; set MUJOCO_GL={backend} to use it without trying",
+            stacklevel=2,
+        )
         return False
     return done.returncode == 0
 

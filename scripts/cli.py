@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from totalprop.scripts.commands import COMMANDS, parser_of, train_usage
+from totalprop.scripts.run.threads import wait_passively
 
 
 def usage() -> str:
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = ", ".join(COMMANDS)
         print(f"error: unknown command '{name}': {hint}choose one of {known}", file=sys.stderr)
         raise SystemExit(2)
+    wait_passively()
     sys.argv[0] = f"totalprop {name}"  # the program name that argparse prints
     command, arguments = COMMANDS[name], arguments[1:]
     if name == "train" and arguments[:1] in (["-h"], ["--help"]):

@@ -86,6 +86,13 @@ def _evaluate(parser: ArgumentParser) -> None:
         default=None,
         help="file for a GIF of one episode (default: RUN/evaluation.gif)",
     )
+    parser.add_argument(
+        "--max-steps",
+        type=int,
+        default=10_000,
+        help="steps after which an episode is cut, if the environment has not ended it "
+        "(default: 10000); a GIF shows 1000 at most",
+    )
     parser.add_argument("--no-gif", action="store_true", help="do not record a GIF")
     add_import(parser)
 

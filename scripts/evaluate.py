@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from stable_baselines3.common.evaluation import evaluate_policy
 
 from totalprop.agents import AGENTS
+from totalprop.agents.core.evaluation import evaluate as evaluate_agent
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, make_env, record_gif
@@ -26,8 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = parser_of("evaluate")
     options = parser.parse_args(arguments)
-    if options.episodes < 1:
-        parser.error(f"--episodes must be at least 1, got {options.episodes}")
+    for name in ("episodes", "max_steps"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} must be at least 1, got {getattr(options, name)}")
     with ending_with_a_sentence():
         evaluate(options)
 
@@ -47,7 +49,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Load the agent, roll it out, print the returns and record the GIF."""
     folder = RunFolder.open(options.run, imports=options.imports)
     path = options.gif or folder.path / "evaluation.gif"
-    if not options.no_gif:
+    if options.gif is not None and not options.no_gif:
         check_picture(path)
     config = folder.read_config()
     n_envs = min(5, options.episodes)
@@ -59,19 +61,24 @@ def evaluate(options: argparse.Namespace) -> None:
     env = normalise_like(env, statistics)
     agent = folder.load_agent(env)
     env.seed(options.seed)
-    returns, lengths = evaluate_policy(
-        agent, env, options.episodes, return_episode_rewards=True, warn=False
-    )
-    r = np.array(returns)
+    found = evaluate_agent(agent, env, options.episodes, max_steps=options.max_steps)
+    r = np.array(found.returns)
     low, high = np.percentile(r, (5, 95))
     print(
         f"{folder.path}: return {r.mean():.2f} ± {r.std():.2f} over {len(r)} episodes "
-        f"(percentiles: 5 % {low:.2f}, 95 % {high:.2f}; mean length {np.mean(lengths):.0f} steps)"
+        f"(percentiles: 5 % {low:.2f}, 95 % {high:.2f}; mean length "
+        f"{np.mean(found.lengths):.0f} steps)"
     )
-    if not options.no_gif:
-        render_env = make_env(config["env_id"], config["env_args"], seed=options.seed, render=True)
-        shown = record_gif(agent, normalise_like(render_env, statistics), path)
-        print(f"GIF of one episode (return {shown:.2f}): {path}")
+    if found.n_cut:
+        print(found.describe_cut(options.max_steps).replace("--eval-max-steps", "--max-steps"))
+    if options.no_gif:
+        return
+    shown = record_gif(
+        config["env_id"], config["env_args"], agent, path, seed=options.seed,
+        normalised=lambda env: normalise_like(env, statistics), max_steps=options.max_steps,
+    )  # fmt: skip
+    if shown is not None:
+        print(f"GIF of {shown[0]} (return {shown[1]:.2f}): {path}")
 
 
 if __name__ == "__main__":

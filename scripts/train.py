@@ -14,6 +14,7 @@ totalprop train --resume runs/NAME                     # continue after a kill o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -25,7 +26,9 @@ from typing import Any, cast
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
 
 from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
@@ -37,11 +40,13 @@ from totalprop.scripts.commands import train_usage
 from totalprop.scripts.run.arguments import parse, parse_resume
 from totalprop.scripts.run.errors import UsageError, UserError
 from totalprop.scripts.run.folder import RunFolder, import_flag, program
-from totalprop.scripts.run.interruption import locked, stopping_between_rollouts
+from totalprop.scripts.run.interruption import locked, stopping_on_signals
 from totalprop.scripts.run.job import Job, RunOptions
 from totalprop.scripts.run.log import make_logger
 from totalprop.scripts.run.normalisation import save_statistics
+from totalprop.scripts.run.progress import Pace, said
 from totalprop.scripts.run.report import report
+from totalprop.scripts.run.threads import owned_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -116,7 +121,14 @@ def train(job: Job) -> RunFolder:
     options, arguments = job.options, job.arguments
     options.check()
     check_device(arguments["device"])
+    if not options.threads:  # recorded, since bits depend on it
+        number = owned_cores()
+        if os.environ.get("OMP_NUM_THREADS"):
+            number = min(number, torch.get_num_threads())
+        options = dataclasses.replace(options, threads=number)
+        job = dataclasses.replace(job, options=options)
     set_up_torch(options)
+    say_what_surprises(job)
     # Whatever may fail is made before the folder, so that a typo leaves nothing behind.
     env, eval_env = job.environments()
     algorithm = job.algorithm(env)
@@ -146,6 +158,21 @@ def check_device(device: str) -> None:
         ) from None
 
 
+def say_what_surprises(job: Job) -> None:
+    """Print which flags will have no effect, or an effect other than they say."""
+    device = get_device(job.arguments["device"]).type
+    if job.arguments.get("cuda_graph") and device != "cuda":
+        print(f"--cuda-graph has no effect on {device}: it needs a CUDA device", file=sys.stderr)
+    steps, every = job.options.total_timesteps, job.options.eval_every
+    starts = max(job.arguments.get(name) or 0 for name in ("learning_starts", "n_steps"))
+    if every and every < starts:  # no policy is new before
+        print(
+            f"the first evaluation is after about {min(starts, steps)} steps, the first that are "
+            f"learned from, not after --eval-every {every}",
+            file=sys.stderr,
+        )
+
+
 def resume(
     path: Path, total_timesteps: int | None = None, imports: Sequence[str] = ()
 ) -> RunFolder:
@@ -166,6 +193,7 @@ def resume(
     own = job.options.total_timesteps
     total_timesteps = own if total_timesteps is None else total_timesteps
     with locked(folder.path):
+        folder.sweep()
         if folder.summary.exists() and total_timesteps <= own:
             raise UserError(
                 f"{folder.path} is finished ({own} steps); to extend it, pass a larger "
@@ -187,9 +215,15 @@ def resume(
 
 def set_up_torch(options: RunOptions) -> None:
     """Set the number of CPU threads, and allow TF32 (10 bits of mantissa) for GPU products."""
-    if options.threads:
+    if options.threads:  # 0 in runs of version 0.1, which used PyTorch's own number
         torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def close_bars() -> None:
+    """Close progress bars, whose threads would otherwise draw on while Python shuts down."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def learn(
@@ -213,6 +247,7 @@ def learn(
         eval_env,
         n_episodes=options.eval_episodes,
         every=options.eval_every,
+        max_steps=options.eval_max_steps,
         path=folder.evaluations,
         verbose=1,
         quantity=AGENTS[job.agent].quantity,
@@ -233,7 +268,7 @@ def learn(
     checkpoints.also = also
     algorithm.set_logger(logger)
     algorithm.tensorboard_log = str(folder.path) if options.tensorboard else None
-    callbacks: list[BaseCallback] = [evaluation]
+    callbacks: list[BaseCallback] = [Pace(), evaluation]
     if options.tensorboard:
         for name, pictures in AGENTS[job.agent].callbacks(options.total_timesteps).items():
             callbacks.append(pictures)
@@ -249,23 +284,29 @@ def learn(
             f"{options.env_id} does not expose its state (see envs.rewind)"
         )
     remaining = options.total_timesteps - algorithm.num_timesteps
-    with stopping_between_rollouts(checkpoints) as signals:
+    is_drawn = options.progress and sys.stdout.isatty()
+    started, total = algorithm, options.total_timesteps
+    with stopping_on_signals(checkpoints) as signals, contextlib.ExitStack() as stack:
+        if not is_drawn:
+            stack.enter_context(said(lambda: f"{started.num_timesteps} of {total} steps"))
         try:
             if remaining > 0:
                 algorithm.learn(
                     remaining,
                     callback=callbacks,
-                    progress_bar=options.progress,
+                    progress_bar=is_drawn,
                     reset_num_timesteps=False,
                 )
         except TrainingStopped:
             print(
-                f"stopped after {algorithm.num_timesteps} of {options.total_timesteps} steps; "
+                f"stopped after {checkpoints.newest_step()} of {options.total_timesteps} steps; "
                 f"continue with: {program('python')} -m totalprop train --resume {folder.quoted}"
                 f"{import_flag(options.env_id)}",
                 file=sys.stderr,
             )
             raise SystemExit(128 + signals[0]) from None
+        finally:
+            close_bars()
     algorithm.save(folder.model)
     statistics = algorithm.get_vec_normalize_env()
     if statistics is not None:

@@ -4,17 +4,101 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.type_aliases import PolicyPredictor
+from stable_baselines3.common.vec_env import (
+    VecEnv,
+    VecMonitor,
+    is_vecenv_wrapped,
+    unwrap_vec_normalize,
+)
 from tqdm import tqdm
 
 from totalprop.agents.core.validation import is_finite, is_whole
 from totalprop.agents.persistence import env_state, safe_file
+
+MAX_STEPS = 10_000  # of an episode of an evaluation
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Episodes of an evaluation, in the order in which they ended.
+
+    Attributes:
+        returns: raw return of each, with the rewards that a Monitor saw.
+        lengths: steps of each.
+        n_cut: how many were cut; their returns are up to there.
+    """
+
+    returns: list[float]
+    lengths: list[int]
+    n_cut: int
+
+    def describe_cut(self, max_steps: int) -> str:
+        """A sentence on the episodes that were cut."""
+        return (
+            f"{self.n_cut} of {len(self.returns)} evaluation episodes had not ended after "
+            f"{max_steps} steps and were cut there (--eval-max-steps); gymnasium.make(..., "
+            "max_episode_steps=N) gives the environment a time limit"
+        )
+
+
+def evaluate(
+    agent: PolicyPredictor, env: VecEnv, n_episodes: int, *, max_steps: int = MAX_STEPS
+) -> Episodes:
+    """Evaluate the deterministic policy, like SB3's `evaluate_policy`, but to an end in any case.
+
+    Each environment plays its share of the episodes, or short ones would be too many. Once an
+    episode is cut, its environment waits until the others have played theirs: vector environments
+    are reset together.
+
+    Args:
+        agent: what has the method `predict`.
+        env: vector environment.
+        n_episodes: episodes to play, at least 1.
+        max_steps: steps after which an episode is cut.
+    """
+    n_envs = env.num_envs
+    left = np.array([(n_episodes + i) // n_envs for i in range(n_envs)])
+    normalised = unwrap_vec_normalize(env)
+    is_monitored = is_vecenv_wrapped(env, VecMonitor) or env.env_is_wrapped(Monitor)[0]
+    returns: list[float] = []
+    lengths: list[int] = []
+    n_cut = 0
+    while left.any():
+        observations, states = env.reset(), None
+        plays, starts = left > 0, np.ones(n_envs, dtype=bool)
+        total, length = np.zeros(n_envs), np.zeros(n_envs, dtype=int)
+        while plays.any():
+            actions, states = agent.predict(
+                observations,  # type: ignore[arg-type]
+                state=states,
+                episode_start=starts,
+                deterministic=True,
+            )
+            observations, rewards, starts, infos = env.step(actions)
+            total += rewards if normalised is None else normalised.get_original_reward()
+            length += 1
+            for i in np.flatnonzero(plays & (starts | (length >= max_steps))):
+                is_cut = not starts[i]
+                # A Monitor's sums are those of the environment itself. Without any, the end is one
+                # that a wrapper outside of it made up, of a life for example.
+                seen = infos[i].get("episode")
+                if seen is None and is_monitored and length[i] < max_steps:
+                    continue
+                returns.append(float(total[i] if seen is None else seen["r"]))
+                lengths.append(int(length[i] if seen is None else seen["l"]))
+                left[i] -= 1
+                n_cut += int(is_cut)
+                plays[i] = left[i] > 0 and not is_cut
+                total[i], length[i] = 0.0, 0
+    return Episodes(returns, lengths, n_cut)
 
 
 class Evaluation(BaseCallback):
@@ -28,6 +112,7 @@ class Evaluation(BaseCallback):
         n_episodes: episodes per evaluation.
         every: steps between evaluations; 0 evaluates before each rollout whose policy is new
             (for PIPPS, after each policy search). The final policy is always evaluated.
+        max_steps: steps after which an episode that goes on is cut; said once.
         path: JSON file, rewritten after every evaluation: {"timesteps": [k], "returns": [k][n]}.
         verbose: 1 prints a line per evaluation.
         quantity: what that line gives, an episode's "return" or its "cost" (-return).
@@ -39,6 +124,7 @@ class Evaluation(BaseCallback):
         *,
         n_episodes: int = 30,
         every: int = 0,
+        max_steps: int = MAX_STEPS,
         path: Path | None = None,
         verbose: int = 0,
         quantity: Literal["return", "cost"] = "return",
@@ -46,7 +132,8 @@ class Evaluation(BaseCallback):
         super().__init__(verbose)
         self.quantity = quantity
         self.eval_env, self.n_episodes, self.path = eval_env, n_episodes, path
-        self.every = every
+        self.every, self.max_steps = every, max_steps
+        self._said_cut = False
         self._evaluated = -1  # number of updates of the policy evaluated last
         self._last = 0  # steps at the last evaluation
         self.timesteps: list[int] = []
@@ -110,9 +197,11 @@ class Evaluation(BaseCallback):
         self._evaluated, self._last = self.model._n_updates, self.num_timesteps
         self._copy_statistics()
         # Deterministic: a recurrent policy then draws no random number that learning would miss.
-        returns, _ = evaluate_policy(
-            self.model, self.eval_env, self.n_episodes, return_episode_rewards=True, warn=False
-        )
+        found = evaluate(self.model, self.eval_env, self.n_episodes, max_steps=self.max_steps)
+        if found.n_cut and not self._said_cut:
+            self._said_cut = True
+            tqdm.write(found.describe_cut(self.max_steps))
+        returns = found.returns
         self.timesteps.append(self.num_timesteps)
         self.returns.append(np.asarray(returns, dtype=float).tolist())
         mean, std = float(np.mean(returns)), float(np.std(returns))

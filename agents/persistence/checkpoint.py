@@ -8,6 +8,7 @@ Files are numbered in the order in which they are written; the newest two are ke
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import sys
@@ -74,6 +75,7 @@ Agent = TypeVar("Agent", bound=Resumable)
 KIND = "checkpoint"
 KEPT = 2  # checkpoints left in the folder
 MAX_TIME_FRACTION = 0.02  # of the run time, for writing checkpoints
+GRACE = 5.0  # s that a run which was told to stop may take to end its round
 
 # Number of the checkpoint in its folder (missing in older files), and the agent's steps.
 _CHECKPOINT = re.compile(r"checkpoint_(?:(\d+)_)?(\d+)\.zip")
@@ -81,8 +83,11 @@ _CHECKPOINT = re.compile(r"checkpoint_(?:(\d+)_)?(\d+)\.zip")
 _TEMPORARY = re.compile(rf"\.({_CHECKPOINT.pattern}|{SEGMENT.pattern})\.\d+\.tmp")
 
 
-class TrainingStopped(Exception):
-    """Raised after the checkpoint that `request_stop` asked for."""
+class TrainingStopped(BaseException):
+    """A run stops, to resume from its newest checkpoint.
+
+    No `Exception`, like KeyboardInterrupt: it may be raised anywhere, and nothing should catch it.
+    """
 
 
 class Checkpoints(BaseCallback):
@@ -95,8 +100,9 @@ class Checkpoints(BaseCallback):
 
     Args:
         folder: where the checkpoints go; created if missing. Other files in it are left alone.
-        every_seconds: least time between checkpoints. It grows as needed for writing them to take
-            at most 2 % of the run time.
+        every_seconds: least time between checkpoints. A round that takes longer than GRACE gets one
+            of its own, since a run that is told to stop does not wait for its end. Writing
+            checkpoints takes at most 2 % of the run time.
         also: other objects whose state is kept, by name: callbacks, a log file.
     """
 
@@ -110,7 +116,8 @@ class Checkpoints(BaseCallback):
         super().__init__()
         self.folder, self.every_seconds, self.also = Path(folder), every_seconds, dict(also or {})
         self.cost = 0.0  # s of the last save
-        self._last = time.monotonic()
+        self._last = self._began = time.monotonic()  # last save, begin of the round
+        self.is_saving = False
         self._values: dict[str, Any] | None = None
         self._loaded = Path()  # the checkpoint that they are of
         self._pending: dict[str, tuple[float, int, tuple[str, ...]]] = {}
@@ -126,16 +133,20 @@ class Checkpoints(BaseCallback):
         self._stop = True
 
     def _on_training_start(self) -> None:
-        self._last = time.monotonic()
+        self._began = time.monotonic()
+        # The first round may be the one that is interrupted.
+        self._last = self._began if self.paths() else -math.inf
         pending, self._pending = self._pending, {}
         for name, (value, count, excluded) in pending.items():
             self.logger.record(name, value, excluded)
             self.logger.name_to_count[name] = count
 
     def _on_rollout_start(self) -> None:
-        waited = time.monotonic() - self._last
-        if self._stop or waited >= max(self.every_seconds, self.cost / MAX_TIME_FRACTION):
+        now = time.monotonic()
+        waited, least = now - self._last, self.every_seconds if now - self._began < GRACE else 0.0
+        if self._stop or waited >= max(least, self.cost / MAX_TIME_FRACTION):
             self.save()
+        self._began = time.monotonic()
         if self._stop:
             raise TrainingStopped
 
@@ -151,6 +162,13 @@ class Checkpoints(BaseCallback):
         Raises:
             FloatingPointError: a parameter is not finite; the older checkpoints are kept.
         """
+        self.is_saving = True
+        try:
+            self._save()
+        finally:
+            self.is_saving = False
+
+    def _save(self) -> None:
         started = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         agent: Resumable = self.model  # type: ignore[assignment]

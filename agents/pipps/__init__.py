@@ -6,7 +6,7 @@ from totalprop.agents.pipps.presets import PRESETS, RUNS
 
 ENTRY = AgentEntry(
     PIPPS,
-    run={"env_id": "totalprop/CartPoleSwingUp-v0", "total_timesteps": 450},
+    run={"env_id": "totalprop/CartPoleSwingUp-v0", "total_timesteps": 450, "threads": 1},
     presets=PRESETS,
     preset_runs=RUNS,
     policy_flags=("n_centres",),

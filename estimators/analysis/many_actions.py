@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,6 +152,10 @@ def table(components: VarianceComponents, *, covariance_factor: float = 2.0) -> 
     }
 
 
+# Where further states come from: longer trajectories as in the paper, or more of the same length.
+States = Literal["longer", "trajectories"]
+
+
 class Condition(NamedTuple):
     """An inequality: more actions reduce the variance more than more states iff left >= right."""
 
@@ -204,6 +208,18 @@ def delta_states(
     return longer.variance(n_actions) - components.variance(n_actions)
 
 
+def delta_trajectories(components: VarianceComponents, delta: float, n_actions: float = 1) -> float:
+    """V(T, N) / (1 + δ) - V(T, N): δ times more independent trajectories instead of longer ones.
+
+    Holds for any start and any γ, since the mean of the gradient does not change.
+
+    Raises:
+        ValueError: δ <= 0.
+    """
+    _check_positive(delta)
+    return -components.variance(n_actions) * delta / (1 + delta)
+
+
 def theorem_1(components: VarianceComponents) -> Condition:
     """Σ_t t/T Cov_t >= M, for δ = N = 1, with zero covariance at lags >= T.
 
@@ -254,7 +270,12 @@ def bandit_break_even(components: VarianceComponents, n_actions: float = 1) -> f
 
 
 def advise(
-    components: VarianceComponents, delta: float, n_actions: float = 1, *, tail: bool = False
+    components: VarianceComponents,
+    delta: float,
+    n_actions: float = 1,
+    *,
+    tail: bool = False,
+    states: States = "longer",
 ) -> Advice:
     """Choose between more actions and more states at equal cost. Nauman & Cygan 2022, Lemma 2.
 
@@ -265,11 +286,15 @@ def advise(
             then δ = d / (1 + d (N - 1)), which is d at N = 1.
         n_actions: the current N.
         tail: as in `delta_states`.
+        states: where more states come from; "trajectories" needs no stationary start.
     Returns:
         Both changes of the variance, and the better choice.
     """
     by_actions = delta_actions(components, n_actions)
-    by_states = delta_states(components, delta, n_actions, tail=tail)
+    if states == "trajectories":
+        by_states = delta_trajectories(components, delta, n_actions)
+    else:
+        by_states = delta_states(components, delta, n_actions, tail=tail)
     if min(by_actions, by_states) > 0:
         return Advice(by_actions, by_states, "neither")
     return Advice(
@@ -278,7 +303,11 @@ def advise(
 
 
 def optimal_actions(
-    components: VarianceComponents, delta: float, *, max_actions: int = 64
+    components: VarianceComponents,
+    delta: float,
+    *,
+    max_actions: int = 64,
+    states: States = "longer",
 ) -> Allocation:
     """Find the N that minimises V(T', N) at the cost of T single-action states.
 
@@ -290,12 +319,15 @@ def optimal_actions(
         components: the variance components for T single-action states.
         delta: δ >= 0, cost of an extra action / cost of an extra state (with its first action).
         max_actions: the largest N considered. N for which T' < 1 are not considered either.
+        states: what T' counts. "trajectories": the states per trajectory of T states that would be
+            affordable at N = 1; there are fewer trajectories, of the same length.
     Returns:
         The best allocation.
     Raises:
         ValueError: δ < 0, max_actions < 1, or the variances cannot be compared between lengths.
     """
-    _check_comparable(components)
+    if states == "longer":
+        _check_comparable(components)
     if delta < 0 or max_actions < 1:
         raise ValueError(
             f"delta is {delta} and max_actions {max_actions}, expected delta >= 0 and max_actions "
@@ -306,7 +338,11 @@ def optimal_actions(
         n_steps = components.n_steps / (1 + delta * (n - 1))
         if n_steps < 1:
             break
-        found = Allocation(n, n_steps, components.at(n_steps=n_steps).variance(n))
+        if states == "trajectories":
+            variance = components.variance(n) * components.n_steps / n_steps
+        else:
+            variance = components.at(n_steps=n_steps).variance(n)
+        found = Allocation(n, n_steps, variance)
         best = min(best, found, key=lambda a: a.variance)
     return best
 
@@ -314,8 +350,7 @@ def optimal_actions(
 def _longer(components: VarianceComponents, delta: float, *, tail: bool) -> VarianceComponents:
     """The components at T + δT; the covariances at lags >= T are set to zero unless `tail`."""
     _check_comparable(components)
-    if delta <= 0:
-        raise ValueError(f"delta is {delta}, expected > 0: the trajectory grows by delta·T steps")
+    _check_positive(delta)
     n_steps = components.n_steps * (1 + delta)
     if tail:
         return components.at(n_steps=n_steps)
@@ -327,6 +362,11 @@ def _longer(components: VarianceComponents, delta: float, *, tail: bool) -> Vari
         policy=torch.cat([components.policy[:known], zeros]),
         n_steps=n_steps,
     )
+
+
+def _check_positive(delta: float) -> None:
+    if delta <= 0:
+        raise ValueError(f"delta is {delta}, expected > 0: there are delta·T states more")
 
 
 def _check_comparable(components: VarianceComponents) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from totalprop.scripts.run.progress import counted
+
 
 def interleaved_medians(
     tasks: dict[str, Callable[[], object]], repeats: int, *, device: str = "cpu", warm_up: int = 1
@@ -31,11 +33,13 @@ def interleaved_medians(
         for _ in range(warm_up):
             task()
     times: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(repeats):
-        for name, task in tasks.items():
-            wait()
-            start = time.perf_counter()
-            task()
-            wait()
-            times[name].append(time.perf_counter() - start)
+    with counted(repeats, "repeats") as advance:
+        for _ in range(repeats):
+            for name, task in tasks.items():
+                wait()
+                start = time.perf_counter()
+                task()
+                wait()
+                times[name].append(time.perf_counter() - start)
+            advance()
     return {name: float(np.median(values)) for name, values in times.items()}

@@ -44,7 +44,7 @@ from totalprop.scripts.run.policy_kwargs import (
 )
 
 # Entries of a run's config.json that are not settings.
-RECORDED = {"commit", "env_arg", "runs"}
+RECORDED = {"commit", "env_arg", "runs", "threads"}
 
 
 def agent_flags(agent: str) -> type:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
+import glob
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,7 @@ from totalprop.agents.core import figures
 from totalprop.agents.core.validation import is_finite, is_whole
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import shown, write_text
+from totalprop.envs.mujoco_backend import choose_backend
 from totalprop.envs.rewind import Rewindable, can_rewind
 from totalprop.scripts.run.errors import UsageError, UserError
 from totalprop.scripts.run.watchdog import Watchdog, Watched
@@ -38,6 +45,10 @@ CONFIG: dict[str, tuple[type, bool]] = {
     "arguments": (dict, True), "preset": (str, False), "options": (dict, False),
     "policy_kwargs": (dict, False),
 }  # fmt: skip
+MAX_VIDEO_STEPS = 1000  # of an episode that is shown as a GIF; all its frames are in memory
+WHOLE = "one episode"
+ABANDONED = 3600.0  # s after which a folder that is still being created belongs to a killed run
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `safe_file.atomic_write` writes first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,16 +124,24 @@ class RunFolder:
         if name != Path(name).name:
             raise UserError(f"--name must be a folder name, not a path, got '{name}' (see --runs)")
         path, number = root / name, 2
-        while path.exists():
-            path, number = root / f"{name}_{number}", number + 1
         try:
-            new = RunFolder(path.with_name(f".{path.name}.{os.getpid()}"))
-            new.path.mkdir(parents=True, exist_ok=True)
+            root.mkdir(parents=True, exist_ok=True)
+            _sweep(root, name)
+            new = RunFolder(Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root)))
+            new.path.chmod(root.stat().st_mode & 0o777)  # not only ours, as mkdtemp makes it
             write_text(new.config, config)
-            new.path.rename(path)
+            while True:
+                while path.exists():
+                    path, number = root / f"{name}_{number}", number + 1
+                try:
+                    new.path.rename(path)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                else:  # no other run was given this name in the meantime
+                    return RunFolder(path)
         except OSError as error:
             raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
-        return RunFolder(path)
 
     @staticmethod
     def open(path: Path, *, imports: Sequence[str] = ()) -> RunFolder:
@@ -154,6 +173,12 @@ class RunFolder:
                 raise UserError(f"{entry.path} is neither a file nor a folder; remove it")
         check_import(folder.read_config()["env_id"], folder.config, imports, within=path)
         return folder
+
+    def sweep(self) -> None:
+        """Remove the temporary files of killed processes; call it only while you hold the lock."""
+        for path in self.path.glob(".*.tmp"):
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
 
     def read_config(self) -> dict[str, Any]:
         """Read config.json, and check that it has the entries of a run."""
@@ -206,6 +231,17 @@ class RunFolder:
             ) from error
         except ValueError as error:
             raise UserError(str(error)) from error
+
+
+def _sweep(root: Path, name: str) -> None:
+    """Remove what `RunFolder.create` left behind where it was killed, at least an hour ago."""
+    for path in root.glob(f".{glob.escape(name)}.*"):
+        # One that is being created holds config.json at most, and its process may run elsewhere.
+        is_old = time.time() - path.stat().st_mtime > ABANDONED
+        if not is_old or not path.is_dir() or path.is_symlink():
+            continue
+        if all(entry.name == "config.json" or entry.suffix == ".tmp" for entry in path.iterdir()):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -362,40 +398,64 @@ def nearest_env(env_id: str) -> str:
     return best
 
 
-def record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, *, episodes: int = 1) -> float:
-    """Roll out the policy and save the rendered frames as a GIF.
+def record_gif(
+    env_id: str,
+    env_args: dict[str, Any],
+    agent: BaseAlgorithm,
+    path: Path,
+    *,
+    seed: int,
+    normalised: Callable[[VecEnv], VecEnv] = lambda env: env,
+    max_steps: int = MAX_VIDEO_STEPS,
+) -> tuple[str, float] | None:
+    """Roll out the policy for one episode and save the rendered frames as a GIF.
 
+    A picture is never worth an error: whatever an environment, a renderer or a file system raises
+    is printed in one sentence.
+
+    Args:
+        env_id: Gymnasium id.
+        env_args: keyword arguments of the environment.
+        agent: whose policy is shown.
+        path: the GIF.
+        seed: seed of the environment.
+        normalised: wraps the environment as in training.
+        max_steps: steps after which the episode is cut, at most MAX_VIDEO_STEPS.
     Returns:
-        The mean return of the episodes.
-    Raises:
-        UserError: the environment cannot be rendered.
+        What the GIF shows (WHOLE or a part) and its return, or None if there is no GIF.
     """
+    env: VecEnv | None = None
     try:
-        return _record_gif(agent, env, path, episodes)
-    except (ImportError, RuntimeError, gym.error.Error) as error:  # RuntimeError: OpenGL
-        raise UserError(f"cannot record a GIF: {error}") from error
+        if "mujoco" in str(getattr(gym.registry.get(env_id), "entry_point", "")):
+            choose_backend()  # without a display, Gymnasium's renderer would try GLFW first
+        env = normalised(make_env(env_id, env_args, seed=seed, render=True))
+        return _record_gif(agent, env, path, min(max_steps, MAX_VIDEO_STEPS))
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"no GIF: {reason}", file=sys.stderr)
+        return None
+    finally:
+        if env is not None:
+            with contextlib.suppress(Exception):
+                env.close()
 
 
-def _record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, episodes: int) -> float:
+def _record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, max_steps: int) -> tuple[str, float]:
     fps = env.get_attr("metadata")[0].get("render_fps", 30)
-    frames: list[np.ndarray | None] = []
-    returns: list[float] = []
     observations = env.reset()
     state, starts, total = None, np.ones(1, dtype=bool), 0.0
-    frames.append(env.render())
-    while len(returns) < episodes:
+    frames = [env.render()]
+    for _ in range(max_steps):
         actions, state = agent.predict(observations, state, starts, deterministic=True)  # type: ignore[arg-type]
         observations, rewards, starts, _ = env.step(actions)
         total += float(rewards[0])
-        if starts[0]:
-            returns.append(total)
-            total = 0.0
-        else:  # at the end of an episode, the environment would render the next one's first frame
-            frames.append(env.render())
+        if starts[0]:  # the environment would render the next episode's first frame
+            break
+        frames.append(env.render())
     pictures = [np.asarray(frame) for frame in frames if frame is not None]
     if not pictures:
         raise UserError(
             "the environment rendered no frames; does it support render_mode='rgb_array'?"
         )
     figures.save_gif(pictures, path, fps=fps)
-    return float(np.mean(returns))
+    return WHOLE if starts[0] else f"the first {max_steps} steps of an episode", total

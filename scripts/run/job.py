@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.evaluation import MAX_STEPS
 from totalprop.agents.core.validation import AtLeast, constructor_hints, expectation
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.run.errors import UserError
@@ -27,6 +28,7 @@ from totalprop.scripts.run.policy_kwargs import (
     default_policy_kwargs,
     policy_kwargs_from_json,
 )
+from totalprop.scripts.run.threads import owned_cores
 
 # Constructor arguments that are not flags: set by the run, or not expressible as text.
 NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
@@ -52,16 +54,20 @@ class RunOptions:
     """Name of the run's folder; default: agent, environment, estimator and seed."""
     eval_episodes: Annotated[int, AtLeast(2)] = 30
     """Episodes per evaluation; they are not used for learning."""
+    eval_max_steps: Annotated[int, AtLeast(1)] = MAX_STEPS
+    """Steps after which an episode of an evaluation is cut, if the environment has not ended it."""
     eval_every: Annotated[int, AtLeast(0)] = 0
     """Steps between evaluations; 0: after each rollout and what is learned from it."""
     save_replay: bool = False
     """Also write DreamerTPX's replay to replay.npz, which `totalprop diagnose` reads."""
     checkpoint_seconds: Annotated[float, AtLeast(0)] = 60.0
-    """Minimum time between checkpoints, in seconds; --resume RUN starts from the last one."""
+    """Minimum time between checkpoints, in seconds; --resume RUN starts from the last one.
+    Rounds of more than 5 s get one each."""
     step_timeout: Annotated[float, AtLeast(0)] = 600.0
     """Seconds after which a call of the environment counts as hung and ends the run; 0: never."""
     threads: Annotated[int, AtLeast(0)] = 0
-    """CPU threads of PyTorch; 0: one per core, or OMP_NUM_THREADS."""
+    """CPU threads of PyTorch, at most one per core that the process may use (affinity, quota of its
+    control group); 0: as many as that, or OMP_NUM_THREADS."""
     tensorboard: bool = True
     """Write TensorBoard events (scalars and figures)."""
     progress: bool = True
@@ -74,6 +80,11 @@ class RunOptions:
             if expected := expectation(hint, value):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} must be {expected}, got {value}")
+        if self.threads > (cores := owned_cores()):
+            raise UserError(
+                f"--threads must be at most {cores}, the cores that this process may use, got "
+                f"{self.threads}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +131,7 @@ class Job:
             "normalize",
             "eval_every",
             "eval_episodes",
+            "eval_max_steps",
         )
         options = {name: getattr(self.options, name) for name in learning}
         return {

@@ -6,6 +6,8 @@ import json
 import math
 import resource
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -18,8 +20,7 @@ from totalprop.agents.core import figures
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.persistence import safe_file
-from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import RunFolder, import_flag, make_env, program, record_gif
+from totalprop.scripts.run.folder import WHOLE, RunFolder, import_flag, program, record_gif
 from totalprop.scripts.run.job import RunOptions
 from totalprop.scripts.run.normalisation import normalise_like
 
@@ -48,15 +49,19 @@ def report(
     values = sign * np.array(evaluation.returns)
     threshold = reward_threshold(evaluation.eval_env)
     limit = None if threshold is None else sign * threshold
-    curve = figures.learning_curve(
-        np.arange(1, len(values) + 1) if is_cost else np.array(evaluation.timesteps),
-        values,
-        xlabel="trial (real episodes seen)" if is_cost else "decisions (calls of env.step)",
-        ylabel=f"{quantity} of an episode",
-        threshold=limit,
-        title=f"{type(algorithm).__name__}, {options.env_id}",
-    )
-    figures.save(curve, folder.learning_curve, dpi=150)
+
+    def draw_curve() -> list[Path]:
+        curve = figures.learning_curve(
+            np.arange(1, len(values) + 1) if is_cost else np.array(evaluation.timesteps),
+            values,
+            xlabel="trial (real episodes seen)" if is_cost else "decisions (calls of env.step)",
+            ylabel=f"{quantity} of an episode",
+            threshold=limit,
+            title=f"{type(algorithm).__name__}, {options.env_id}",
+        )
+        figures.save(curve, folder.learning_curve, dpi=150)
+        return [folder.learning_curve]
+
     mean, std = float(values[-1].mean()), float(values[-1].std())
     success = None if limit is None else bool(sign * mean > sign * limit)
     summary = {
@@ -69,7 +74,7 @@ def report(
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
     pictures = [
-        folder.learning_curve.name,
+        *_drawn("learning curve", draw_curve),
         *_replay_and_pictures(algorithm, folder, options, env_args),
     ]
     # The presence of summary.json marks a run as finished, so it is written last.
@@ -100,19 +105,28 @@ def _replay_and_pictures(
     if options.save_replay and getattr(algorithm, "replay_buffer", None) is not None:
         algorithm.save_replay_buffer(folder.replay)  # type: ignore[attr-defined]
         written.append(folder.replay.name)
-    try:
-        render_env = make_env(options.env_id, env_args, seed=0, render=True)
-        render_env = normalise_like(render_env, algorithm.get_vec_normalize_env())
-        record_gif(algorithm, render_env, folder.video)
+    statistics = algorithm.get_vec_normalize_env()
+    shown = record_gif(
+        options.env_id, env_args, algorithm, folder.video, seed=0,
+        normalised=lambda env: normalise_like(env, statistics), max_steps=options.eval_max_steps,
+    )  # fmt: skip
+    if shown is not None:
         written.append(folder.video.name)
-    except UserError as error:  # training has succeeded, even if no video can be recorded
-        print(f"no video: {error}", file=sys.stderr)
+        if shown[0] != WHOLE:
+            print(f"{folder.video.name} shows {shown[0]}")
+    entry = AGENTS[folder.read_config()["agent"]]
+    written += _drawn("picture of the agent", lambda: entry.pictures(algorithm, folder.path))
+    return written
+
+
+def _drawn(what: str, draw: Callable[[], Sequence[Path]]) -> list[str]:
+    """Names of the pictures drawn; none, with a sentence, on an error: training has succeeded."""
     try:
-        pictures = AGENTS[folder.read_config()["agent"]].pictures(algorithm, folder.path)
-    except ValueError as error:
-        print(f"no picture of the agent: {error}", file=sys.stderr)
-        return written
-    return [*written, *(path.name for path in pictures)]
+        return [path.name for path in draw()]
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"no {what}: {reason}", file=sys.stderr)
+        return []
 
 
 def reward_threshold(env: VecEnv) -> float | None:

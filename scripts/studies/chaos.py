@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
@@ -38,6 +37,7 @@ from totalprop.estimators import make, names
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import current_commit
+from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.chaos_report import Measured, Study, figure_of, rank, summary, table
 from totalprop.scripts.studies.chaotic_rnn import STD, draw_noise, gradients
 
@@ -129,19 +129,18 @@ def measure(options: argparse.Namespace) -> None:
         gradients(
             make("rp"), points[0], draw_noise(points[0], repeats=1, samples=9, horizon=1, seed=0)
         )
-    with tqdm(total=todo, desc=options.study, unit="variance", disable=None) as bar:
+    with counted(todo, f"variances ({options.study})") as advance:
         for betas, estimators in jobs.items():
             if not estimators:
                 continue
             sizes = {k: getattr(options, k) for k in ("repeats", "samples", "horizon", "seed")}
             noise = draw_noise(betas, **sizes)
             for name in estimators:
-                bar.set_postfix_str(f"β = {', '.join(map(str, betas))}: {name}")
                 began = time.process_time()
                 g = gradients(make(name), betas, noise)[:, 0].numpy()
                 ms = 1000 * (time.process_time() - began) / options.repeats
                 study.setdefault(betas, {})[name] = Measured(g, ms, run)
-                bar.update()
+                advance()
             write(path, settings, study)
 
 

@@ -40,6 +40,7 @@ from totalprop.scripts.run.arguments import parse
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, import_flag, read_json
 from totalprop.scripts.run.job import Job
+from totalprop.scripts.run.progress import counted
 
 THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
 
@@ -118,8 +119,12 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> int:
         print(f"{name}: {'done' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
         return code == 0
 
-    with ThreadPoolExecutor(options.jobs) as pool:
-        return list(pool.map(run, jobs)).count(False)
+    failed = 0
+    with ThreadPoolExecutor(options.jobs) as pool, counted(len(jobs), "runs") as advance:
+        for succeeded in pool.map(run, jobs):
+            failed += not succeeded
+            advance()
+    return failed
 
 
 def report(options: argparse.Namespace, extra: list[str]) -> None:

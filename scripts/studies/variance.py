@@ -27,7 +27,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from tqdm import tqdm
 
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.envs.rewind import Snapshot
@@ -37,6 +36,7 @@ from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, make_env, parse_env_args
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
+from totalprop.scripts.run.progress import counted
 
 PAPER_SHARE = "96.9 to 99.9 % on four of its six tasks, 61 and 82 % on two; about 90 % on average"
 
@@ -67,6 +67,12 @@ def measure(options: argparse.Namespace) -> None:
     if options.run is not None:
         folder = RunFolder.open(options.run, imports=options.imports)
         config = folder.read_config()
+        if config["agent"] != "daappo":
+            tool = "totalprop diagnose" if config["agent"] == "dreamer" else "totalprop evaluate"
+            raise UserError(
+                f"{folder.path} is a run of {config['agent']}, and variance decomposes DAAPPO's "
+                f"gradient; use {tool} {folder.quoted}"
+            )
         env_id, env_args = config["env_id"], config["env_args"]
         statistics = statistics_of(folder, config)
     env = make_env(env_id, env_args, seed=options.seed, rewindable=True)
@@ -75,14 +81,15 @@ def measure(options: argparse.Namespace) -> None:
     sampler = Sampler(env, policy, options)
     for _ in range(options.updates if options.run is None else 0):
         sampler.update(options.learning_rate)
-    gradients = torch.stack(
-        [
-            sampler.trajectory()
-            for _ in tqdm(range(options.trajectories), desc="trajectories", leave=False)
-        ]
-    )
+    sampled = []
+    with counted(options.trajectories, "trajectories") as advance:
+        for _ in range(options.trajectories):
+            sampled.append(sampler.trajectory())
+            advance()
+    gradients = torch.stack(sampled)
     generator = torch.Generator().manual_seed(options.seed)
-    found = estimate_components(gradients, generator=generator)
+    # Trajectories begin with a reset, whose distribution is not the stationary one.
+    found = estimate_components(gradients, stationary=False, generator=generator)
     print(report(found, options, env_id, sampler.interactions))
     if options.json is not None:
         c = found.components
@@ -231,13 +238,16 @@ def report(
         f"policy-dependent share: {c.policy_share:.1%} [{low:.1%}, {high:.1%}]; in the paper: "
         f"{PAPER_SHARE}"
     )
-    advice, best = advise(c, options.delta), optimal_actions(c, options.delta)
+    advice = advise(c, options.delta, states="trajectories")
+    best = optimal_actions(c, options.delta, states="trajectories")
     mean = 1 / c.n_parameters  # traces to means over the parameters, as in the table
     lines.append(
         f"one more action per state changes the variance by {advice.delta_actions * mean:.3g}; "
-        f"more states at the same cost change it by {advice.delta_states * mean:.3g}:"
+        f"more trajectories at the same cost change it by {advice.delta_states * mean:.3g}:"
     )
-    low, high = found.interval(lambda c: mean * _preference(advise(c, options.delta)))
+    low, high = found.interval(
+        lambda c: mean * _preference(advise(c, options.delta, states="trajectories"))
+    )
     if low < 0 < high:
         lines.append(
             f"the difference is within its noise, [{low:.3g}, {high:.3g}]; increase "

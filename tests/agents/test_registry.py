@@ -106,7 +106,7 @@ def test_a_new_agent_is_listed_and_has_its_public_name(fake):
 
 
 def test_a_new_agent_is_trained_resumed_and_drawn(fake, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "record_gif", lambda *_: None)  # takes as long as all the rest
+    monkeypatch.setattr(report, "record_gif", lambda *_, **__: None)  # as slow as all the rest
     command = entry_runs.command(fake, RUN)
     command += ["--threads", "1", "--no-progress", "--checkpoint-seconds", "0"]
     train.main([*command, "--preset", "short", "--runs", str(tmp_path)])

@@ -92,3 +92,16 @@ def test_the_dreamer_loads_nothing_of_gaussian_processes():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\nGaussianProcess\n", done.stderr
+
+
+def test_the_bounds_that_a_help_names_are_those_of_the_code(capsys):
+    """commands.py cannot import them: their modules load PyTorch."""
+    from totalprop.agents.core.evaluation import MAX_STEPS
+    from totalprop.scripts.commands import parser_of
+    from totalprop.scripts.run.folder import MAX_VIDEO_STEPS
+
+    parser = parser_of("evaluate")
+    assert parser.get_default("max_steps") == MAX_STEPS
+    text = parser.format_help()
+    assert f"default: {MAX_STEPS}" in " ".join(text.split())
+    assert f"a GIF shows {MAX_VIDEO_STEPS} at most" in " ".join(text.split())

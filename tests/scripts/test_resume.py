@@ -1,22 +1,47 @@
 """A run that is killed, stopped or extended resumes as if nothing had happened."""
 
+import contextlib
 import json
+import math
+import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 from stable_baselines3.common.logger import Logger
 
 from tests.scripts import forked
 from totalprop.agents import AGENTS, PIPPS
+from totalprop.agents.core import evaluation as run_evaluation
+from totalprop.agents.persistence import checkpoint
+from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.agents.pipps import agent as pipps_agent
+from totalprop.envs.cartpole import CartPoleSwingUpEnv
 from totalprop.scripts import train
 from totalprop.scripts.reliability import kill_test
+from totalprop.scripts.run import report
 from totalprop.scripts.run.interruption import locked
 from totalprop.scripts.run.log import ResumableCSV, make_logger
 
 TINY = ["pipps", "--gradient-steps", "2", "--n-particles", "6", "--gp-evaluations", "3"]
 TINY += ["--threads", "1", "--no-progress", "--no-tensorboard", "--eval-episodes", "2"]
 TINY += ["--checkpoint-seconds", "0"]
+LONG = [*TINY, "--total-timesteps", "120"]
+
+
+@pytest.fixture(autouse=True)
+def _without_gif(monkeypatch):
+    """It takes longer than such a run."""
+    monkeypatch.setattr(report, "record_gif", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """An undisturbed run of LONG."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.main([*LONG, "--runs", str(folder), "--name", "quiet"])
+    return folder / "quiet"
 
 
 @pytest.mark.parametrize("agent", list(AGENTS))
@@ -86,9 +111,7 @@ def test_a_second_process_on_a_run_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_checkpoints_and_says_how_to_go_on(number, tmp_path, capsys, monkeypatch):
-    quiet = [*TINY, "--total-timesteps", "120", "--runs", str(tmp_path)]
-    train.main([*quiet, "--name", "quiet"])
+def test_a_signal_checkpoints_and_says_how_to_go_on(number, quiet, tmp_path, capsys, monkeypatch):
     sent = []
 
     def send(agent, show_progress, improve=PIPPS._improve_policy):
@@ -99,12 +122,73 @@ def test_a_signal_checkpoints_and_says_how_to_go_on(number, tmp_path, capsys, mo
 
     monkeypatch.setattr(PIPPS, "_improve_policy", send)
     with pytest.raises(SystemExit) as stop:
-        train.main([*quiet, "--name", "stopped"])
+        train.main([*LONG, "--runs", str(tmp_path), "--name", "stopped"])
     assert stop.value.code == 128 + number
     error = capsys.readouterr().err
     assert "stopped after 60 of 120 steps" in error and "--resume" in error
     train.main(["--resume", str(tmp_path / "stopped")])
-    assert kill_test.differences("pipps", tmp_path / "quiet", tmp_path / "stopped") == []
+    assert kill_test.differences("pipps", quiet, tmp_path / "stopped") == []
+
+
+class Stuck:
+    """Replaces a method: at one of its calls a signal arrives, and it does not return any more."""
+
+    def __init__(self, method, call, number):
+        self.method, self.left, self.number = method, call, number
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+            while True:
+                with contextlib.suppress(Exception):  # as an environment's author might
+                    time.sleep(60)
+        return self.method(*args, **kwargs)
+
+
+PLACES = {  # of 120 steps: the call within which the signal comes, and the newest checkpoint
+    "rollout": (CartPoleSwingUpEnv, "step", 200, 30),  # the evaluation before it takes 150
+    "evaluation": (run_evaluation, "evaluate", 2, 30),
+    "search": (pipps_agent, "optimise_policy", 2, 30),
+    "first round": (pipps_agent, "optimise_policy", 1, 0),
+}
+
+
+@pytest.mark.parametrize("place", list(PLACES))
+def test_a_signal_ends_whatever_has_no_end(place, quiet, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "GRACE", 0.1)
+    monkeypatch.setattr(checkpoint, "MAX_TIME_FRACTION", math.inf)
+    owner, name, call, step = PLACES[place]
+    with monkeypatch.context() as patch:
+        stuck = Stuck(getattr(owner, name), call, signal.SIGTERM)
+        method = stuck if owner is not CartPoleSwingUpEnv else lambda *args: stuck(*args)
+        patch.setattr(owner, name, method)
+        with pytest.raises(SystemExit) as stop:
+            train.main([*LONG, "--runs", str(tmp_path), "--name", "stopped"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    error = capsys.readouterr().err
+    assert f"stopped after {step} of 120 steps; continue with:" in error
+    train.main(["--resume", str(tmp_path / "stopped")])
+    assert kill_test.differences("pipps", quiet, tmp_path / "stopped") == []
+
+
+def test_a_process_in_an_endless_evaluation_ends_within_ten_seconds_of_a_signal(tmp_path):
+    command = ["daappo", "--env-id", "Pendulum-v1", "--env-arg", "max_episode_steps=-1"]
+    command += ["--n-steps", "16", "--batch-size", "16", "--total-timesteps", "64", *TINY[7:]]
+    command += ["--eval-max-steps", "1000000000", "--runs", str(tmp_path), "--name", "run"]
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=train.main, args=(command,))
+    process.start()
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    while checkpoints.newest_step() < 0:
+        assert process.is_alive()
+        time.sleep(0.05)
+    time.sleep(3.0)  # the evaluation has begun
+    sent = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(20)
+    assert time.monotonic() - sent < 10
+    assert process.exitcode == 128 + signal.SIGTERM and checkpoints.newest_step() >= 0
 
 
 def test_the_table_of_a_resumed_run_has_neither_gaps_nor_doubles(tmp_path):

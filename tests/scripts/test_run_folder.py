@@ -1,14 +1,18 @@
-"""The commit that a run records."""
+"""The commit that a run records, and folders that several runs create at once."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from totalprop.scripts.run import folder as run_folder
-from totalprop.scripts.run.folder import current_commit
+from totalprop.scripts.run.folder import RunFolder, current_commit
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -35,3 +39,41 @@ def test_a_record_tells_changed_code_from_committed_code(tmp_path, monkeypatch):
 def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert current_commit() == "unknown"
+
+
+def test_runs_created_at_once_with_one_name_are_numbered(tmp_path):
+    together = threading.Barrier(12)
+
+    def create(number):
+        together.wait()
+        return RunFolder.create(tmp_path, "run", f"{number}").path
+
+    with ThreadPoolExecutor(12) as pool:
+        paths = list(pool.map(create, range(12)))
+    assert {path.name for path in paths} == {"run", *(f"run_{n}" for n in range(2, 13))}
+    assert [(path / "config.json").read_text() for path in paths] == [f"{n}" for n in range(12)]
+    assert len(list(tmp_path.iterdir())) == 12  # no temporary folder is left
+
+
+def test_what_killed_runs_left_is_swept(tmp_path):
+    """Folders that are being created may be those of a living process, unless they are old."""
+    old, new, other = (tmp_path / name for name in (".run.a", ".run.b", ".run.c"))
+    for path in (old, new, other):
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+    (other / "model.zip").write_text("a user's")
+    for path in (old, other):
+        os.utime(path, (time.time() - 7200,) * 2)
+    folder = RunFolder.create(tmp_path, "run", "{}")
+    assert not old.exists() and new.exists() and (other / "model.zip").exists()
+    left = [folder.path / name for name in (".model.zip.123.tmp", ".evaluations.json.7.tmp")]
+    kept = [folder.path / name for name in (".notes.tmp", "model.zip.123.tmp", "config.json")]
+    for path in (*left, *kept):
+        path.write_text("{}")
+    folder.sweep()
+    assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+
+
+def test_a_run_folder_is_readable_by_whom_its_parent_is(tmp_path):
+    tmp_path.chmod(0o755)
+    assert RunFolder.create(tmp_path, "run", "{}").path.stat().st_mode & 0o777 == 0o755

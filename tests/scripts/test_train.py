@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -10,8 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from totalprop.agents import AGENTS
+from totalprop.envs.cartpole import CartPoleSwingUpEnv
 from totalprop.scripts import evaluate, train
 from totalprop.scripts.run import folder as run_folder
+from totalprop.scripts.run import report as run_report
 from totalprop.scripts.studies import sweep
 
 TINY = ["pipps", "--total-timesteps", "60", "--gradient-steps", "3", "--n-particles", "20"]
@@ -81,7 +85,7 @@ def test_evaluate_looks_at_the_picture_s_folder_first(
     path, finished, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(evaluate, "evaluate_policy", None)  # the rollouts would be wasted
+    monkeypatch.setattr(evaluate, "evaluate_agent", None)  # the rollouts would be wasted
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(finished.folder), "--gif", str(tmp_path / path)])
     error = capsys.readouterr().err
@@ -182,17 +186,52 @@ def test_evaluate_says_what_is_missing(tmp_path, capsys):
         assert "is not a run folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [RuntimeError, ImportError])  # OpenGL raises RuntimeError
-def test_a_missing_picture_does_not_lose_the_run(error, tmp_path, capsys, monkeypatch):
-    def no_picture(*args, **kwargs):
-        raise error("no renderer")
+class FatalError(Exception):
+    """MuJoCo's; it is no RuntimeError."""
 
-    monkeypatch.setattr(run_folder, "_record_gif", no_picture)
+
+def no_picture(*args, **kwargs):
+    raise FatalError("no renderer")
+
+
+@pytest.mark.parametrize("place", ["render", "learning_curve", "pictures"])
+def test_a_missing_picture_does_not_lose_the_run(place, tmp_path, capsys, monkeypatch):
+    what = {"learning_curve": "learning curve", "pictures": "picture of the agent"}
+    if place == "learning_curve":
+        monkeypatch.setattr(run_report.figures, place, no_picture)
+    elif place == "pictures":
+        entry = dataclasses.replace(AGENTS["pipps"], pictures=no_picture)
+        monkeypatch.setattr(run_report, "AGENTS", {"pipps": entry})
+    else:
+        monkeypatch.setattr(CartPoleSwingUpEnv, "render", no_picture)
     folder = run(tmp_path)
     captured = capsys.readouterr()
-    assert "no video: cannot record a GIF: no renderer" in captured.err
+    assert f"no {what.get(place, 'GIF')}: no renderer\n" in captured.err
     assert "NO SUCCESS" in captured.out and (folder / "model.zip").exists()
     assert (folder / "summary.json").exists()
+
+
+def test_evaluate_prints_returns_although_there_is_no_picture(copied, capsys, monkeypatch):
+    monkeypatch.setattr(CartPoleSwingUpEnv, "render", no_picture)
+    evaluate.main([str(copied), "--episodes", "2"])
+    captured = capsys.readouterr()
+    assert "over 2 episodes" in captured.out and captured.err == "no GIF: no renderer\n"
+    monkeypatch.undo()
+    (copied / "evaluation.gif").mkdir()  # cannot be written
+    evaluate.main([str(copied), "--episodes", "2"])
+    captured = capsys.readouterr()
+    assert "over 2 episodes" in captured.out and captured.err.startswith("no GIF: [Errno ")
+
+
+def test_evaluations_and_pictures_of_an_endless_episode_end(copied, capsys):
+    config = json.loads((copied / "config.json").read_text())
+    config["env_args"]["max_episode_steps"] = -1  # Gymnasium's word for no time limit
+    (copied / "config.json").write_text(json.dumps(config))
+    evaluate.main([str(copied), "--episodes", "2", "--max-steps", "50"])
+    output = capsys.readouterr().out
+    assert "over 2 episodes" in output and "mean length 50 steps" in output
+    assert "2 of 2 evaluation episodes had not ended after 50 steps" in output
+    assert "(--max-steps)" in output and "GIF of the first 50 steps of an episode" in output
 
 
 def test_every_evaluation_is_a_row_of_progress(finished):

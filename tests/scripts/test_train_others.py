@@ -217,6 +217,7 @@ def test_variance_prints_the_table_and_the_advice(tmp_path, capsys):
     variance.main(command)
     output = capsys.readouterr().out
     assert "Policy-dependent variance" in output and "policy-dependent share" in output
+    assert "more trajectories at the same cost" in output  # not longer ones: they begin with resets
     is_decided = "Best at the cost of" in output
     assert is_decided != ("within its noise" in output)
     first = json.loads((tmp_path / "v.json").read_text())

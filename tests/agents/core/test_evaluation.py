@@ -8,11 +8,12 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import ConvertCallback
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from totalprop.agents import PIPPS, DreamerTPX
-from totalprop.agents.core.evaluation import Evaluation
+from totalprop.agents.core.evaluation import Evaluation, evaluate
 from totalprop.agents.dreamer.open_loop import OpenLoopPictures
 
 LENGTH = 7
@@ -164,3 +165,63 @@ def test_pictures_come_again_in_a_second_learn_and_wait_for_a_sequence(monkeypat
     loaded, first = DreamerTPX.load(tmp_path / "model", env=CountingEnv()), len(drawn)
     loaded.learn(30, callback=OpenLoopPictures(1), reset_num_timesteps=False)
     assert drawn[first:] == [60, 70]  # at 50 no sequence was stored
+
+
+class EndlessEnv(CountingEnv):
+    """Pays 1 a step; episodes of number 1, 4, 7, ... end after LENGTH steps, others never."""
+
+    def step(self, action):
+        observation, *_ = super().step(action)
+        return observation, 1.0, self.time == LENGTH and self.episode % 3 == 1, False, {}
+
+
+class Zero:
+    """A policy."""
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return np.zeros((len(observation), 1), np.float32), state
+
+
+@pytest.mark.parametrize("wrap", [Monitor, lambda env: env])
+def test_episodes_without_an_end_are_cut_and_counted(wrap):
+    env = DummyVecEnv([lambda: wrap(EndlessEnv())] * 2)
+    found = evaluate(Zero(), env, 5, max_steps=20)
+    # Both play numbers 1 (ends) and 2 (cut), then a reset of both begins number 3 (cut).
+    assert sorted(found.returns) == [7, 7, 20, 20, 20] and found.n_cut == 3
+    assert found.lengths == [int(r) for r in found.returns]
+    assert "3 of 5 evaluation episodes had not ended after 20 steps" in found.describe_cut(20)
+
+
+def test_a_cut_return_is_of_raw_rewards():
+    env = VecNormalize(DummyVecEnv([lambda: Monitor(EndlessEnv())]))
+    assert evaluate(Zero(), env, 2, max_steps=20).returns == [7, 20]
+
+
+def test_where_all_episodes_end_it_is_stable_baselines3s_evaluation():
+    """The end of a life is no end of an episode: only the Monitor's ends count."""
+
+    class Lives(gym.Wrapper):
+        def step(self, action):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            return observation, reward, terminated or self.unwrapped.time == 3, truncated, info
+
+        def reset(self, **kwargs):
+            env = self.unwrapped
+            if 0 < getattr(env, "time", 0) < LENGTH:  # the episode goes on
+                return np.array([env.episode, env.time], np.float32), {}
+            return self.env.reset(**kwargs)
+
+    agent = make()
+    for wrap in (Monitor, lambda env: Lives(Monitor(env)), lambda env: env):
+        envs = [DummyVecEnv([lambda wrap=wrap: wrap(CountingEnv())] * 3) for _ in range(2)]
+        theirs = evaluate_policy(agent, envs[0], 7, return_episode_rewards=True, warn=False)
+        ours = evaluate(agent, envs[1], 7)
+        assert (ours.returns, ours.lengths, ours.n_cut) == (*theirs, 0)
+
+
+def test_a_cut_evaluation_says_so_once(capsys):
+    env = DummyVecEnv([lambda: Monitor(EndlessEnv())])
+    callback = Evaluation(env, n_episodes=2, max_steps=10)
+    make().learn(45, callback=callback)
+    assert np.shape(callback.returns) == (3, 2) and max(max(r) for r in callback.returns) == 10
+    assert capsys.readouterr().out.count("had not ended after 10 steps and were cut") == 1

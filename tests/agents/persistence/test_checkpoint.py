@@ -1,7 +1,10 @@
 """When checkpoints are written and in which files. What they hold: tests/agents/contract/."""
 
+import math
+
 from tests.agents.contract.conftest import Maker
 from tests.agents.contract.runs import assert_same_states, load, make_env, new_agent, state_of
+from totalprop.agents.persistence import checkpoint
 from totalprop.agents.persistence.checkpoint import Checkpoints
 
 
@@ -23,13 +26,27 @@ def test_a_run_in_parts_that_end_within_a_round_equals_the_whole_one(tmp_path):
 def test_checkpoints_without_a_number_are_older_than_those_with_one(tmp_path):
     checkpoints, make = Checkpoints(tmp_path), Maker("pipps")
     agent = new_agent(make).learn(28, checkpoints)
-    checkpoints.paths()[0].rename(tmp_path / "checkpoint_000000000900.zip")
+    first, last = checkpoints.paths()
+    first.unlink()
+    last.rename(tmp_path / "checkpoint_000000000900.zip")
     assert checkpoints.newest_step() == 900
     assert load(Checkpoints(tmp_path), make).num_timesteps == 28
     agent.learn(28, checkpoints)
     assert [path.name for path in checkpoints.paths()] == [
         "checkpoint_000000000900.zip", "checkpoint_000001_000000000028.zip"
     ]  # fmt: skip
+
+
+def test_a_round_longer_than_the_grace_begins_with_a_checkpoint(tmp_path, monkeypatch):
+    """A signal interrupts it, and the run must not lose the rounds before it, too."""
+    make = Maker("pipps")
+    for grace, expected in ((0.0, [0, 14, 28]), (1000.0, [0, 28])):
+        monkeypatch.setattr(checkpoint, "GRACE", grace)
+        monkeypatch.setattr(checkpoint, "MAX_TIME_FRACTION", math.inf)
+        monkeypatch.setattr(checkpoint, "KEPT", 9)
+        checkpoints = Checkpoints(tmp_path / str(grace), every_seconds=1000.0)
+        new_agent(make).learn(28, checkpoints)  # two trials of 7 steps of two environments
+        assert [int(path.stem[-12:]) for path in checkpoints.paths()] == expected
 
 
 def test_extra_steps_are_counted_on(tmp_path):

@@ -640,3 +640,21 @@ def test_lengths_that_are_not_known_or_do_not_compare():
         ):
             with pytest.raises(ValueError, match="variances at different T cannot be compared"):
                 rule(record)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_more_trajectories_are_compared_for_any_start(gamma):
+    """n trajectories have variance V / n; longer ones have another mean, and are refused."""
+    start = torch.tensor([0.7, 0.0, 0.3], dtype=F64)
+    c = finite_mdp(*random_mdp(2), n_steps=5, start=start, gamma=gamma)
+    found = advise(c, 0.5, 2, states="trajectories")
+    assert found.delta_states == pytest.approx(c.variance(2) / 1.5 - c.variance(2), rel=1e-12)
+    assert found.delta_actions == pytest.approx(c.variance(3) - c.variance(2), rel=1e-12)
+    best = optimal_actions(c, 0.1, states="trajectories", max_actions=30)
+    cost = {n: c.variance(n) * (1 + 0.1 * (n - 1)) for n in range(1, 31)}
+    assert best.n_actions == min(cost, key=cost.get)
+    assert best.variance == pytest.approx(min(cost.values()), rel=1e-12)
+    with pytest.raises(ValueError, match="stationary"):
+        advise(c, 0.5)
+    with pytest.raises(ValueError, match="delta is 0"):
+        advise(c, 0, states="trajectories")
