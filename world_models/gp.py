@@ -12,8 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import dpstrf
-from scipy.optimize import minimize
 from torch import Tensor, nn
 
 # Curb on the hyper-parameters: no lengthscale above 100 standard deviations of the input, no
@@ -396,6 +394,8 @@ def _support(
         return Support(slice(None), root if as_root else root.T @ root, beta)
     round_off = n * torch.finfo(k.dtype).eps * k.diagonal().amax()
     tolerance = float((SUPPORT_TOLERANCE * noise_variance / n).clamp_min(round_off))
+    from scipy.linalg.lapack import dpstrf  # here: a help text needs no SciPy
+
     pivoted, order, rank, _ = dpstrf(k.cpu().numpy(), tol=tolerance, lower=1)
     lower = torch.from_numpy(pivoted[:, :rank]).tril()
     w = torch.linalg.solve_triangular(lower[:rank], lower, upper=False, left=False).to(k)
@@ -479,6 +479,8 @@ def _fit_output(gp: GaussianProcess, e: int, log_input_std: Tensor, max_evaluati
 
     theta = start
     if not is_constant:
+        from scipy.optimize import minimize
+
         bounds = [(None, None)] * (len(start) - 2) + [(math.log(1e-6 * target_std), None)] * 2
         result = minimize(
             objective,

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -114,6 +113,8 @@ def quasi_newton(parameters: Sequence[Tensor], evaluate: Evaluate, *, evaluation
     Returns:
         Number of evaluations that were not finite, which the line search steps back from.
     """
+    from scipy.optimize import minimize  # here: a help text needs no SciPy
+
     least, skipped = math.inf, 0
     best = start = parameters_to_vector(parameters).detach().cpu().numpy()
     device = parameters[0].device

@@ -33,10 +33,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 import totalprop.estimators as estimators
-from totalprop.agents import AGENTS, DreamerTPX
+from totalprop.agents import DreamerTPX
 from totalprop.agents.core import figures
 from totalprop.agents.dreamer.imagination import ImaginationNoise
 from totalprop.agents.dreamer.update import DreamerUpdate
@@ -51,6 +50,7 @@ from totalprop.estimators.analysis.diagnostics import (
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, make_env
+from totalprop.scripts.run.progress import counted
 from totalprop.world_models.latent.model import State
 
 BLOCKED = """Caution: as in DreamerV1, no gradient passed through the policy's input. RP and LR then
@@ -105,12 +105,12 @@ def diagnose(options: argparse.Namespace) -> None:
     starts = encoded_starts(agent, options.starts, options.seed)
     results: Results = {name: {} for name in options.estimators}
     horizons = sorted(set(options.horizons))
-    with tqdm(total=len(horizons) * len(results), desc="gradients", leave=False) as bar:
+    with counted(len(horizons) * len(results), "gradient estimates") as advance:
         for horizon in horizons:
             gradients = {}
             for name in results:
                 gradients[name] = measure(agent, name, horizon, starts, options)
-                bar.update()
+                advance()
             for name, found in gradients.items():
                 distance = mean_difference(found, gradients["lr"]) if "lr" in gradients else None
                 results[name][horizon] = Measured(statistics_of(found), distance)
@@ -128,11 +128,13 @@ def diagnose(options: argparse.Namespace) -> None:
 def _load(folder: RunFolder) -> DreamerTPX:
     """Load the trained agent with its saved replay, or else from its newest checkpoint."""
     config = folder.read_config()
-    env = make_env(config["env_id"], config["env_args"], seed=0)
-    if AGENTS[config["agent"]].cls is not DreamerTPX:
+    if (name := config["agent"]) != "dreamer":
+        tool = "totalprop variance" if name == "daappo" else "totalprop evaluate"
         raise UserError(
-            f"{folder.path} is a run of {config['agent']}; totalprop diagnose needs one of dreamer"
+            f"{folder.path} is a run of {name}, and diagnose measures gradients in DreamerTPX's "
+            f"model; use {tool} {folder.quoted}"
         )
+    env = make_env(config["env_id"], config["env_args"], seed=0)
     if folder.replay.is_file():
         agent = folder.load_agent(env)
         assert isinstance(agent, DreamerTPX)

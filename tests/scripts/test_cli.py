@@ -105,3 +105,16 @@ def test_the_bounds_that_a_help_names_are_those_of_the_code(capsys):
     text = parser.format_help()
     assert f"default: {MAX_STEPS}" in " ".join(text.split())
     assert f"a GIF shows {MAX_VIDEO_STEPS} at most" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_the_help_of_an_agent_loads_no_more_than_its_signature_needs(agent):
+    """PyTorch and stable-baselines3, of whose classes it is made; neither plots nor SciPy."""
+    code = (
+        "import sys; from totalprop.scripts.cli import main\n"
+        f"try: main(['train', '{agent}', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('scipy', 'matplotlib.figure', 'mujoco') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr

@@ -14,7 +14,7 @@ RANGES = {  # flag: a value out of range
     "pipps": {
         "--n-particles": "1", "--horizon": "0", "--gradient-steps": "0", "--random-trials": "0",
         "--gp-evaluations": "0", "--noise-multiplier": "0", "--adam-eps": "-1", "--momentum": "1",
-        "--learning-rate": "0", "--estimator": "tpxx", "--leg": "arm", "--optimizer": "sgd",
+        "--learning-rate": "-0.1", "--estimator": "tpxx", "--leg": "arm", "--optimizer": "sgd",
         "--angle-dims": "9", "--policy": "NoPolicy", "--device": "abacus",
     },
     "dreamer": {
