@@ -4,7 +4,8 @@ Rollouts, the rollout buffer and the value loss are stable-baselines3's. After e
 (a learned model, Q-networks, or the environment rewound; see sources.py) draws extra actions from
 the same policy at the same states and values them. The clipped loss (see loss.py) averages over
 real and extra actions. Nauman & Cygan 2022, "On All-Action Policy Gradients". With
-action_source="none" this is stable-baselines3's PPO.
+action_source="none" this is stable-baselines3's PPO, except that schedules see the progress at the
+start of a rollout.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class DAAPPO(Algorithm, PPO):
     Args:
         policy: "MlpPolicy", "TanhMeanPolicy" (tanh on the mean), or a subclass of them.
         env: environment or id; observations are vectors.
-        learning_rate: step size of policy and critic, or a schedule over training progress.
+        learning_rate: step size of policy and critic, or a schedule over training progress, which
+            is that at the start of the rollout.
         n_steps: steps of each environment per rollout.
         batch_size: states per minibatch.
         n_epochs: passes over a rollout.
@@ -307,6 +309,15 @@ class DAAPPO(Algorithm, PPO):
         self._recorder.init_callback(self)
         return total, both
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        """Progress at the start of the rollout, as in CleanRL; SB3's is that at its end.
+
+        A schedule's first value is then that of the first update, and a schedule that falls to 0
+        leaves the last update its step size.
+        """
+        start = num_timesteps - self.n_steps * self.n_envs
+        super()._update_current_progress_remaining(start, total_timesteps)
+
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kw: Any) -> bool:
         """Like SB3's, except that the last step is kept when a callback stops the rollout."""
         if super().collect_rollouts(env, callback, *args, **kw):
@@ -407,16 +418,14 @@ class DAAPPO(Algorithm, PPO):
         """Rises from 0 at the end of the warm-up to 1 after `grow_fraction` of all steps."""
         if self.grow_fraction == 0:
             return 1.0
-        warmup = self.dynamics_warmup / max(self._total_timesteps, 1)
-        done = max(1 - self._current_progress_remaining - warmup, 0.0)
+        done = max(self.num_timesteps - self.dynamics_warmup, 0) / max(self._total_timesteps, 1)
         return min(done / self.grow_fraction, 1.0)
 
     def _train_epochs(self) -> None:
         """PPO's epochs on the rollout buffer, like `stable_baselines3.PPO.train`."""
         policy, buffer = self.policy, self.rollout_buffer
         policy.set_training_mode(True)
-        # The last rollout may overshoot the budget; the progress would then be negative.
-        progress = self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+        progress = self._current_progress_remaining
         self._update_learning_rate(policy.optimizer)
         clip_range = self.clip_range(progress)  # type: ignore[operator]
         clip_range_vf = None

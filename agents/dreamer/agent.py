@@ -320,9 +320,11 @@ class DreamerTPX(Algorithm):
         while self.num_timesteps < total_timesteps:
             due = self.num_timesteps + self.train_freq - self._since_round
             due = max(due, self.learning_starts)
+            # The start of the round: at its end, the last updates would have no step size left.
+            begun = self.num_timesteps - self._since_round
+            self._update_current_progress_remaining(begun, total_timesteps)
             if not self._collect(callback, min(due, total_timesteps)):
                 break
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             if self.num_timesteps < due:  # the next call of `learn` completes the round
                 break
             self._since_round = 0
@@ -397,8 +399,7 @@ class DreamerTPX(Algorithm):
         self.policy.set_training_mode(True)
         self._notice_terminations(self.replay_buffer)
         self._update.configure(self._update_settings())
-        # Several environments may overshoot the budget; the rate must not become negative.
-        rate = self.lr_schedule(max(self._current_progress_remaining, 0.0))
+        rate = self.lr_schedule(self._current_progress_remaining)
         self._update.set_learning_rate(rate)
         self.logger.record("train/learning_rate", rate)
         with Round(self) as log:

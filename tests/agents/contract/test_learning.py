@@ -319,6 +319,16 @@ def test_a_learning_rate_schedule_follows_the_progress_and_is_never_negative(mak
     assert 0 <= found[-1] < found[0] <= 1e-3
 
 
+def test_the_first_update_has_the_whole_step_size_and_the_last_one_its_share(make):
+    """Of four rounds, as in CleanRL: 1 - (u - 1) / 4. PPO of SB3 ends with an update of 0."""
+    agent = make(learning_rate=LinearSchedule(1e-3, 0.0, 1.0))
+    dumps = logged(agent)
+    agent.learn(28)
+    agent.dump_logs()
+    found = rates(dumps)
+    assert found[0] == 1e-3 and found[-1] == pytest.approx(0.25e-3)
+
+
 def test_a_learning_rate_is_a_number_or_a_schedule(make):
     agent = make(learning_rate=0.02)
     dumps = logged(agent)

@@ -111,13 +111,19 @@ VARIANTS = {
 }
 
 
+def begun(schedule):
+    """A schedule of SB3's progress, after each of three rollouts, as ours is before it."""
+    return (lambda p: schedule(1 - (2 - round(3 * p)) / 3)) if callable(schedule) else schedule
+
+
 def pair(name, **changes):
     """PPO and DAAPPO after the same number of steps, with what they logged."""
     settings = dict(VARIANTS[name])
     worlds = {k: settings.pop(k) for k in ("n", "normalise") if k in settings}
     budget, agents, logs = 48 * worlds.get("n", 1), [], []
     for kind, extra in ((PPO, PLAIN), (DAAPPO, {**TINY, **changes})):  # the generators are global
-        agent = kind("MlpPolicy", vector(**worlds), **{**extra, **SMALL, **settings})
+        own = {k: begun(v) for k, v in settings.items()} if kind is PPO else settings
+        agent = kind("MlpPolicy", vector(**worlds), **{**extra, **SMALL, **own})
         logs.append(logged(agent))
         agents.append(agent.learn(budget))
     ppo, daa = agents
@@ -424,9 +430,9 @@ def test_value_of_the_loss_is_ppos_for_every_estimator():
 def test_k_grows_from_what_the_estimator_needs(estimator, least):
     """`tpx` weighs its legs by variances over actions, which a single action does not have."""
     agent = make(estimator=estimator, grow_fraction=1.0, n_extra_actions=8)
-    agent._current_progress_remaining = 1.0
+    agent._total_timesteps, agent.num_timesteps = 1000, 0
     assert agent.k == least
-    agent._current_progress_remaining = 0.5
+    agent.num_timesteps = 500
     assert agent.k == 5
 
 
@@ -547,7 +553,7 @@ GROWTH = [  # fraction of all steps, K of 4, H of 8
 @pytest.mark.parametrize(("done", "k", "horizon"), GROWTH)
 def test_k_and_horizon_grow_over_half_of_all_steps(done, k, horizon):
     agent = make(grow_fraction=0.5, n_extra_actions=4, simulation_horizon=8)
-    agent._current_progress_remaining = 1 - done
+    agent._total_timesteps, agent.num_timesteps = 1000, round(1000 * done)
     assert (agent.k, agent.horizon) == (k, horizon)
 
 
@@ -555,20 +561,19 @@ def test_k_and_horizon_grow_over_half_of_all_steps(done, k, horizon):
 def test_growth_begins_where_the_model_is_first_used(done, k, horizon):
     """The warm-up is 400 of 1000 steps; growth from step 0 would be complete by then."""
     agent = make(grow_fraction=0.5, n_extra_actions=4, simulation_horizon=8, dynamics_warmup=400)
-    agent._total_timesteps = 1000
-    agent._current_progress_remaining = 1 - (0.4 + done)
+    agent._total_timesteps, agent.num_timesteps = 1000, 400 + round(1000 * done)
     assert (agent.k, agent.horizon) == (k, horizon)
-    agent._current_progress_remaining = 0.7
+    agent.num_timesteps = 300
     assert (agent.k, agent.horizon) == (1, 2)
 
 
 @pytest.mark.parametrize("done", [0.0, 0.5, 1.0])
 def test_k_and_horizon_are_full_at_once_or_never_more(done):
     agent = make(grow_fraction=0.0, n_extra_actions=4, simulation_horizon=8)
-    agent._current_progress_remaining = 1 - done
+    agent._total_timesteps, agent.num_timesteps = 1000, round(1000 * done)
     assert (agent.k, agent.horizon) == (4, 8)
     agent = make(grow_fraction=1.0, n_extra_actions=1, simulation_horizon=1)
-    agent._current_progress_remaining = 1 - done
+    agent._total_timesteps, agent.num_timesteps = 1000, round(1000 * done)
     assert (agent.k, agent.horizon) == (1, 1)
 
 
@@ -659,14 +664,16 @@ def test_a_stop_does_not_lose_the_step_that_was_taken():
     assert agent._last_episode_starts.shape == (1,)
 
 
-def test_schedules_stay_in_their_range_where_the_last_rollout_overshoots(monkeypatch):
-    agent = make(learning_rate=lambda p: 1e-3 * p, clip_range=lambda p: 0.2 * p)
+@pytest.mark.parametrize("source", ["none", "dynamics"])
+def test_schedules_stay_in_their_range_where_the_last_rollout_overshoots(source):
+    settings = {"learning_rate": lambda p: 1e-3 * p, "clip_range": lambda p: 0.2 * p}
+    agent = make(action_source=source, **settings)
     found = logged(agent)
-    before = parameters(agent)
-    agent.learn(10)  # of rollouts of 16
-    assert torch.equal(parameters(agent), before)
+    agent.learn(20)  # of rollouts of 16
     agent.dump_logs()
-    assert found[-1]["train/clip_range"] == 0 and found[-1]["train/learning_rate"] == 0
+    for values, progress in zip(found[1:], (1.0, 0.2), strict=True):
+        assert values["train/clip_range"] == pytest.approx(0.2 * progress)
+        assert values["train/learning_rate"] == pytest.approx(1e-3 * progress)
 
 
 def test_an_extractor_of_its_own_is_the_critics():
