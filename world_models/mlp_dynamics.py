@@ -1,7 +1,7 @@
 """A deterministic model of vector dynamics: the next state and the reward of an action.
 
 Two perceptrons, s' = s + F(s, a) (or F(s, a)) and r = R(s, a), fitted to stored transitions by mean
-squared error. Nauman & Cygan 2022 (DAA), Sec. 4. Delta targets and standardised inputs follow
+squared error. Nauman & Cygan 2022 (DAA), Sec. 4 and 5. Delta targets and standardised inputs follow
 MBRL-Lib (Pineda et al. 2021).
 """
 

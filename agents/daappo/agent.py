@@ -37,6 +37,7 @@ from totalprop.agents.core.validation import (
 )
 from totalprop.agents.core.workers import explain_dead_workers
 from totalprop.agents.daappo.loss import (
+    ValueClipping,
     approximate_kl,
     policy_loss,
     truncated_advantages,
@@ -49,6 +50,7 @@ from totalprop.agents.daappo.sources import (
     Behaviour,
     ExtraActions,
     Normalization,
+    QTarget,
     Returns,
     Rollout,
     Source,
@@ -79,6 +81,9 @@ class DAAPPO(Algorithm, PPO):
         clip_range: clipping range of the probability ratio, or a schedule of it.
         clip_range_vf: clipping range of the value's change, in the returns' units, or a schedule of
             it; None for no clipping.
+        value_clipping: which error counts where `clip_range_vf` is set: "clipped", that of the
+            clipped value, as in SB3, or "max", the larger of those of the clipped and the new
+            value, as in CleanRL and the papers.
         normalize_advantage: standardise the advantages of each minibatch.
         ent_coef: weight of the entropy bonus.
         vf_coef: weight of the value loss.
@@ -110,6 +115,10 @@ class DAAPPO(Algorithm, PPO):
         dynamics_width: hidden units of transition, reward and Q-networks.
         dynamics_activation: their activation, "relu" or "leaky_relu".
         dynamics_learning_rate: step size of their Adam.
+        q_learning_rate: step size of the Q-networks' Adam; None for `dynamics_learning_rate`.
+        q_target: what the Q-networks are fitted to: "return", the λ-returns of the rollout, from
+            whose value the critic's is subtracted, or "advantage", the λ-advantages themselves
+            (Nauman & Cygan 2022, Sec. 5).
         dynamics_eps: epsilon of their Adam.
         dynamics_batch_size: transitions per batch of the model's fit.
         dynamics_steps: gradient steps after each rollout; 0: as many as the policy takes (epochs x
@@ -167,6 +176,7 @@ class DAAPPO(Algorithm, PPO):
         extra_baseline: Literal["critic", "leave-one-out"] = "critic",
         timeout_bootstrap: bool = True,
         separate_grad_clip: bool = False,
+        value_clipping: ValueClipping = "clipped",
         dynamics_target: Target = "delta",
         dynamics_normalise: bool = True,
         dynamics_width: Annotated[int, AtLeast(1)] = 512,
@@ -178,6 +188,8 @@ class DAAPPO(Algorithm, PPO):
         dynamics_buffer_size: Annotated[int, AtLeast(1)] = 50_000,
         dynamics_warmup: Annotated[int, AtLeast(0)] = 0,
         n_q: Annotated[int, AtLeast(1)] = 2,
+        q_learning_rate: Annotated[float, Above(0)] | None = None,
+        q_target: QTarget = "return",
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: Annotated[int, AtLeast(1)] = 100,
         tensorboard_log: str | None = None,
@@ -199,12 +211,14 @@ class DAAPPO(Algorithm, PPO):
         self.grow_fraction, self.real_advantage = grow_fraction, real_advantage
         self.extra_baseline = extra_baseline
         self.timeout_bootstrap, self.separate_grad_clip = timeout_bootstrap, separate_grad_clip
+        self.value_clipping = value_clipping
         self.dynamics_target, self.dynamics_normalise = dynamics_target, dynamics_normalise
         self.dynamics_width, self.dynamics_activation = dynamics_width, dynamics_activation
         self.dynamics_learning_rate = dynamics_learning_rate
         self.dynamics_eps, self.dynamics_batch_size = dynamics_eps, dynamics_batch_size
         self.dynamics_steps, self.dynamics_buffer_size = dynamics_steps, dynamics_buffer_size
         self.dynamics_warmup, self.n_q = dynamics_warmup, n_q
+        self.q_learning_rate, self.q_target = q_learning_rate, q_target
         self.source: Source | None = None
         if _init_setup_model:
             self._setup_model()
@@ -222,9 +236,10 @@ class DAAPPO(Algorithm, PPO):
 
     def _new_source(self) -> Source | None:
         source_class = SOURCES[self.action_source]
-        if source_class is None:
-            return None
-        settings = SourceSettings(
+        return None if source_class is None else source_class(self._source_settings())
+
+    def _source_settings(self) -> SourceSettings:
+        return SourceSettings(
             state_size=spaces.utils.flatdim(self.observation_space),
             action_size=spaces.utils.flatdim(self.action_space),
             device=self.device,
@@ -235,18 +250,20 @@ class DAAPPO(Algorithm, PPO):
             width=self.dynamics_width,
             activation=self.dynamics_activation,
             n_q=self.n_q,
+            q_target=self.q_target,
+            q_learning_rate=self.q_learning_rate or self.dynamics_learning_rate,
             learning_rate=self.dynamics_learning_rate,
             eps=self.dynamics_eps,
             batch_size=self.dynamics_batch_size,
             q_batch_size=self.batch_size,
             buffer_size=self.dynamics_buffer_size,
         )
-        return source_class(settings)
 
     @property
     def _is_ppo(self) -> bool:
         """Whether stable-baselines3's own update will do."""
-        return SOURCES[self.action_source] is None and not self.separate_grad_clip
+        is_usual = not self.separate_grad_clip and self.value_clipping == "clipped"
+        return SOURCES[self.action_source] is None and is_usual
 
     @property
     def value_model(self) -> nn.Module | None:
@@ -366,6 +383,7 @@ class DAAPPO(Algorithm, PPO):
             return
         self.policy.set_training_mode(False)
         rollout = self._rollout()
+        source.settings = self._source_settings()  # the user or a callback may have changed some
         normalization = Normalization(self.get_vec_normalize_env(), self.device)
         behaviour = Behaviour(self.policy, normalization, source.generator)
         minibatches = -(-len(rollout.states) // self.batch_size)
@@ -398,6 +416,7 @@ class DAAPPO(Algorithm, PPO):
             values=flat(buffer.values)[:, 0],
             actions=flat(buffer.actions).float(),
             returns=flat(buffer.returns)[:, 0],
+            advantages=flat(buffer.advantages)[:, 0],
         )
 
     @property
@@ -446,7 +465,7 @@ class DAAPPO(Algorithm, PPO):
                     batch, log_prob, zeta, estimator,
                     clip_range=clip_range, normalize_advantage=self.normalize_advantage,
                 )  # fmt: skip
-                of_values = value_loss(values, batch, clip_range_vf)
+                of_values = value_loss(values, batch, clip_range_vf, self.value_clipping)
                 of_entropy = -distribution.entropy().mean()
                 loss = of_policy.total + self.ent_coef * of_entropy + self.vf_coef * of_values
                 kl = approximate_kl(log_prob, batch.old_log_prob)
@@ -564,7 +583,7 @@ class DAAPPO(Algorithm, PPO):
             )
         self._try_estimator()
         source = SOURCES[self.action_source]
-        if source is not None or self.separate_grad_clip:
+        if not self._is_ppo:
             self._check_spaces()
         if source is not None and self.env is not None:
             self._check_wrappers(self.env)
@@ -631,8 +650,8 @@ class DAAPPO(Algorithm, PPO):
             space = getattr(self, name)
             if not isinstance(space, spaces.Box) or len(space.shape) != 1:
                 raise ValueError(
-                    f"extra actions and separate_grad_clip need a vector {name} (Box), got "
-                    f"{space}; use action_source='none' and separate_grad_clip=False"
+                    "extra actions, separate_grad_clip and value_clipping='max' need a vector "
+                    f"{name} (Box), got {space}; use action_source='none' and the defaults of both"
                 )
         if self.use_sde:
             raise ValueError("extra actions need a plain Gaussian policy: use_sde must be False")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch.nn.functional import mse_loss
 from totalprop.agents.daappo.recorder import ManyActionSamples
 from totalprop.agents.daappo.sources import ExtraActions
 from totalprop.estimators import Estimator, infer_noise, surrogates
+
+ValueClipping = Literal["clipped", "max"]
 
 
 class PolicyLoss(NamedTuple):
@@ -59,16 +61,31 @@ def policy_loss(
     return PolicyLoss(total / count, extra_mean, clip_fraction)
 
 
-def value_loss(values: Tensor, batch: ManyActionSamples, clip_range_vf: float | None) -> Tensor:
+def value_loss(
+    values: Tensor,
+    batch: ManyActionSamples,
+    clip_range_vf: float | None,
+    clipping: ValueClipping = "clipped",
+) -> Tensor:
     """Mean squared error of the critic's values [B].
 
-    With `clip_range_vf`, values are kept within that distance of the old ones.
+    Args:
+        values: [B] of the critic; gradients flow.
+        batch: old values and returns.
+        clip_range_vf: distance from the old values within which values are kept; None: no limit.
+        clipping: "clipped": the error of the clipped value, which has no gradient outside the
+            range, not even where the value has moved away from the return. "max": the larger of
+            the errors of both values, whose gradient vanishes only where the value has passed the
+            range towards the return.
     """
-    predicted = values
-    if clip_range_vf is not None:
-        change = (values - batch.old_values).clamp(-clip_range_vf, clip_range_vf)
-        predicted = batch.old_values + change
-    return mse_loss(batch.returns, predicted)
+    if clip_range_vf is None:
+        return mse_loss(batch.returns, values)
+    change = (values - batch.old_values).clamp(-clip_range_vf, clip_range_vf)
+    clipped = batch.old_values + change
+    if clipping == "clipped":
+        return mse_loss(batch.returns, clipped)
+    errors = [(predicted - batch.returns).square() for predicted in (values, clipped)]
+    return torch.max(*errors).mean()
 
 
 @torch.no_grad()

@@ -2,15 +2,15 @@
 
 A source owns the model that values its actions, the model's optimiser, the transitions it is fitted
 to, and its random generators. DAAPPO calls it once per rollout, before any update, with the policy
-that collected the rollout. Nauman & Cygan 2022, Sec. 4: DAA (`DynamicsSource`), QAA (`QSource`),
-AA (`RewindSource`) and their dynamics-states baseline (`StatesSource`).
+that collected the rollout. Nauman & Cygan 2022: AA (`RewindSource`, Sec. 2.2), QAA (`QSource`,
+Sec. 4 and 5), DAA (`DynamicsSource`, Sec. 4) and simulated states (`StatesSource`, Sec. 5.2).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from totalprop.world_models.mlp_dynamics import Activation, MLPDynamics, Target
 from totalprop.world_models.q_networks import QNetworks
 from totalprop.world_models.transitions import TransitionBuffer
 
+QTarget = Literal["return", "advantage"]
 ROWS = 4096  # simulated at a time: bounds the memory of a differentiated simulation
 
 
@@ -64,6 +65,7 @@ class Rollout(NamedTuple):
     values: Tensor  # [R] predicted by the critic
     actions: Tensor  # [R, A] as the policy drew them, not clipped
     returns: Tensor  # [R] λ-returns, in the critic's units
+    advantages: Tensor  # [R] λ-advantages, in the critic's units
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,9 @@ class Behaviour:
 class SourceSettings:
     """What sources are made from. The names are those of DAAPPO, without `dynamics_`.
 
+    DAAPPO renews a source's settings before each use. What its networks and its buffer are made
+    from has an effect at the start only; the other settings are the current ones.
+
     Attributes:
         state_size: S, the length of an observation.
         action_size: A, the length of an action.
@@ -179,7 +184,9 @@ class SourceSettings:
         width: hidden units of each network.
         activation: of each network.
         n_q: number of Q-networks.
-        learning_rate: of the model's Adam.
+        q_target: what the Q-networks are fitted to.
+        q_learning_rate: of the Q-networks' Adam.
+        learning_rate: of a dynamics model's Adam.
         eps: of the model's Adam.
         batch_size: transitions per batch of a dynamics model's fit.
         q_batch_size: states per batch of the Q-networks' fit.
@@ -196,6 +203,8 @@ class SourceSettings:
     width: int
     activation: Activation
     n_q: int
+    q_target: QTarget
+    q_learning_rate: float
     learning_rate: float
     eps: float
     batch_size: int
@@ -238,7 +247,7 @@ class Source:
         if model is not None:
             self.model = model.to(settings.device)
             self.optimizer = torch.optim.Adam(
-                self.model.parameters(), settings.learning_rate, eps=settings.eps
+                self.model.parameters(), self._learning_rate(), eps=settings.eps
             )
 
     def set_random_seed(self, seed: int) -> None:
@@ -248,6 +257,14 @@ class Source:
 
     def _new_model(self) -> nn.Module | None:
         return None
+
+    def _learning_rate(self) -> float:
+        return self.settings.learning_rate
+
+    def _set_step_sizes(self) -> None:
+        """Give the optimiser the current step size and epsilon."""
+        for group in [] if self.optimizer is None else self.optimizer.param_groups:
+            group.update(lr=self._learning_rate(), eps=self.settings.eps)
 
     def start_rollout(self, env: VecEnv) -> None:
         """Called before the first step of each rollout."""
@@ -334,6 +351,7 @@ class ModelSource(Source):
                 "no transition is known: every step is the last of its episode, and VecNormalize "
                 "clips its state; give VecNormalize a larger clip_obs"
             )
+        self._set_step_sizes()
         transition, reward = mlp_dynamics.fit(
             self.model, self.optimizer, self.transitions,
             steps=steps, batch_size=self.settings.batch_size, rng=self.rng,
@@ -515,10 +533,15 @@ class QSource(Source):
             n=settings.n_q, width=settings.width, activation=settings.activation,
         )  # fmt: skip
 
+    def _learning_rate(self) -> float:
+        return self.settings.q_learning_rate
+
     def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
-        """See `Source.fit`; the targets are the λ-returns of this rollout."""
+        """See `Source.fit`; the targets are the λ-returns or λ-advantages of this rollout."""
+        self._set_step_sizes()
+        targets = rollout.returns if self.settings.q_target == "return" else rollout.advantages
         loss = self.model.fit(
-            self.optimizer, rollout.observations, behaviour.clip(rollout.actions), rollout.returns,
+            self.optimizer, rollout.observations, behaviour.clip(rollout.actions), targets,
             steps=steps, batch_size=self.settings.q_batch_size, rng=self.rng,
         )  # fmt: skip
         return {"q_loss": loss}
@@ -532,8 +555,9 @@ class QSource(Source):
         observations = rollout.observations.unsqueeze(1).expand(-1, k, -1)
         with torch.set_grad_enabled(gradient):
             free = actions.clone().requires_grad_(gradient)
-            values = self.model(observations, behaviour.clip(free))
-            advantages = values - rollout.values.unsqueeze(1)
+            advantages = self.model(observations, behaviour.clip(free))
+            if self.settings.q_target == "return":
+                advantages = advantages - rollout.values.unsqueeze(1)
         slope = torch.autograd.grad(advantages.sum(), free)[0] if gradient else None
         return ExtraActions(actions, log_prob, advantages.detach(), slope)
 

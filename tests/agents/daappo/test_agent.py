@@ -24,6 +24,7 @@ from totalprop import estimators
 from totalprop.agents import DAAPPO
 from totalprop.agents.daappo import loss
 from totalprop.agents.daappo.policy import TanhMeanPolicy
+from totalprop.agents.daappo.recorder import ManyActionSamples
 from totalprop.agents.daappo.sources import ExtraActions
 
 SOURCES = ["dynamics", "q", "rewind", "states"]
@@ -349,6 +350,48 @@ def test_rp_is_the_value_gradient_through_the_reparameterised_action(
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
+def random_values(n=1000):
+    """Values, old values and returns of n states, for a clipping range of 0.2."""
+    values, old, returns = torch.randn(3, n, generator=torch.Generator().manual_seed(0)).double()
+    unused = [torch.zeros(n)] * 4
+    return values.requires_grad_(), ManyActionSamples(*unused[:2], old, *unused[:2], returns, None)
+
+
+@pytest.mark.parametrize("clipping", ["clipped", "max"])
+def test_which_states_give_the_critic_a_gradient(clipping):
+    """SB3: those inside the range. CleanRL: also those whose error the range does not reduce."""
+    values, batch = random_values()
+    lost = loss.value_loss(values, batch, 0.2, clipping)
+    (found,) = torch.autograd.grad(lost, values)
+    old, returns = batch.old_values, batch.returns
+    inside = (values - old).abs() < 0.2
+    edge = old + torch.where(values > old, 0.2, -0.2)
+    is_worse = (values - returns).abs() > (edge - returns).abs()
+    keeps = inside | (is_worse if clipping == "max" else torch.zeros_like(inside))
+    expected = torch.where(keeps, 2 * (values - returns) / len(values), 0.0).detach()
+    torch.testing.assert_close(found, expected)
+    # 1000 states, seed 0, 4 standard errors, of P(|N(0, 2)| > 0.2), and of 4 · 10^6 draws.
+    share, error = {"clipped": (0.8875, 0.040), "max": (0.4149, 0.063)}[clipping]
+    assert float((found == 0).double().mean()) == pytest.approx(share, abs=error)
+
+
+def test_the_larger_error_is_cleanrls_value_loss():
+    values, batch = random_values()
+    v_loss_unclipped = (values - batch.returns) ** 2
+    v_clipped = batch.old_values + torch.clamp(values - batch.old_values, -0.2, 0.2)
+    expected = torch.max(v_loss_unclipped, (v_clipped - batch.returns) ** 2).mean()
+    torch.testing.assert_close(loss.value_loss(values, batch, 0.2, "max"), expected)
+    plain = loss.value_loss(values, batch, None, "max")
+    torch.testing.assert_close(plain, v_loss_unclipped.mean())
+
+
+@pytest.mark.parametrize("source", ["none", "dynamics"])
+def test_value_clipping_decides_what_the_critic_learns(source):
+    settings = {"action_source": source, "clip_range_vf": 1e-3}
+    agents = [make(**settings, value_clipping=x).learn(32) for x in ("clipped", "max")]
+    assert not torch.equal(*(agent.policy.value_net.weight for agent in agents))
+
+
 def synthetic(k=5, b=4):
     """Mean and std [K, B, 2] as leaves, extra actions with random slopes, and the ratios."""
     g = torch.Generator().manual_seed(0)
@@ -596,6 +639,22 @@ def test_growth_after_a_warm_up_reaches_the_samples():
 
 
 # The contract
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_settings_that_are_changed_count_from_then_on(source):
+    """As in a callback. Sizes of networks and buffers are those they were made with."""
+    agent = make(action_source=source).learn(16)
+    agent.dynamics_batch_size = agent.batch_size = 5
+    agent.dynamics_learning_rate, agent.dynamics_eps = 0.123, 0.01
+    agent.timeout_bootstrap = False
+    agent.learn(16, reset_num_timesteps=False)
+    settings = agent.source.settings
+    assert (settings.batch_size, settings.q_batch_size) == (5, 5)
+    assert not settings.timeout_bootstrap and not agent._recorder.timeout_bootstrap
+    if agent.value_optimizer is not None:
+        groups = agent.value_optimizer.param_groups
+        assert all((group["lr"], group["eps"]) == (0.123, 0.01) for group in groups)
 
 
 @pytest.mark.parametrize("source", SOURCES)

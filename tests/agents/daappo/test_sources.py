@@ -61,8 +61,8 @@ def behaviour(made, normalization=None, seed=3):
 
 SETTINGS = SourceSettings(
     state_size=S, action_size=A, device=CPU, seed=0, timeout_bootstrap=True, target="delta",
-    normalise=True, width=4, activation="relu", n_q=2, learning_rate=1e-2, eps=1e-5, batch_size=8,
-    q_batch_size=4, buffer_size=20,
+    normalise=True, width=4, activation="relu", n_q=2, q_target="return", q_learning_rate=1e-2,
+    learning_rate=1e-2, eps=1e-5, batch_size=8, q_batch_size=4, buffer_size=20,
 )  # fmt: skip
 
 
@@ -92,9 +92,9 @@ def rollout(normalization=None, rows=R):
 
 
 def seen(observations, states, values):
-    """A rollout whose actions and returns are NaN: only fits may read them."""
-    nan = torch.full((len(values), A + 1), torch.nan)
-    return Rollout(observations, states, values, nan[:, :A], nan[:, A])
+    """A rollout whose actions, returns and advantages are NaN: only fits may read them."""
+    nan = torch.full((len(values), A + 2), torch.nan)
+    return Rollout(observations, states, values, nan[:, :A], nan[:, A], nan[:, A + 1])
 
 
 def normalizer(**settings):
@@ -387,6 +387,21 @@ def test_q_by_hand():
     assert torch.equal(extra.action_gradient[..., 1], torch.zeros_like(slope))
 
 
+def test_networks_of_advantages_are_not_compared_with_the_critic():
+    source, data = sources()["q"], rollout()
+    source.settings = dataclasses.replace(SETTINGS, q_target="advantage")
+    extra = source(data, behaviour(policy()), K, Returns(0.9, 0.8, 3), gradient=False)
+    observations = data.observations[:, None].expand(-1, K, -1)
+    expected = source.model(observations, behaviour(policy()).clip(extra.actions))
+    torch.testing.assert_close(extra.advantages, expected)
+
+
+def test_q_networks_have_a_step_size_of_their_own():
+    settings = dataclasses.replace(SETTINGS, q_learning_rate=0.5, learning_rate=0.25)
+    for name, rate in (("q", 0.5), ("dynamics", 0.25)):
+        assert SOURCES[name](settings).optimizer.param_groups[0]["lr"] == rate
+
+
 def test_q_sees_what_the_policy_sees():
     normalization, source = Normalization(normalizer(), CPU), sources()["q"]
     data, made = rollout(normalization), policy()
@@ -592,7 +607,9 @@ def whole_rollout():
     data = rollout()
     g = torch.Generator().manual_seed(6)
     return data._replace(
-        actions=3 * torch.randn(R, A, generator=g), returns=torch.randn(R, generator=g)
+        actions=3 * torch.randn(R, A, generator=g),
+        returns=torch.randn(R, generator=g),
+        advantages=torch.randn(R, generator=g),
     )
 
 
@@ -656,14 +673,17 @@ def test_a_dynamics_model_is_fitted_to_all_transitions_kept(name):
         assert torch.equal(found, wanted)
 
 
-def test_q_networks_are_fitted_to_the_returns_of_clipped_actions():
+@pytest.mark.parametrize("target", ["return", "advantage"])
+def test_q_networks_are_fitted_to_returns_or_advantages_of_clipped_actions(target):
     source, data = full("q"), whole_rollout()
+    source.settings = dataclasses.replace(SETTINGS, q_target=target)
     reference = copy.deepcopy(source.model)
     optimizer = torch.optim.Adam(reference.parameters(), SETTINGS.learning_rate, eps=SETTINGS.eps)
     clipped = data.actions.clamp(torch.as_tensor(LOW), torch.as_tensor(HIGH))
     assert not torch.equal(clipped, data.actions)
     expected = reference.fit(
-        optimizer, data.observations, clipped, data.returns,
+        optimizer, data.observations, clipped,
+        data.returns if target == "return" else data.advantages,
         steps=3, batch_size=4, rng=np.random.default_rng(0),
     )  # fmt: skip
     assert source.fit(data, behaviour(policy()), steps=3) == {"q_loss": expected}
