@@ -20,6 +20,7 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv
@@ -318,8 +319,6 @@ class DAAPPO(Algorithm, PPO):
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
-        if self.source is None and self.timeout_bootstrap:
-            return total, callbacks
         self._recorder = RolloutRecorder(self.source, timeout_bootstrap=self.timeout_bootstrap)
         both = CallbackList([callbacks, self._recorder])
         both.model = self  # not init_callback, which the user's callbacks have been through
@@ -362,19 +361,34 @@ class DAAPPO(Algorithm, PPO):
         """Fit the source's model, draw the extra actions, then run PPO's epochs over all actions.
 
         Raises:
-            FloatingPointError: a parameter of policy or critic is no longer finite.
+            FloatingPointError: a parameter, or what an optimiser keeps of one, is no longer finite.
         """
-        if self._is_ppo:
-            super().train()
-        else:
-            self._draw_extra_actions()
-            self._train_epochs()
-        for name, parameter in self.policy.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise FloatingPointError(
-                    f"'{name}' is not finite after the update at step {self.num_timesteps}; "
-                    "resume from a checkpoint with a smaller learning_rate or max_grad_norm"
-                )
+        policy = ["policy", "policy.optimizer"], "learning_rate or max_grad_norm"
+        try:
+            if self._is_ppo:
+                super().train()
+            else:
+                self._draw_extra_actions()
+                self._train_epochs()
+        except ValueError:  # PyTorch's, of a distribution's parameters
+            self._check_parts(*policy)
+            raise
+        self._check_parts(*policy)
+
+    def _check_parts(self, names: list[str], remedy: str) -> None:
+        """What `load` would refuse ends the run, because no later checkpoint could be loaded."""
+        for name in names:
+            part: Any = recursive_getattr(self, name)
+            if isinstance(part, torch.optim.Optimizer):
+                kept = (x for moments in part.state.values() for x in moments.items())
+            else:
+                kept = part.state_dict().items()
+            for key, values in kept:
+                if not torch.isfinite(values).all():
+                    raise FloatingPointError(
+                        f"'{key}' of {name} is not finite after the update at step "
+                        f"{self.num_timesteps}; resume from a checkpoint with a smaller {remedy}"
+                    )
 
     def _draw_extra_actions(self) -> None:
         """Fit the source, and fill the rollout buffer's `extra` once the warm-up is over."""
@@ -390,6 +404,9 @@ class DAAPPO(Algorithm, PPO):
         steps = self.dynamics_steps or self.n_epochs * minibatches
         for name, loss in source.fit(rollout, behaviour, steps=steps).items():
             self.logger.record(f"dynamics/{name}", loss)
+        if source.model is not None:
+            remedy = "dynamics_learning_rate, or with VecNormalize"
+            self._check_parts(["value_model", "value_optimizer"], remedy)
         buffer.extra = None
         if self.num_timesteps >= self.dynamics_warmup:
             if self.real_advantage == "matched_horizon":

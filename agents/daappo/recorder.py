@@ -44,7 +44,9 @@ class ManyActionRolloutBuffer(RolloutBuffer):
 
 
 class RolloutRecorder(BaseCallback):
-    """Gives a source the transitions of a rollout, in the environment's units.
+    """Checks what the environments return, and gives a source the transitions of a rollout.
+
+    They are in the environments' units.
 
     VecNormalize keeps an episode's last state only as the policy would see it. Where its clip_obs
     clipped that state, the true one is lost and the transition is not recorded.
@@ -52,7 +54,7 @@ class RolloutRecorder(BaseCallback):
     It runs after the user's callbacks, inside stable-baselines3's own collection loop.
 
     Args:
-        source: of the extra actions; None: only time limits are handled.
+        source: of the extra actions; None: nothing is recorded.
         timeout_bootstrap: as in DAAPPO.
     """
 
@@ -64,27 +66,28 @@ class RolloutRecorder(BaseCallback):
         self.states: list[np.ndarray] = []  # [n_envs, S] at each step
 
     def _on_rollout_start(self) -> None:
+        normalizer = self.model.get_vec_normalize_env()
+        last: Any = self.model._last_obs if normalizer is None else normalizer.get_original_obs()
+        check_finite(self.num_timesteps, last)
         if self.source is None:
             return
         self.states = []
-        normalizer = self.model.get_vec_normalize_env()
-        last = self.model._last_obs if normalizer is None else normalizer.get_original_obs()
         self._last = self._flat(last)
         self.source.start_rollout(self.training_env)
 
     def _on_step(self) -> bool:
-        if not self.timeout_bootstrap:  # the time limit counts as an end
-            for i in np.flatnonzero(self.locals["dones"]):
-                self.locals["infos"][i]["TimeLimit.truncated"] = False
-        if self.source is None:
-            return True
         normalizer = self.model.get_vec_normalize_env()
         observations, rewards = self.locals["new_obs"], self.locals["rewards"]
         infos, dones = self.locals["infos"], self.locals["dones"]
         if normalizer is not None:
             observations, rewards = normalizer.get_original_obs(), normalizer.get_original_reward()
-        observations = self._flat(observations)
         check_finite(self.num_timesteps, observations, rewards, infos, dones)
+        if not self.timeout_bootstrap:  # the time limit counts as an end
+            for i in np.flatnonzero(dones):
+                infos[i]["TimeLimit.truncated"] = False
+        if self.source is None:
+            return True
+        observations = self._flat(observations)
         ends, is_known = observations.copy(), np.ones(len(dones), dtype=bool)
         for i in np.flatnonzero(dones):
             end = infos[i]["terminal_observation"]

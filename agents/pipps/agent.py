@@ -339,7 +339,7 @@ class PIPPS(Algorithm):
         callback.on_rollout_start()
         is_random = self._n_trials < self.random_trials
         finished = np.zeros(self.env.num_envs, dtype=bool)
-        check_finite(self.num_timesteps, np.array(self._last_obs), np.zeros(1))
+        check_finite(self.num_timesteps, np.array(self._last_obs))
         path, transitions = [np.array(self._last_obs)], []
         from_start = bool(np.asarray(self._last_episode_starts)[0])
         limit = self.horizon if self._problem.time_limit is None else math.inf

@@ -214,6 +214,32 @@ def test_none_clips_norms_apart_where_asked():
     torch.testing.assert_close(parameters(plain), parameters(same), rtol=1e-5, atol=1e-7)
 
 
+class Loud(Point):
+    """Its rewards are so large that squares of gradients overflow in single precision."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, 1e25 * reward, *rest
+
+
+@pytest.mark.parametrize("source", ["dynamics", "q", "states"])
+def test_a_value_model_that_could_not_be_loaded_ends_the_run(source):
+    """Adam's second moment overflows; the weights, which then stand still, are finite."""
+    agent = make(Loud(), action_source=source, dynamics_normalise=False)
+    with pytest.raises(FloatingPointError, match=r"of value_optimizer is not finite.*smaller dyn"):
+        agent.learn(16)
+    assert all(torch.isfinite(x).all() for x in agent.value_model.parameters())
+
+
+@pytest.mark.parametrize("source", ["none", "dynamics"])
+def test_a_policy_that_could_not_be_loaded_ends_the_run(source):
+    agent = make(action_source=source)
+    with torch.no_grad():
+        agent.policy.value_net.bias.fill_(np.nan)
+    with pytest.raises(FloatingPointError, match=r"of policy is not finite.*at step 16"):
+        agent.learn(16)
+
+
 def test_warm_up_counts_steps_of_the_environment():
     agent = make(dynamics_warmup=33)
     dumps = logged(agent)
