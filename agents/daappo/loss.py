@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ def policy_loss(
 ) -> PolicyLoss:
     """Clipped loss, averaged over the B real and the K·B extra actions of a minibatch.
 
+    An extra action counts by its weight.
+
     Args:
         batch: B states with their real and extra actions.
         log_prob: [B] of the real actions under the current policy; gradients flow.
@@ -51,12 +53,17 @@ def policy_loss(
     ratio = (log_prob - batch.old_log_prob).exp()
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
     terms = -torch.min(advantages * ratio, advantages * bounded)
-    total, count, extra_mean = terms.sum(), terms.numel(), None
+    total, extra_mean = terms.sum(), None
+    count: Any = terms.numel()
     if extra is not None:
         assert zeta is not None
         losses = extra_loss(estimator, zeta, extra, clip_range)
-        total, count = total + losses.sum(), count + losses.numel()
+        n: Any = losses.numel()
         extra_mean = losses.detach().mean()
+        if extra.weights is not None:
+            losses, n = losses * extra.weights.T, extra.weights.sum()
+            extra_mean = losses.detach().sum() / n
+        total, count = total + losses.sum(), count + n
     clip_fraction = float(((ratio - 1).abs() > clip_range).float().mean())
     return PolicyLoss(total / count, extra_mean, clip_fraction)
 
@@ -109,6 +116,11 @@ def normalised(
     if len(block) < 2:
         return advantages, extra
     mean, scale = block.mean(), block.std() + 1e-8
+    if extra is not None and extra.weights is not None:
+        weights = torch.cat((torch.ones_like(advantages), extra.weights.flatten()))
+        mean = (weights * block).sum() / weights.sum()
+        variance = (weights * (block - mean).square()).sum() / (weights.sum() - 1)
+        scale = variance.sqrt() + 1e-8
     if extra is not None:
         slope = extra.action_gradient
         extra = extra._replace(

@@ -82,6 +82,12 @@ class RolloutRecorder(BaseCallback):
         if normalizer is not None:
             observations, rewards = normalizer.get_original_obs(), normalizer.get_original_reward()
         check_finite(self.num_timesteps, observations, rewards, infos, dones)
+        terminated = np.array(
+            [
+                done and not info.get("TimeLimit.truncated", False)
+                for done, info in zip(dones, infos, strict=True)
+            ]
+        )
         if not self.timeout_bootstrap:  # the time limit counts as an end
             for i in np.flatnonzero(dones):
                 infos[i]["TimeLimit.truncated"] = False
@@ -97,7 +103,7 @@ class RolloutRecorder(BaseCallback):
             ends[i] = self._flat(end[None])[0]
         actions = self.locals["clipped_actions"]
         self.source.record_step(
-            self._last[is_known], actions[is_known], rewards[is_known], ends[is_known]
+            *(x[is_known] for x in (self._last, actions, rewards, ends, terminated))
         )
         self.states.append(self._last)
         self._last = observations

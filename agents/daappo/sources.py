@@ -22,7 +22,7 @@ from totalprop.agents.persistence.segments import Segments
 from totalprop.world_models import mlp_dynamics
 from totalprop.world_models.mlp_dynamics import Activation, MLPDynamics, Target
 from totalprop.world_models.q_networks import QNetworks
-from totalprop.world_models.transitions import TransitionBuffer
+from totalprop.world_models.transitions import UNKNOWN, TransitionBuffer
 
 QTarget = Literal["return", "advantage"]
 ROWS = 4096  # simulated at a time: bounds the memory of a differentiated simulation
@@ -36,6 +36,7 @@ class ExtraActions(NamedTuple):
     advantages: Tensor  # [R, K]
     action_gradient: Tensor | None = None  # [R, K, A] of the advantage, for pathwise legs
     observations: Tensor | None = None  # [R, K, S] where they are not the rollout's own
+    weights: Tensor | None = None  # [R, K] probability that the episode lasts so long; None: 1
 
     def leave_one_out(self) -> ExtraActions:
         """Subtract from each advantage the mean of the other K - 1 advantages of its state.
@@ -54,6 +55,7 @@ class ExtraActions(NamedTuple):
             self.advantages[rows],
             None if self.action_gradient is None else self.action_gradient[rows],
             None if self.observations is None else self.observations[rows],
+            None if self.weights is None else self.weights[rows],
         )
 
 
@@ -76,17 +78,29 @@ class Returns:
     lam: float
     horizon: int
 
-    def advantage(self, rewards: list[Tensor], values: list[Tensor]) -> Tensor:
-        """TD(λ) advantage: Σ_k (γλ)^k (r_k + γ V_{k+1} - V_k).
+    def advantage(
+        self,
+        rewards: list[Tensor],
+        values: list[Tensor],
+        continuations: list[Tensor] | None = None,
+    ) -> Tensor:
+        """TD(λ) advantage: Σ_k (γλ)^k c_0 ... c_{k-1} (r_k + γ c_k V_{k+1} - V_k).
+
+        This is the mean over whether and where the episode terminates.
 
         Args:
             rewards: r_0 .. r_{n-1}.
             values: V_0 .. V_n; V_0, at the real state, is the baseline.
+            continuations: c_0 .. c_{n-1}, probabilities that the episode goes on; None: all are 1.
         """
-        total, weight = torch.zeros_like(values[0]), 1.0
-        for reward, value, after in zip(rewards, values[:-1], values[1:], strict=True):
+        total: Tensor = torch.zeros_like(values[0])
+        weight: Any = 1.0
+        for k, (reward, value) in enumerate(zip(rewards, values[:-1], strict=True)):
+            after = values[k + 1] if continuations is None else continuations[k] * values[k + 1]
             total = total + weight * (reward + self.gamma * after - value)
-            weight *= self.gamma * self.lam
+            weight = weight * self.gamma * self.lam
+            if continuations is not None:
+                weight = weight * continuations[k]
         return total
 
 
@@ -247,7 +261,7 @@ class Source:
         if model is not None:
             self.model = model.to(settings.device)
             self.optimizer = torch.optim.Adam(
-                self.model.parameters(), self._learning_rate(), eps=settings.eps
+                self._parameter_groups(self.model), self._learning_rate(), eps=settings.eps
             )
 
     def set_random_seed(self, seed: int) -> None:
@@ -257,6 +271,13 @@ class Source:
 
     def _new_model(self) -> nn.Module | None:
         return None
+
+    def _parameter_groups(self, model: Any) -> list[dict[str, Any]]:
+        return [{"params": list(model.parameters())}]
+
+    def complete(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Parameters from a file, with what files of older versions lack."""
+        return parameters
 
     def _learning_rate(self) -> float:
         return self.settings.learning_rate
@@ -270,7 +291,12 @@ class Source:
         """Called before the first step of each rollout."""
 
     def record_step(
-        self, states: np.ndarray, actions: np.ndarray, rewards: np.ndarray, next_states: np.ndarray
+        self,
+        states: np.ndarray,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        next_states: np.ndarray,
+        terminated: np.ndarray,
     ) -> None:
         """Called after each step of the environments, with the transitions known from it.
 
@@ -279,8 +305,9 @@ class Source:
             actions: [n, A] as the environments received them.
             rewards: [n].
             next_states: [n, S], at the end of an episode its last state.
+            terminated: [n] whether the episode terminated, rather than reach a time limit.
         """
-        self.transitions.add(states, actions, rewards, next_states)
+        self.transitions.add(states, actions, rewards, next_states, terminated)
 
     def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
         """Fit the model, after each rollout.
@@ -327,7 +354,13 @@ class Source:
         self.generator.set_state(state["generator"])
         self.rng.bit_generator.state = state["rng"]
         buffer = self.transitions
-        self._segments.load(folder, state["transitions"], buffer.capacity, buffer.put_rows)
+
+        def put(first: int, rows: dict[str, np.ndarray]) -> None:
+            # Older files do not say which transitions terminated.
+            unknown = np.full(len(rows.get("rewards", ())), UNKNOWN, np.int8)
+            buffer.put_rows(first, {"terminated": unknown, **rows})
+
+        self._segments.load(folder, state["transitions"], buffer.capacity, put)
 
 
 class ModelSource(Source):
@@ -344,6 +377,29 @@ class ModelSource(Source):
             width=settings.width, activation=settings.activation,
         )  # fmt: skip
 
+    def _parameter_groups(self, model: MLPDynamics) -> list[dict[str, Any]]:
+        # Termination has a group of its own, so that older states, of one group, can be completed.
+        last = list(model.termination.parameters())
+        ids = {id(parameter) for parameter in last}
+        return [{"params": [p for p in model.parameters() if id(p) not in ids]}, {"params": last}]
+
+    def complete(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """See `Source`; older models have no termination, and get this one's."""
+        model, optimizer = (parameters.get(f"value_{x}") for x in ("model", "optimizer"))
+        if isinstance(model, dict) and not any(str(key).startswith("terminat") for key in model):
+            own = self.model.state_dict().items()
+            added = {key: value for key, value in own if key.startswith("terminat")}
+            parameters = {**parameters, "value_model": {**added, **model}}
+        groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+        if isinstance(optimizer, dict) and isinstance(groups, list) and len(groups) == 1:
+            groups = [*groups, self.optimizer.state_dict()["param_groups"][1]]
+            parameters = {**parameters, "value_optimizer": {**optimizer, "param_groups": groups}}
+        return parameters
+
+    def _continuation(self, states: Tensor, actions: Tensor) -> list[Tensor]:
+        """Probability that the episode goes on; none before a transition has terminated."""
+        return [self.model.continuation(states, actions)] if self.model.terminates else []
+
     def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
         """See `Source.fit`; the data are all transitions kept, not only this rollout's."""
         if not len(self.transitions):
@@ -352,11 +408,10 @@ class ModelSource(Source):
                 "clips its state; give VecNormalize a larger clip_obs"
             )
         self._set_step_sizes()
-        transition, reward = mlp_dynamics.fit(
+        return mlp_dynamics.fit(
             self.model, self.optimizer, self.transitions,
             steps=steps, batch_size=self.settings.batch_size, rng=self.rng,
         )  # fmt: skip
-        return {"transition_loss": transition, "reward_loss": reward}
 
 
 class DynamicsSource(ModelSource):
@@ -393,21 +448,24 @@ class DynamicsSource(ModelSource):
     def _advantage(
         self, states: Tensor, actions: Tensor, start: Tensor, behaviour: Behaviour, returns: Returns
     ) -> Tensor:
-        rewards, values = [], [start]
+        rewards, values, continuations = [], [start], []
         for step in range(returns.horizon):
-            states, reward = self.model(states, behaviour.clip(actions))
+            bounded = behaviour.clip(actions)
+            continuations += self._continuation(states, bounded)
+            states, reward = self.model(states, bounded)
             observations = behaviour.normalization.observation(states)
             rewards.append(behaviour.normalization.reward(reward))
             values.append(behaviour.value(observations))
             if step + 1 < returns.horizon:
                 actions, _ = behaviour.draw(observations)
-        return returns.advantage(rewards, values)
+        return returns.advantage(rewards, values, continuations or None)
 
 
 class StatesSource(ModelSource):
     """Simulated states: one rollout of the model from each state; its later steps are the samples.
 
-    The K actions of a state are then at K different simulated states.
+    The K actions of a state are then at K different simulated states. One that the episode may not
+    last to has the probability that it does as its weight.
     """
 
     draws_per_state = False
@@ -419,20 +477,31 @@ class StatesSource(ModelSource):
         """See `Source`; the samples are steps 1 .. k of a rollout of k + 2 steps."""
         state, observation = rollout.states, rollout.observations
         rewards, values = [], [rollout.values]
+        continuations: list[Tensor] = []
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(k + 2):
             action, log_prob = behaviour.draw(observation)
             steps.append((observation, action, log_prob))
-            state, reward = self.model(state, behaviour.clip(action))
+            bounded = behaviour.clip(action)
+            continuations += self._continuation(state, bounded)
+            state, reward = self.model(state, bounded)
             observation = behaviour.normalization.observation(state)
             rewards.append(behaviour.normalization.reward(reward))
             values.append(behaviour.value(observation))
-        advantages = [returns.advantage(rewards[i:], values[i:]) for i in range(1, k + 1)]
+        advantages = [
+            returns.advantage(rewards[i:], values[i:], continuations[i:] or None)
+            for i in range(1, k + 1)
+        ]
+        weights = torch.stack(continuations, 1).cumprod(1)[:, :k] if continuations else None
         observations, actions, log_probs = (
             torch.stack(x, 1) for x in zip(*steps[1 : k + 1], strict=True)
         )
         return ExtraActions(
-            actions, log_probs, torch.stack(advantages, 1), observations=observations
+            actions,
+            log_probs,
+            torch.stack(advantages, 1),
+            observations=observations,
+            weights=weights,
         )
 
 
@@ -456,11 +525,9 @@ class RewindSource(Source):
         self.env = env
         self.snapshots = [[snapshot] for snapshot in env.env_method("snapshot")]
 
-    def record_step(
-        self, states: np.ndarray, actions: np.ndarray, rewards: np.ndarray, next_states: np.ndarray
-    ) -> None:
+    def record_step(self, *transitions: np.ndarray) -> None:
         """See `Source`."""
-        super().record_step(states, actions, rewards, next_states)
+        super().record_step(*transitions)
         for kept, now in zip(self.snapshots, self.env.env_method("snapshot"), strict=True):
             kept.append(now)
 

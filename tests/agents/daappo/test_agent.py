@@ -26,6 +26,8 @@ from totalprop.agents.daappo import loss
 from totalprop.agents.daappo.policy import TanhMeanPolicy
 from totalprop.agents.daappo.recorder import ManyActionSamples
 from totalprop.agents.daappo.sources import ExtraActions
+from totalprop.agents.persistence import safe_file
+from totalprop.world_models.transitions import UNKNOWN
 
 SOURCES = ["dynamics", "q", "rewind", "states"]
 PLAIN = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 0, "device": "cpu"}
@@ -289,9 +291,13 @@ def whole_batch(agent):
     (batch,) = agent.rollout_buffer.get(None)
     real, extra = batch.advantages, batch.extra
     slope = extra.action_gradient
+    if extra.weights is None:
+        extra = extra._replace(weights=torch.ones_like(extra.advantages))
     if agent.normalize_advantage:
         block = torch.cat((real[:, None], extra.advantages), 1)
-        mean, scale = block.mean(), block.std()
+        weights = torch.cat((torch.ones_like(real[:, None]), extra.weights), 1)
+        mean = (weights * block).sum() / weights.sum()
+        scale = ((weights * (block - mean) ** 2).sum() / (weights.sum() - 1)).sqrt()
         real, extra = (
             (real - mean) / scale,
             extra._replace(advantages=(extra.advantages - mean) / scale),
@@ -332,6 +338,7 @@ def test_lr_is_ppos_clip_gradient_over_real_and_extra_actions(
     states = batch.observations[:, None].expand(-1, k, -1)
     if source == "states":
         assert not torch.allclose(extra.observations[:, 0], batch.observations)
+        assert 0.5 < extra.weights.mean() < 1  # some episodes terminate
         states = extra.observations
     _, _, log_real = policy_at(agent, batch.observations, batch.actions)
     _, _, log_extra = policy_at(agent, states, extra.actions)
@@ -339,12 +346,11 @@ def test_lr_is_ppos_clip_gradient_over_real_and_extra_actions(
     for ratio, advantage in zip(ratios, (real, extra.advantages)):
         binds = (advantage > 0) & (ratio > 1.2) | (advantage < 0) & (ratio < 0.8)
         assert binds.any() and not binds.all() and ((ratio - 1).abs() > 0.2).sum() > binds.sum()
-    terms = torch.cat(
-        (clip_loss(real, ratios[0]), clip_loss(extra.advantages, ratios[1]).flatten())
-    )
-    assert len(terms) == 32 * (1 + k)
+    total = clip_loss(real, ratios[0]).sum()
+    total = total + (extra.weights * clip_loss(extra.advantages, ratios[1])).sum()
+    assert extra.weights.shape == (32, k) and (source == "states" or (extra.weights == 1).all())
     expected = torch.autograd.grad(
-        terms.mean() + rest(agent, batch), list(agent.policy.parameters())
+        total / (32 + extra.weights.sum()) + rest(agent, batch), list(agent.policy.parameters())
     )
     for found, wanted in zip(gradient(agent, monkeypatch), expected):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
@@ -416,6 +422,29 @@ def test_value_clipping_decides_what_the_critic_learns(source):
     settings = {"action_source": source, "clip_range_vf": 1e-3}
     agents = [make(**settings, value_clipping=x).learn(32) for x in ("clipped", "max")]
     assert not torch.equal(*(agent.policy.value_net.weight for agent in agents))
+
+
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+def test_an_extra_action_of_weight_two_counts_as_two_of_them(normalize_advantage):
+    """Twice the same sample, or once with twice the weight: the same loss and gradient."""
+    zeta, extra, _ = synthetic(k=3, b=4)
+    batch = random_values(4)[1]._replace(advantages=torch.randn(4).double())
+    log_prob = torch.randn(4).double()
+    estimator = estimators.make("lr", baseline=estimators.baselines.none)
+    found = []
+    for k, weights in (([0, 1, 1, 2], None), ([0, 1, 2], torch.tensor([1.0, 2.0, 1.0]).double())):
+        part = ExtraActions(
+            extra.actions[:, k], extra.old_log_prob[:, k], extra.advantages[:, k], None,
+            weights=None if weights is None else weights.expand(4, -1),
+        )  # fmt: skip
+        lost = loss.policy_loss(
+            batch._replace(old_log_prob=log_prob, extra=part), log_prob,
+            (zeta[0][k], zeta[1][k]), estimator,
+            clip_range=0.2, normalize_advantage=normalize_advantage,
+        )  # fmt: skip
+        found.append((lost.total, lost.extra, *torch.autograd.grad(lost.total, zeta)))
+    for once, twice in zip(*found):
+        torch.testing.assert_close(once, twice)
 
 
 def synthetic(k=5, b=4):
@@ -898,6 +927,64 @@ def test_another_environment_is_rewound_after_set_env():
     agent.set_env(other)
     agent.learn(16)
     assert agent.source.env is agent.get_env() and agent.source.env.envs is other.envs
+
+
+class Ending(Point):
+    """Terminates after some steps, and nowhere else."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def step(self, action):
+        observation, reward, _, truncated, info = super().step(action)
+        return observation, reward, self.time == self.length, truncated, info
+
+
+@pytest.mark.parametrize("source", ["dynamics", "states"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_terminations_reach_the_model_and_the_log(source, ends):
+    agent = make(Ending(3 if ends else 99), action_source=source, timeout_bootstrap=False)
+    dumps = logged(agent)
+    agent.learn(32)
+    agent.dump_logs()
+    assert bool(agent.value_model.terminates) == ends
+    assert ("dynamics/termination_loss" in dumps[-1]) == ends
+    extra = agent.rollout_buffer.extra
+    assert (extra.weights is not None) == (ends and source == "states")
+    kept = agent.source.transitions
+    expected = [ends and t % 3 == 2 for t in range(32)]
+    assert kept.terminated[: len(kept)].tolist() == expected
+
+
+def test_files_from_before_terminations_resume(tmp_path):
+    """Their transitions do not say which of them terminated, and their models have no such part."""
+    agent = make(Ending(3)).learn(32)
+    state = agent.state_dict(tmp_path)
+    (segment,) = state["files"]
+    kind = "replay segment"
+    rows = safe_file.read(tmp_path / segment, kind)
+    del rows["terminated"]
+    safe_file.write(tmp_path / segment, kind, rows)
+    given = agent.get_parameters()
+    model, optimizer = given["value_model"], given["value_optimizer"]
+    given["value_model"] = {k: v for k, v in model.items() if not k.startswith("terminat")}
+    kept = set(optimizer["param_groups"][0]["params"])
+    given["value_optimizer"] = {
+        "state": {k: v for k, v in optimizer["state"].items() if k in kept},
+        "param_groups": optimizer["param_groups"][:1],
+    }
+    other = make(Ending(3), seed=3)
+    own = copy.deepcopy(other.value_model.termination.state_dict())
+    other.set_parameters(given)
+    other.load_state_dict(state, tmp_path)
+    assert (other.source.transitions.terminated[:32] == UNKNOWN).all()
+    assert not other.value_model.terminates
+    probes.assert_same(other.value_model.termination.state_dict(), own)
+    probes.assert_same(
+        other.value_model.transition.state_dict(), agent.value_model.transition.state_dict()
+    )
+    other.learn(32)
+    assert other.value_model.terminates
 
 
 @pytest.mark.parametrize("source", SOURCES)
