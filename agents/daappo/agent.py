@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import recursive_getattr
@@ -90,6 +91,11 @@ class DAAPPO(Algorithm, PPO):
         vf_coef: weight of the value loss.
         max_grad_norm: global-norm clip of the gradient.
         target_kl: approximate KL divergence at which an update's epochs stop; None for no limit.
+        use_sde: explore by noise that depends on the state (gSDE); with action_source="none" only.
+        sde_sample_freq: steps between draws of that noise; -1: once per rollout.
+        rollout_buffer_class: SB3's or your own, with action_source="none" only. Files do not hold
+            it: pass it to `load` again.
+        rollout_buffer_kwargs: its further arguments.
         action_source: where extra actions are valued: "dynamics" (DAA: a learned model), "q" (QAA:
             Q-networks), "rewind" (AA: the environment itself), "states" (simulated states), or
             "none" (PPO).
@@ -168,6 +174,10 @@ class DAAPPO(Algorithm, PPO):
         max_grad_norm: Annotated[float, Above(0)] = 0.5,
         target_kl: Annotated[float, Above(0)] | None = None,
         *,
+        use_sde: bool = False,
+        sde_sample_freq: Annotated[int, AtLeast(-1)] = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
         action_source: Literal["none", "dynamics", "q", "rewind", "states"] = "dynamics",
         n_extra_actions: Annotated[int, AtLeast(1)] = 4,
         simulation_horizon: Annotated[int, AtLeast(1)] = 8,
@@ -203,6 +213,7 @@ class DAAPPO(Algorithm, PPO):
             policy, env,  # type: ignore[arg-type]  # None is what `load` passes
             learning_rate, n_steps, batch_size, n_epochs, gamma, gae_lambda,
             clip_range, clip_range_vf, normalize_advantage, ent_coef, vf_coef, max_grad_norm,
+            use_sde, sde_sample_freq, rollout_buffer_class, rollout_buffer_kwargs,
             target_kl=target_kl, policy_kwargs=policy_kwargs, stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log, verbose=verbose, seed=seed, device=device,
             _init_setup_model=False,
@@ -230,7 +241,8 @@ class DAAPPO(Algorithm, PPO):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        self.rollout_buffer_class = None if self._is_ppo else ManyActionRolloutBuffer
+        if not self._is_ppo:
+            self.rollout_buffer_class = ManyActionRolloutBuffer
         super()._setup_model()
         self.source = self._new_source()
         self._fix_arguments()
@@ -685,7 +697,16 @@ class DAAPPO(Algorithm, PPO):
                     f"{name} (Box), got {space}; use action_source='none' and the defaults of both"
                 )
         if self.use_sde:
-            raise ValueError("extra actions need a plain Gaussian policy: use_sde must be False")
+            raise ValueError(
+                "extra actions, separate_grad_clip and value_clipping='max' need a plain Gaussian "
+                "policy: use_sde must be False"
+            )
+        if self.rollout_buffer_class not in (None, ManyActionRolloutBuffer):
+            raise ValueError(
+                "extra actions, separate_grad_clip and value_clipping='max' need their own rollout "
+                f"buffer, got rollout_buffer_class={self.rollout_buffer_class.__name__}; leave it "
+                "None, or use action_source='none' and the defaults of both"
+            )
 
     def _check_wrappers(self, env: VecEnv) -> None:
         """Refuse wrappers whose effect a source would miss; sources undo VecNormalize only."""

@@ -354,9 +354,9 @@ class DreamerTPX(Algorithm):
         while self.num_timesteps < until:
             assert isinstance(self._last_obs, np.ndarray)
             actions = self._act(self._last_obs)
-            new_observations, rewards, dones, infos = env.step(self.policy.to_env(actions))
-            assert isinstance(new_observations, np.ndarray)
-            check_finite(self.num_timesteps, new_observations, rewards, infos, dones)
+            new_obs, rewards, dones, infos = env.step(self.policy.to_env(actions))
+            assert isinstance(new_obs, np.ndarray)
+            check_finite(self.num_timesteps, new_obs, rewards, infos, dones)
             self.num_timesteps += env.num_envs
             self._since_round += env.num_envs
             to_model = self.policy.to_model
@@ -364,8 +364,8 @@ class DreamerTPX(Algorithm):
             for i in np.flatnonzero(dones):
                 end = to_model(infos[i]["terminal_observation"][None])[0]
                 ends[i] = {**infos[i], "terminal_observation": end}
-            replay.step(actions, to_model(new_observations), rewards, dones, ends)
-            self._last_obs, self._last_episode_starts = new_observations, dones
+            replay.step(actions, to_model(new_obs), rewards, dones, ends)
+            self._last_obs, self._last_episode_starts = new_obs, dones
             callback.update_locals(locals())
             if not callback.on_step():
                 return False

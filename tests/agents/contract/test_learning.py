@@ -1,5 +1,7 @@
 """`learn`: how many steps it takes, in which order things happen, and how it is interrupted."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -101,6 +103,24 @@ def test_continuing_is_as_if_it_had_not_stopped(make, trained):
 
 
 # Callbacks
+
+
+def test_callbacks_see_the_step_under_stable_baselines3s_names(make):
+    """`new_obs` is what the environments returned, after their reset where an episode ended."""
+    seen = []
+
+    def look(variables, _):
+        kept = {name: variables[name] for name in ("new_obs", "rewards", "dones", "infos")}
+        seen.append(copy.deepcopy(kept))
+        return True
+
+    make().learn(14, callback=look)
+    assert len(seen) == 14
+    for i, step in enumerate(seen):
+        episode, time, *_ = step["new_obs"][0]
+        assert (episode, time) == (1 + (i + 1) // LENGTH, (i + 1) % LENGTH)
+        assert step["rewards"].tolist() == [-1 - i % LENGTH]
+        assert step["dones"].tolist() == [time == 0] and len(step["infos"]) == 1
 
 
 def test_events_come_in_stable_baselines3s_order(make):

@@ -207,6 +207,52 @@ def test_none_takes_all_of_ppos_spaces(tmp_path, name, timeout_bootstrap):
     assert_same(DAAPPO.load(tmp_path / "agent", env=Odd(*both)).learn(0), daa)
 
 
+class Halved(RolloutBuffer):
+    """A user's own buffer: all rewards are a fraction."""
+
+    def __init__(self, *args, share=1.0, **kwargs):
+        self.share = share
+        super().__init__(*args, **kwargs)
+
+    def add(self, obs, action, reward, *rest):
+        super().add(obs, action, self.share * reward, *rest)
+
+
+OF_PPO = [
+    {"use_sde": True},
+    {"use_sde": True, "sde_sample_freq": 3},
+    {"rollout_buffer_class": Halved, "rollout_buffer_kwargs": {"share": 0.5}},
+]
+
+
+@pytest.mark.parametrize("settings", OF_PPO)
+def test_none_takes_all_of_ppos_arguments(tmp_path, settings):
+    ppo = PPO("MlpPolicy", Point(), **PLAIN, **SMALL, **settings).learn(32)
+    daa = make(action_source="none", **settings).learn(32)
+    assert_same(daa, ppo)
+    plain = make(action_source="none").learn(32)
+    assert any(
+        not torch.equal(x, y) for x, y in zip(daa.policy.parameters(), plain.policy.parameters())
+    )
+    daa.save(tmp_path / "agent")
+    kept = {k: v for k, v in settings.items() if k == "rollout_buffer_class"}
+    loaded = DAAPPO.load(tmp_path / "agent", env=Point(), custom_objects=kept)
+    assert type(loaded.rollout_buffer) is type(daa.rollout_buffer)
+    assert_same(loaded, daa)
+    loaded.learn(16)
+
+
+@pytest.mark.parametrize("own", [{"action_source": "dynamics"}, {"value_clipping": "max"}])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [(OF_PPO[0], "use_sde must be False"), (OF_PPO[2], "rollout_buffer_class=Halved; leave it")],
+)
+def test_ppos_arguments_that_extra_actions_cannot_take_are_refused(own, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make(**{"action_source": "none", **own, **settings})
+    assert "\n" not in str(error.value)
+
+
 def test_none_clips_norms_apart_where_asked():
     settings = {"action_source": "none", "max_grad_norm": 0.01}
     joint, apart = make(**settings).learn(16), make(**settings, separate_grad_clip=True).learn(16)
