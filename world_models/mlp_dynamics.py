@@ -36,10 +36,13 @@ class MLPDynamics(nn.Module):
         activation: "relu" or "leaky_relu".
 
     Attributes:
+        offset: [S] float64, subtracted from all states; zero until `set_offset`. What varies little
+            around a large number keeps its digits in single precision.
         terminates: [] whether a transition has terminated so far; before that, the model's episodes
             have no end.
     """
 
+    offset: Tensor
     terminates: Tensor
     state_mean: Tensor
     state_std: Tensor
@@ -69,16 +72,28 @@ class MLPDynamics(nn.Module):
         self.reward = network([*sizes, 1], ACTIVATIONS[activation])
         self.termination = network([*sizes, 1], ACTIVATIONS[activation])
         self.register_buffer("terminates", torch.tensor(False))
+        self.register_buffer("offset", torch.zeros(state_size, dtype=torch.float64))
 
     def forward(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Next states [..., S] and rewards [...], from [..., S] and [..., A]."""
         x = self._inputs(states, actions)
         change = self.transition(x) * self.target_std + self.target_mean
         reward = self.reward(x) * self.reward_std + self.reward_mean
-        return (states + change if self.target == "delta" else change), reward.squeeze(-1)
+        origin = states if self.target == "delta" else self.offset
+        return (origin + change).to(states.dtype), reward.squeeze(-1)
 
     def _inputs(self, states: Tensor, actions: Tensor) -> Tensor:
-        return torch.cat(((states - self.state_mean) / self.state_std, actions), -1)
+        centred = self._centred(states)
+        return torch.cat(((centred - self.state_mean) / self.state_std, actions), -1)
+
+    def _centred(self, states: Tensor) -> Tensor:
+        """Differences from the offset, in the networks' precision."""
+        return (states - self.offset).to(self.state_mean.dtype)
+
+    @torch.no_grad()
+    def set_offset(self, state: np.ndarray) -> None:
+        """Learn states as differences from this one [S]; before the first fit."""
+        self.offset.copy_(torch.as_tensor(state))
 
     def continuation(self, states: Tensor, actions: Tensor) -> Tensor:
         """Probability [...] that the episode goes on after actions [..., A] at [..., S]."""
@@ -97,7 +112,8 @@ class MLPDynamics(nn.Module):
             next_states: [..., S].
         """
         predicted, reward = self(states, actions)
-        transition = ((predicted - next_states) / self.target_std).square().mean()
+        errors = (predicted - next_states).to(self.target_std.dtype)
+        transition = (errors / self.target_std).square().mean()
         return transition, ((reward - rewards) / self.reward_std).square().mean()
 
     def termination_loss(self, states: Tensor, actions: Tensor, terminated: Tensor) -> Tensor:
@@ -127,14 +143,16 @@ class MLPDynamics(nn.Module):
         """Set means and standard deviations to the data's; no effect with normalise=False."""
         if not self.normalise:
             return
-        n = len(buffer)
-        targets = buffer.next_states[:n]
-        if self.target == "delta":
-            targets = targets - buffer.states[:n]
-        data = {"state": buffer.states[:n], "target": targets, "reward": buffer.rewards[:n, None]}
+        n, offset = len(buffer), self.offset.cpu().numpy().astype(buffer.states.dtype)
+        states = buffer.states[:n]
+        origin = states if self.target == "delta" else offset
+        targets, rewards = buffer.next_states[:n] - origin, buffer.rewards[:n, None]
+        data = {"state": states - offset, "target": targets, "reward": rewards}
         for name, values in data.items():
             mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
-            std = np.where(std > 1e-6 * np.abs(mean) + 1e-8, std, 1.0)  # constant entries
+            # What is constant has no scale; for a constant change, it is that of the states.
+            scale = self.state_std.cpu().numpy() if name == "target" else 1.0
+            std = np.where(std > 1e-6 * np.abs(mean) + 1e-8, std, scale)
             getattr(self, f"{name}_mean").copy_(torch.as_tensor(mean))
             getattr(self, f"{name}_std").copy_(torch.as_tensor(std))
 

@@ -16,16 +16,23 @@ class TransitionBuffer:
         capacity: number of transitions kept; after that, the oldest are overwritten.
         state_size: S, the length of a state.
         action_size: A, the length of an action.
+        state_dtype: of the states; float64 keeps the digits of numbers around a large one.
     """
 
     _ARRAYS = ("states", "actions", "rewards", "next_states", "terminated")
 
-    def __init__(self, capacity: int, state_size: int, action_size: int) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        state_size: int,
+        action_size: int,
+        state_dtype: np.dtype | type = np.float32,
+    ) -> None:
         self.capacity = capacity
-        self.states = np.empty((capacity, state_size), np.float32)
+        self.states = np.empty((capacity, state_size), state_dtype)
         self.actions = np.empty((capacity, action_size), np.float32)
         self.rewards = np.empty(capacity, np.float32)
-        self.next_states = np.empty((capacity, state_size), np.float32)
+        self.next_states = np.empty((capacity, state_size), state_dtype)
         self.terminated = np.empty(capacity, np.int8)  # 1, 0 or UNKNOWN
         self.count = 0  # transitions ever added
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.file_contents import not_finite
 from totalprop.agents.core.validation import (
     Above,
     AtLeast,
@@ -149,10 +150,10 @@ class DAAPPO(Algorithm, PPO):
         "TanhMeanPolicy": TanhMeanPolicy,
     }
     fixed_arguments: ClassVar[tuple[str, ...]] = (
-        "policy_kwargs", "n_steps", "batch_size", "action_source", "separate_grad_clip",
-        "dynamics_target", "dynamics_normalise", "dynamics_width", "dynamics_activation",
-        "dynamics_learning_rate", "dynamics_eps", "dynamics_batch_size", "dynamics_buffer_size",
-        "n_q", "timeout_bootstrap",
+        "policy_kwargs", "n_steps", "use_sde", "rollout_buffer_class", "rollout_buffer_kwargs",
+        "action_source", "separate_grad_clip", "value_clipping", "dynamics_target",
+        "dynamics_normalise", "dynamics_width", "dynamics_activation", "dynamics_buffer_size",
+        "n_q", "q_target",
     )  # fmt: skip
     rollout_buffer: ManyActionRolloutBuffer
 
@@ -255,6 +256,7 @@ class DAAPPO(Algorithm, PPO):
         return SourceSettings(
             state_size=spaces.utils.flatdim(self.observation_space),
             action_size=spaces.utils.flatdim(self.action_space),
+            state_dtype=np.float64 if self.observation_space.dtype == np.float64 else np.float32,
             device=self.device,
             seed=self._generator.initial_seed(),
             timeout_bootstrap=self.timeout_bootstrap,
@@ -390,17 +392,11 @@ class DAAPPO(Algorithm, PPO):
     def _check_parts(self, names: list[str], remedy: str) -> None:
         """What `load` would refuse ends the run, because no later checkpoint could be loaded."""
         for name in names:
-            part: Any = recursive_getattr(self, name)
-            if isinstance(part, torch.optim.Optimizer):
-                kept = (x for moments in part.state.values() for x in moments.items())
-            else:
-                kept = part.state_dict().items()
-            for key, values in kept:
-                if not torch.isfinite(values).all():
-                    raise FloatingPointError(
-                        f"'{key}' of {name} is not finite after the update at step "
-                        f"{self.num_timesteps}; resume from a checkpoint with a smaller {remedy}"
-                    )
+            if entry := not_finite(recursive_getattr(self, name).state_dict()):
+                raise FloatingPointError(
+                    f"'{entry}' of {name} is not finite after the update at step "
+                    f"{self.num_timesteps}; resume from a checkpoint with a smaller {remedy}"
+                )
 
     def _draw_extra_actions(self) -> None:
         """Fit the source, and fill the rollout buffer's `extra` once the warm-up is over."""

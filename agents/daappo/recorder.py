@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,7 @@ class RolloutRecorder(BaseCallback):
         super().__init__()
         self.source, self.timeout_bootstrap = source, timeout_bootstrap
         self.states: list[np.ndarray] = []  # [n_envs, S] at each step
+        self.is_exact = False  # whether the policy is known to see what varies in the states
 
     def _on_rollout_start(self) -> None:
         normalizer = self.model.get_vec_normalize_env()
@@ -109,11 +111,28 @@ class RolloutRecorder(BaseCallback):
         self._last = observations
         return True
 
+    def _on_rollout_end(self) -> None:
+        normalizer = self.model.get_vec_normalize_env()
+        is_normalised = normalizer is not None and normalizer.norm_obs
+        if self.source is None or self.is_exact or is_normalised:
+            return
+        self.is_exact = True
+        states = np.concatenate(self.states).astype(np.float64)
+        spread, resolution = states.std(0), np.spacing(np.abs(states).max(0).astype(np.float32))
+        for i in np.flatnonzero((spread > 0) & (spread < 10 * resolution)):
+            warnings.warn(
+                f"entry {i} of the observation varies by {spread[i]:.2g} around "
+                f"{states[:, i].mean():.6g}, which the policy, in single precision, cannot see; "
+                "wrap the environments in VecNormalize (--normalize both), or subtract a constant",
+                stacklevel=2,
+            )
+
     def flat_states(self) -> np.ndarray:
         """Raw states [n_envs T, S] in the buffer's flat order, environment by environment."""
         return np.concatenate(np.stack(self.states, 1))
 
-    @staticmethod
-    def _flat(observations: Any) -> np.ndarray:
+    def _flat(self, observations: Any) -> np.ndarray:
         """[n_envs, ...] -> [n_envs, S]."""
-        return np.asarray(observations, np.float32).reshape(len(observations), -1)
+        assert self.source is not None
+        dtype = self.source.settings.state_dtype
+        return np.asarray(observations, dtype).reshape(len(observations), -1)

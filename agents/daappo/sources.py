@@ -63,7 +63,7 @@ class Rollout(NamedTuple):
     """The part of a rollout that a source may read, in the rollout buffer's flat order."""
 
     observations: Tensor  # [R, S] as the policy saw them
-    states: Tensor  # [R, S] in the environment's own units
+    states: Tensor  # [R, S] in the environment's own units, float32 or float64
     values: Tensor  # [R] predicted by the critic
     actions: Tensor  # [R, A] as the policy drew them, not clipped
     returns: Tensor  # [R] λ-returns, in the critic's units
@@ -117,7 +117,7 @@ class Normalization:
         self.clip_reward = vec_normalize.clip_reward
         if self.has_observation:
             statistics: Any = vec_normalize.obs_rms
-            self.mean = torch.as_tensor(statistics.mean, device=device).float()
+            self.mean = torch.tensor(statistics.mean, device=device)  # a copy: it is frozen
             self.std = (
                 torch.as_tensor(statistics.var, device=device).float() + self.epsilon
             ).sqrt()
@@ -125,11 +125,12 @@ class Normalization:
             self.scale = float((vec_normalize.ret_rms.var + self.epsilon) ** 0.5)
 
     def observation(self, states: Tensor) -> Tensor:
-        """Observations as the policy sees them, from raw states [..., S]."""
+        """Observations as the policy sees them, float32, from raw states [..., S]."""
         if not self.has_observation:
-            return states
+            return states.float()
         limit = self.clip_observation
-        return ((states - self.mean) / self.std).clamp(-limit, limit)
+        centred = (states - self.mean.to(states.dtype)).float()
+        return (centred / self.std).clamp(-limit, limit)
 
     def reward(self, rewards: Tensor) -> Tensor:
         """Rewards in the critic's units, from raw ones."""
@@ -190,6 +191,7 @@ class SourceSettings:
     Attributes:
         state_size: S, the length of an observation.
         action_size: A, the length of an action.
+        state_dtype: of stored states; float64 if that is what the environment returns.
         device: where models and actions live.
         seed: of the model's initial weights and both generators.
         timeout_bootstrap: bootstrap from the value after a time limit.
@@ -209,6 +211,7 @@ class SourceSettings:
 
     state_size: int
     action_size: int
+    state_dtype: np.dtype | type
     device: torch.device
     seed: int
     timeout_bootstrap: bool
@@ -251,7 +254,7 @@ class Source:
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
         self.transitions = TransitionBuffer(
-            settings.buffer_size, settings.state_size, settings.action_size
+            settings.buffer_size, settings.state_size, settings.action_size, settings.state_dtype
         )
         self._segments = Segments("transitions")
         self.set_random_seed(settings.seed)
@@ -356,9 +359,14 @@ class Source:
         buffer = self.transitions
 
         def put(first: int, rows: dict[str, np.ndarray]) -> None:
-            # Older files do not say which transitions terminated.
+            # Older files do not say which transitions terminated, and hold states as float32.
             unknown = np.full(len(rows.get("rewards", ())), UNKNOWN, np.int8)
-            buffer.put_rows(first, {"terminated": unknown, **rows})
+            states = {
+                name: rows[name].astype(buffer.states.dtype)
+                for name in ("states", "next_states")
+                if getattr(rows.get(name), "dtype", None) == np.float32
+            }
+            buffer.put_rows(first, {"terminated": unknown, **rows, **states})
 
         self._segments.load(folder, state["transitions"], buffer.capacity, put)
 
@@ -389,6 +397,7 @@ class ModelSource(Source):
         if isinstance(model, dict) and not any(str(key).startswith("terminat") for key in model):
             own = self.model.state_dict().items()
             added = {key: value for key, value in own if key.startswith("terminat")}
+            added["offset"] = torch.zeros_like(self.model.offset)
             parameters = {**parameters, "value_model": {**added, **model}}
         groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
         if isinstance(optimizer, dict) and isinstance(groups, list) and len(groups) == 1:
@@ -408,6 +417,8 @@ class ModelSource(Source):
                 "clips its state; give VecNormalize a larger clip_obs"
             )
         self._set_step_sizes()
+        if not self.optimizer.state and self.settings.state_dtype == np.float64:
+            self.model.set_offset(self.transitions.states[0])
         return mlp_dynamics.fit(
             self.model, self.optimizer, self.transitions,
             steps=steps, batch_size=self.settings.batch_size, rng=self.rng,

@@ -163,6 +163,60 @@ def test_fit_takes_the_batches_of_its_generator_only():
     np.testing.assert_array_equal(np.random.get_state()[1], state)
 
 
+# Offsets
+
+
+def grid(offset=0.0, scale=1.0):
+    """States on a grid that float64 can shift and scale by powers of 2 without rounding."""
+    rng = np.random.default_rng(0)
+    states = rng.integers(-(2**10), 2**10, (300, 2)) / 2**10
+    actions = rng.uniform(-1, 1, (300, 1))
+    after = states + rng.integers(-(2**8), 2**8, (300, 2)) / 2**10
+    buffer = TransitionBuffer(300, 2, 1, np.float64)
+    buffer.add(states * scale + offset, actions, actions[:, 0], after * scale + offset, False)
+    return buffer
+
+
+@pytest.mark.parametrize("target", ["delta", "next"])
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("offset", [2.0**20, -(2.0**30)])
+def test_an_offset_of_the_states_changes_nothing(target, normalise, offset):
+    """Up to the round-off of float64; float32 has only multiples of 128 around 2^30."""
+    found = []
+    for shift in (0.0, offset):
+        torch.manual_seed(0)
+        model, buffer = MLPDynamics(2, 1, width=8, target=target, normalise=normalise), grid(shift)
+        model.set_offset(buffer.states[0])
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        losses = fit(
+            model, optimizer, buffer, steps=20, batch_size=64, rng=np.random.default_rng(0)
+        )
+        states, actions = torch.as_tensor(buffer.states), torch.as_tensor(buffer.actions)
+        with torch.no_grad():
+            after, rewards = model(states, actions)
+        assert after.dtype == torch.float64
+        found.append((losses, [*model.parameters()], after - shift, rewards))
+    (losses, parameters, after, rewards), (others, *rest) = found
+    assert losses == pytest.approx(others, rel=1e-5)
+    for x, y in zip(parameters, rest[0]):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after, rest[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(rewards, rest[2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_scale_of_the_states_changes_nothing():
+    """With normalise=True; one entry changes by a constant."""
+    found = []
+    for scale in (1.0, 2.0**12, 2.0**-12):
+        buffer = grid(scale=scale)
+        buffer.next_states[:, 1] = buffer.states[:, 1] + scale / 8
+        found.append(fitted(buffer, steps=20))
+    for model, losses in found[1:]:
+        assert losses == pytest.approx(found[0][1], rel=1e-4)
+        for x, y in zip(model.parameters(), found[0][0].parameters()):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+
+
 # Termination
 
 

@@ -798,6 +798,62 @@ def test_spaces_of_double_precision(source, seen, acted):
     assert torch.isfinite(parameters(make(Double(), action_source=source).learn(32))).all()
 
 
+class Shifted(Point):
+    """Point in double precision, with an offset and a scale of what is observed."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+
+    def __init__(self, offset=0.0, scale=1.0):
+        self.offset, self.scale = offset, scale
+
+    def _look(self):
+        exact = np.array([self.x, np.cos(self.x), self.time / 7])
+        return exact * self.scale + self.offset
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("offset", "scale"), [(1e6, 1.0), (-1e9, 1.0), (0.0, 256.0), (1e6, 8.0)])
+def test_offset_and_scale_of_the_observations_change_nothing(source, offset, scale):
+    """With VecNormalize, which works in double precision, up to round-off.
+
+    Its statistics are given: they begin with a mean of 0 and remember that for long.
+    """
+    found = []
+    for settings in ((0.0, 1.0), (offset, scale)):
+        env = VecNormalize(DummyVecEnv([lambda s=settings: Monitor(Shifted(*s))]), training=False)
+        env.obs_rms.mean = settings[0] + settings[1] * np.array([0.1, 0.5, 0.5])
+        env.obs_rms.var = (settings[1] * np.array([1.0, 0.3, 0.3])) ** 2
+        agent = make(env, action_source=source, n_steps=32).learn(64)
+        found.append((agent.rollout_buffer.extra.advantages, parameters(agent)))
+    for plain, other in zip(*found):
+        torch.testing.assert_close(other, plain, rtol=1e-2, atol=2e-3)
+
+
+def test_an_offset_that_the_policy_cannot_resolve_is_told_once():
+    agent = make(Shifted(1e9))
+    with pytest.warns(UserWarning, match="entry 0 of the observation varies.*VecNormalize") as told:
+        agent.learn(48)
+    assert len([w for w in told if "entry 0 " in str(w.message)]) == 1
+
+
+def test_states_of_older_checkpoints_continue_without_an_offset(tmp_path):
+    """They hold float32, and their models were fitted to numbers with the offset."""
+    agent = make(Shifted(8.0)).learn(32)
+    agent.value_model.offset.zero_()
+    state = agent.state_dict(tmp_path)
+    (segment,) = state["files"]
+    rows = safe_file.read(tmp_path / segment, "replay segment")
+    for name in ("states", "next_states"):
+        rows[name] = rows[name].astype(np.float32)
+    safe_file.write(tmp_path / segment, "replay segment", rows)
+    other = make(Shifted(8.0), seed=3)
+    other.set_parameters(agent.get_parameters())
+    other.load_state_dict(state, tmp_path)
+    np.testing.assert_array_equal(other.source.transitions.states[:32], rows["states"])
+    other.learn(32)
+    assert not other.value_model.offset.any()
+
+
 def test_learn_returns_self_and_rounds_up_to_whole_rollouts():
     agent = make(vector(2))
     assert agent.learn(33) is agent

@@ -132,7 +132,7 @@ def test_states_are_in_the_buffers_flat_order(make, dtype):
     agent = make(vector(dtype=dtype))
     states, buffer = agent._recorder.flat_states(), agent.rollout_buffer
     np.testing.assert_array_equal(states, buffer.swap_and_flatten(buffer.observations))
-    assert states.dtype == np.float32 and states.shape == (3 * STEPS, 3)
+    assert states.dtype == dtype and states.shape == (3 * STEPS, 3)
     assert (states[:STEPS, 0] < 100).all() and (states[-STEPS:, 0] > 200).all()
     list(buffer.get())  # flattens in place
     np.testing.assert_array_equal(states, buffer.observations)

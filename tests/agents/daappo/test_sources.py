@@ -60,9 +60,10 @@ def behaviour(made, normalization=None, seed=3):
 
 
 SETTINGS = SourceSettings(
-    state_size=S, action_size=A, device=CPU, seed=0, timeout_bootstrap=True, target="delta",
-    normalise=True, width=4, activation="relu", n_q=2, q_target="return", q_learning_rate=1e-2,
-    learning_rate=1e-2, eps=1e-5, batch_size=8, q_batch_size=4, buffer_size=20,
+    state_size=S, action_size=A, state_dtype=np.float32, device=CPU, seed=0,
+    timeout_bootstrap=True, target="delta", normalise=True, width=4, activation="relu", n_q=2,
+    q_target="return", q_learning_rate=1e-2, learning_rate=1e-2, eps=1e-5, batch_size=8,
+    q_batch_size=4, buffer_size=20,
 )  # fmt: skip
 
 
