@@ -1058,6 +1058,16 @@ def test_terminations_reach_the_model_and_the_log(source, ends):
     assert kept.terminated[: len(kept)].tolist() == expected
 
 
+def test_q_networks_learn_from_returns_that_stop_where_the_episode_does(monkeypatch):
+    agent = make(Ending(3), action_source="q", n_steps=12)
+    monkeypatch.setattr(DAAPPO, "_train_epochs", lambda agent: None)
+    agent.learn(12)
+    rollout = agent._rollout()
+    rewards = torch.as_tensor(agent.rollout_buffer.rewards[:, 0])
+    torch.testing.assert_close(rollout.returns[2::3], rewards[2::3])
+    assert not torch.isclose(rollout.returns, rewards)[[0, 1, 3, 4]].any()
+
+
 def test_files_from_before_terminations_resume(tmp_path):
     """Their transitions do not say which of them terminated, and their models have no such part."""
     agent = make(Ending(3)).learn(32)

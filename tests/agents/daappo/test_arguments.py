@@ -207,8 +207,9 @@ def test_what_cannot_estimate_is_refused_before_the_first_step(changes, k):
 
 @pytest.mark.parametrize("name", ["gamma", "dynamics_eps", "vf_coef", "learning_rate"])
 def test_values_of_another_type_are_named(name):
-    with pytest.raises(ValueError, match=f"^{name} must be"):
-        make(**{name: "0.9"})
+    for value in ("0.9", None):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            make(**{name: value})
 
 
 def test_an_environment_is_needed():
