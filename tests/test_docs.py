@@ -8,6 +8,7 @@ Every command is parsed, not run. `totalprop train` has a parser for that; the f
 are looked up in their help. Files that a page names or links exist.
 """
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -164,3 +165,16 @@ def test_files_that_a_page_names_exist(path):
     named = re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|md|json))`", text)
     missing += [name for name in named if not (ROOT / name).exists()]
     assert missing == []
+
+
+def test_the_costs_of_daappo_are_those_recorded():
+    root = Path(__file__).parents[1] / "results"
+    (row,) = json.loads((root / "bench" / "ppo.json").read_text())["rows"]
+    none, *costs = (value for name, value in row.items() if "over PPO's" in name)
+    text = " ".join((root / "daa_ppo" / "README.md").read_text().split())
+    found = re.findall(
+        r"makes ([\d.]+) times .* `dynamics` costs ([\d.]+) times PPO, with `tpx` ([\d.]+), "
+        r"`q` ([\d.]+), `states` ([\d.]+?)\. ",
+        text,
+    )
+    assert found == [(f"{none:.2f}", *(f"{cost:.1f}" for cost in costs))]

@@ -1,4 +1,8 @@
-"""Q-networks fitted to the λ-returns of a rollout (QAA). Nauman & Cygan 2022, Sec. 4.2."""
+"""Q-networks fitted to the λ-returns or λ-advantages of a rollout (QAA).
+
+Nauman & Cygan 2022, Sec. 5 (one network, advantages). Their revision of 2023 takes the smaller of
+two values.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from totalprop.world_models.mlp_dynamics import ACTIVATIONS, Activation, network
 
 
 class QNetworks(nn.Module):
-    """The smallest value of n networks (s, a) -> Q; the paper has one, its 2023 revision two.
+    """The smallest value of n networks (s, a) -> Q.
 
     Args:
         state_size: S, the length of a state.

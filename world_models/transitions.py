@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+UNKNOWN = -1  # whether a transition terminated, where older files do not say
+
 
 class TransitionBuffer:
     """The newest transitions between vector states, in the environment's own units.
@@ -14,23 +16,36 @@ class TransitionBuffer:
         capacity: number of transitions kept; after that, the oldest are overwritten.
         state_size: S, the length of a state.
         action_size: A, the length of an action.
+        state_dtype: of the states; float64 keeps the digits of numbers around a large one.
     """
 
-    _ARRAYS = ("states", "actions", "rewards", "next_states")
+    _ARRAYS = ("states", "actions", "rewards", "next_states", "terminated")
 
-    def __init__(self, capacity: int, state_size: int, action_size: int) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        state_size: int,
+        action_size: int,
+        state_dtype: np.dtype | type = np.float32,
+    ) -> None:
         self.capacity = capacity
-        self.states = np.empty((capacity, state_size), np.float32)
+        self.states = np.empty((capacity, state_size), state_dtype)
         self.actions = np.empty((capacity, action_size), np.float32)
         self.rewards = np.empty(capacity, np.float32)
-        self.next_states = np.empty((capacity, state_size), np.float32)
+        self.next_states = np.empty((capacity, state_size), state_dtype)
+        self.terminated = np.empty(capacity, np.int8)  # 1, 0 or UNKNOWN
         self.count = 0  # transitions ever added
 
     def __len__(self) -> int:
         return min(self.count, self.capacity)
 
     def add(
-        self, states: np.ndarray, actions: np.ndarray, rewards: np.ndarray, next_states: np.ndarray
+        self,
+        states: np.ndarray,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        next_states: np.ndarray,
+        terminated: np.ndarray | int = UNKNOWN,
     ) -> None:
         """Store n transitions.
 
@@ -39,10 +54,12 @@ class TransitionBuffer:
             actions: [n, A].
             rewards: [n].
             next_states: [n, S]; at the end of an episode its last state, not the reset's.
+            terminated: [n] whether the episode terminated; False where a time limit cut it off.
         """
         slots = (self.count + np.arange(len(states))) % self.capacity
         self.states[slots], self.actions[slots] = states, actions
         self.rewards[slots], self.next_states[slots] = rewards, next_states
+        self.terminated[slots] = terminated
         self.count += len(states)
 
     def rows(self, first: int, stop: int) -> dict[str, np.ndarray]:
@@ -73,7 +90,8 @@ class TransitionBuffer:
         """Draw n different transitions uniformly; all of them if there are fewer.
 
         Returns:
-            States [n, S], actions [n, A], rewards [n] and next states [n, S].
+            States [n, S], actions [n, A], rewards [n], next states [n, S] and whether they
+            terminated [n].
         """
         rows = rng.choice(len(self), min(n, len(self)), replace=False, shuffle=False)
-        return self.states[rows], self.actions[rows], self.rewards[rows], self.next_states[rows]
+        return tuple(getattr(self, name)[rows] for name in self._ARRAYS)

@@ -154,13 +154,13 @@ class Algorithm(BaseAlgorithm):
                 "load(path, env=...), or call set_env(env) first"
             )
         # Attributes are arguments, too: they may have been set since the agent was made.
-        self._check_arguments()
         for name, value in self._fixed.items():
             if (now := getattr(self, name)) != value:
                 raise ValueError(
                     f"{name} cannot be changed any more: the agent was made with {value!r}, and "
                     f"it is now {now!r}; make a new agent"
                 )
+        self._check_arguments()
         self._setup_lr_schedule()
         return super()._setup_learn(*args, **kwargs)
 

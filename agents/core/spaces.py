@@ -70,3 +70,17 @@ def to_picture_or_vector(space: spaces.Space) -> str:
                     f"seen[{name!r}], env.observation_space[{name!r}])"
                 )
     return FLATTEN
+
+
+def refuse_whole_numbers(actions: spaces.Space) -> None:
+    """Raise UnsupportedSpaceError if actions are a Box of whole numbers.
+
+    The agents' actions are real, and so are the gradients that go through them.
+    """
+    if isinstance(actions, spaces.Box) and actions.dtype.kind != "f":
+        raise UnsupportedSpaceError(
+            f"actions must be real numbers, got {describe(actions)}; let the environment round "
+            "them: gymnasium.wrappers.TransformAction(env, lambda action: action.round()"
+            f".astype('{actions.dtype}'), gymnasium.spaces.Box(env.action_space.low.astype("
+            "'float32'), env.action_space.high.astype('float32')))"
+        )

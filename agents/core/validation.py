@@ -16,6 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from totalprop.agents.core.spaces import refuse_whole_numbers
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.estimators import ControlProbe, DenseJacobian, Estimator, assign_credit
 
@@ -209,6 +210,7 @@ def check_arguments(agent: BaseAlgorithm) -> None:
             f"{type(agent).__name__} needs an environment to learn in: pass env=... "
             "(an id or instance)"
         )
+    refuse_whole_numbers(agent.action_space)
     names = constructor_hints(type(agent))
     values = {name: getattr(agent, name) for name in names if hasattr(agent, name)}
     if "stats_window_size" in names:  # not if the constructor is stable-baselines3's

@@ -4,7 +4,8 @@ Rollouts, the rollout buffer and the value loss are stable-baselines3's. After e
 (a learned model, Q-networks, or the environment rewound; see sources.py) draws extra actions from
 the same policy at the same states and values them. The clipped loss (see loss.py) averages over
 real and extra actions. Nauman & Cygan 2022, "On All-Action Policy Gradients". With
-action_source="none" this is stable-baselines3's PPO.
+action_source="none" this is stable-baselines3's PPO, except that schedules see the progress at the
+start of a rollout.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.file_contents import not_finite
 from totalprop.agents.core.validation import (
     Above,
     AtLeast,
@@ -36,6 +40,7 @@ from totalprop.agents.core.validation import (
 )
 from totalprop.agents.core.workers import explain_dead_workers
 from totalprop.agents.daappo.loss import (
+    ValueClipping,
     approximate_kl,
     policy_loss,
     truncated_advantages,
@@ -48,6 +53,7 @@ from totalprop.agents.daappo.sources import (
     Behaviour,
     ExtraActions,
     Normalization,
+    QTarget,
     Returns,
     Rollout,
     Source,
@@ -68,7 +74,8 @@ class DAAPPO(Algorithm, PPO):
     Args:
         policy: "MlpPolicy", "TanhMeanPolicy" (tanh on the mean), or a subclass of them.
         env: environment or id; observations are vectors.
-        learning_rate: step size of policy and critic, or a schedule over training progress.
+        learning_rate: step size of policy and critic, or a schedule over training progress, which
+            is that at the start of the rollout.
         n_steps: steps of each environment per rollout.
         batch_size: states per minibatch.
         n_epochs: passes over a rollout.
@@ -77,11 +84,19 @@ class DAAPPO(Algorithm, PPO):
         clip_range: clipping range of the probability ratio, or a schedule of it.
         clip_range_vf: clipping range of the value's change, in the returns' units, or a schedule of
             it; None for no clipping.
+        value_clipping: which error counts where `clip_range_vf` is set: "clipped", that of the
+            clipped value, as in SB3, or "max", the larger of those of the clipped and the new
+            value, as in CleanRL and the papers.
         normalize_advantage: standardise the advantages of each minibatch.
         ent_coef: weight of the entropy bonus.
         vf_coef: weight of the value loss.
         max_grad_norm: global-norm clip of the gradient.
         target_kl: approximate KL divergence at which an update's epochs stop; None for no limit.
+        use_sde: explore by noise that depends on the state (gSDE); with action_source="none" only.
+        sde_sample_freq: steps between draws of that noise; -1: once per rollout.
+        rollout_buffer_class: SB3's or your own, with action_source="none" only. Files do not hold
+            it: pass it to `load` again.
+        rollout_buffer_kwargs: its further arguments.
         action_source: where extra actions are valued: "dynamics" (DAA: a learned model), "q" (QAA:
             Q-networks), "rewind" (AA: the environment itself), "states" (simulated states), or
             "none" (PPO).
@@ -108,6 +123,10 @@ class DAAPPO(Algorithm, PPO):
         dynamics_width: hidden units of transition, reward and Q-networks.
         dynamics_activation: their activation, "relu" or "leaky_relu".
         dynamics_learning_rate: step size of their Adam.
+        q_learning_rate: step size of the Q-networks' Adam; None for `dynamics_learning_rate`.
+        q_target: what the Q-networks are fitted to: "return", the λ-returns of the rollout, from
+            whose value the critic's is subtracted, or "advantage", the λ-advantages themselves
+            (Nauman & Cygan 2022, Sec. 5).
         dynamics_eps: epsilon of their Adam.
         dynamics_batch_size: transitions per batch of the model's fit.
         dynamics_steps: gradient steps after each rollout; 0: as many as the policy takes (epochs x
@@ -131,10 +150,10 @@ class DAAPPO(Algorithm, PPO):
         "TanhMeanPolicy": TanhMeanPolicy,
     }
     fixed_arguments: ClassVar[tuple[str, ...]] = (
-        "policy_kwargs", "n_steps", "batch_size", "action_source", "separate_grad_clip",
-        "dynamics_target", "dynamics_normalise", "dynamics_width", "dynamics_activation",
-        "dynamics_learning_rate", "dynamics_eps", "dynamics_batch_size", "dynamics_buffer_size",
-        "n_q", "timeout_bootstrap",
+        "policy_kwargs", "n_steps", "use_sde", "rollout_buffer_class", "rollout_buffer_kwargs",
+        "action_source", "separate_grad_clip", "value_clipping", "dynamics_target",
+        "dynamics_normalise", "dynamics_width", "dynamics_activation", "dynamics_buffer_size",
+        "n_q", "q_target",
     )  # fmt: skip
     rollout_buffer: ManyActionRolloutBuffer
 
@@ -156,6 +175,10 @@ class DAAPPO(Algorithm, PPO):
         max_grad_norm: Annotated[float, Above(0)] = 0.5,
         target_kl: Annotated[float, Above(0)] | None = None,
         *,
+        use_sde: bool = False,
+        sde_sample_freq: Annotated[int, AtLeast(-1)] = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
         action_source: Literal["none", "dynamics", "q", "rewind", "states"] = "dynamics",
         n_extra_actions: Annotated[int, AtLeast(1)] = 4,
         simulation_horizon: Annotated[int, AtLeast(1)] = 8,
@@ -165,6 +188,7 @@ class DAAPPO(Algorithm, PPO):
         extra_baseline: Literal["critic", "leave-one-out"] = "critic",
         timeout_bootstrap: bool = True,
         separate_grad_clip: bool = False,
+        value_clipping: ValueClipping = "clipped",
         dynamics_target: Target = "delta",
         dynamics_normalise: bool = True,
         dynamics_width: Annotated[int, AtLeast(1)] = 512,
@@ -176,6 +200,8 @@ class DAAPPO(Algorithm, PPO):
         dynamics_buffer_size: Annotated[int, AtLeast(1)] = 50_000,
         dynamics_warmup: Annotated[int, AtLeast(0)] = 0,
         n_q: Annotated[int, AtLeast(1)] = 2,
+        q_learning_rate: Annotated[float, Above(0)] | None = None,
+        q_target: QTarget = "return",
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: Annotated[int, AtLeast(1)] = 100,
         tensorboard_log: str | None = None,
@@ -188,6 +214,7 @@ class DAAPPO(Algorithm, PPO):
             policy, env,  # type: ignore[arg-type]  # None is what `load` passes
             learning_rate, n_steps, batch_size, n_epochs, gamma, gae_lambda,
             clip_range, clip_range_vf, normalize_advantage, ent_coef, vf_coef, max_grad_norm,
+            use_sde, sde_sample_freq, rollout_buffer_class, rollout_buffer_kwargs,
             target_kl=target_kl, policy_kwargs=policy_kwargs, stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log, verbose=verbose, seed=seed, device=device,
             _init_setup_model=False,
@@ -197,12 +224,14 @@ class DAAPPO(Algorithm, PPO):
         self.grow_fraction, self.real_advantage = grow_fraction, real_advantage
         self.extra_baseline = extra_baseline
         self.timeout_bootstrap, self.separate_grad_clip = timeout_bootstrap, separate_grad_clip
+        self.value_clipping = value_clipping
         self.dynamics_target, self.dynamics_normalise = dynamics_target, dynamics_normalise
         self.dynamics_width, self.dynamics_activation = dynamics_width, dynamics_activation
         self.dynamics_learning_rate = dynamics_learning_rate
         self.dynamics_eps, self.dynamics_batch_size = dynamics_eps, dynamics_batch_size
         self.dynamics_steps, self.dynamics_buffer_size = dynamics_steps, dynamics_buffer_size
         self.dynamics_warmup, self.n_q = dynamics_warmup, n_q
+        self.q_learning_rate, self.q_target = q_learning_rate, q_target
         self.source: Source | None = None
         if _init_setup_model:
             self._setup_model()
@@ -213,18 +242,21 @@ class DAAPPO(Algorithm, PPO):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        self.rollout_buffer_class = None if self._is_ppo else ManyActionRolloutBuffer
+        if not self._is_ppo:
+            self.rollout_buffer_class = ManyActionRolloutBuffer
         super()._setup_model()
         self.source = self._new_source()
         self._fix_arguments()
 
     def _new_source(self) -> Source | None:
         source_class = SOURCES[self.action_source]
-        if source_class is None:
-            return None
-        settings = SourceSettings(
+        return None if source_class is None else source_class(self._source_settings())
+
+    def _source_settings(self) -> SourceSettings:
+        return SourceSettings(
             state_size=spaces.utils.flatdim(self.observation_space),
             action_size=spaces.utils.flatdim(self.action_space),
+            state_dtype=np.float64 if self.observation_space.dtype == np.float64 else np.float32,
             device=self.device,
             seed=self._generator.initial_seed(),
             timeout_bootstrap=self.timeout_bootstrap,
@@ -233,18 +265,20 @@ class DAAPPO(Algorithm, PPO):
             width=self.dynamics_width,
             activation=self.dynamics_activation,
             n_q=self.n_q,
+            q_target=self.q_target,
+            q_learning_rate=self.q_learning_rate or self.dynamics_learning_rate,
             learning_rate=self.dynamics_learning_rate,
             eps=self.dynamics_eps,
             batch_size=self.dynamics_batch_size,
             q_batch_size=self.batch_size,
             buffer_size=self.dynamics_buffer_size,
         )
-        return source_class(settings)
 
     @property
     def _is_ppo(self) -> bool:
         """Whether stable-baselines3's own update will do."""
-        return SOURCES[self.action_source] is None and not self.separate_grad_clip
+        is_usual = not self.separate_grad_clip and self.value_clipping == "clipped"
+        return SOURCES[self.action_source] is None and is_usual
 
     @property
     def value_model(self) -> nn.Module | None:
@@ -299,13 +333,20 @@ class DAAPPO(Algorithm, PPO):
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_vf is not None:
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
-        if self.source is None and self.timeout_bootstrap:
-            return total, callbacks
         self._recorder = RolloutRecorder(self.source, timeout_bootstrap=self.timeout_bootstrap)
         both = CallbackList([callbacks, self._recorder])
         both.model = self  # not init_callback, which the user's callbacks have been through
         self._recorder.init_callback(self)
         return total, both
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        """Progress at the start of the rollout, as in CleanRL; SB3's is that at its end.
+
+        A schedule's first value is then that of the first update, and a schedule that falls to 0
+        leaves the last update its step size.
+        """
+        start = num_timesteps - self.n_steps * self.n_envs
+        super()._update_current_progress_remaining(start, total_timesteps)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kw: Any) -> bool:
         """Like SB3's, except that the last step is kept when a callback stops the rollout."""
@@ -334,18 +375,27 @@ class DAAPPO(Algorithm, PPO):
         """Fit the source's model, draw the extra actions, then run PPO's epochs over all actions.
 
         Raises:
-            FloatingPointError: a parameter of policy or critic is no longer finite.
+            FloatingPointError: a parameter, or what an optimiser keeps of one, is no longer finite.
         """
-        if self._is_ppo:
-            super().train()
-        else:
-            self._draw_extra_actions()
-            self._train_epochs()
-        for name, parameter in self.policy.named_parameters():
-            if not torch.isfinite(parameter).all():
+        policy = ["policy", "policy.optimizer"], "learning_rate or max_grad_norm"
+        try:
+            if self._is_ppo:
+                super().train()
+            else:
+                self._draw_extra_actions()
+                self._train_epochs()
+        except ValueError:  # PyTorch's, of a distribution's parameters
+            self._check_parts(*policy)
+            raise
+        self._check_parts(*policy)
+
+    def _check_parts(self, names: list[str], remedy: str) -> None:
+        """What `load` would refuse ends the run, because no later checkpoint could be loaded."""
+        for name in names:
+            if entry := not_finite(recursive_getattr(self, name).state_dict()):
                 raise FloatingPointError(
-                    f"'{name}' is not finite after the update at step {self.num_timesteps}; "
-                    "resume from a checkpoint with a smaller learning_rate or max_grad_norm"
+                    f"'{entry}' of {name} is not finite after the update at step "
+                    f"{self.num_timesteps}; resume from a checkpoint with a smaller {remedy}"
                 )
 
     def _draw_extra_actions(self) -> None:
@@ -355,12 +405,16 @@ class DAAPPO(Algorithm, PPO):
             return
         self.policy.set_training_mode(False)
         rollout = self._rollout()
+        source.settings = self._source_settings()  # the user or a callback may have changed some
         normalization = Normalization(self.get_vec_normalize_env(), self.device)
         behaviour = Behaviour(self.policy, normalization, source.generator)
         minibatches = -(-len(rollout.states) // self.batch_size)
         steps = self.dynamics_steps or self.n_epochs * minibatches
         for name, loss in source.fit(rollout, behaviour, steps=steps).items():
             self.logger.record(f"dynamics/{name}", loss)
+        if source.model is not None:
+            remedy = "dynamics_learning_rate, or with VecNormalize"
+            self._check_parts(["value_model", "value_optimizer"], remedy)
         buffer.extra = None
         if self.num_timesteps >= self.dynamics_warmup:
             if self.real_advantage == "matched_horizon":
@@ -387,6 +441,7 @@ class DAAPPO(Algorithm, PPO):
             values=flat(buffer.values)[:, 0],
             actions=flat(buffer.actions).float(),
             returns=flat(buffer.returns)[:, 0],
+            advantages=flat(buffer.advantages)[:, 0],
         )
 
     @property
@@ -407,16 +462,14 @@ class DAAPPO(Algorithm, PPO):
         """Rises from 0 at the end of the warm-up to 1 after `grow_fraction` of all steps."""
         if self.grow_fraction == 0:
             return 1.0
-        warmup = self.dynamics_warmup / max(self._total_timesteps, 1)
-        done = max(1 - self._current_progress_remaining - warmup, 0.0)
+        done = max(self.num_timesteps - self.dynamics_warmup, 0) / max(self._total_timesteps, 1)
         return min(done / self.grow_fraction, 1.0)
 
     def _train_epochs(self) -> None:
         """PPO's epochs on the rollout buffer, like `stable_baselines3.PPO.train`."""
         policy, buffer = self.policy, self.rollout_buffer
         policy.set_training_mode(True)
-        # The last rollout may overshoot the budget; the progress would then be negative.
-        progress = self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+        progress = self._current_progress_remaining
         self._update_learning_rate(policy.optimizer)
         clip_range = self.clip_range(progress)  # type: ignore[operator]
         clip_range_vf = None
@@ -437,7 +490,7 @@ class DAAPPO(Algorithm, PPO):
                     batch, log_prob, zeta, estimator,
                     clip_range=clip_range, normalize_advantage=self.normalize_advantage,
                 )  # fmt: skip
-                of_values = value_loss(values, batch, clip_range_vf)
+                of_values = value_loss(values, batch, clip_range_vf, self.value_clipping)
                 of_entropy = -distribution.entropy().mean()
                 loss = of_policy.total + self.ent_coef * of_entropy + self.vf_coef * of_values
                 kl = approximate_kl(log_prob, batch.old_log_prob)
@@ -507,6 +560,20 @@ class DAAPPO(Algorithm, PPO):
     # environments and files
     # ----------------------------------------------------------------------------------------
 
+    def set_parameters(
+        self,
+        load_path_or_dict: Any,
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
+        """See `Algorithm`; what files of older versions lack of the value model stays as it is."""
+        given = load_path_or_dict
+        if not isinstance(given, dict):
+            given = self._read(given)["parameters"]
+        if self.source is not None:
+            given = self.source.complete(given)
+        super().set_parameters(given, exact_match, device)
+
     def _adopt_env(self) -> None:
         """Refuse an environment that cannot be rewound if the source rewinds it."""
         if self.source is not None and self.source.needs_snapshots:
@@ -555,7 +622,7 @@ class DAAPPO(Algorithm, PPO):
             )
         self._try_estimator()
         source = SOURCES[self.action_source]
-        if source is not None or self.separate_grad_clip:
+        if not self._is_ppo:
             self._check_spaces()
         if source is not None and self.env is not None:
             self._check_wrappers(self.env)
@@ -622,11 +689,20 @@ class DAAPPO(Algorithm, PPO):
             space = getattr(self, name)
             if not isinstance(space, spaces.Box) or len(space.shape) != 1:
                 raise ValueError(
-                    f"extra actions and separate_grad_clip need a vector {name} (Box), got "
-                    f"{space}; use action_source='none' and separate_grad_clip=False"
+                    "extra actions, separate_grad_clip and value_clipping='max' need a vector "
+                    f"{name} (Box), got {space}; use action_source='none' and the defaults of both"
                 )
         if self.use_sde:
-            raise ValueError("extra actions need a plain Gaussian policy: use_sde must be False")
+            raise ValueError(
+                "extra actions, separate_grad_clip and value_clipping='max' need a plain Gaussian "
+                "policy: use_sde must be False"
+            )
+        if self.rollout_buffer_class not in (None, ManyActionRolloutBuffer):
+            raise ValueError(
+                "extra actions, separate_grad_clip and value_clipping='max' need their own rollout "
+                f"buffer, got rollout_buffer_class={self.rollout_buffer_class.__name__}; leave it "
+                "None, or use action_source='none' and the defaults of both"
+            )
 
     def _check_wrappers(self, env: VecEnv) -> None:
         """Refuse wrappers whose effect a source would miss; sources undo VecNormalize only."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch.nn.functional import mse_loss
 from totalprop.agents.daappo.recorder import ManyActionSamples
 from totalprop.agents.daappo.sources import ExtraActions
 from totalprop.estimators import Estimator, infer_noise, surrogates
+
+ValueClipping = Literal["clipped", "max"]
 
 
 class PolicyLoss(NamedTuple):
@@ -34,6 +36,8 @@ def policy_loss(
 ) -> PolicyLoss:
     """Clipped loss, averaged over the B real and the K·B extra actions of a minibatch.
 
+    An extra action counts by its weight.
+
     Args:
         batch: B states with their real and extra actions.
         log_prob: [B] of the real actions under the current policy; gradients flow.
@@ -49,26 +53,46 @@ def policy_loss(
     ratio = (log_prob - batch.old_log_prob).exp()
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
     terms = -torch.min(advantages * ratio, advantages * bounded)
-    total, count, extra_mean = terms.sum(), terms.numel(), None
+    total, extra_mean = terms.sum(), None
+    count: Any = terms.numel()
     if extra is not None:
         assert zeta is not None
         losses = extra_loss(estimator, zeta, extra, clip_range)
-        total, count = total + losses.sum(), count + losses.numel()
+        n: Any = losses.numel()
         extra_mean = losses.detach().mean()
+        if extra.weights is not None:
+            losses, n = losses * extra.weights.T, extra.weights.sum()
+            extra_mean = losses.detach().sum() / n
+        total, count = total + losses.sum(), count + n
     clip_fraction = float(((ratio - 1).abs() > clip_range).float().mean())
     return PolicyLoss(total / count, extra_mean, clip_fraction)
 
 
-def value_loss(values: Tensor, batch: ManyActionSamples, clip_range_vf: float | None) -> Tensor:
+def value_loss(
+    values: Tensor,
+    batch: ManyActionSamples,
+    clip_range_vf: float | None,
+    clipping: ValueClipping = "clipped",
+) -> Tensor:
     """Mean squared error of the critic's values [B].
 
-    With `clip_range_vf`, values are kept within that distance of the old ones.
+    Args:
+        values: [B] of the critic; gradients flow.
+        batch: old values and returns.
+        clip_range_vf: distance from the old values within which values are kept; None: no limit.
+        clipping: "clipped": the error of the clipped value, which has no gradient outside the
+            range, not even where the value has moved away from the return. "max": the larger of
+            the errors of both values, whose gradient vanishes only where the value has passed the
+            range towards the return.
     """
-    predicted = values
-    if clip_range_vf is not None:
-        change = (values - batch.old_values).clamp(-clip_range_vf, clip_range_vf)
-        predicted = batch.old_values + change
-    return mse_loss(batch.returns, predicted)
+    if clip_range_vf is None:
+        return mse_loss(batch.returns, values)
+    change = (values - batch.old_values).clamp(-clip_range_vf, clip_range_vf)
+    clipped = batch.old_values + change
+    if clipping == "clipped":
+        return mse_loss(batch.returns, clipped)
+    errors = [(predicted - batch.returns).square() for predicted in (values, clipped)]
+    return torch.max(*errors).mean()
 
 
 @torch.no_grad()
@@ -92,6 +116,11 @@ def normalised(
     if len(block) < 2:
         return advantages, extra
     mean, scale = block.mean(), block.std() + 1e-8
+    if extra is not None and extra.weights is not None:
+        weights = torch.cat((torch.ones_like(advantages), extra.weights.flatten()))
+        mean = (weights * block).sum() / weights.sum()
+        variance = (weights * (block - mean).square()).sum() / (weights.sum() - 1)
+        scale = variance.sqrt() + 1e-8
     if extra is not None:
         slope = extra.action_gradient
         extra = extra._replace(

@@ -21,6 +21,7 @@ _MANY_ACTIONS: dict[str, Any] = {
     "gae_lambda": 0.95,
     "clip_range": 0.2,
     "clip_range_vf": 0.2,
+    "value_clipping": "max",  # CleanRL's
     "max_grad_norm": 0.5,
     "vf_coef": 0.25,  # 0.5 of half the squared error: stable-baselines3 has no half
     "ent_coef": 0.0,
@@ -42,7 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dynamics_eps": 1e-5,
         "dynamics_batch_size": 256,
         "dynamics_buffer_size": 50_000,
-        "n_q": 1,  # Sec. 4.2: one Q-network
+        "n_q": 1,  # Sec. 5: "the Q-network is a two-layer MLP"
+        "q_learning_rate": 3e-4,
+        "q_target": "advantage",  # Sec. 5: "with TD(λ) advantages as targets"
         "policy_kwargs": {"net_arch": [512, 512], "activation_fn": nn.ReLU},
     },
     # Nauman & Cygan 2023, "On Many-Actions Policy Gradient", App. C.5. The paper does not state
@@ -60,15 +63,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dynamics_buffer_size": 25_000,
         "dynamics_steps": 320,  # Alg. 1: epochs x minibatches
         "n_q": 2,  # the smaller of two values
+        "q_target": "return",
         "policy_kwargs": {
             "net_arch": {"pi": [512, 512], "vf": [1024, 1024]},
             "activation_fn": nn.ReLU,
         },
     },
     # The authors' code of the 2023 paper: mbma/args.py and mbma/mbma.py. Their code differs from
-    # ours in three ways. It first fits the model after the warm-up, in 8 x 640 steps; ours fits it
-    # after every rollout. Its learning rate starts at the full value and ends above 0; in ours each
-    # update has the value that theirs has one update later. It evaluates with sampled actions.
+    # ours in two ways. It first fits the model after the warm-up, in 8 x 640 steps; ours fits it
+    # after every rollout. It evaluates with sampled actions.
     "mbma_code": {
         **_MANY_ACTIONS,
         "policy": "TanhMeanPolicy",

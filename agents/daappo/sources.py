@@ -2,15 +2,15 @@
 
 A source owns the model that values its actions, the model's optimiser, the transitions it is fitted
 to, and its random generators. DAAPPO calls it once per rollout, before any update, with the policy
-that collected the rollout. Nauman & Cygan 2022, Sec. 4: DAA (`DynamicsSource`), QAA (`QSource`),
-AA (`RewindSource`) and their dynamics-states baseline (`StatesSource`).
+that collected the rollout. Nauman & Cygan 2022: AA (`RewindSource`, Sec. 2.2), QAA (`QSource`,
+Sec. 4 and 5), DAA (`DynamicsSource`, Sec. 4) and simulated states (`StatesSource`, Sec. 5.2).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from totalprop.agents.persistence.segments import Segments
 from totalprop.world_models import mlp_dynamics
 from totalprop.world_models.mlp_dynamics import Activation, MLPDynamics, Target
 from totalprop.world_models.q_networks import QNetworks
-from totalprop.world_models.transitions import TransitionBuffer
+from totalprop.world_models.transitions import UNKNOWN, TransitionBuffer
 
+QTarget = Literal["return", "advantage"]
 ROWS = 4096  # simulated at a time: bounds the memory of a differentiated simulation
 
 
@@ -35,6 +36,7 @@ class ExtraActions(NamedTuple):
     advantages: Tensor  # [R, K]
     action_gradient: Tensor | None = None  # [R, K, A] of the advantage, for pathwise legs
     observations: Tensor | None = None  # [R, K, S] where they are not the rollout's own
+    weights: Tensor | None = None  # [R, K] probability that the episode lasts so long; None: 1
 
     def leave_one_out(self) -> ExtraActions:
         """Subtract from each advantage the mean of the other K - 1 advantages of its state.
@@ -53,6 +55,7 @@ class ExtraActions(NamedTuple):
             self.advantages[rows],
             None if self.action_gradient is None else self.action_gradient[rows],
             None if self.observations is None else self.observations[rows],
+            None if self.weights is None else self.weights[rows],
         )
 
 
@@ -60,10 +63,11 @@ class Rollout(NamedTuple):
     """The part of a rollout that a source may read, in the rollout buffer's flat order."""
 
     observations: Tensor  # [R, S] as the policy saw them
-    states: Tensor  # [R, S] in the environment's own units
+    states: Tensor  # [R, S] in the environment's own units, float32 or float64
     values: Tensor  # [R] predicted by the critic
     actions: Tensor  # [R, A] as the policy drew them, not clipped
     returns: Tensor  # [R] λ-returns, in the critic's units
+    advantages: Tensor  # [R] λ-advantages, in the critic's units
 
 
 @dataclass(frozen=True)
@@ -74,17 +78,29 @@ class Returns:
     lam: float
     horizon: int
 
-    def advantage(self, rewards: list[Tensor], values: list[Tensor]) -> Tensor:
-        """TD(λ) advantage: Σ_k (γλ)^k (r_k + γ V_{k+1} - V_k).
+    def advantage(
+        self,
+        rewards: list[Tensor],
+        values: list[Tensor],
+        continuations: list[Tensor] | None = None,
+    ) -> Tensor:
+        """TD(λ) advantage: Σ_k (γλ)^k c_0 ... c_{k-1} (r_k + γ c_k V_{k+1} - V_k).
+
+        This is the mean over whether and where the episode terminates.
 
         Args:
             rewards: r_0 .. r_{n-1}.
             values: V_0 .. V_n; V_0, at the real state, is the baseline.
+            continuations: c_0 .. c_{n-1}, probabilities that the episode goes on; None: all are 1.
         """
-        total, weight = torch.zeros_like(values[0]), 1.0
-        for reward, value, after in zip(rewards, values[:-1], values[1:], strict=True):
+        total: Tensor = torch.zeros_like(values[0])
+        weight: Any = 1.0
+        for k, (reward, value) in enumerate(zip(rewards, values[:-1], strict=True)):
+            after = values[k + 1] if continuations is None else continuations[k] * values[k + 1]
             total = total + weight * (reward + self.gamma * after - value)
-            weight *= self.gamma * self.lam
+            weight = weight * self.gamma * self.lam
+            if continuations is not None:
+                weight = weight * continuations[k]
         return total
 
 
@@ -101,7 +117,7 @@ class Normalization:
         self.clip_reward = vec_normalize.clip_reward
         if self.has_observation:
             statistics: Any = vec_normalize.obs_rms
-            self.mean = torch.as_tensor(statistics.mean, device=device).float()
+            self.mean = torch.tensor(statistics.mean, device=device)  # a copy: it is frozen
             self.std = (
                 torch.as_tensor(statistics.var, device=device).float() + self.epsilon
             ).sqrt()
@@ -109,11 +125,12 @@ class Normalization:
             self.scale = float((vec_normalize.ret_rms.var + self.epsilon) ** 0.5)
 
     def observation(self, states: Tensor) -> Tensor:
-        """Observations as the policy sees them, from raw states [..., S]."""
+        """Observations as the policy sees them, float32, from raw states [..., S]."""
         if not self.has_observation:
-            return states
+            return states.float()
         limit = self.clip_observation
-        return ((states - self.mean) / self.std).clamp(-limit, limit)
+        centred = (states - self.mean.to(states.dtype)).float()
+        return (centred / self.std).clamp(-limit, limit)
 
     def reward(self, rewards: Tensor) -> Tensor:
         """Rewards in the critic's units, from raw ones."""
@@ -168,9 +185,13 @@ class Behaviour:
 class SourceSettings:
     """What sources are made from. The names are those of DAAPPO, without `dynamics_`.
 
+    DAAPPO renews a source's settings before each use. What its networks and its buffer are made
+    from has an effect at the start only; the other settings are the current ones.
+
     Attributes:
         state_size: S, the length of an observation.
         action_size: A, the length of an action.
+        state_dtype: of stored states; float64 if that is what the environment returns.
         device: where models and actions live.
         seed: of the model's initial weights and both generators.
         timeout_bootstrap: bootstrap from the value after a time limit.
@@ -179,7 +200,9 @@ class SourceSettings:
         width: hidden units of each network.
         activation: of each network.
         n_q: number of Q-networks.
-        learning_rate: of the model's Adam.
+        q_target: what the Q-networks are fitted to.
+        q_learning_rate: of the Q-networks' Adam.
+        learning_rate: of a dynamics model's Adam.
         eps: of the model's Adam.
         batch_size: transitions per batch of a dynamics model's fit.
         q_batch_size: states per batch of the Q-networks' fit.
@@ -188,6 +211,7 @@ class SourceSettings:
 
     state_size: int
     action_size: int
+    state_dtype: np.dtype | type
     device: torch.device
     seed: int
     timeout_bootstrap: bool
@@ -196,6 +220,8 @@ class SourceSettings:
     width: int
     activation: Activation
     n_q: int
+    q_target: QTarget
+    q_learning_rate: float
     learning_rate: float
     eps: float
     batch_size: int
@@ -228,7 +254,7 @@ class Source:
     def __init__(self, settings: SourceSettings) -> None:
         self.settings = settings
         self.transitions = TransitionBuffer(
-            settings.buffer_size, settings.state_size, settings.action_size
+            settings.buffer_size, settings.state_size, settings.action_size, settings.state_dtype
         )
         self._segments = Segments("transitions")
         self.set_random_seed(settings.seed)
@@ -238,7 +264,7 @@ class Source:
         if model is not None:
             self.model = model.to(settings.device)
             self.optimizer = torch.optim.Adam(
-                self.model.parameters(), settings.learning_rate, eps=settings.eps
+                self._parameter_groups(self.model), self._learning_rate(), eps=settings.eps
             )
 
     def set_random_seed(self, seed: int) -> None:
@@ -249,11 +275,31 @@ class Source:
     def _new_model(self) -> nn.Module | None:
         return None
 
+    def _parameter_groups(self, model: Any) -> list[dict[str, Any]]:
+        return [{"params": list(model.parameters())}]
+
+    def complete(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Parameters from a file, with what files of older versions lack."""
+        return parameters
+
+    def _learning_rate(self) -> float:
+        return self.settings.learning_rate
+
+    def _set_step_sizes(self) -> None:
+        """Give the optimiser the current step size and epsilon."""
+        for group in [] if self.optimizer is None else self.optimizer.param_groups:
+            group.update(lr=self._learning_rate(), eps=self.settings.eps)
+
     def start_rollout(self, env: VecEnv) -> None:
         """Called before the first step of each rollout."""
 
     def record_step(
-        self, states: np.ndarray, actions: np.ndarray, rewards: np.ndarray, next_states: np.ndarray
+        self,
+        states: np.ndarray,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        next_states: np.ndarray,
+        terminated: np.ndarray,
     ) -> None:
         """Called after each step of the environments, with the transitions known from it.
 
@@ -262,8 +308,9 @@ class Source:
             actions: [n, A] as the environments received them.
             rewards: [n].
             next_states: [n, S], at the end of an episode its last state.
+            terminated: [n] whether the episode terminated, rather than reach a time limit.
         """
-        self.transitions.add(states, actions, rewards, next_states)
+        self.transitions.add(states, actions, rewards, next_states, terminated)
 
     def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
         """Fit the model, after each rollout.
@@ -310,7 +357,18 @@ class Source:
         self.generator.set_state(state["generator"])
         self.rng.bit_generator.state = state["rng"]
         buffer = self.transitions
-        self._segments.load(folder, state["transitions"], buffer.capacity, buffer.put_rows)
+
+        def put(first: int, rows: dict[str, np.ndarray]) -> None:
+            # Older files do not say which transitions terminated, and hold states as float32.
+            unknown = np.full(len(rows.get("rewards", ())), UNKNOWN, np.int8)
+            states = {
+                name: rows[name].astype(buffer.states.dtype)
+                for name in ("states", "next_states")
+                if getattr(rows.get(name), "dtype", None) == np.float32
+            }
+            buffer.put_rows(first, {"terminated": unknown, **rows, **states})
+
+        self._segments.load(folder, state["transitions"], buffer.capacity, put)
 
 
 class ModelSource(Source):
@@ -327,6 +385,30 @@ class ModelSource(Source):
             width=settings.width, activation=settings.activation,
         )  # fmt: skip
 
+    def _parameter_groups(self, model: MLPDynamics) -> list[dict[str, Any]]:
+        # Termination has a group of its own, so that older states, of one group, can be completed.
+        last = list(model.termination.parameters())
+        ids = {id(parameter) for parameter in last}
+        return [{"params": [p for p in model.parameters() if id(p) not in ids]}, {"params": last}]
+
+    def complete(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """See `Source`; older models have no termination, and get this one's."""
+        model, optimizer = (parameters.get(f"value_{x}") for x in ("model", "optimizer"))
+        if isinstance(model, dict) and not any(str(key).startswith("terminat") for key in model):
+            own = self.model.state_dict().items()
+            added = {key: value for key, value in own if key.startswith("terminat")}
+            added["offset"] = torch.zeros_like(self.model.offset)
+            parameters = {**parameters, "value_model": {**added, **model}}
+        groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+        if isinstance(optimizer, dict) and isinstance(groups, list) and len(groups) == 1:
+            groups = [*groups, self.optimizer.state_dict()["param_groups"][1]]
+            parameters = {**parameters, "value_optimizer": {**optimizer, "param_groups": groups}}
+        return parameters
+
+    def _continuation(self, states: Tensor, actions: Tensor) -> list[Tensor]:
+        """Probability that the episode goes on; none before a transition has terminated."""
+        return [self.model.continuation(states, actions)] if self.model.terminates else []
+
     def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
         """See `Source.fit`; the data are all transitions kept, not only this rollout's."""
         if not len(self.transitions):
@@ -334,11 +416,13 @@ class ModelSource(Source):
                 "no transition is known: every step is the last of its episode, and VecNormalize "
                 "clips its state; give VecNormalize a larger clip_obs"
             )
-        transition, reward = mlp_dynamics.fit(
+        self._set_step_sizes()
+        if not self.optimizer.state and self.settings.state_dtype == np.float64:
+            self.model.set_offset(self.transitions.states[0])
+        return mlp_dynamics.fit(
             self.model, self.optimizer, self.transitions,
             steps=steps, batch_size=self.settings.batch_size, rng=self.rng,
         )  # fmt: skip
-        return {"transition_loss": transition, "reward_loss": reward}
 
 
 class DynamicsSource(ModelSource):
@@ -375,21 +459,24 @@ class DynamicsSource(ModelSource):
     def _advantage(
         self, states: Tensor, actions: Tensor, start: Tensor, behaviour: Behaviour, returns: Returns
     ) -> Tensor:
-        rewards, values = [], [start]
+        rewards, values, continuations = [], [start], []
         for step in range(returns.horizon):
-            states, reward = self.model(states, behaviour.clip(actions))
+            bounded = behaviour.clip(actions)
+            continuations += self._continuation(states, bounded)
+            states, reward = self.model(states, bounded)
             observations = behaviour.normalization.observation(states)
             rewards.append(behaviour.normalization.reward(reward))
             values.append(behaviour.value(observations))
             if step + 1 < returns.horizon:
                 actions, _ = behaviour.draw(observations)
-        return returns.advantage(rewards, values)
+        return returns.advantage(rewards, values, continuations or None)
 
 
 class StatesSource(ModelSource):
     """Simulated states: one rollout of the model from each state; its later steps are the samples.
 
-    The K actions of a state are then at K different simulated states.
+    The K actions of a state are then at K different simulated states. One that the episode may not
+    last to has the probability that it does as its weight.
     """
 
     draws_per_state = False
@@ -401,20 +488,31 @@ class StatesSource(ModelSource):
         """See `Source`; the samples are steps 1 .. k of a rollout of k + 2 steps."""
         state, observation = rollout.states, rollout.observations
         rewards, values = [], [rollout.values]
+        continuations: list[Tensor] = []
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(k + 2):
             action, log_prob = behaviour.draw(observation)
             steps.append((observation, action, log_prob))
-            state, reward = self.model(state, behaviour.clip(action))
+            bounded = behaviour.clip(action)
+            continuations += self._continuation(state, bounded)
+            state, reward = self.model(state, bounded)
             observation = behaviour.normalization.observation(state)
             rewards.append(behaviour.normalization.reward(reward))
             values.append(behaviour.value(observation))
-        advantages = [returns.advantage(rewards[i:], values[i:]) for i in range(1, k + 1)]
+        advantages = [
+            returns.advantage(rewards[i:], values[i:], continuations[i:] or None)
+            for i in range(1, k + 1)
+        ]
+        weights = torch.stack(continuations, 1).cumprod(1)[:, :k] if continuations else None
         observations, actions, log_probs = (
             torch.stack(x, 1) for x in zip(*steps[1 : k + 1], strict=True)
         )
         return ExtraActions(
-            actions, log_probs, torch.stack(advantages, 1), observations=observations
+            actions,
+            log_probs,
+            torch.stack(advantages, 1),
+            observations=observations,
+            weights=weights,
         )
 
 
@@ -438,11 +536,9 @@ class RewindSource(Source):
         self.env = env
         self.snapshots = [[snapshot] for snapshot in env.env_method("snapshot")]
 
-    def record_step(
-        self, states: np.ndarray, actions: np.ndarray, rewards: np.ndarray, next_states: np.ndarray
-    ) -> None:
+    def record_step(self, *transitions: np.ndarray) -> None:
         """See `Source`."""
-        super().record_step(states, actions, rewards, next_states)
+        super().record_step(*transitions)
         for kept, now in zip(self.snapshots, self.env.env_method("snapshot"), strict=True):
             kept.append(now)
 
@@ -515,10 +611,15 @@ class QSource(Source):
             n=settings.n_q, width=settings.width, activation=settings.activation,
         )  # fmt: skip
 
+    def _learning_rate(self) -> float:
+        return self.settings.q_learning_rate
+
     def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
-        """See `Source.fit`; the targets are the λ-returns of this rollout."""
+        """See `Source.fit`; the targets are the λ-returns or λ-advantages of this rollout."""
+        self._set_step_sizes()
+        targets = rollout.returns if self.settings.q_target == "return" else rollout.advantages
         loss = self.model.fit(
-            self.optimizer, rollout.observations, behaviour.clip(rollout.actions), rollout.returns,
+            self.optimizer, rollout.observations, behaviour.clip(rollout.actions), targets,
             steps=steps, batch_size=self.settings.q_batch_size, rng=self.rng,
         )  # fmt: skip
         return {"q_loss": loss}
@@ -532,8 +633,9 @@ class QSource(Source):
         observations = rollout.observations.unsqueeze(1).expand(-1, k, -1)
         with torch.set_grad_enabled(gradient):
             free = actions.clone().requires_grad_(gradient)
-            values = self.model(observations, behaviour.clip(free))
-            advantages = values - rollout.values.unsqueeze(1)
+            advantages = self.model(observations, behaviour.clip(free))
+            if self.settings.q_target == "return":
+                advantages = advantages - rollout.values.unsqueeze(1)
         slope = torch.autograd.grad(advantages.sum(), free)[0] if gradient else None
         return ExtraActions(actions, log_prob, advantages.detach(), slope)
 

@@ -320,9 +320,11 @@ class DreamerTPX(Algorithm):
         while self.num_timesteps < total_timesteps:
             due = self.num_timesteps + self.train_freq - self._since_round
             due = max(due, self.learning_starts)
+            # The start of the round: at its end, the last updates would have no step size left.
+            begun = self.num_timesteps - self._since_round
+            self._update_current_progress_remaining(begun, total_timesteps)
             if not self._collect(callback, min(due, total_timesteps)):
                 break
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             if self.num_timesteps < due:  # the next call of `learn` completes the round
                 break
             self._since_round = 0
@@ -352,9 +354,9 @@ class DreamerTPX(Algorithm):
         while self.num_timesteps < until:
             assert isinstance(self._last_obs, np.ndarray)
             actions = self._act(self._last_obs)
-            new_observations, rewards, dones, infos = env.step(self.policy.to_env(actions))
-            assert isinstance(new_observations, np.ndarray)
-            check_finite(self.num_timesteps, new_observations, rewards, infos, dones)
+            new_obs, rewards, dones, infos = env.step(self.policy.to_env(actions))
+            assert isinstance(new_obs, np.ndarray)
+            check_finite(self.num_timesteps, new_obs, rewards, infos, dones)
             self.num_timesteps += env.num_envs
             self._since_round += env.num_envs
             to_model = self.policy.to_model
@@ -362,8 +364,8 @@ class DreamerTPX(Algorithm):
             for i in np.flatnonzero(dones):
                 end = to_model(infos[i]["terminal_observation"][None])[0]
                 ends[i] = {**infos[i], "terminal_observation": end}
-            replay.step(actions, to_model(new_observations), rewards, dones, ends)
-            self._last_obs, self._last_episode_starts = new_observations, dones
+            replay.step(actions, to_model(new_obs), rewards, dones, ends)
+            self._last_obs, self._last_episode_starts = new_obs, dones
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
@@ -397,8 +399,7 @@ class DreamerTPX(Algorithm):
         self.policy.set_training_mode(True)
         self._notice_terminations(self.replay_buffer)
         self._update.configure(self._update_settings())
-        # Several environments may overshoot the budget; the rate must not become negative.
-        rate = self.lr_schedule(max(self._current_progress_remaining, 0.0))
+        rate = self.lr_schedule(self._current_progress_remaining)
         self._update.set_learning_rate(rate)
         self.logger.record("train/learning_rate", rate)
         with Round(self) as log:

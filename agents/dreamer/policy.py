@@ -195,8 +195,8 @@ class DreamerPolicy(BasePolicy):
         self.set_training_mode(False)
         if isinstance(observation, tuple) and len(observation) == 2:
             raise ValueError(
-                "predict got a tuple: Gymnasium's reset() returns (observation, info); "
-                "pass the observation alone"
+                "predict got a tuple: you are probably mixing Gym API, whose reset() returns "
+                "(observation, info), with SB3's VecEnv API; pass the observation alone"
             )
         if isinstance(observation, np.ndarray):  # renderers return flipped views
             observation = np.asarray(observation, order="C")
@@ -229,8 +229,6 @@ class DreamerPolicy(BasePolicy):
         space = self.action_space
         assert isinstance(space, spaces.Box)
         actions = self.unscale_action(scaled.reshape(-1, *space.shape))
-        if np.issubdtype(space.dtype, np.integer):  # a cast alone would never give the maximum
-            actions = np.rint(actions)
         return np.clip(actions, space.low, space.high).astype(space.dtype)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:

@@ -339,7 +339,7 @@ class PIPPS(Algorithm):
         callback.on_rollout_start()
         is_random = self._n_trials < self.random_trials
         finished = np.zeros(self.env.num_envs, dtype=bool)
-        check_finite(self.num_timesteps, np.array(self._last_obs), np.zeros(1))
+        check_finite(self.num_timesteps, np.array(self._last_obs))
         path, transitions = [np.array(self._last_obs)], []
         from_start = bool(np.asarray(self._last_episode_starts)[0])
         limit = self.horizon if self._problem.time_limit is None else math.inf
@@ -350,10 +350,10 @@ class PIPPS(Algorithm):
                 actions = np.stack([self.action_space.sample() for _ in finished])
             else:
                 actions, _ = self.predict(observations)
-            new_observations, rewards, dones, infos = self.env.step(actions)
+            new_obs, rewards, dones, infos = self.env.step(actions)
             self.num_timesteps += self.env.num_envs
             steps += 1
-            next_observations = np.array(new_observations)
+            next_observations = np.array(new_obs)
             for i in np.flatnonzero(dones):  # already reset: take the true end
                 next_observations[i] = infos[i]["terminal_observation"]
             check_finite(self.num_timesteps, next_observations, rewards)
@@ -362,7 +362,7 @@ class PIPPS(Algorithm):
             transitions.append((observations, actions, next_observations, rewards))
             if not finished[0]:
                 path.append(next_observations)
-            self._last_obs = new_observations  # type: ignore[assignment]
+            self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
             finished |= dones
             self._warn_of_end(dones, infos)

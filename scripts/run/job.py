@@ -31,7 +31,10 @@ from totalprop.scripts.run.policy_kwargs import (
 from totalprop.scripts.run.threads import owned_cores
 
 # Constructor arguments that are not flags: set by the run, or not expressible as text.
-NOT_FLAGS = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
+NOT_FLAGS = {
+    "self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose", "rollout_buffer_class",
+    "rollout_buffer_kwargs",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -214,7 +214,7 @@ def _policy(options: argparse.Namespace, env: VecEnv) -> ActorCriticPolicy:
             raise UserError(f"{options.run} has no actor-critic policy; pass a run of daappo")
         return policy
     torch.manual_seed(options.seed)
-    kwargs = {"net_arch": {"pi": [128], "vf": []}}  # App. B: one hidden layer of 128
+    kwargs = {"net_arch": {"pi": [128], "vf": []}}  # Table 1: one hidden layer of 128
     return ActorCriticPolicy(env.observation_space, env.action_space, lambda _: 0.0, **kwargs)  # type: ignore[arg-type]
 
 

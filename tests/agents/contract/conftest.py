@@ -38,10 +38,6 @@ SIZES: dict[str, dict[str, Any]] = {
 # Test -> how the agent differs from stable-baselines3's, and why. The test must fail: whoever mends
 # the agent strikes its line off.
 EXCEPTIONS = {
-    "test_non_finite_values_of_the_environment_are_one_clear_sentence[daappo-reset]":
-        "a bug: PyTorch's words, in several lines, where the first observation is not finite",
-    "test_spaces_are_learned_in_or_refused_by_the_constructor[daappo-whole numbers]":
-        "a bug, PPO's too: a Box of whole numbers is taken, and gets actions that are none",
     "test_a_stochastic_evaluation_does_not_change_what_is_learned[daappo]":
         "as PPO does, it draws its actions from the global generator",
     "test_another_agent_made_in_between_changes_nothing[daappo]":

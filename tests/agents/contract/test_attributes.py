@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from stable_baselines3.common.buffers import RolloutBuffer
 
 from tests.agents.contract.conftest import SIZES, Maker
 from tests.agents.contract.environments import CountingEnv
@@ -46,7 +47,10 @@ OTHERS: dict[str, dict[str, Any]] = {
         "dynamics_target": "next", "dynamics_normalise": False, "dynamics_width": 4,
         "dynamics_activation": "leaky_relu", "dynamics_learning_rate": 0.1, "dynamics_eps": 0.1,
         "dynamics_batch_size": 3, "dynamics_steps": 1, "dynamics_buffer_size": 8,
-        "dynamics_warmup": 8, "n_q": 1, "policy_kwargs": {"net_arch": [4]},
+        "dynamics_warmup": 8, "n_q": 1, "q_learning_rate": 0.1, "q_target": "advantage",
+        "value_clipping": "max", "use_sde": True, "sde_sample_freq": 2,
+        "rollout_buffer_class": RolloutBuffer, "rollout_buffer_kwargs": {"a": 1},
+        "policy_kwargs": {"net_arch": [4]},
     },
 }  # fmt: skip
 

@@ -172,6 +172,7 @@ REFUSED = SPACES | {
     "dictionary of an image": (spaces.Dict({"look": IMAGE}), VECTOR),
     "tuple": (spaces.Tuple((VECTOR, VECTOR)), VECTOR),
     "switches": (spaces.MultiBinary(4), VECTOR),
+    "many whole numbers": (VECTOR, spaces.Box(np.array([-2, 0]), np.array([3, 9]), dtype=np.int32)),
 }
 
 
@@ -185,6 +186,7 @@ def test_advice_on_spaces_is_not_refused_next(make, name):
             return
         except (ValueError, AssertionError) as error:
             advice = str(error).split("; ")[-1]
+            assert "\n" not in str(error)  # noqa: PT017
         if "gymnasium.wrappers." in advice:
             code = advice[advice.index("gymnasium.wrappers.") :]
             try:
@@ -211,3 +213,8 @@ def test_what_is_no_environment_is_refused(make, env):
 def test_an_unknown_environment_id_is_gymnasiums_error(make):
     with pytest.raises(gym.error.Error, match="NoSuchEnv"):
         make("NoSuchEnv-v0")
+
+
+def test_actions_of_whole_numbers_are_refused_in_one_way(make):
+    with pytest.raises(ValueError, match=r"real numbers, got a vector of 1 whole number \(Box\); "):
+        make(Sampled(*SPACES["whole numbers"]))

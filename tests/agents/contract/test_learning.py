@@ -1,5 +1,7 @@
 """`learn`: how many steps it takes, in which order things happen, and how it is interrupted."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -101,6 +103,24 @@ def test_continuing_is_as_if_it_had_not_stopped(make, trained):
 
 
 # Callbacks
+
+
+def test_callbacks_see_the_step_under_stable_baselines3s_names(make):
+    """`new_obs` is what the environments returned, after their reset where an episode ended."""
+    seen = []
+
+    def look(variables, _):
+        kept = {name: variables[name] for name in ("new_obs", "rewards", "dones", "infos")}
+        seen.append(copy.deepcopy(kept))
+        return True
+
+    make().learn(14, callback=look)
+    assert len(seen) == 14
+    for i, step in enumerate(seen):
+        episode, time, *_ = step["new_obs"][0]
+        assert (episode, time) == (1 + (i + 1) // LENGTH, (i + 1) % LENGTH)
+        assert step["rewards"].tolist() == [-1 - i % LENGTH]
+        assert step["dones"].tolist() == [time == 0] and len(step["infos"]) == 1
 
 
 def test_events_come_in_stable_baselines3s_order(make):
@@ -317,6 +337,16 @@ def test_a_learning_rate_schedule_follows_the_progress_and_is_never_negative(mak
     found = rates(dumps)
     assert len(found) > 1 and found == sorted(found, reverse=True)
     assert 0 <= found[-1] < found[0] <= 1e-3
+
+
+def test_the_first_update_has_the_whole_step_size_and_the_last_one_its_share(make):
+    """Of four rounds, as in CleanRL: 1 - (u - 1) / 4. PPO of SB3 ends with an update of 0."""
+    agent = make(learning_rate=LinearSchedule(1e-3, 0.0, 1.0))
+    dumps = logged(agent)
+    agent.learn(28)
+    agent.dump_logs()
+    found = rates(dumps)
+    assert found[0] == 1e-3 and found[-1] == pytest.approx(0.25e-3)
 
 
 def test_a_learning_rate_is_a_number_or_a_schedule(make):

@@ -88,3 +88,9 @@ def test_an_observation_that_is_not_finite_is_one_sentence(make, observations, b
     agent.check_observations = False  # saves the look at every entry
     with contextlib.suppress(ValueError):  # of a distribution, where there is one
         agent.predict(broken, deterministic=True)
+
+
+def test_what_gymnasiums_reset_returns_is_refused(make):
+    """With stable-baselines3's words, which its users search for."""
+    with pytest.raises(ValueError, match="mixing Gym API"):
+        make().predict(CountingEnv().reset())

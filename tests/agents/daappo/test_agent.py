@@ -24,7 +24,10 @@ from totalprop import estimators
 from totalprop.agents import DAAPPO
 from totalprop.agents.daappo import loss
 from totalprop.agents.daappo.policy import TanhMeanPolicy
+from totalprop.agents.daappo.recorder import ManyActionSamples
 from totalprop.agents.daappo.sources import ExtraActions
+from totalprop.agents.persistence import safe_file
+from totalprop.world_models.transitions import UNKNOWN
 
 SOURCES = ["dynamics", "q", "rewind", "states"]
 PLAIN = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 0, "device": "cpu"}
@@ -111,13 +114,19 @@ VARIANTS = {
 }
 
 
+def begun(schedule):
+    """A schedule of SB3's progress, after each of three rollouts, as ours is before it."""
+    return (lambda p: schedule(1 - (2 - round(3 * p)) / 3)) if callable(schedule) else schedule
+
+
 def pair(name, **changes):
     """PPO and DAAPPO after the same number of steps, with what they logged."""
     settings = dict(VARIANTS[name])
     worlds = {k: settings.pop(k) for k in ("n", "normalise") if k in settings}
     budget, agents, logs = 48 * worlds.get("n", 1), [], []
     for kind, extra in ((PPO, PLAIN), (DAAPPO, {**TINY, **changes})):  # the generators are global
-        agent = kind("MlpPolicy", vector(**worlds), **{**extra, **SMALL, **settings})
+        own = {k: begun(v) for k, v in settings.items()} if kind is PPO else settings
+        agent = kind("MlpPolicy", vector(**worlds), **{**extra, **SMALL, **own})
         logs.append(logged(agent))
         agents.append(agent.learn(budget))
     ppo, daa = agents
@@ -198,6 +207,52 @@ def test_none_takes_all_of_ppos_spaces(tmp_path, name, timeout_bootstrap):
     assert_same(DAAPPO.load(tmp_path / "agent", env=Odd(*both)).learn(0), daa)
 
 
+class Halved(RolloutBuffer):
+    """A user's own buffer: all rewards are a fraction."""
+
+    def __init__(self, *args, share=1.0, **kwargs):
+        self.share = share
+        super().__init__(*args, **kwargs)
+
+    def add(self, obs, action, reward, *rest):
+        super().add(obs, action, self.share * reward, *rest)
+
+
+OF_PPO = [
+    {"use_sde": True},
+    {"use_sde": True, "sde_sample_freq": 3},
+    {"rollout_buffer_class": Halved, "rollout_buffer_kwargs": {"share": 0.5}},
+]
+
+
+@pytest.mark.parametrize("settings", OF_PPO)
+def test_none_takes_all_of_ppos_arguments(tmp_path, settings):
+    ppo = PPO("MlpPolicy", Point(), **PLAIN, **SMALL, **settings).learn(32)
+    daa = make(action_source="none", **settings).learn(32)
+    assert_same(daa, ppo)
+    plain = make(action_source="none").learn(32)
+    assert any(
+        not torch.equal(x, y) for x, y in zip(daa.policy.parameters(), plain.policy.parameters())
+    )
+    daa.save(tmp_path / "agent")
+    kept = {k: v for k, v in settings.items() if k == "rollout_buffer_class"}
+    loaded = DAAPPO.load(tmp_path / "agent", env=Point(), custom_objects=kept)
+    assert type(loaded.rollout_buffer) is type(daa.rollout_buffer)
+    assert_same(loaded, daa)
+    loaded.learn(16)
+
+
+@pytest.mark.parametrize("own", [{"action_source": "dynamics"}, {"value_clipping": "max"}])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [(OF_PPO[0], "use_sde must be False"), (OF_PPO[2], "rollout_buffer_class=Halved; leave it")],
+)
+def test_ppos_arguments_that_extra_actions_cannot_take_are_refused(own, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make(**{"action_source": "none", **own, **settings})
+    assert "\n" not in str(error.value)
+
+
 def test_none_clips_norms_apart_where_asked():
     settings = {"action_source": "none", "max_grad_norm": 0.01}
     joint, apart = make(**settings).learn(16), make(**settings, separate_grad_clip=True).learn(16)
@@ -205,6 +260,32 @@ def test_none_clips_norms_apart_where_asked():
     plain = make(action_source="none", max_grad_norm=1e9).learn(16)
     same = make(action_source="none", max_grad_norm=1e9, separate_grad_clip=True).learn(16)
     torch.testing.assert_close(parameters(plain), parameters(same), rtol=1e-5, atol=1e-7)
+
+
+class Loud(Point):
+    """Its rewards are so large that squares of gradients overflow in single precision."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, 1e25 * reward, *rest
+
+
+@pytest.mark.parametrize("source", ["dynamics", "q", "states"])
+def test_a_value_model_that_could_not_be_loaded_ends_the_run(source):
+    """Adam's second moment overflows; the weights, which then stand still, are finite."""
+    agent = make(Loud(), action_source=source, dynamics_normalise=False)
+    with pytest.raises(FloatingPointError, match=r"of value_optimizer is not finite.*smaller dyn"):
+        agent.learn(16)
+    assert all(torch.isfinite(x).all() for x in agent.value_model.parameters())
+
+
+@pytest.mark.parametrize("source", ["none", "dynamics"])
+def test_a_policy_that_could_not_be_loaded_ends_the_run(source):
+    agent = make(action_source=source)
+    with torch.no_grad():
+        agent.policy.value_net.bias.fill_(np.nan)
+    with pytest.raises(FloatingPointError, match=r"of policy is not finite.*at step 16"):
+        agent.learn(16)
 
 
 def test_warm_up_counts_steps_of_the_environment():
@@ -256,9 +337,13 @@ def whole_batch(agent):
     (batch,) = agent.rollout_buffer.get(None)
     real, extra = batch.advantages, batch.extra
     slope = extra.action_gradient
+    if extra.weights is None:
+        extra = extra._replace(weights=torch.ones_like(extra.advantages))
     if agent.normalize_advantage:
         block = torch.cat((real[:, None], extra.advantages), 1)
-        mean, scale = block.mean(), block.std()
+        weights = torch.cat((torch.ones_like(real[:, None]), extra.weights), 1)
+        mean = (weights * block).sum() / weights.sum()
+        scale = ((weights * (block - mean) ** 2).sum() / (weights.sum() - 1)).sqrt()
         real, extra = (
             (real - mean) / scale,
             extra._replace(advantages=(extra.advantages - mean) / scale),
@@ -299,6 +384,7 @@ def test_lr_is_ppos_clip_gradient_over_real_and_extra_actions(
     states = batch.observations[:, None].expand(-1, k, -1)
     if source == "states":
         assert not torch.allclose(extra.observations[:, 0], batch.observations)
+        assert 0.5 < extra.weights.mean() < 1  # some episodes terminate
         states = extra.observations
     _, _, log_real = policy_at(agent, batch.observations, batch.actions)
     _, _, log_extra = policy_at(agent, states, extra.actions)
@@ -306,12 +392,11 @@ def test_lr_is_ppos_clip_gradient_over_real_and_extra_actions(
     for ratio, advantage in zip(ratios, (real, extra.advantages)):
         binds = (advantage > 0) & (ratio > 1.2) | (advantage < 0) & (ratio < 0.8)
         assert binds.any() and not binds.all() and ((ratio - 1).abs() > 0.2).sum() > binds.sum()
-    terms = torch.cat(
-        (clip_loss(real, ratios[0]), clip_loss(extra.advantages, ratios[1]).flatten())
-    )
-    assert len(terms) == 32 * (1 + k)
+    total = clip_loss(real, ratios[0]).sum()
+    total = total + (extra.weights * clip_loss(extra.advantages, ratios[1])).sum()
+    assert extra.weights.shape == (32, k) and (source == "states" or (extra.weights == 1).all())
     expected = torch.autograd.grad(
-        terms.mean() + rest(agent, batch), list(agent.policy.parameters())
+        total / (32 + extra.weights.sum()) + rest(agent, batch), list(agent.policy.parameters())
     )
     for found, wanted in zip(gradient(agent, monkeypatch), expected):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
@@ -341,6 +426,71 @@ def test_rp_is_the_value_gradient_through_the_reparameterised_action(
     expected = torch.autograd.grad(loss, list(agent.policy.parameters()))
     for found, wanted in zip(gradient(agent, monkeypatch), expected):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def random_values(n=1000):
+    """Values, old values and returns of n states, for a clipping range of 0.2."""
+    values, old, returns = torch.randn(3, n, generator=torch.Generator().manual_seed(0)).double()
+    unused = [torch.zeros(n)] * 4
+    return values.requires_grad_(), ManyActionSamples(*unused[:2], old, *unused[:2], returns, None)
+
+
+@pytest.mark.parametrize("clipping", ["clipped", "max"])
+def test_which_states_give_the_critic_a_gradient(clipping):
+    """SB3: those inside the range. CleanRL: also those whose error the range does not reduce."""
+    values, batch = random_values()
+    lost = loss.value_loss(values, batch, 0.2, clipping)
+    (found,) = torch.autograd.grad(lost, values)
+    old, returns = batch.old_values, batch.returns
+    inside = (values - old).abs() < 0.2
+    edge = old + torch.where(values > old, 0.2, -0.2)
+    is_worse = (values - returns).abs() > (edge - returns).abs()
+    keeps = inside | (is_worse if clipping == "max" else torch.zeros_like(inside))
+    expected = torch.where(keeps, 2 * (values - returns) / len(values), 0.0).detach()
+    torch.testing.assert_close(found, expected)
+    # 1000 states, seed 0, 4 standard errors, of P(|N(0, 2)| > 0.2), and of 4 · 10^6 draws.
+    share, error = {"clipped": (0.8875, 0.040), "max": (0.4149, 0.063)}[clipping]
+    assert float((found == 0).double().mean()) == pytest.approx(share, abs=error)
+
+
+def test_the_larger_error_is_cleanrls_value_loss():
+    values, batch = random_values()
+    v_loss_unclipped = (values - batch.returns) ** 2
+    v_clipped = batch.old_values + torch.clamp(values - batch.old_values, -0.2, 0.2)
+    expected = torch.max(v_loss_unclipped, (v_clipped - batch.returns) ** 2).mean()
+    torch.testing.assert_close(loss.value_loss(values, batch, 0.2, "max"), expected)
+    plain = loss.value_loss(values, batch, None, "max")
+    torch.testing.assert_close(plain, v_loss_unclipped.mean())
+
+
+@pytest.mark.parametrize("source", ["none", "dynamics"])
+def test_value_clipping_decides_what_the_critic_learns(source):
+    settings = {"action_source": source, "clip_range_vf": 1e-3}
+    agents = [make(**settings, value_clipping=x).learn(32) for x in ("clipped", "max")]
+    assert not torch.equal(*(agent.policy.value_net.weight for agent in agents))
+
+
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+def test_an_extra_action_of_weight_two_counts_as_two_of_them(normalize_advantage):
+    """Twice the same sample, or once with twice the weight: the same loss and gradient."""
+    zeta, extra, _ = synthetic(k=3, b=4)
+    batch = random_values(4)[1]._replace(advantages=torch.randn(4).double())
+    log_prob = torch.randn(4).double()
+    estimator = estimators.make("lr", baseline=estimators.baselines.none)
+    found = []
+    for k, weights in (([0, 1, 1, 2], None), ([0, 1, 2], torch.tensor([1.0, 2.0, 1.0]).double())):
+        part = ExtraActions(
+            extra.actions[:, k], extra.old_log_prob[:, k], extra.advantages[:, k], None,
+            weights=None if weights is None else weights.expand(4, -1),
+        )  # fmt: skip
+        lost = loss.policy_loss(
+            batch._replace(old_log_prob=log_prob, extra=part), log_prob,
+            (zeta[0][k], zeta[1][k]), estimator,
+            clip_range=0.2, normalize_advantage=normalize_advantage,
+        )  # fmt: skip
+        found.append((lost.total, lost.extra, *torch.autograd.grad(lost.total, zeta)))
+    for once, twice in zip(*found):
+        torch.testing.assert_close(once, twice)
 
 
 def synthetic(k=5, b=4):
@@ -424,9 +574,9 @@ def test_value_of_the_loss_is_ppos_for_every_estimator():
 def test_k_grows_from_what_the_estimator_needs(estimator, least):
     """`tpx` weighs its legs by variances over actions, which a single action does not have."""
     agent = make(estimator=estimator, grow_fraction=1.0, n_extra_actions=8)
-    agent._current_progress_remaining = 1.0
+    agent._total_timesteps, agent.num_timesteps = 1000, 0
     assert agent.k == least
-    agent._current_progress_remaining = 0.5
+    agent.num_timesteps = 500
     assert agent.k == 5
 
 
@@ -547,7 +697,7 @@ GROWTH = [  # fraction of all steps, K of 4, H of 8
 @pytest.mark.parametrize(("done", "k", "horizon"), GROWTH)
 def test_k_and_horizon_grow_over_half_of_all_steps(done, k, horizon):
     agent = make(grow_fraction=0.5, n_extra_actions=4, simulation_horizon=8)
-    agent._current_progress_remaining = 1 - done
+    agent._total_timesteps, agent.num_timesteps = 1000, round(1000 * done)
     assert (agent.k, agent.horizon) == (k, horizon)
 
 
@@ -555,20 +705,19 @@ def test_k_and_horizon_grow_over_half_of_all_steps(done, k, horizon):
 def test_growth_begins_where_the_model_is_first_used(done, k, horizon):
     """The warm-up is 400 of 1000 steps; growth from step 0 would be complete by then."""
     agent = make(grow_fraction=0.5, n_extra_actions=4, simulation_horizon=8, dynamics_warmup=400)
-    agent._total_timesteps = 1000
-    agent._current_progress_remaining = 1 - (0.4 + done)
+    agent._total_timesteps, agent.num_timesteps = 1000, 400 + round(1000 * done)
     assert (agent.k, agent.horizon) == (k, horizon)
-    agent._current_progress_remaining = 0.7
+    agent.num_timesteps = 300
     assert (agent.k, agent.horizon) == (1, 2)
 
 
 @pytest.mark.parametrize("done", [0.0, 0.5, 1.0])
 def test_k_and_horizon_are_full_at_once_or_never_more(done):
     agent = make(grow_fraction=0.0, n_extra_actions=4, simulation_horizon=8)
-    agent._current_progress_remaining = 1 - done
+    agent._total_timesteps, agent.num_timesteps = 1000, round(1000 * done)
     assert (agent.k, agent.horizon) == (4, 8)
     agent = make(grow_fraction=1.0, n_extra_actions=1, simulation_horizon=1)
-    agent._current_progress_remaining = 1 - done
+    agent._total_timesteps, agent.num_timesteps = 1000, round(1000 * done)
     assert (agent.k, agent.horizon) == (1, 1)
 
 
@@ -591,6 +740,22 @@ def test_growth_after_a_warm_up_reaches_the_samples():
 
 
 # The contract
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_settings_that_are_changed_count_from_then_on(source):
+    """As in a callback. Sizes of networks and buffers are those they were made with."""
+    agent = make(action_source=source).learn(16)
+    agent.dynamics_batch_size = agent.batch_size = 5
+    agent.dynamics_learning_rate, agent.dynamics_eps = 0.123, 0.01
+    agent.timeout_bootstrap = False
+    agent.learn(16, reset_num_timesteps=False)
+    settings = agent.source.settings
+    assert (settings.batch_size, settings.q_batch_size) == (5, 5)
+    assert not settings.timeout_bootstrap and not agent._recorder.timeout_bootstrap
+    if agent.value_optimizer is not None:
+        groups = agent.value_optimizer.param_groups
+        assert all((group["lr"], group["eps"]) == (0.123, 0.01) for group in groups)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -633,6 +798,62 @@ def test_spaces_of_double_precision(source, seen, acted):
     assert torch.isfinite(parameters(make(Double(), action_source=source).learn(32))).all()
 
 
+class Shifted(Point):
+    """Point in double precision, with an offset and a scale of what is observed."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+
+    def __init__(self, offset=0.0, scale=1.0):
+        self.offset, self.scale = offset, scale
+
+    def _look(self):
+        exact = np.array([self.x, np.cos(self.x), self.time / 7])
+        return exact * self.scale + self.offset
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("offset", "scale"), [(1e6, 1.0), (-1e9, 1.0), (0.0, 256.0), (1e6, 8.0)])
+def test_offset_and_scale_of_the_observations_change_nothing(source, offset, scale):
+    """With VecNormalize, which works in double precision, up to round-off.
+
+    Its statistics are given: they begin with a mean of 0 and remember that for long.
+    """
+    found = []
+    for settings in ((0.0, 1.0), (offset, scale)):
+        env = VecNormalize(DummyVecEnv([lambda s=settings: Monitor(Shifted(*s))]), training=False)
+        env.obs_rms.mean = settings[0] + settings[1] * np.array([0.1, 0.5, 0.5])
+        env.obs_rms.var = (settings[1] * np.array([1.0, 0.3, 0.3])) ** 2
+        agent = make(env, action_source=source, n_steps=32).learn(64)
+        found.append((agent.rollout_buffer.extra.advantages, parameters(agent)))
+    for plain, other in zip(*found):
+        torch.testing.assert_close(other, plain, rtol=1e-2, atol=2e-3)
+
+
+def test_an_offset_that_the_policy_cannot_resolve_is_told_once():
+    agent = make(Shifted(1e9))
+    with pytest.warns(UserWarning, match="entry 0 of the observation varies.*VecNormalize") as told:
+        agent.learn(48)
+    assert len([w for w in told if "entry 0 " in str(w.message)]) == 1
+
+
+def test_states_of_older_checkpoints_continue_without_an_offset(tmp_path):
+    """They hold float32, and their models were fitted to numbers with the offset."""
+    agent = make(Shifted(8.0)).learn(32)
+    agent.value_model.offset.zero_()
+    state = agent.state_dict(tmp_path)
+    (segment,) = state["files"]
+    rows = safe_file.read(tmp_path / segment, "replay segment")
+    for name in ("states", "next_states"):
+        rows[name] = rows[name].astype(np.float32)
+    safe_file.write(tmp_path / segment, "replay segment", rows)
+    other = make(Shifted(8.0), seed=3)
+    other.set_parameters(agent.get_parameters())
+    other.load_state_dict(state, tmp_path)
+    np.testing.assert_array_equal(other.source.transitions.states[:32], rows["states"])
+    other.learn(32)
+    assert not other.value_model.offset.any()
+
+
 def test_learn_returns_self_and_rounds_up_to_whole_rollouts():
     agent = make(vector(2))
     assert agent.learn(33) is agent
@@ -659,14 +880,16 @@ def test_a_stop_does_not_lose_the_step_that_was_taken():
     assert agent._last_episode_starts.shape == (1,)
 
 
-def test_schedules_stay_in_their_range_where_the_last_rollout_overshoots(monkeypatch):
-    agent = make(learning_rate=lambda p: 1e-3 * p, clip_range=lambda p: 0.2 * p)
+@pytest.mark.parametrize("source", ["none", "dynamics"])
+def test_schedules_stay_in_their_range_where_the_last_rollout_overshoots(source):
+    settings = {"learning_rate": lambda p: 1e-3 * p, "clip_range": lambda p: 0.2 * p}
+    agent = make(action_source=source, **settings)
     found = logged(agent)
-    before = parameters(agent)
-    agent.learn(10)  # of rollouts of 16
-    assert torch.equal(parameters(agent), before)
+    agent.learn(20)  # of rollouts of 16
     agent.dump_logs()
-    assert found[-1]["train/clip_range"] == 0 and found[-1]["train/learning_rate"] == 0
+    for values, progress in zip(found[1:], (1.0, 0.2), strict=True):
+        assert values["train/clip_range"] == pytest.approx(0.2 * progress)
+        assert values["train/learning_rate"] == pytest.approx(1e-3 * progress)
 
 
 def test_an_extractor_of_its_own_is_the_critics():
@@ -806,6 +1029,74 @@ def test_another_environment_is_rewound_after_set_env():
     agent.set_env(other)
     agent.learn(16)
     assert agent.source.env is agent.get_env() and agent.source.env.envs is other.envs
+
+
+class Ending(Point):
+    """Terminates after some steps, and nowhere else."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def step(self, action):
+        observation, reward, _, truncated, info = super().step(action)
+        return observation, reward, self.time == self.length, truncated, info
+
+
+@pytest.mark.parametrize("source", ["dynamics", "states"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_terminations_reach_the_model_and_the_log(source, ends):
+    agent = make(Ending(3 if ends else 99), action_source=source, timeout_bootstrap=False)
+    dumps = logged(agent)
+    agent.learn(32)
+    agent.dump_logs()
+    assert bool(agent.value_model.terminates) == ends
+    assert ("dynamics/termination_loss" in dumps[-1]) == ends
+    extra = agent.rollout_buffer.extra
+    assert (extra.weights is not None) == (ends and source == "states")
+    kept = agent.source.transitions
+    expected = [ends and t % 3 == 2 for t in range(32)]
+    assert kept.terminated[: len(kept)].tolist() == expected
+
+
+def test_q_networks_learn_from_returns_that_stop_where_the_episode_does(monkeypatch):
+    agent = make(Ending(3), action_source="q", n_steps=12)
+    monkeypatch.setattr(DAAPPO, "_train_epochs", lambda agent: None)
+    agent.learn(12)
+    rollout = agent._rollout()
+    rewards = torch.as_tensor(agent.rollout_buffer.rewards[:, 0])
+    torch.testing.assert_close(rollout.returns[2::3], rewards[2::3])
+    assert not torch.isclose(rollout.returns, rewards)[[0, 1, 3, 4]].any()
+
+
+def test_files_from_before_terminations_resume(tmp_path):
+    """Their transitions do not say which of them terminated, and their models have no such part."""
+    agent = make(Ending(3)).learn(32)
+    state = agent.state_dict(tmp_path)
+    (segment,) = state["files"]
+    kind = "replay segment"
+    rows = safe_file.read(tmp_path / segment, kind)
+    del rows["terminated"]
+    safe_file.write(tmp_path / segment, kind, rows)
+    given = agent.get_parameters()
+    model, optimizer = given["value_model"], given["value_optimizer"]
+    given["value_model"] = {k: v for k, v in model.items() if not k.startswith("terminat")}
+    kept = set(optimizer["param_groups"][0]["params"])
+    given["value_optimizer"] = {
+        "state": {k: v for k, v in optimizer["state"].items() if k in kept},
+        "param_groups": optimizer["param_groups"][:1],
+    }
+    other = make(Ending(3), seed=3)
+    own = copy.deepcopy(other.value_model.termination.state_dict())
+    other.set_parameters(given)
+    other.load_state_dict(state, tmp_path)
+    assert (other.source.transitions.terminated[:32] == UNKNOWN).all()
+    assert not other.value_model.terminates
+    probes.assert_same(other.value_model.termination.state_dict(), own)
+    probes.assert_same(
+        other.value_model.transition.state_dict(), agent.value_model.transition.state_dict()
+    )
+    other.learn(32)
+    assert other.value_model.terminates
 
 
 @pytest.mark.parametrize("source", SOURCES)

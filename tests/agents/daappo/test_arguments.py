@@ -45,6 +45,9 @@ WRONG = {
     "dynamics_buffer_size": [(0, "at least 1, a whole number, got 0"), (1e4, "got 10000.0")],
     "dynamics_warmup": [(-1, "at least 0, a whole number, got -1")],
     "n_q": [(0, "at least 1, a whole number, got 0")],
+    "q_learning_rate": [(0, "above 0, got 0")],
+    "q_target": [("td", "one of return, advantage, got 'td'")],
+    "value_clipping": [("min", "one of clipped, max, got 'min'")],
     "dynamics_learning_rate": [(0, "above 0, got 0"), (np.inf, "got inf"), (np.nan, "got nan")],
     "dynamics_eps": [(0, "above 0, got 0"), (-1.0, "above 0, got -1.0")],
     "grow_fraction": [(-0.1, r"in \[0, 1\], got -0.1"), (1.1, "got 1.1"), (np.nan, "got nan")],
@@ -112,7 +115,10 @@ def test_composites_compare_actions_and_need_two_of_them():
 MATRIX, DISCRETE = spaces.Box(-1, 1, (2, 2), np.float32), spaces.Discrete(3)
 
 
-@pytest.mark.parametrize("settings", [{}, {"action_source": "none", "separate_grad_clip": True}])
+OWN_EPOCHS = [{"separate_grad_clip": True}, {"value_clipping": "max"}]
+
+
+@pytest.mark.parametrize("settings", [{}, *({"action_source": "none", **x} for x in OWN_EPOCHS)])
 @pytest.mark.parametrize(
     ("name", "space"),
     [
@@ -201,8 +207,9 @@ def test_what_cannot_estimate_is_refused_before_the_first_step(changes, k):
 
 @pytest.mark.parametrize("name", ["gamma", "dynamics_eps", "vf_coef", "learning_rate"])
 def test_values_of_another_type_are_named(name):
-    with pytest.raises(ValueError, match=f"^{name} must be"):
-        make(**{name: "0.9"})
+    for value in ("0.9", None):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            make(**{name: value})
 
 
 def test_an_environment_is_needed():

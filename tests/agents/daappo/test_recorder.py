@@ -132,7 +132,7 @@ def test_states_are_in_the_buffers_flat_order(make, dtype):
     agent = make(vector(dtype=dtype))
     states, buffer = agent._recorder.flat_states(), agent.rollout_buffer
     np.testing.assert_array_equal(states, buffer.swap_and_flatten(buffer.observations))
-    assert states.dtype == np.float32 and states.shape == (3 * STEPS, 3)
+    assert states.dtype == dtype and states.shape == (3 * STEPS, 3)
     assert (states[:STEPS, 0] < 100).all() and (states[-STEPS:, 0] > 200).all()
     list(buffer.get())  # flattens in place
     np.testing.assert_array_equal(states, buffer.observations)
@@ -170,10 +170,47 @@ def test_timeout_bootstrap_decides_what_follows_a_time_limit(
 @pytest.mark.parametrize(
     ("bad", "name"), [(2, "observation"), (LENGTH, "observation"), (-3, "reward")]
 )
-def test_numbers_that_are_none_are_refused(make, bad, name):
+@pytest.mark.parametrize("source", ["dynamics", "none"])
+@pytest.mark.parametrize("normalise", [False, {}])
+def test_numbers_that_are_none_are_refused(make, bad, name, source, normalise):
     """Also at the end of an episode, where the next observation is the reset's."""
     with pytest.raises(ValueError, match=f"non-finite {name} at step {abs(bad)}"):
-        make(vector(1, bad=bad))
+        make(vector(1, normalise, bad=bad), action_source=source)
+
+
+class NamedEnv(CountingEnv):
+    """Its observation is a dictionary, in which a number is none from step 2 on."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Dict({"all": self.observation_space})
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        return {"all": observation}, info
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return {"all": observation * (np.inf if self.time == 2 else 1)}, *rest
+
+
+def test_numbers_that_are_none_are_refused_in_dictionaries():
+    agent = DAAPPO("MultiInputPolicy", NamedEnv(), **{**TINY, "action_source": "none"})
+    with pytest.raises(ValueError, match="non-finite observation at step 2"):
+        agent.learn(STEPS)
+
+
+@pytest.mark.parametrize("end", [None, np.full(3, np.nan)], ids=["none", "nan"])
+def test_terminal_observations_are_read_where_an_episode_ended(make, end):
+    """Some environments have the key at every step."""
+
+    class Told(CountingEnv):
+        def step(self, action):
+            observation, reward, terminated, truncated, info = super().step(action)
+            return observation, reward, terminated, truncated, {"terminal_observation": end, **info}
+
+    agent = make(DummyVecEnv([Told]))
+    assert len(agent.source.transitions) == STEPS
 
 
 def test_minibatches_carry_the_extra_actions_of_their_states():

@@ -60,8 +60,9 @@ def behaviour(made, normalization=None, seed=3):
 
 
 SETTINGS = SourceSettings(
-    state_size=S, action_size=A, device=CPU, seed=0, timeout_bootstrap=True, target="delta",
-    normalise=True, width=4, activation="relu", n_q=2, learning_rate=1e-2, eps=1e-5, batch_size=8,
+    state_size=S, action_size=A, state_dtype=np.float32, device=CPU, seed=0,
+    timeout_bootstrap=True, target="delta", normalise=True, width=4, activation="relu", n_q=2,
+    q_target="return", q_learning_rate=1e-2, learning_rate=1e-2, eps=1e-5, batch_size=8,
     q_batch_size=4, buffer_size=20,
 )  # fmt: skip
 
@@ -92,9 +93,9 @@ def rollout(normalization=None, rows=R):
 
 
 def seen(observations, states, values):
-    """A rollout whose actions and returns are NaN: only fits may read them."""
-    nan = torch.full((len(values), A + 1), torch.nan)
-    return Rollout(observations, states, values, nan[:, :A], nan[:, A])
+    """A rollout whose actions, returns and advantages are NaN: only fits may read them."""
+    nan = torch.full((len(values), A + 2), torch.nan)
+    return Rollout(observations, states, values, nan[:, :A], nan[:, A], nan[:, A + 1])
 
 
 def normalizer(**settings):
@@ -112,6 +113,17 @@ def normalizer(**settings):
 
 
 # Returns, normalization, the policy
+
+
+def expected_advantage(rewards, values, continuations, gamma, lam):
+    """The mean over all lengths that the episode may have, each with its probability."""
+    total, alive = 0, 1
+    for n, c in enumerate(continuations, 1):
+        ended = [*values[:n], torch.zeros_like(values[0])]
+        p = alive * (1 - c)
+        total = total + p * lambda_advantage(rewards[:n], ended, gamma, lam)
+        alive = alive * c
+    return total + alive * lambda_advantage(rewards, values, gamma, lam)
 
 
 def lambda_advantage(rewards, values, gamma, lam):
@@ -133,6 +145,21 @@ def test_advantage_is_the_lambda_return_less_the_baseline(lam, horizon):
     values = list(torch.randn(horizon + 1, 4).double())
     found = Returns(0.9, lam, horizon).advantage(rewards, values)
     torch.testing.assert_close(found, lambda_advantage(rewards, values, 0.9, lam))
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+def test_advantage_is_the_mean_over_where_the_episode_ends(lam, horizon):
+    torch.manual_seed(0)
+    rewards = list(torch.randn(horizon, 4).double())
+    values = list(torch.randn(horizon + 1, 4).double())
+    continuations = list(torch.rand(horizon, 4).double())
+    found = Returns(0.9, lam, horizon).advantage(rewards, values, continuations)
+    expected = expected_advantage(rewards, values, continuations, 0.9, lam)
+    torch.testing.assert_close(found, expected)
+    sure = [torch.ones_like(c) for c in continuations]
+    plain = Returns(0.9, lam, horizon).advantage(rewards, values)
+    torch.testing.assert_close(Returns(0.9, lam, horizon).advantage(rewards, values, sure), plain)
 
 
 @pytest.mark.parametrize("norm_obs", [True, False])
@@ -320,11 +347,24 @@ def test_global_generators_are_left_alone_and_the_own_one_decides(name):
 # The simulated states
 
 
+class Sum:
+    """s' = s + a with reward s_0 + 10 a_1; an episode goes on with probability σ(a_0)."""
+
+    def __init__(self, terminates=False):
+        self.terminates = terminates
+
+    def __call__(self, states, actions):
+        return states + actions, states[..., 0] + 10 * actions[..., 1]
+
+    def continuation(self, states, actions):
+        return actions[..., 0].sigmoid()
+
+
 def test_states_are_the_later_pairs_of_one_rollout_of_k_plus_2_steps():
     """The model is s' = s + a with reward s_0 + 10 a_1; values are worked out from the noise."""
     made, gamma, lam = policy(s=2), 0.9, 0.8
     data = seen(torch.randn(R, 2), torch.randn(R, 2), torch.full((R,), 99.0))
-    source = source_of(StatesSource, lambda s, a: (s + a, s[..., 0] + 10 * a[..., 1]))
+    source = source_of(StatesSource, Sum())
     extra = source(data, behaviour(made), K, Returns(gamma, lam, 99), gradient=False)
     generator = torch.Generator().manual_seed(3)
     state, observation = data.states, data.observations
@@ -387,6 +427,21 @@ def test_q_by_hand():
     assert torch.equal(extra.action_gradient[..., 1], torch.zeros_like(slope))
 
 
+def test_networks_of_advantages_are_not_compared_with_the_critic():
+    source, data = sources()["q"], rollout()
+    source.settings = dataclasses.replace(SETTINGS, q_target="advantage")
+    extra = source(data, behaviour(policy()), K, Returns(0.9, 0.8, 3), gradient=False)
+    observations = data.observations[:, None].expand(-1, K, -1)
+    expected = source.model(observations, behaviour(policy()).clip(extra.actions))
+    torch.testing.assert_close(extra.advantages, expected)
+
+
+def test_q_networks_have_a_step_size_of_their_own():
+    settings = dataclasses.replace(SETTINGS, q_learning_rate=0.5, learning_rate=0.25)
+    for name, rate in (("q", 0.5), ("dynamics", 0.25)):
+        assert SOURCES[name](settings).optimizer.param_groups[0]["lr"] == rate
+
+
 def test_q_sees_what_the_policy_sees():
     normalization, source = Normalization(normalizer(), CPU), sources()["q"]
     data, made = rollout(normalization), policy()
@@ -396,6 +451,125 @@ def test_q_sees_what_the_policy_sees():
         expected = source.model(data.observations, bounded) - data.values
         torch.testing.assert_close(extra.advantages[:, j], expected)
     assert extra.action_gradient is None
+
+
+# Termination
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_dynamics_weighs_what_follows_by_the_probability_that_it_does(horizon):
+    made, returns = policy(s=2), Returns(0.9, 0.8, horizon)
+    data = seen(torch.randn(R, 2), torch.randn(R, 2), torch.linspace(-1, 1, R))
+    source = source_of(DynamicsSource, Sum(terminates=True))
+    extra = source(data, behaviour(made), K, returns, gradient=True)
+    again = behaviour(made)
+    actions, _ = again.draw(data.observations, K)
+    first = actions.flatten(0, 1).requires_grad_()
+    state, action = data.states.repeat_interleave(K, 0), first
+    rewards, values, continuations = [], [data.values.repeat_interleave(K)], []
+    for step in range(horizon):
+        bounded = again.clip(action)
+        rewards.append(state[:, 0] + 10 * bounded[:, 1])
+        continuations.append(1 / (1 + torch.exp(-bounded[:, 0])))
+        state = state + bounded
+        values.append(again.value(state))
+        if step + 1 < horizon:
+            action, _ = again.draw(state)
+    expected = expected_advantage(rewards, values, continuations, 0.9, 0.8)
+    torch.testing.assert_close(extra.advantages.flatten(), expected.detach(), rtol=1e-4, atol=1e-4)
+    (slope,) = torch.autograd.grad(expected.sum(), first)
+    torch.testing.assert_close(extra.action_gradient.flatten(0, 1), slope, rtol=1e-4, atol=1e-4)
+    assert extra.weights is None
+
+
+def test_simulated_states_count_by_the_probability_that_the_episode_lasts_to_them():
+    made, data = policy(s=2), seen(torch.randn(R, 2), torch.randn(R, 2), torch.zeros(R))
+    source = source_of(StatesSource, Sum(terminates=True))
+    extra = source(data, behaviour(made), K, Returns(0.9, 0.8, 99), gradient=False)
+    again, state = behaviour(made), data.states
+    observation, trace = data.observations, []
+    with torch.no_grad():
+        for _ in range(K + 2):
+            bounded = again.clip(again.draw(observation)[0])
+            reward, value = state[:, 0] + 10 * bounded[:, 1], again.value(observation)
+            trace.append((reward, value, bounded[:, 0].sigmoid()))
+            state = observation = state + bounded
+        rewards, values, continuations = map(list, zip(*trace))
+        values.append(again.value(observation))
+    for j in range(K):
+        lasts = torch.stack(continuations[: j + 1]).prod(0)
+        torch.testing.assert_close(extra.weights[:, j], lasts)
+        rest = rewards[j + 1 :], values[j + 1 :], continuations[j + 1 :]
+        expected = expected_advantage(*rest, 0.9, 0.8)
+        torch.testing.assert_close(extra.advantages[:, j], expected, rtol=1e-4, atol=1e-4)
+
+
+class Cliff(gym.Env):
+    """x += a, reward 1; beyond x = 1 the episode terminates. It can be rewound."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+    x = 0.0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.time = float(self.np_random.uniform(-1, 1)), 0
+        return np.float32([self.x]), {}
+
+    def step(self, action):
+        self.x, self.time = self.x + float(action[0]), self.time + 1
+        return np.float32([self.x]), 1.0, self.x > 1, self.time == 50, {}
+
+    def snapshot(self):
+        return self.x, self.time
+
+    def restore(self, state):
+        self.x, self.time = state
+
+    def extra_step(self, action):
+        return self.step(action)
+
+
+@pytest.mark.parametrize("name", ["dynamics", "q", "rewind"])
+def test_actions_that_end_the_episode_are_worth_what_rewinding_says(name):
+    """With a critic of V = 7, that is 1 - 7 = -6 of an action that ends the episode at once.
+
+    A model that ignored the end would say 1 + 0.9 · 7 - 7 = 0.3, and the more the longer it went.
+    """
+    settings = dataclasses.replace(
+        SETTINGS, state_size=1, action_size=1, width=32, batch_size=64, q_batch_size=64,
+        buffer_size=800,
+    )  # fmt: skip
+    one = np.ones(1, np.float32)
+    made = policy(std=0.8, s=1, low=-one, high=one)
+    with torch.no_grad():
+        for layer in (made.value_net, made.action_net):
+            layer.weight.zero_(), layer.bias.zero_()
+        made.value_net.bias.fill_(7.0)
+    vec = DummyVecEnv([Cliff])
+    vec.seed(0)
+    source, acts = SOURCES[name](settings), behaviour(made)
+    last, rows = vec.reset(), []
+    source.start_rollout(vec)
+    for _ in range(800):
+        with torch.no_grad():
+            action = acts.clip(acts.draw(torch.as_tensor(last))[0]).numpy()
+        new, reward, done, info = vec.step(action)
+        end = info[0]["terminal_observation"][None] if done[0] else new
+        terminated = done & (not info[0]["TimeLimit.truncated"])
+        source.record_step(last, action, reward, end, terminated)
+        rows.append((last[0], action[0], reward[0] + 0.9 * 7 * (1 - terminated[0])))
+        last = new
+    states, actions, returns = (torch.as_tensor(np.array(x, np.float32)) for x in zip(*rows))
+    data = Rollout(states, states, torch.full((800,), 7.0), actions, returns, returns - 7)
+    source.fit(data, acts, steps=600)
+    horizon = 1 if name == "q" else 3
+    found = source(data, acts, 1, Returns(0.9, 0.8, horizon), gradient=False)
+    ends = (states + acts.clip(found.actions[:, 0]))[:, 0]
+    at_once, later = found.advantages[ends > 1.1, 0], found.advantages[ends < 0, 0]
+    tolerance = {"dynamics": 0.3, "q": 0.3, "rewind": 1e-4}[name]
+    assert float(at_once.mean()) == pytest.approx(-6, abs=tolerance)
+    assert float(later.mean()) > -1.5
 
 
 # The environment, rewound
@@ -462,7 +636,7 @@ def recorded(ends=("terminated",), steps=6, **changes):
         states.append(observations)
         actions = rng.uniform(LOW, HIGH, (len(ends), A)).astype(np.float32)
         observations, rewards = vec.step(actions)[:2]
-        source.record_step(states[-1], actions, rewards, observations)
+        source.record_step(states[-1], actions, rewards, observations, np.zeros(len(ends), bool))
     states = torch.as_tensor(np.concatenate(np.stack(states, 1)))
     return vec, source, seen(states, states, torch.linspace(-3, 3, len(states)))
 
@@ -543,7 +717,8 @@ def test_rewind_gives_actions_in_the_spaces_own_precision():
     vec.reset()
     source = RewindSource(SETTINGS)
     source.start_rollout(vec)
-    source.record_step(np.zeros((1, S)), np.zeros((1, A)), np.zeros(1), np.zeros((1, S)))
+    one = np.zeros((1, S))
+    source.record_step(one, np.zeros((1, A)), np.zeros(1), one, np.zeros(1, bool))
     data = seen(torch.zeros(1, S), torch.zeros(1, S), torch.zeros(1))
     source(data, behaviour(policy()), K, Returns(0.9, 0.8, 2), gradient=False)
 
@@ -573,7 +748,8 @@ NAMES = [name for name, kind in SOURCES.items() if kind is not None]
 def transitions(n, seed=0):
     rng = np.random.default_rng(seed)
     sizes = ((n, S), (n, A), (n,), (n, S))
-    return [rng.normal(size=size).astype(np.float32) for size in sizes]
+    rows = [rng.normal(size=size).astype(np.float32) for size in sizes]
+    return [*rows, rng.random(n) < 0.3]
 
 
 def full(name, n=30):
@@ -592,7 +768,9 @@ def whole_rollout():
     data = rollout()
     g = torch.Generator().manual_seed(6)
     return data._replace(
-        actions=3 * torch.randn(R, A, generator=g), returns=torch.randn(R, generator=g)
+        actions=3 * torch.randn(R, A, generator=g),
+        returns=torch.randn(R, generator=g),
+        advantages=torch.randn(R, generator=g),
     )
 
 
@@ -651,19 +829,24 @@ def test_a_dynamics_model_is_fitted_to_all_transitions_kept(name):
         reference, optimizer, buffer, steps=3, batch_size=8, rng=np.random.default_rng(0)
     )
     losses = source.fit(whole_rollout(), behaviour(policy()), steps=3)
-    assert losses == dict(zip(("transition_loss", "reward_loss"), expected))
+    assert losses == expected and set(losses) == {
+        "transition_loss", "reward_loss", "termination_loss"
+    }  # fmt: skip
     for found, wanted in zip(source.model.parameters(), reference.parameters(), strict=True):
         assert torch.equal(found, wanted)
 
 
-def test_q_networks_are_fitted_to_the_returns_of_clipped_actions():
+@pytest.mark.parametrize("target", ["return", "advantage"])
+def test_q_networks_are_fitted_to_returns_or_advantages_of_clipped_actions(target):
     source, data = full("q"), whole_rollout()
+    source.settings = dataclasses.replace(SETTINGS, q_target=target)
     reference = copy.deepcopy(source.model)
     optimizer = torch.optim.Adam(reference.parameters(), SETTINGS.learning_rate, eps=SETTINGS.eps)
     clipped = data.actions.clamp(torch.as_tensor(LOW), torch.as_tensor(HIGH))
     assert not torch.equal(clipped, data.actions)
     expected = reference.fit(
-        optimizer, data.observations, clipped, data.returns,
+        optimizer, data.observations, clipped,
+        data.returns if target == "return" else data.advantages,
         steps=3, batch_size=4, rng=np.random.default_rng(0),
     )  # fmt: skip
     assert source.fit(data, behaviour(policy()), steps=3) == {"q_loss": expected}
@@ -719,9 +902,9 @@ def test_leave_one_out_subtracts_the_mean_of_the_other_actions(k):
 
 def test_rows_select_the_same_states_everywhere():
     x = torch.arange(24.0).view(4, 3, 2)
-    extra = ExtraActions(x, x[..., 0], x[..., 1], x + 1, x + 2)
+    extra = ExtraActions(x, x[..., 0], x[..., 1], x + 1, x + 2, x[..., 0] + 3)
     rows = torch.tensor([3, 0])
     for found, field in zip(extra.rows(rows), extra):
         assert torch.equal(found, field[rows])
     bare = ExtraActions(x, x[..., 0], x[..., 1]).rows(rows)
-    assert bare.action_gradient is None and bare.observations is None
+    assert bare.action_gradient is None and bare.observations is None and bare.weights is None

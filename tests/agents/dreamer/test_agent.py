@@ -266,11 +266,11 @@ def test_learning_rate_schedule_follows_the_progress():
     memory = logged(agent)
     agent.learn(40)
     rates = [values["train/learning_rate"] for values, _ in memory.dumps]
-    np.testing.assert_allclose(rates, [1.5e-3, 1.25e-3, 1e-3])
+    np.testing.assert_allclose(rates, [2e-3, 1.5e-3, 1.25e-3])
     update = agent._update
     for optimizer, rate in (
-        (update.actor_optimizer, 1e-3),
-        (update.critic_optimizer, 1e-3),
+        (update.actor_optimizer, 1.25e-3),
+        (update.critic_optimizer, 1.25e-3),
         (update.model_optimizer, 6e-4),
     ):
         assert [group["lr"] for group in optimizer.param_groups] == [rate]

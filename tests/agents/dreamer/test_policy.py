@@ -191,7 +191,9 @@ def test_images_may_be_channel_last_and_flipped(n, channels):
 
 
 def test_gym_style_tuples_are_refused():
-    with pytest.raises(ValueError, match=r"\(observation, info\); pass the observation alone"):
+    with pytest.raises(
+        ValueError, match=r"mixing Gym API.*\(observation, info\).*the observation alone"
+    ):
         make().predict((draw(VECTOR), {}))
 
 
@@ -218,7 +220,7 @@ def test_matrices_are_flat_in_the_networks_and_whole_outside():
 # Actions
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_actions_have_the_spaces_units_and_dtype(dtype, deterministic):
     space = spaces.Box(LOW.astype(dtype), HIGH.astype(dtype), dtype=dtype)
@@ -237,12 +239,6 @@ def test_scaled_actions_become_the_environments_and_never_leave_its_bounds():
     many = policy.to_env(RNG.uniform(-1.001, 1.001, (1000, 2)).astype(np.float32))
     assert all(space.contains(action) for action in many)
     assert (many[:, 0] == space.high[0]).any() and (many[:, 1] == space.low[1]).any()
-
-
-def test_whole_number_actions_are_rounded():
-    policy = make(action=spaces.Box(0, 2, (1,), np.int32))
-    scaled = np.array([[-1.0], [-0.6], [-0.4], [0.4], [0.6], [1.0]], np.float32)
-    assert policy.to_env(scaled)[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_deterministic_draws_nothing_and_repeats_itself():

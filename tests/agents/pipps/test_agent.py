@@ -515,14 +515,9 @@ def test_actions_lie_in_a_space_whose_bounds_single_precision_has_not():
             assert agent.action_space.contains(action), (low, high, action)
 
 
-@pytest.mark.parametrize(
-    "space",
-    [spaces.Box(-2, 3, (1,), np.int64), spaces.Box(np.zeros(2), np.array([1.0, 0.0]))],
-    ids=["whole numbers", "no room"],
-)
-def test_action_spaces_that_have_no_real_numbers_are_refused(space):
+def test_action_spaces_without_room_are_refused():
     env = CountingEnv()
-    env.action_space = space
+    env.action_space = spaces.Box(np.zeros(2), np.array([1.0, 0.0]))
     with pytest.raises(ValueError, match="PIPPS needs a vector of real numbers as action"):
         make(env)
 
