@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,11 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.policies import (
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
@@ -30,6 +34,7 @@ from torch import Tensor, nn
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.file_contents import not_finite
+from totalprop.agents.core.spaces import UnsupportedSpaceError, describe, to_vector
 from totalprop.agents.core.validation import (
     Above,
     AtLeast,
@@ -210,6 +215,8 @@ class DAAPPO(Algorithm, PPO):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        if isinstance(policy, str):  # or stable-baselines3 advises another policy before we check
+            policy = cast("type[ActorCriticPolicy]", self._get_policy_from_name(policy))
         super().__init__(
             policy, env,  # type: ignore[arg-type]  # None is what `load` passes
             learning_rate, n_steps, batch_size, n_epochs, gamma, gae_lambda,
@@ -624,6 +631,13 @@ class DAAPPO(Algorithm, PPO):
         source = SOURCES[self.action_source]
         if not self._is_ppo:
             self._check_spaces()
+        elif isinstance(self.observation_space, spaces.Dict) and not issubclass(
+            self.policy_class, MultiInputActorCriticPolicy
+        ):
+            raise UnsupportedSpaceError(
+                f"{self.policy_class.__name__} takes one array as observation, got "
+                f"{describe(self.observation_space)}; pass policy='MultiInputPolicy'"
+            )
         if source is not None and self.env is not None:
             self._check_wrappers(self.env)
             if source.needs_snapshots:
@@ -685,13 +699,22 @@ class DAAPPO(Algorithm, PPO):
             ) from error
 
     def _check_spaces(self) -> None:
-        for name in ("observation_space", "action_space"):
-            space = getattr(self, name)
-            if not isinstance(space, spaces.Box) or len(space.shape) != 1:
-                raise ValueError(
-                    "extra actions, separate_grad_clip and value_clipping='max' need a vector "
-                    f"{name} (Box), got {space}; use action_source='none' and the defaults of both"
-                )
+        what = "extra actions, separate_grad_clip and value_clipping='max'"
+        seen, actions = self.observation_space, self.action_space
+        if not isinstance(seen, spaces.Box) or len(seen.shape) != 1:
+            # stable-baselines3's CNN takes colour images of at least 36 x 36.
+            is_seen = len(seen.shape or ()) == 3 and min(seen.shape[1:]) >= 36
+            policy = "CnnPolicy" if is_seen else "MlpPolicy"
+            images = f"use action_source='none' and policy='{policy}', and the defaults of both"
+            raise UnsupportedSpaceError(
+                f"{what} need one vector as observation, got {describe(seen)}; "
+                f"{to_vector(seen, otherwise=images)}"
+            )
+        if not isinstance(actions, spaces.Box) or len(actions.shape) != 1:
+            raise UnsupportedSpaceError(
+                f"{what} need one vector as action, got {describe(actions)}; "
+                "use action_source='none' and the defaults of both"
+            )
         if self.use_sde:
             raise ValueError(
                 "extra actions, separate_grad_clip and value_clipping='max' need a plain Gaussian "

@@ -129,7 +129,8 @@ OWN_EPOCHS = [{"separate_grad_clip": True}, {"value_clipping": "max"}]
     ],
 )
 def test_spaces_must_be_vectors(name, space, settings):
-    with pytest.raises(ValueError, match=f"vector {name}.*got .*; use action_source='none'"):
+    remedy = "wrap the env" if name == "observation_space" else "use action_source='none'"
+    with pytest.raises(ValueError, match=f"one vector as {name[:6]}.*got .*; {remedy}"):
         make(Still(**{name: space}), **settings)
 
 
