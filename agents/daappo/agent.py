@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.file_contents import not_finite
+from totalprop.agents.core.spaces import UnsupportedSpaceError
 from totalprop.agents.core.validation import (
     Above,
     AtLeast,
@@ -210,15 +211,22 @@ class DAAPPO(Algorithm, PPO):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        super().__init__(
-            policy, env,  # type: ignore[arg-type]  # None is what `load` passes
-            learning_rate, n_steps, batch_size, n_epochs, gamma, gae_lambda,
-            clip_range, clip_range_vf, normalize_advantage, ent_coef, vf_coef, max_grad_norm,
-            use_sde, sde_sample_freq, rollout_buffer_class, rollout_buffer_kwargs,
-            target_kl=target_kl, policy_kwargs=policy_kwargs, stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log, verbose=verbose, seed=seed, device=device,
-            _init_setup_model=False,
-        )  # fmt: skip
+        try:
+            super().__init__(
+                policy, env,  # type: ignore[arg-type]  # None is what `load` passes
+                learning_rate, n_steps, batch_size, n_epochs, gamma, gae_lambda,
+                clip_range, clip_range_vf, normalize_advantage, ent_coef, vf_coef, max_grad_norm,
+                use_sde, sde_sample_freq, rollout_buffer_class, rollout_buffer_kwargs,
+                target_kl=target_kl, policy_kwargs=policy_kwargs,
+                stats_window_size=stats_window_size, tensorboard_log=tensorboard_log,
+                verbose=verbose, seed=seed, device=device, _init_setup_model=False,
+            )  # fmt: skip
+        except ValueError as error:
+            if "MultiInputPolicy" not in str(error):
+                raise
+            raise UnsupportedSpaceError(
+                f"{error}; use policy='MultiInputPolicy' with action_source='none'"
+            ) from error
         self.action_source, self.estimator = action_source, estimator
         self.n_extra_actions, self.simulation_horizon = n_extra_actions, simulation_horizon
         self.grow_fraction, self.real_advantage = grow_fraction, real_advantage

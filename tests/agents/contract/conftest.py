@@ -42,12 +42,6 @@ EXCEPTIONS = {
         "as PPO does, it draws its actions from the global generator",
     "test_another_agent_made_in_between_changes_nothing[daappo]":
         "as PPO does, it draws from the global generators",
-    "test_observations_in_other_units_are_learned_from_alike[daappo-offset]":
-        "a bug: its model stores raw states as float32, in which they hardly differ",
-    "test_observations_in_other_units_are_learned_from_alike[daappo-larger]":
-        "a bug: its model learns a constant difference in the observation's own units",
-    "test_observations_in_other_units_are_learned_from_alike[daappo-smaller]":
-        "a bug: its model learns a constant difference in the observation's own units",
     **dict.fromkeys(
         ("test_observations_in_other_units_are_learned_from_alike[pipps-larger]",
          "test_observations_in_other_units_are_learned_from_alike[pipps-smaller]"),
