@@ -703,7 +703,8 @@ class DAAPPO(Algorithm, PPO):
         seen, actions = self.observation_space, self.action_space
         if not isinstance(seen, spaces.Box) or len(seen.shape) != 1:
             # stable-baselines3's CNN takes colour images of at least 36 x 36.
-            is_seen = len(seen.shape or ()) == 3 and min(seen.shape[1:]) >= 36
+            shape = seen.shape or ()
+            is_seen = len(shape) == 3 and min(shape[1:]) >= 36
             policy = "CnnPolicy" if is_seen else "MlpPolicy"
             images = f"use action_source='none' and policy='{policy}', and the defaults of both"
             raise UnsupportedSpaceError(
