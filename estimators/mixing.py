@@ -47,8 +47,8 @@ def tpx(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     """One k per coordinate, from the variances and the covariance of the mean's cotangents.
 
     k = (V_RP - cov) / (V_LR + V_RP - 2 cov), clipped to [0, 1]; the std uses the same k.
-    Parmas et al. 2023 (TPX), Eq. 8 and footnote 4. Differs from the paper: Eq. 8 has no clip, see
-    `tpx_unclipped`.
+    Parmas et al. 2023 (TPX), Eq. 8 and footnote 4. Differs from the paper: Eq. 8 has no clip
+    (`tpx_unclipped`), which is nowhere much better (results/clip).
     """
     return _regress(rp[0], [leg[0] for leg in legs], summed=False)
 

@@ -276,7 +276,7 @@ def _holds(x: Tensor, condition: Callable[[Tensor], Tensor]) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
         return False
     try:
-        return bool(condition(x.detach()))
+        return bool(condition(x.detach()).numpy())
     except RuntimeError:  # inside torch.func.vmap there is no value to read
         return False
 

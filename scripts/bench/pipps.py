@@ -108,7 +108,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 def bench_pipps(points: int, repeats: int) -> dict[str, float]:
     """Time one policy gradient, as ratios to `rp`, to GPyTorch and to the bare matrix products."""
     keep_freed_memory()  # as PIPPS does
-    model, policy = _problem(points)
+    model, policy = random_problem(points)
     noise = Noise.draw(HORIZON, PARTICLES, 4, torch.Generator().manual_seed(0), resample=False)
     parameters = list(policy.parameters())
 
@@ -141,7 +141,7 @@ def bench_pipps(points: int, repeats: int) -> dict[str, float]:
     return row
 
 
-def _problem(points: int) -> tuple[ParticleModel, RBFPolicy]:
+def random_problem(points: int) -> tuple[ParticleModel, RBFPolicy]:
     """Make a random policy, and a model fitted to cart-pole data from random actions."""
     env = gym.make("totalprop/CartPoleSwingUp-v0")
     env.action_space.seed(0)

@@ -21,6 +21,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "tpg": {"color": "black", "marker": "o", "lw": 2.2},
     "tps": {"color": "#009E73", "ls": "--", "lw": 1},
     "ivw": {"color": "#D55E00", "ls": "-.", "lw": 1.2},
+    "tpx-unclipped": {"color": "#CC79A7", "ls": ":", "lw": 1},
     "tpx-scalar": {"color": "#CC79A7", "ls": "--", "lw": 1},
     "tpx-ivw": {"color": "#0072B2", "ls": ":", "lw": 1.3},
     "tpx-ivw-scalar": {"color": "#0072B2", "ls": "--", "lw": 1},

@@ -1,14 +1,16 @@
 """Measure what clipping k to [0, 1] does to the gradient variance of `tpx`, in PIPPS.
 
-    python -m totalprop.scripts.studies.clip                # writes results/clip/pipps.json
+    python -m totalprop.scripts.studies.clip                # writes results/clip/pipps_trained.json
+    python -m totalprop.scripts.studies.clip --model untrained --repeats 100
     totalprop chaos --estimators tpx tpx-unclipped          # the same question on chaotic RNNs
     totalprop diagnose RUN --estimators tpx tpx-unclipped   # and in Dreamer
 
-Eq. 8 of Parmas et al. 2023 has no clip. PIPPS learns the cart-pole swing-up for a few trials. At
-the policy it has then, the gradient is computed R times by each estimator from the same noise, with
-each number of particles. Prints and records, for each, the trace of the gradient's variance with
-its standard error, the ratio unclipped / clipped with a 95 % interval (bootstrap over the repeats,
-paired), and the share of k outside [0, 1].
+Eq. 8 of Parmas et al. 2023 has no clip. PIPPS learns the cart-pole swing-up for a few trials, or
+("untrained") its model is fitted to random actions and its policy is random. There the gradient is
+computed R times by each estimator from the same noise, with each number of particles. Prints and
+records, for each, the trace of the gradient's variance with its standard error, the ratio unclipped
+/ clipped with a 95 % interval (bootstrap over the repeats, paired), and the share of k outside
+[0, 1].
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from totalprop import PIPPS
 from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.estimators import gradient, make
+from totalprop.scripts.bench.pipps import random_problem
 from totalprop.scripts.run.folder import current_commit
 
 ESTIMATORS = ("tpx", "tpx-unclipped")
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--model", choices=("trained", "untrained"), default="trained", help="(default: trained)")
+    add("--points", type=int, nargs="+", default=[30, 90], help="untrained: data (default: 30 90)")
     add("--trials", type=int, nargs="+", default=[3], help="trials learned (default: 3)")
     add("--particles", type=int, nargs="+", default=[100, 300], help="P (default: 100 300)")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of PIPPS (default: 0 1)")
@@ -55,6 +60,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "rows": [],
     }
+    path = options.out / f"pipps_{options.model}.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    for what, model, policy in problems(options):
+        for particles in options.particles:
+            row = {**what, "particles": particles}
+            row |= compare(model, policy, particles, options.repeats)
+            record["rows"].append(row)
+            print(json.dumps(row), flush=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def problems(
+    options: argparse.Namespace,
+) -> Iterator[tuple[dict[str, int], ParticleModel, ControllerPolicy]]:
+    """Yield what is measured: its settings, the model, and the policy."""
+    if options.model == "untrained":
+        for points in options.points:
+            yield {"points": points}, *random_problem(points)
+        return
     for seed in options.seeds:
         for trials in options.trials:
             agent = PIPPS(
@@ -63,14 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 seed=seed,
                 gradient_steps=options.gradient_steps,
             ).learn(trials * STEPS)
-            for particles in options.particles:
-                row = {"seed": seed, "trials": trials, "particles": particles}
-                row |= compare(agent._particle_model(), agent.policy, particles, options.repeats)
-                record["rows"].append(row)
-                print(json.dumps(row), flush=True)
-                options.out.mkdir(parents=True, exist_ok=True)
-                path = options.out / "pipps.json"
-                path.write_text(json.dumps(record, indent=1) + "\n")
+            yield {"seed": seed, "trials": trials}, agent._particle_model(), agent.policy
 
 
 def compare(

@@ -215,7 +215,8 @@ def test_an_update_leaves_a_record_of_finite_numbers(name):
         assert value.shape == () and torch.isfinite(value) and not value.requires_grad
     assert [g.shape for g in record.actor_gradient] == [p.shape for p in policy.actor.parameters()]
     assert record.k.shape == (H, SIZES["stoch"])
-    assert (record.k >= 0).all() and (record.k <= 1).all()
+    if name != "tpx-unclipped":
+        assert (record.k >= 0).all() and (record.k <= 1).all()
     if name in ("rp", "lr"):
         assert (record.k == (name == "lr")).all()
 

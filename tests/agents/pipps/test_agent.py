@@ -811,14 +811,6 @@ def test_an_estimator_object_is_used_as_it_is(monkeypatch):
             {"estimator": estimators.make("tpx", baseline=estimators.baselines.critic)},
             "baseline 'critic' needs value=",
         ),
-        (
-            {
-                "estimator": estimators.make(
-                    "tpg", legs=(estimators.legs.score, estimators.legs.biw)
-                )
-            },
-            "'tpg' takes one score leg",
-        ),
         ({"cross_fit": True, "n_particles": 5}, "n_particles must be at least 6 with cross_fit"),
         (
             {"estimator": estimators.make("tpx", cross_fit=True), "n_particles": 5},
