@@ -46,7 +46,7 @@ def check_picture(path: Path) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Load the agent, roll it out, print the returns and record the GIF."""
+    """Load the agent, roll it out, print the returns or costs and record the GIF."""
     folder = RunFolder.open(options.run, imports=options.imports)
     path = options.gif or folder.path / "evaluation.gif"
     if options.gif is not None and not options.no_gif:
@@ -62,10 +62,12 @@ def evaluate(options: argparse.Namespace) -> None:
     agent = folder.load_agent(env)
     env.seed(options.seed)
     found = evaluate_agent(agent, env, options.episodes, max_steps=options.max_steps)
-    r = np.array(found.returns)
+    quantity = AGENTS[config["agent"]].quantity
+    sign = -1 if quantity == "cost" else 1
+    r = sign * np.array(found.returns)
     low, high = np.percentile(r, (5, 95))
     print(
-        f"{folder.path}: return {r.mean():.2f} ± {r.std():.2f} over {len(r)} episodes "
+        f"{folder.path}: {quantity} {r.mean():.2f} ± {r.std():.2f} over {len(r)} episodes "
         f"(percentiles: 5 % {low:.2f}, 95 % {high:.2f}; mean length "
         f"{np.mean(found.lengths):.0f} steps)"
     )
@@ -78,7 +80,7 @@ def evaluate(options: argparse.Namespace) -> None:
         normalised=lambda env: normalise_like(env, statistics), max_steps=options.max_steps,
     )  # fmt: skip
     if shown is not None:
-        print(f"GIF of {shown[0]} (return {shown[1]:.2f}): {path}")
+        print(f"GIF of {shown[0]} ({quantity} {sign * shown[1]:.2f}): {path}")
 
 
 if __name__ == "__main__":

@@ -220,43 +220,47 @@ def not_finite(state: Any, name: str = "") -> str:
     return next(filter(None, found), "")
 
 
+class UnfitStateError(ValueError, RuntimeError):
+    """A state dict does not fit; PyTorch, and so stable-baselines3, raises RuntimeError."""
+
+
 def check_state(name: str, module: nn.Module, state: Any, *, exact_match: bool = True) -> None:
     """Check names, shapes, dtypes and finiteness of a state dict against the module's own.
 
     Raises:
-        ValueError: an entry does not fit; the message names the first.
+        UnfitStateError: an entry does not fit; the message names the first.
     """
     ours = module.state_dict()
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"'{name}' is not a state dict")
+        raise UnfitStateError(f"'{name}' is not a state dict")
     optional = getattr(module, "OPTIONAL_BUFFERS", ())
     for key in sorted(state.keys() ^ ours.keys(), key=str):
         if key in optional and key in ours:
             continue
         if exact_match or key in state:
             side = "the file has" if key in state else "the file lacks"
-            raise ValueError(f"{side} {shown(key)} in '{name}'")
+            raise UnfitStateError(f"{side} {shown(key)} in '{name}'")
     grows = getattr(module, "GROWING_BUFFERS", ())
     for key, value in state.items():
         shape, kind = ours[key].shape, ours[key].dtype
         same = value.shape[1:] == shape[1:] if key in grows else value.shape == shape
         if not same:
-            raise ValueError(
+            raise UnfitStateError(
                 f"'{key}' in '{name}' is {list(value.shape)} in the file, {list(shape)} here"
             )
         if value.dtype != kind:
-            raise ValueError(f"'{key}' in '{name}' is {value.dtype} in the file, {kind} here")
+            raise UnfitStateError(f"'{key}' in '{name}' is {value.dtype} in the file, {kind} here")
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"'{key}' in '{name}' holds a NaN or infinity")
+            raise UnfitStateError(f"'{key}' in '{name}' holds a NaN or infinity")
     lengths = {len(state[key]) for key in grows if key in state}
     if len(lengths) > 1:
-        raise ValueError(f"{' and '.join(grows)} in '{name}' differ in length")
+        raise UnfitStateError(f"{' and '.join(grows)} in '{name}' differ in length")
     check_meaning: Callable[[Any], None] | None = getattr(module, "check_state", None)
     if check_meaning is not None and state.keys() >= ours.keys():
         try:
             check_meaning(state)
         except ValueError as error:
-            raise ValueError(f"'{name}' cannot be used: {error}") from None
+            raise UnfitStateError(f"'{name}' cannot be used: {error}") from None
 
 
 def check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:

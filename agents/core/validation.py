@@ -199,6 +199,10 @@ def _is_instance(member: Any, value: Any) -> bool:
     return isinstance(value, origin)
 
 
+class WrongArgumentError(ValueError, AssertionError):
+    """An argument has a wrong value; stable-baselines3 raises AssertionError for some."""
+
+
 def check_arguments(agent: BaseAlgorithm) -> None:
     """Every argument against its annotation, and what stable-baselines3 does not check.
 
@@ -227,7 +231,7 @@ def check_values(cls: type, **values: Any) -> None:
     hints = constructor_hints(cls)
     for name, value in values.items():
         if expected := expectation(hints[name], value):
-            raise ValueError(f"{name} must be {expected}, got {shown(value)}")
+            raise WrongArgumentError(f"{name} must be {expected}, got {shown(value)}")
 
 
 def is_whole(value: Any) -> bool:

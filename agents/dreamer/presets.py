@@ -63,7 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Parmas et al. 2023 (TPX), Sec. 6.2: "the same hyperparameters as in the original article".
 PRESETS["tpx2023"] = {
     **PRESETS["dreamer2020"],
-    "estimator": "tpx",  # Sec. 4
+    "estimator": "tpx-unclipped",  # Eq. 8, which has no clip
     "baseline": "mean",  # Sec. 3: "We use the mean baseline throughout"
     "horizon": 15,  # Sec. 6.2: H in {15, 60}
     "discount_weights": False,  # App. C.1, Eq. 17: a plain mean of the returns

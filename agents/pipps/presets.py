@@ -11,7 +11,7 @@ from typing import Any
 PRESETS: dict[str, dict[str, Any]] = {
     # Parmas et al. 2023, "Model-based RL with scalable composite policy gradient estimators" (TPX)
     "tpx2023": {
-        "estimator": "tpx",  # App. B.1 compares it with RP, LR and TP
+        "estimator": "tpx-unclipped",  # Eq. 8; App. B.1 compares it with RP, LR and TP
         "n_particles": 300,  # App. B.1: "number of particles [...] was N = 300"
         "horizon": 30,  # App. B.1: "prediction horizon was 30 steps"
         "gradient_steps": 250,  # App. B.1: "policy gradient steps per episode was 250"

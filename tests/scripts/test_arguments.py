@@ -156,7 +156,7 @@ def test_an_argument_of_another_policy_is_refused_and_its_default_is_not(capsys)
 
 @pytest.mark.parametrize(
     ("preset", "cost", "estimator", "leg"),
-    [("tpx2023", "tip", "tpx", "score"), ("pipps2018", "angle", "tp", "biw")],
+    [("tpx2023", "tip", "tpx-unclipped", "score"), ("pipps2018", "angle", "tp", "biw")],
 )
 def test_a_preset_of_pipps_is_the_papers_task_and_estimator(preset, cost, estimator, leg, tmp_path):
     made = job("pipps", "--preset", preset)

@@ -111,6 +111,7 @@ def test_learning_rate_must_not_be_negative(make, rate):
     with pytest.raises(ValueError, match="learning_rate must be at least 0") as error:
         make(learning_rate=rate)
     assert "\n" not in str(error.value)
+    assert isinstance(error.value, AssertionError)  # as stable-baselines3's checks of arguments
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "ten"])

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import warnings
 import zipfile
 
@@ -361,3 +362,13 @@ def test_a_file_says_what_it_was_written_with(file):
     with zipfile.ZipFile(file) as archive:
         text = archive.read("system_info.txt").decode()
     assert "Python" in text and "PyTorch" in text
+
+
+def test_parameters_of_another_shape_are_the_error_that_users_of_pytorch_catch(make, trained):
+    """A ValueError like all of ours, and the RuntimeError that stable-baselines3 lets through."""
+    parameters = copy.deepcopy(trained.get_parameters())
+    name = next(iter(parameters["policy"]))
+    parameters["policy"][name] = torch.zeros(3, 2, 1)
+    for kind in (ValueError, RuntimeError):
+        with pytest.raises(kind, match=re.escape(f"'{name}' in 'policy' is [3, 2, 1]")):
+            make().set_parameters(parameters)
