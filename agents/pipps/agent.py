@@ -113,9 +113,7 @@ class PIPPS(Algorithm):
         "LinearPolicy": LinearPolicy,
     }
     action_spaces = (spaces.Box,)
-    fixed_arguments: ClassVar[tuple[str, ...]] = (
-        "policy_kwargs", "angle_dims", "cost_fn", "termination",
-    )  # fmt: skip
+    fixed_arguments: ClassVar[tuple[str, ...]] = ("policy_kwargs", "angle_dims")
     no_vec_normalize: ClassVar[str] = (
         "PIPPS fits its model to raw observations, whose scale VecNormalize keeps changing; "
         "pass the environment without VecNormalize (the GP scales its inputs itself)"
