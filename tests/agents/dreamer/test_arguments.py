@@ -119,7 +119,7 @@ def test_the_readings_of_tpx_2023():
     """Sec. 6.2 says DreamerV1's hyperparameters; the code came from yusukeurakami's."""
     dreamer, paper, code = (PRESETS[n] for n in ("dreamer2020", "tpx2023", "tpx2023-urakami"))
     changed = {key: value for key, value in paper.items() if dreamer.get(key) != value}
-    assert changed == {"estimator": "tpx", "baseline": "mean", "discount_weights": False}
+    assert changed == {"estimator": "tpx-unclipped", "baseline": "mean", "discount_weights": False}
     assert paper["model_learning_rate"] == 6e-4 and code["model_learning_rate"] == 1e-3
     layers = [
         DreamerTPX("DreamerPolicy", SpaceEnv(), **preset, device="cpu").policy.critic[0]
