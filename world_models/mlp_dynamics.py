@@ -177,8 +177,8 @@ def fit(
         rng: draws the batches.
 
     Returns:
-        "transition_loss", "reward_loss" and, once a transition has terminated, "termination_loss":
-        their means over the last tenth of the steps.
+        Means over the last tenth of the steps, by name: transition_loss, reward_loss and, once a
+        transition has terminated, termination_loss.
     """
     model.set_scale(buffer)
     model.see_terminations(buffer)
