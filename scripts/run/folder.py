@@ -237,11 +237,13 @@ def _sweep(root: Path, name: str) -> None:
     """Remove what `RunFolder.create` left behind where it was killed, at least an hour ago."""
     for path in root.glob(f".{glob.escape(name)}.*"):
         # One that is being created holds config.json at most, and its process may run elsewhere.
-        is_old = time.time() - path.stat().st_mtime > ABANDONED
-        if not is_old or not path.is_dir() or path.is_symlink():
-            continue
-        if all(entry.name == "config.json" or entry.suffix == ".tmp" for entry in path.iterdir()):
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # it was just given its name
+            is_old = time.time() - path.stat().st_mtime > ABANDONED
+            if not is_old or not path.is_dir() or path.is_symlink():
+                continue
+            entries = list(path.iterdir())
+            if all(entry.name == "config.json" or entry.suffix == ".tmp" for entry in entries):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
