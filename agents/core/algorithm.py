@@ -346,7 +346,7 @@ class Algorithm(BaseAlgorithm):
                 env, attributes["observation_space"], attributes["action_space"]
             )
             if force_reset:
-                attributes["_last_obs"] = None
+                attributes["_last_obs"] = attributes["_last_original_obs"] = None
             attributes["n_envs"] = env.num_envs
         policy_class = attributes["policy_class"]
         if not (isinstance(policy_class, type) and issubclass(policy_class, BasePolicy)):

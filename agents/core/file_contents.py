@@ -180,12 +180,12 @@ _CHECKS: dict[str, Callable[[Any], str]] = {
 def _check_observations(attributes: Mapping[str, Any]) -> None:
     """The observations from which `learn` continues must be those of so many environments."""
     space, n = attributes["observation_space"], attributes.get("n_envs", 1)
-    if attributes.get("_last_obs") is None:  # `learn` resets the environments
-        return
     for name in ("_last_obs", "_last_original_obs"):
         value = attributes.get(name)
         if value is not None and not _is_batch(value, space, n):
             raise BadFileError(f"its {name} is not one observation of each of {n} environments")
+    if attributes.get("_last_obs") is None:  # `learn` resets the environments
+        return
     starts = attributes.get("_last_episode_starts")
     if not isinstance(starts, np.ndarray) or starts.dtype != bool or starts.shape != (n,):
         raise BadFileError(f"its _last_episode_starts are not those of {n} environments")

@@ -372,3 +372,15 @@ def test_parameters_of_another_shape_are_the_error_that_users_of_pytorch_catch(m
     for kind in (ValueError, RuntimeError):
         with pytest.raises(kind, match=re.escape(f"'{name}' in 'policy' is [3, 2, 1]")):
             make().set_parameters(parameters)
+
+
+def test_observations_that_learn_does_not_need_are_checked_or_dropped(make, file, tmp_path):
+    """What is loaded can be saved, and what is saved can be loaded."""
+    document, tensors = hostile_files.take_apart(file)
+    document["values"]["attributes"]["_last_original_obs"] = [3]
+    hostile_files.put_together(tmp_path / "other.zip", document, tensors)
+    agent = make.cls.load(tmp_path / "other.zip", env=CountingEnv(), device="cpu")
+    agent.learn(7, reset_num_timesteps=False).save(tmp_path / "again")
+    make.cls.load(tmp_path / "again", device="cpu")
+    with pytest.raises(ValueError, match="its _last_original_obs is not one observation"):
+        make.cls.load(tmp_path / "other.zip", device="cpu")
