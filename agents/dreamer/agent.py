@@ -589,6 +589,7 @@ class DreamerTPX(Algorithm):
             ),
             model=ModelLossSettings(
                 kl_scale=self.kl_scale,
+                representation_scale=1.0,
                 free_nats=self.free_nats,
                 free_nats_per_step=self.free_nats_per_step,
                 gamma=self.gamma,

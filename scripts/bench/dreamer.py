@@ -122,6 +122,7 @@ def _settings(name: str, horizon: int) -> UpdateSettings:
         ),
         model=ModelLossSettings(
             kl_scale=v1["kl_scale"],
+            representation_scale=1.0,
             free_nats=v1["free_nats"],
             free_nats_per_step=v1["free_nats_per_step"],
             gamma=v1["gamma"],

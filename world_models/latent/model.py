@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from totalprop.world_models.latent.heads import HeadKind, ScalarHead
 from totalprop.world_models.latent.networks import (
     IMAGE_SIZE,
     ImageDecoder,
@@ -43,6 +44,8 @@ class ModelLossSettings(NamedTuple):
 
     Attributes:
         kl_scale: weight of the KL term.
+        representation_scale: weight of the KL term's gradient with respect to the posterior,
+            relative to that with respect to the prior; 1 is the plain KL divergence.
         free_nats: the KL divergence, in nats, below which it is not penalised.
         free_nats_per_step: True applies the free nats to every step (Hafner's TensorFlow 1
             original), False to the mean over batch and time (danijar/dreamer).
@@ -52,6 +55,7 @@ class ModelLossSettings(NamedTuple):
     """
 
     kl_scale: float
+    representation_scale: float
     free_nats: float
     free_nats_per_step: bool
     gamma: float
@@ -72,6 +76,8 @@ class LatentModel(nn.Module):
         conv_depth: feature maps of the first convolution (32 in DreamerV1).
         vector_std: standard deviation of the vector decoder.
         discount_head: whether to learn γ·P(not terminal), for tasks that may end early.
+        reward_head: kind of the reward head, see `ScalarHead`.
+        layer_norm: layer norm and SiLU in every network, see `mlp`, `ImageEncoder` and `RSSM`.
 
     Vectors are learned as differences from `offset`, which is zero until `set_offset`: symlog and
     float32 lose the digits of numbers that vary little around a large one.
@@ -95,6 +101,8 @@ class LatentModel(nn.Module):
         conv_depth: int,
         vector_std: float = 1.0,
         discount_head: bool = False,
+        reward_head: HeadKind = "gaussian",
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         features = stoch + deter
@@ -109,17 +117,25 @@ class LatentModel(nn.Module):
                     "gymnasium.wrappers.ResizeObservation"
                 )
             self.register_buffer("offset", None)
-            self.encoder = ImageEncoder(channels, depth=conv_depth)
-            self.decoder = ImageDecoder(features, channels, depth=conv_depth)
+            self.encoder = ImageEncoder(channels, depth=conv_depth, layer_norm=layer_norm)
+            self.decoder = ImageDecoder(features, channels, depth=conv_depth, layer_norm=layer_norm)
         else:
             (size,) = observation_shape
             self.register_buffer("offset", torch.zeros(size, dtype=torch.float64))
-            self.encoder = VectorEncoder(size, width=width)
-            self.decoder = VectorDecoder(features, size, width=width, std=vector_std)
-        self.rssm = RSSM(action_size, self.encoder.outputs, stoch=stoch, deter=deter, hidden=hidden)
-        self.reward_head = mlp(features, width, 2, 1)
-        self.discount_head = mlp(features, width, 3, 1) if discount_head else None
+            self.encoder = VectorEncoder(size, width=width, layer_norm=layer_norm)
+            self.decoder = VectorDecoder(
+                features, size, width=width, std=vector_std, layer_norm=layer_norm
+            )
+        self.rssm = RSSM(
+            action_size, self.encoder.outputs, stoch=stoch, deter=deter, hidden=hidden,
+            layer_norm=layer_norm,
+        )  # fmt: skip
+        self.reward_head = ScalarHead(features, width, 2, kind=reward_head, layer_norm=layer_norm)
+        self.discount_head = (
+            mlp(features, width, 3, 1, layer_norm=layer_norm) if discount_head else None
+        )
         initialise(self)
+        self.reward_head.zero_last_layer()
         if self.discount_head is not None:  # untrained, it says that the episode continues
             *_, (_, bias) = self.discount_head.named_parameters()
             nn.init.constant_(bias, math.log(99))  # sigmoid: 0.99
@@ -146,7 +162,7 @@ class LatentModel(nn.Module):
 
     def reward(self, features: Tensor) -> Tensor:
         """Mean reward for arriving in a state, [..., F] -> [...]."""
-        return at_least_float32(self.reward_head(features)).squeeze(-1)
+        return self.reward_head.mean(self.reward_head(features))
 
     def discount(self, features: Tensor) -> Tensor | None:
         """γ·P(the episode continues), [..., F] -> [...]; None without a discount head."""
@@ -184,14 +200,10 @@ class LatentModel(nn.Module):
         )
         features = states.features
         observation = -self.decoder.log_prob(features, observations) / steps
-        error = self.reward(features) - rewards
-        reward = 0.5 * error.square().mean() + 0.5 * math.log(2 * math.pi)
-        kl = kl_divergence(posterior, prior)
-        if settings.free_nats_per_step:
-            penalty, kl = kl.clamp_min(settings.free_nats).mean(), kl.mean()
-        else:
-            kl = kl.mean()
-            penalty = kl.clamp_min(settings.free_nats)
+        reward = self.reward_head.loss(self.reward_head(features), rewards).mean()
+        if self.reward_head.kind == "gaussian":
+            reward = reward + 0.5 * math.log(2 * math.pi)
+        penalty, kl = _kl_penalty(posterior, prior, settings)
         total = settings.kl_scale * penalty + observation + reward
         discount = torch.zeros_like(kl)
         if self.discount_head is not None and settings.learned_discount:
@@ -264,6 +276,25 @@ class LatentModel(nn.Module):
             features.append(state.features.unsqueeze(0))
         decoded = self.decoder(torch.cat(features))
         return decoded if self.offset is None else decoded + self.offset
+
+
+def _kl_penalty(
+    posterior: Gaussian, prior: Gaussian, settings: ModelLossSettings
+) -> tuple[Tensor, Tensor]:
+    """The KL term with its free nats, and the mean KL divergence, both []."""
+
+    def penalty(kl: Tensor) -> Tensor:
+        if settings.free_nats_per_step:
+            return kl.clamp_min(settings.free_nats).mean()
+        return kl.mean().clamp_min(settings.free_nats)
+
+    kl, scale = kl_divergence(posterior, prior), settings.representation_scale
+    if scale == 1:
+        return penalty(kl), kl.mean()
+    # KL balancing (Hafner et al. 2021, Alg. 2): one term moves the prior, the other the posterior.
+    dynamics = penalty(kl_divergence(posterior.detach(), prior))
+    representation = penalty(kl_divergence(posterior, prior.detach()))
+    return dynamics + scale * representation, kl.mean()
 
 
 __all__ = ["Gaussian", "LatentModel", "ModelLoss", "ModelLossSettings", "State"]

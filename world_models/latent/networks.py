@@ -33,12 +33,42 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(part.bias_hh)
 
 
-def mlp(inputs: int, width: int, layers: int, outputs: int) -> nn.Sequential:
-    """Make a perceptron with `layers` hidden layers of `width` ELUs and a linear output layer."""
+def mlp(
+    inputs: int, width: int, layers: int, outputs: int, *, layer_norm: bool = False
+) -> nn.Sequential:
+    """Make a perceptron with `layers` hidden layers and a linear output layer.
+
+    Args:
+        inputs: size of the input.
+        width: units of each hidden layer.
+        layers: number of hidden layers.
+        outputs: size of the output.
+        layer_norm: hidden layers are Linear, LayerNorm, SiLU (as in DreamerV3) instead of Linear,
+            ELU (DreamerV1).
+    """
     parts: list[nn.Module] = []
     for i in range(layers):
-        parts += [Linear(width if i else inputs, width), nn.ELU()]
+        parts.append(Linear(width if i else inputs, width))
+        parts += [LayerNorm(width), nn.SiLU()] if layer_norm else [nn.ELU()]
     return nn.Sequential(*parts, Linear(width if layers else inputs, outputs))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with the epsilon of DreamerV2 and V3, in float32 where layers run in bfloat16."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, eps=1e-3)
+
+
+class ChannelNorm(LayerNorm):
+    """Layer norm over the channels of images [N, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def _activation(channels: int, layer_norm: bool) -> nn.Module:
+    return nn.Sequential(ChannelNorm(channels), nn.SiLU()) if layer_norm else nn.ReLU()
 
 
 class ImageEncoder(nn.Module):
@@ -47,14 +77,16 @@ class ImageEncoder(nn.Module):
     Args:
         channels: C.
         depth: feature maps of the first layer (32 in DreamerV1); every further layer doubles them.
+        layer_norm: follow each convolution by layer norm over channels and SiLU instead of ReLU.
     """
 
-    def __init__(self, channels: int, *, depth: int) -> None:
+    def __init__(self, channels: int, *, depth: int, layer_norm: bool = False) -> None:
         super().__init__()
         sizes = [channels, depth, 2 * depth, 4 * depth, 8 * depth]
         self.layers = nn.ModuleList(
             nn.Conv2d(a, b, kernel_size=4, stride=2) for a, b in pairwise(sizes)
         )
+        self.activations = nn.ModuleList(_activation(size, layer_norm) for size in sizes[1:])
         self.outputs = 2 * 2 * 8 * depth
 
     def forward(self, images: Tensor) -> Tensor:
@@ -64,8 +96,8 @@ class ImageEncoder(nn.Module):
 
     def _encode(self, images: Tensor) -> Tensor:
         x = _for_convolution(normalise(images))
-        for layer in self.layers:
-            x = layer(x).relu()
+        for layer, activation in zip(self.layers, self.activations, strict=True):
+            x = activation(layer(x))
         return x.flatten(1)
 
 
@@ -78,17 +110,21 @@ class ImageDecoder(nn.Module):
         features: F.
         channels: C.
         depth: as in `ImageEncoder`.
+        layer_norm: as in `ImageEncoder`.
     """
 
-    def __init__(self, features: int, channels: int, *, depth: int) -> None:
+    def __init__(
+        self, features: int, channels: int, *, depth: int, layer_norm: bool = False
+    ) -> None:
         super().__init__()
         self.dense = Linear(features, 32 * depth)
         self.first = nn.ConvTranspose2d(32 * depth, 4 * depth, kernel_size=5, stride=2)
+        self.activation = _activation(4 * depth, layer_norm)
         self.layers = nn.Sequential(
             nn.ConvTranspose2d(4 * depth, 2 * depth, kernel_size=5, stride=2),
-            nn.ReLU(),
+            _activation(2 * depth, layer_norm),
             nn.ConvTranspose2d(2 * depth, depth, kernel_size=6, stride=2),
-            nn.ReLU(),
+            _activation(depth, layer_norm),
             nn.ConvTranspose2d(depth, channels, kernel_size=6, stride=2),
         )
 
@@ -103,7 +139,7 @@ class ImageDecoder(nn.Module):
         x = fast_linear(self.dense(features), weight.flatten(1).T, None)
         x = x.unflatten(1, weight.shape[1:])
         assert bias is not None
-        x = _for_convolution((x + bias.view(-1, 1, 1)).relu())
+        x = _for_convolution(self.activation(x + bias.view(-1, 1, 1)))
         images: Tensor = self.layers(x)
         return images
 
@@ -125,9 +161,9 @@ class ImageDecoder(nn.Module):
 class VectorEncoder(nn.Module):
     """Perceptron on symlog(observation), [..., S] -> [..., width]."""
 
-    def __init__(self, size: int, *, width: int, layers: int = 2) -> None:
+    def __init__(self, size: int, *, width: int, layers: int = 2, layer_norm: bool = False) -> None:
         super().__init__()
-        self.net = mlp(size, width, layers, width)
+        self.net = mlp(size, width, layers, width, layer_norm=layer_norm)
         self.outputs = width
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -144,13 +180,21 @@ class VectorDecoder(nn.Module):
         layers: number of hidden layers.
         std: standard deviation of the Gaussian. Images use 1, but vectors need less: their few
             entries, which vary by about 1, must outweigh the free nats.
+        layer_norm: as in `mlp`.
     """
 
     def __init__(
-        self, features: int, size: int, *, width: int, layers: int = 2, std: float = 1.0
+        self,
+        features: int,
+        size: int,
+        *,
+        width: int,
+        layers: int = 2,
+        std: float = 1.0,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.net = mlp(features, width, layers, size)
+        self.net = mlp(features, width, layers, size, layer_norm=layer_norm)
         self.std = std
 
     def forward(self, features: Tensor) -> Tensor:

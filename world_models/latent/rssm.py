@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import elu, softplus
+from torch.nn.functional import softplus
 
 from totalprop.world_models.latent.linear import Linear, fast_linear
-from totalprop.world_models.latent.networks import at_least_float32
+from totalprop.world_models.latent.networks import LayerNorm, at_least_float32
 
 
 class State(NamedTuple):
@@ -40,6 +40,44 @@ class Gaussian(NamedTuple):
     mean: Tensor  # [..., D]
     std: Tensor  # [..., D]
 
+    def detach(self) -> Gaussian:
+        """The same distribution, detached from the graph."""
+        return Gaussian(self.mean.detach(), self.std.detach())
+
+
+class GRUCell(nn.GRUCell):
+    """`nn.GRUCell`, with the same parameters, but with oneDNN on the CPU."""
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
+        """h_t [N, deter] from the input [N, hidden] and h_{t-1} [N, deter]."""
+        if h.device.type != "cpu":
+            return super().forward(x, h)
+        reset_x, update_x, new_x = fast_linear(x, self.weight_ih, self.bias_ih).chunk(3, -1)
+        reset_h, update_h, new_h = fast_linear(h, self.weight_hh, self.bias_hh).chunk(3, -1)
+        reset, update = (reset_x + reset_h).sigmoid(), (update_x + update_h).sigmoid()
+        candidate = torch.addcmul(new_x, reset, new_h).tanh()
+        return candidate + update * (h - candidate)
+
+
+class NormGRUCell(nn.Module):
+    """GRU of DreamerV2 and V3: layer norm over all gates, and an update gate biased by -1.
+
+    The bias keeps the state at first, since the gate starts near sigmoid(-1) = 0.27. Hafner et al.
+    2021 (DreamerV2), danijar/dreamerv2, nets.GRUCell.
+    """
+
+    def __init__(self, inputs: int, deter: int) -> None:
+        super().__init__()
+        self.gates = Linear(inputs + deter, 3 * deter, bias=False)
+        self.norm = LayerNorm(3 * deter)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """h_t [N, deter] from the input [N, hidden] and h_{t-1} [N, deter]."""
+        gates = self.norm(self.gates(torch.cat((x, h), -1)))
+        reset, candidate, update = gates.chunk(3, -1)
+        candidate = (reset.sigmoid() * candidate).tanh()
+        return h + (update - 1).sigmoid() * (candidate - h)
+
 
 class RSSM(nn.Module):
     """Transition model (prior) and representation model (posterior).
@@ -51,6 +89,8 @@ class RSSM(nn.Module):
         deter: size of h (200 in DreamerV1).
         hidden: units of the dense layers between them (200 in DreamerV1).
         min_std: added to the softplus of both standard deviations.
+        layer_norm: dense layers are Linear, LayerNorm, SiLU instead of Linear, ELU, and the GRU is
+            `NormGRUCell`, as in DreamerV2 and V3.
     """
 
     def __init__(
@@ -62,15 +102,20 @@ class RSSM(nn.Module):
         deter: int,
         hidden: int,
         min_std: float = 0.1,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         self.stoch_size, self.deter_size, self.min_std = stoch, deter, min_std
         self.input_layer = Linear(stoch + action_size, hidden)
-        self.cell = nn.GRUCell(hidden, deter)
+        self.cell = NormGRUCell(hidden, deter) if layer_norm else GRUCell(hidden, deter)
         self.prior_hidden = Linear(deter, hidden)
         self.prior_out = Linear(hidden, 2 * stoch)
         self.posterior_hidden = Linear(deter + embed_size, hidden)
         self.posterior_out = Linear(hidden, 2 * stoch)
+        self.input_activation, self.prior_activation, self.posterior_activation = (
+            nn.Sequential(LayerNorm(hidden), nn.SiLU()) if layer_norm else nn.ELU()
+            for _ in range(3)
+        )
 
     @property
     def feature_size(self) -> int:
@@ -84,25 +129,19 @@ class RSSM(nn.Module):
 
     def recur(self, state: State, action: Tensor) -> Tensor:
         """h_t [N, deter] from the previous state and action."""
-        x = elu(self.input_layer(torch.cat((state.stoch, action), -1)))
-        cell, h = self.cell, state.deter
-        if h.device.type != "cpu":
-            return cell(x, h)
-        # The same as nn.GRUCell, which would not use oneDNN.
-        reset_x, update_x, new_x = fast_linear(x, cell.weight_ih, cell.bias_ih).chunk(3, -1)
-        reset_h, update_h, new_h = fast_linear(h, cell.weight_hh, cell.bias_hh).chunk(3, -1)
-        reset, update = (reset_x + reset_h).sigmoid(), (update_x + update_h).sigmoid()
-        candidate = torch.addcmul(new_x, reset, new_h).tanh()
-        return candidate + update * (h - candidate)
+        x = self.input_activation(self.input_layer(torch.cat((state.stoch, action), -1)))
+        deter: Tensor = self.cell(x, state.deter)
+        return deter
 
     def prior(self, deter: Tensor) -> Gaussian:
         """p(z_t | h_t), from h_t [..., deter]."""
-        return self._gaussian(self.prior_out(elu(self.prior_hidden(deter))))
+        return self._gaussian(self.prior_out(self.prior_activation(self.prior_hidden(deter))))
 
     def posterior(self, deter: Tensor, embed: Tensor) -> Gaussian:
         """q(z_t | h_t, o_t), from h_t [..., deter] and the embedding of o_t [..., E]."""
         x = torch.cat((deter, embed), -1)
-        return self._gaussian(self.posterior_out(elu(self.posterior_hidden(x))))
+        hidden = self.posterior_activation(self.posterior_hidden(x))
+        return self._gaussian(self.posterior_out(hidden))
 
     def observe(
         self, embeds: Tensor, actions: Tensor, is_first: Tensor, noise: Tensor
@@ -129,7 +168,7 @@ class RSSM(nn.Module):
         for t, inputs in enumerate(from_embed.unbind(0)):
             state = State(state.deter * keep[t], state.stoch * keep[t])
             deter = self.recur(state, actions[t] * keep[t])
-            hidden = elu(torch.addmm(inputs, deter, from_deter))
+            hidden = self.posterior_activation(torch.addmm(inputs, deter, from_deter))
             mean, std = self._gaussian(self.posterior_out(hidden))
             state = State(deter, mean + std * noise[t])
             for column, value in zip(columns, (*state, mean, std), strict=True):

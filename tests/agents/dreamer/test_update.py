@@ -33,7 +33,12 @@ SETTINGS = UpdateSettings(
         gamma=0.99, lam=0.95, stop_grad_actor_input=True, discount_weights=True, entropy_scale=0.01
     ),
     model=ModelLossSettings(
-        kl_scale=1.0, free_nats=0.01, free_nats_per_step=False, gamma=0.99, discount_scale=10.0
+        kl_scale=1.0,
+        representation_scale=1.0,
+        free_nats=0.01,
+        free_nats_per_step=False,
+        gamma=0.99,
+        discount_scale=10.0,
     ),
     horizon=H,
     imagination_starts=0,

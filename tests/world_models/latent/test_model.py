@@ -6,15 +6,20 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from totalprop.world_models.latent.model import LatentModel, ModelLossSettings
+from totalprop.world_models.latent.model import LatentModel, ModelLossSettings, _kl_penalty
 from totalprop.world_models.latent.networks import symexp, symlog
-from totalprop.world_models.latent.rssm import State
+from totalprop.world_models.latent.rssm import Gaussian, State
 
 T, B, A, OBSERVATION, STOCH, DETER = 5, 3, 2, 4, 3, 4
 IMAGE = (3, 64, 64)
 SIZES = {"stoch": STOCH, "deter": DETER, "hidden": 5, "width": 5, "conv_depth": 2}
 SETTINGS = ModelLossSettings(
-    kl_scale=0.7, free_nats=0.01, free_nats_per_step=False, gamma=0.9, discount_scale=4.0
+    kl_scale=0.7,
+    representation_scale=1.0,
+    free_nats=0.01,
+    free_nats_per_step=False,
+    gamma=0.9,
+    discount_scale=4.0,
 )
 
 
@@ -383,3 +388,36 @@ def test_open_loop_does_not_look_ahead():
     actions[3] += 1.0
     changed = (predict(data[0], actions) - expected).abs().amax((1, 2))
     assert (changed[:3] == 0).all() and (changed[3:] > 1e-4).all()
+
+
+def test_kl_balance_scales_the_posteriors_gradient_alone():
+    """By hand: the prior's gradient is that of the plain KL, the posterior's `scale` times it."""
+    parts = [randn(2, 3, seed=i) for i in range(4)]
+    parts[1], parts[3] = parts[1].exp(), parts[3].exp()
+
+    def gradients(scale):
+        leaves = [part.clone().requires_grad_() for part in parts]
+        settings = SETTINGS._replace(representation_scale=scale, free_nats=0.0)
+        penalty, kl = _kl_penalty(Gaussian(*leaves[:2]), Gaussian(*leaves[2:]), settings)
+        return torch.autograd.grad(penalty, leaves), penalty, kl
+
+    plain, penalty, kl = gradients(1.0)
+    balanced, scaled, same = gradients(0.2)
+    for i, (a, b) in enumerate(zip(balanced, plain, strict=True)):
+        torch.testing.assert_close(a, b * (0.2 if i < 2 else 1.0))
+    assert penalty == kl == same
+    torch.testing.assert_close(scaled, 1.2 * kl)
+
+
+def test_a_two_hot_reward_head_is_trained_by_its_cross_entropy():
+    torch.manual_seed(0)
+    model = LatentModel((OBSERVATION,), A, **SIZES, reward_head="two-hot", layer_norm=True)
+    features = randn(2, 3, STOCH + DETER, seed=1)
+    assert torch.equal(model.reward(features), torch.zeros(2, 3))  # at first
+    loss, states = model.loss(
+        randn(T, B, OBSERVATION, seed=2), randn(T, B, A, seed=3), randn(T, B, seed=4),
+        torch.zeros(T, B, dtype=torch.bool), torch.zeros(T, B, dtype=torch.bool),
+        randn(T, B, STOCH, seed=5), SETTINGS,
+    )  # fmt: skip
+    assert float(loss.reward.detach()) == pytest.approx(math.log(255), rel=1e-5)  # uniform over 255 bins
+    assert states.features.shape == (T, B, STOCH + DETER)

@@ -308,3 +308,38 @@ def test_log_probs_are_largest_at_the_decoded_observation():
     grey = torch.full((2, CHANNELS, 64, 64), 255, dtype=torch.uint8)
     expected = -2 * CHANNELS * 64 * 64 * (0.5 * 0.25 + 0.5 * math.log(2 * math.pi))
     assert image.log_prob(features[:2], grey).item() == pytest.approx(expected, rel=1e-5)
+
+
+# Layer norm
+
+
+def test_hidden_layers_with_layer_norm():
+    """By hand: SiLU((x - mean) / sqrt(var + 1e-3)) of the linear layer's output."""
+    net = randomise(mlp(3, 4, 1, 2, layer_norm=True))
+    nn.init.ones_(net[1].weight), nn.init.zeros_(net[1].bias)
+    x = torch.randn(5, 3, generator=generator(2))
+    hidden = net[0](x)
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    torch.testing.assert_close(net(x), net[3](normed * normed.sigmoid()))
+
+
+def test_layer_norm_of_images_is_over_channels():
+    """Scaling one pixel's channels changes no other pixel, and not even its own, up to epsilon."""
+    norm = networks.ChannelNorm(6)
+    x = 5 * torch.randn(2, 6, 4, 4, generator=generator(3))
+    scaled = x.clone()
+    scaled[0, :, 1, 2] *= 10
+    torch.testing.assert_close(norm(scaled), norm(x), rtol=1e-2, atol=1e-2)
+    expected = nn.functional.layer_norm(x.movedim(1, -1), (6,), eps=1e-3).movedim(-1, 1)
+    torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_images_of_normed_networks_have_the_same_shapes(layer_norm):
+    encoder = ImageEncoder(CHANNELS, depth=DEPTH, layer_norm=layer_norm)
+    decoder = ImageDecoder(FEATURES, CHANNELS, depth=DEPTH, layer_norm=layer_norm)
+    n_norms = sum(isinstance(m, nn.LayerNorm) for net in (encoder, decoder) for m in net.modules())
+    assert n_norms == 7 * layer_norm
+    assert encoder(images(2, 3)).shape == (2, 3, encoder.outputs)
+    assert decoder(torch.randn(2, 3, FEATURES)).shape == (2, 3, CHANNELS, 64, 64)

@@ -8,7 +8,7 @@ from torch.distributions import Independent, Normal
 from torch.distributions import kl_divergence as reference_kl
 from torch.nn.functional import elu, softplus
 
-from totalprop.world_models.latent.rssm import RSSM, Gaussian, State, kl_divergence
+from totalprop.world_models.latent.rssm import RSSM, Gaussian, NormGRUCell, State, kl_divergence
 
 F64 = torch.float64
 T, B, A, EMBED, STOCH, DETER, HIDDEN = 6, 3, 2, 7, 3, 4, 5
@@ -240,3 +240,34 @@ def test_kl_by_hand():
     found = kl_divergence(Gaussian(0 * one, one), Gaussian(one, 2 * one))
     assert float(found) == pytest.approx(2 * (math.log(2) + 0.25 - 0.5))
     assert float(kl_divergence(gaussian(1), gaussian(1)).abs().max()) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_gru_with_layer_norm_by_hand():
+    """danijar/dreamerv2, nets.GRUCell: norm of all gates, then an update gate biased by -1."""
+    cell = NormGRUCell(3, 2)
+    x, h = torch.randn(4, 3), torch.randn(4, 2)
+    gates = torch.cat((x, h), -1) @ cell.gates.weight.T
+    gates = torch.nn.functional.layer_norm(gates, (6,), eps=1e-3)
+    reset, candidate, update = gates[:, :2].sigmoid(), gates[:, 2:4], (gates[:, 4:] - 1).sigmoid()
+    candidate = (reset * candidate).tanh()
+    torch.testing.assert_close(cell(x, h), update * candidate + (1 - update) * h)
+    assert cell.gates.bias is None
+
+
+def test_a_model_with_layer_norm_filters_as_it_steps():
+    """`observe` equals `recur` and `posterior` step by step, as without layer norm."""
+    torch.manual_seed(0)
+    rssm = RSSM(2, 3, stoch=3, deter=4, hidden=5, layer_norm=True)
+    embeds, actions, noise = torch.randn(3, 2, 3), torch.randn(3, 2, 2), torch.randn(3, 2, 3)
+    states, prior, posterior = rssm.observe(
+        embeds, actions, torch.zeros(3, 2, dtype=torch.bool), noise
+    )
+    state = rssm.initial(2)
+    for t in range(3):
+        deter = rssm.recur(state, actions[t])
+        mean, std = rssm.posterior(deter, embeds[t])
+        state = State(deter, mean + std * noise[t])
+        torch.testing.assert_close(states.deter[t], state.deter)
+        torch.testing.assert_close(states.stoch[t], state.stoch)
+        torch.testing.assert_close(posterior.mean[t], mean)
+        torch.testing.assert_close(prior.mean[t], rssm.prior(deter).mean)
