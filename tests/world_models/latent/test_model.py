@@ -419,5 +419,7 @@ def test_a_two_hot_reward_head_is_trained_by_its_cross_entropy():
         torch.zeros(T, B, dtype=torch.bool), torch.zeros(T, B, dtype=torch.bool),
         randn(T, B, STOCH, seed=5), SETTINGS,
     )  # fmt: skip
-    assert float(loss.reward.detach()) == pytest.approx(math.log(255), rel=1e-5)  # uniform over 255 bins
+    assert float(loss.reward.detach()) == pytest.approx(
+        math.log(255), rel=1e-5
+    )  # uniform over 255 bins
     assert states.features.shape == (T, B, STOCH + DETER)
