@@ -14,7 +14,10 @@ ENTRY = AgentEntry(
         "eval_every": 2_500,
     },
     presets=PRESETS,
-    policy_flags=("stoch", "deter", "hidden", "width", "conv_depth", "vector_std"),
+    policy_flags=(
+        "stoch", "deter", "hidden", "width", "conv_depth", "vector_std", "layer_norm",
+        "reward_head", "critic_head",
+    ),
     callbacks=lambda steps: {"pictures": OpenLoopPictures(max(steps // 10, 1))},
     pictures=write_picture,
     small_run={

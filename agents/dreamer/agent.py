@@ -80,6 +80,12 @@ class DreamerTPX(Algorithm):
         discount_weights: weight imagined step t by γᵗ in the actor's and the critic's loss.
         entropy_scale: weight of the policy's entropy in the actor's loss; 0 in DreamerV1. It keeps
             actions off their bounds, where the tanh passes no gradient.
+        scale_returns: divide the returns in the actor's loss by max(1, S), where S averages their
+            range from the 5th to the 95th percentile, so that one entropy_scale suits all tasks
+            (DreamerV3). False in DreamerV1.
+        slow_critic_rate: rate at which a slow copy follows the critic at each update. The copy
+            bootstraps the returns and regularises the critic (0.02 in DreamerV3). 0 keeps none, as
+            in DreamerV1.
         model_learning_rate: step size of the world model.
         adam_eps: Adam's epsilon.
         max_grad_norm: global-norm clip of each of the three optimizers.
@@ -96,6 +102,9 @@ class DreamerTPX(Algorithm):
         exploration_noise: standard deviation of the noise added to actions in [-1, 1] while
             collecting.
         kl_scale: weight of the KL term of the model's loss.
+        representation_scale: weight of that term's gradient in the posterior, relative to that in
+            the prior: 1 is the plain KL divergence of DreamerV1, less is KL balancing (0.2 in
+            DreamerV3).
         free_nats: KL below which the term has no gradient.
         free_nats_per_step: apply the free nats to every step rather than to the mean.
         discount_head: predict where episodes end, from the first episode that terminates on (until
@@ -127,7 +136,8 @@ class DreamerTPX(Algorithm):
         "changing; pass the environment without VecNormalize"
     )
     fixed_arguments: ClassVar[tuple[str, ...]] = (
-        "policy_kwargs", "discount_head", "buffer_size", "storage", "pretrained_world_model",
+        "policy_kwargs", "discount_head", "slow_critic_rate", "buffer_size", "storage",
+        "pretrained_world_model",
     )  # fmt: skip
     policy: DreamerPolicy
 
@@ -145,6 +155,8 @@ class DreamerTPX(Algorithm):
         lam: Annotated[float, Within(0, 1)] = 0.95,
         discount_weights: bool = True,
         entropy_scale: Annotated[float, AtLeast(0)] = 0.0,
+        scale_returns: bool = False,
+        slow_critic_rate: Annotated[float, Within(0, 1)] = 0.0,
         model_learning_rate: Annotated[float, Above(0)] = 6e-4,
         adam_eps: Annotated[float, Above(0)] = 1e-7,
         max_grad_norm: Annotated[float, Above(0)] = 100.0,
@@ -158,6 +170,7 @@ class DreamerTPX(Algorithm):
         gradient_steps: Annotated[int, AtLeast(1)] = 100,
         exploration_noise: Annotated[float, AtLeast(0)] = 0.3,
         kl_scale: Annotated[float, AtLeast(0)] = 1.0,
+        representation_scale: Annotated[float, AtLeast(0)] = 1.0,
         free_nats: Annotated[float, AtLeast(0)] = 3.0,
         free_nats_per_step: bool = False,
         discount_head: bool = True,
@@ -190,7 +203,8 @@ class DreamerTPX(Algorithm):
         self.estimator, self.baseline = estimator, baseline
         self.horizon, self.stop_grad_actor_input = horizon, stop_grad_actor_input
         self.gamma, self.lam, self.discount_weights = gamma, lam, discount_weights
-        self.entropy_scale = entropy_scale
+        self.entropy_scale, self.scale_returns = entropy_scale, scale_returns
+        self.slow_critic_rate, self.representation_scale = slow_critic_rate, representation_scale
         self.model_learning_rate, self.adam_eps = model_learning_rate, adam_eps
         self.max_grad_norm = max_grad_norm
         self.batch_size, self.sequence_length = batch_size, sequence_length
@@ -224,7 +238,11 @@ class DreamerTPX(Algorithm):
         self._check_arguments()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        kwargs = {"discount_head": self.discount_head, **self.policy_kwargs}
+        kwargs = {
+            "discount_head": self.discount_head,
+            "slow_critic": self.slow_critic_rate > 0,
+            **self.policy_kwargs,
+        }
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, **kwargs
         ).to(self.device)
@@ -522,10 +540,9 @@ class DreamerTPX(Algorithm):
     def _check_arguments(self) -> None:
         """One sentence per wrong value, before any work is done."""
         check_arguments(self)
-        if "discount_head" in self.policy_kwargs:
-            raise ValueError(
-                "discount_head belongs to DreamerTPX: pass it there, not in policy_kwargs"
-            )
+        for name, own in (("discount_head", "discount_head"), ("slow_critic", "slow_critic_rate")):
+            if name in self.policy_kwargs:
+                raise ValueError(f"pass {own} to DreamerTPX, not {name} in policy_kwargs")
         self._check_estimator()
         self._check_spaces()
 
@@ -585,11 +602,12 @@ class DreamerTPX(Algorithm):
                 stop_grad_actor_input=self.stop_grad_actor_input,
                 discount_weights=self.discount_weights,
                 entropy_scale=self.entropy_scale,
+                scale_returns=self.scale_returns,
                 learned_discount=self._has_terminated,
             ),
             model=ModelLossSettings(
                 kl_scale=self.kl_scale,
-                representation_scale=1.0,
+                representation_scale=self.representation_scale,
                 free_nats=self.free_nats,
                 free_nats_per_step=self.free_nats_per_step,
                 gamma=self.gamma,
@@ -602,6 +620,7 @@ class DreamerTPX(Algorithm):
             model_learning_rate=self.model_learning_rate,
             adam_eps=self.adam_eps,
             max_grad_norm=self.max_grad_norm,
+            slow_critic_rate=self.slow_critic_rate,
             bf16=self.bf16,
             compile=self.compile,
             cuda_graph=self.cuda_graph and self.device.type == "cuda",  # or a model could not move

@@ -39,6 +39,7 @@ class ImaginationSettings:
             weights; LR does not.
         entropy_scale: weight of the policy's entropy in the loss; 0 in DreamerV1.
         learned_discount: take γ from the discount head, if there is one.
+        scale_returns: divide the returns by max(1, the policy's `return_range`).
     """
 
     gamma: float
@@ -47,6 +48,7 @@ class ImaginationSettings:
     discount_weights: bool
     entropy_scale: float
     learned_discount: bool = True
+    scale_returns: bool = False
 
 
 class ImaginationNoise(NamedTuple):
@@ -140,7 +142,7 @@ def _losses(
     entropies: Tensor,
     settings: ImaginationSettings,
 ) -> Imagined:
-    values = policy.value(features)  # [H, N]
+    values = policy.target_value(features)  # [H, N]
     rewards = policy.model.reward(features)
     gamma = policy.model.discount(features) if settings.learned_discount else None
     if gamma is None:
@@ -152,8 +154,9 @@ def _losses(
     if settings.discount_weights:
         # Detached as in danijar/dreamer, so no gradient flows through a learned discount.
         weights = torch.cat((torch.ones_like(values[:1]), gamma[:-2].detach())).cumprod(0)
+    scaled = returns / policy.return_range.clamp_min(1.0) if settings.scale_returns else returns
     return Imagined(
-        -(weights * returns).mean() - settings.entropy_scale * (weights * entropies[:-1]).mean(),
+        -(weights * scaled).mean() - settings.entropy_scale * (weights * entropies[:-1]).mean(),
         features.detach(),
         returns.detach(),
         weights,
@@ -162,10 +165,17 @@ def _losses(
 
 
 def critic_loss(policy: DreamerPolicy, imagined: Imagined) -> tuple[Tensor, Tensor]:
-    """Return the loss mean w_t ½ (V_t - R_t)², R_t fixed, and the values [H - 1, N], detached."""
-    values = policy.value(imagined.features[:-1])
-    loss = (imagined.weights * 0.5 * (values - imagined.returns).square()).mean()
-    return loss, values.detach()
+    """Return the critic's loss and the values [H - 1, N], detached.
+
+    The loss is mean w_t ℓ(V_t, R_t), R_t fixed, where ℓ is the head's: ½ (V_t - R_t)² or the
+    two-hot cross-entropy. With a slow critic, ℓ(V_t, V_t^slow) is added (Hafner et al. 2023).
+    """
+    critic, features = policy.critic, imagined.features[:-1]
+    out = critic(features)
+    losses = critic.loss(out, imagined.returns)
+    if policy.slow_critic is not None:
+        losses = losses + critic.loss(out, policy.target_value(features).detach())
+    return (imagined.weights * losses).mean(), critic.mean(out).detach()
 
 
 def lambda_returns(rewards: Tensor, values: Tensor, gamma: Tensor | float, lam: float) -> Tensor:

@@ -6,6 +6,7 @@ per environment; `episode_start` resets rows.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from totalprop.agents.core.validation import Above, AtLeast, check_values
+from totalprop.world_models.latent.heads import HeadKind, ScalarHead
 from totalprop.world_models.latent.model import LatentModel, State
 from totalprop.world_models.latent.networks import at_least_float32, initialise, mlp
 
@@ -36,11 +38,20 @@ class Actor(nn.Module):
         actions: A.
         width: units of each hidden layer.
         layers: number of hidden layers.
+        layer_norm: as in `mlp`.
     """
 
-    def __init__(self, features: int, actions: int, *, width: int, layers: int = 4) -> None:
+    def __init__(
+        self,
+        features: int,
+        actions: int,
+        *,
+        width: int,
+        layers: int = 4,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__()
-        *hidden, out = mlp(features, width, layers, 2 * actions)
+        *hidden, out = mlp(features, width, layers, 2 * actions, layer_norm=layer_norm)
         self.hidden = nn.Sequential(*hidden)
         assert isinstance(out, nn.Linear)
         self.out = out
@@ -81,12 +92,21 @@ class DreamerPolicy(BasePolicy):
         width: units of every layer of actor, critic and the model's heads.
         conv_depth: feature maps of the first convolution, for images.
         vector_std: standard deviation of the decoder of vector observations.
+        layer_norm: layer norm and SiLU in every network (DreamerV3) instead of ELU (DreamerV1).
+        reward_head: "gaussian" (DreamerV1) or "two-hot", over 255 bins (DreamerV3).
+        critic_head: likewise.
         discount_head: predict where episodes end.
+        slow_critic: keep a slow copy of the critic, see DreamerTPX's slow_critic_rate.
+
+    Attributes:
+        return_range: [] average of the range of the returns, see DreamerTPX's scale_returns.
     """
 
-    OPTIONAL_BUFFERS: ClassVar[tuple[str, ...]] = tuple(
-        f"model.{name}" for name in LatentModel.OPTIONAL_BUFFERS
+    OPTIONAL_BUFFERS: ClassVar[tuple[str, ...]] = (
+        "return_range",
+        *(f"model.{name}" for name in LatentModel.OPTIONAL_BUFFERS),
     )
+    return_range: Tensor
     file_name: ClassVar[str] = "totalprop.DreamerPolicy"
     former_file_names: ClassVar[tuple[str, ...]] = ("agents.dreamer_policy.DreamerPolicy",)
 
@@ -102,14 +122,20 @@ class DreamerPolicy(BasePolicy):
         width: Annotated[int, AtLeast(1)] = 400,
         conv_depth: Annotated[int, AtLeast(1)] = 32,
         vector_std: Annotated[float, Above(0)] = 1.0,
+        layer_norm: bool = False,
+        reward_head: HeadKind = "gaussian",
+        critic_head: HeadKind = "gaussian",
         discount_head: bool = False,
+        slow_critic: bool = False,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=True)
         self.sizes: dict[str, Any] = {
             "stoch": stoch, "deter": deter, "hidden": hidden, "width": width,
-            "conv_depth": conv_depth, "vector_std": vector_std, "discount_head": discount_head,
+            "conv_depth": conv_depth, "vector_std": vector_std, "layer_norm": layer_norm,
+            "reward_head": reward_head, "discount_head": discount_head,
         }  # fmt: skip
-        check_values(DreamerPolicy, **self.sizes)
+        self.own_sizes = {"critic_head": critic_head, "slow_critic": slow_critic}
+        check_values(DreamerPolicy, **self.sizes, **self.own_sizes)
         shape = observation_space.shape
         if not is_image_space(observation_space):
             shape = (int(np.prod(shape)),)
@@ -117,13 +143,40 @@ class DreamerPolicy(BasePolicy):
         self.n_actions = int(np.prod(action_space.shape))
         self.model = LatentModel(shape, self.n_actions, **self.sizes)
         features = self.model.rssm.feature_size
-        self.actor = Actor(features, self.n_actions, width=width)
-        self.critic = mlp(features, width, 3, 1)
+        self.actor = Actor(features, self.n_actions, width=width, layer_norm=layer_norm)
+        self.critic = ScalarHead(features, width, 3, kind=critic_head, layer_norm=layer_norm)
         initialise(self.critic)
+        self.critic.zero_last_layer()
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False) if slow_critic else None
+        self.register_buffer("return_range", torch.zeros(()))
 
     def value(self, features: Tensor) -> Tensor:
         """V(s), [..., F] -> [...]."""
-        return at_least_float32(self.critic(features)).squeeze(-1)
+        return self.critic.mean(self.critic(features))
+
+    def target_value(self, features: Tensor) -> Tensor:
+        """The value that returns are bootstrapped with: the slow critic's, if there is one."""
+        critic = self.critic if self.slow_critic is None else self.slow_critic
+        return critic.mean(critic(features))
+
+    @torch.no_grad()
+    def follow(self, rate: float) -> None:
+        """Move the slow critic towards the critic."""
+        if self.slow_critic is not None:
+            for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
+                slow.lerp_(fast, rate)
+
+    @torch.no_grad()
+    def follow_returns(self, returns: Tensor) -> None:
+        """Average the range from the 5th to the 95th percentile of returns, at a rate of 0.01."""
+        low, high = returns.float().flatten().quantile(returns.new_tensor([0.05, 0.95]).float())
+        self.return_range.lerp_(high - low, 0.01)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        state_dict.setdefault(f"{prefix}return_range", torch.zeros_like(self.return_range))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def initial_state(self, n: int) -> tuple[State, Tensor]:
         """State and previous action at the start of n sequences."""
@@ -243,4 +296,5 @@ class DreamerPolicy(BasePolicy):
             "observation_space": self.observation_space,
             "action_space": self.action_space,
             **self.sizes,
+            **self.own_sizes,
         }

@@ -44,6 +44,7 @@ class UpdateSettings:
     model_learning_rate: float
     adam_eps: float
     max_grad_norm: float
+    slow_critic_rate: float
     bf16: bool
     compile: bool
     cuda_graph: bool
@@ -175,6 +176,9 @@ class DreamerUpdate:
             ),
             "critic": self._apply(self.critic_optimizer, critic_parameters, critic_gradient),
         }
+        policy.follow(settings.slow_critic_rate)
+        if settings.imagination.scale_returns:
+            policy.follow_returns(imagined.returns)
         scalars = {
             "model_loss": loss.total, "observation_loss": loss.observation,
             "reward_loss": loss.reward, "kl": loss.kl, "discount_loss": loss.discount,
@@ -184,6 +188,8 @@ class DreamerUpdate:
             **{f"{name}_gradient_norm": norm for name, norm in norms.items()},
             "skipped_steps": (~torch.stack(list(norms.values())).isfinite()).float().sum(),
         }  # fmt: skip
+        if settings.imagination.scale_returns:
+            scalars["return_range"] = policy.return_range.clone()
         k = actor_gradient.k
         assert k is not None
         return UpdateRecord(

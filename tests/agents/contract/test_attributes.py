@@ -29,8 +29,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dreamer": {
         "learning_rate": 0.5, "estimator": "lr", "baseline": "critic", "horizon": 4,
         "stop_grad_actor_input": False, "gamma": 0.5, "lam": 0.5, "discount_weights": False,
-        "entropy_scale": 0.5, "model_learning_rate": 0.1, "adam_eps": 0.1, "max_grad_norm": 0.1,
-        "batch_size": 4, "sequence_length": 4, "imagination_starts": 5, "buffer_size": 300,
+        "entropy_scale": 0.5, "scale_returns": True, "slow_critic_rate": 0.1,
+        "representation_scale": 0.3, "model_learning_rate": 0.1, "adam_eps": 0.1,
+        "max_grad_norm": 0.1, "batch_size": 4, "sequence_length": 4, "imagination_starts": 5,
+        "buffer_size": 300,
         "storage": "device", "learning_starts": 21, "train_freq": 3, "gradient_steps": 2,
         "exploration_noise": 0.9, "kl_scale": 0.5, "free_nats": 0.0, "free_nats_per_step": True,
         "discount_head": False, "discount_scale": 3.0, "pretrained_world_model": "model.zip",
