@@ -780,3 +780,53 @@ def test_compiled_imagination_equals_eager(name, baseline):
     torch._dynamo.reset()
     found = outcome(torch.compile(imagined, fullgraph=True, backend="aot_eager"))
     torch.testing.assert_close(found, outcome(imagined), rtol=1e-9, atol=1e-12)
+
+
+# Remedies of DreamerV2 and V3
+
+
+def test_returns_are_bootstrapped_with_the_slow_critic_and_it_regularises_the_critic():
+    """Against a policy whose critic is the slow one: the same returns; the loss has two terms."""
+    policy, start, noise = make(slow_critic=True), starts(), draw()
+    twin = make()
+    twin.critic.load_state_dict(policy.slow_critic.state_dict())
+    found, expected = (
+        imagine(p, start, noise, estimators.make("rp"), UNBLOCKED) for p in (policy, twin)
+    )
+    torch.testing.assert_close(found.returns, expected.returns)
+    features = found.features[:-1]
+    value = policy.critic(features)[..., 0]
+    slow = policy.slow_critic(features)[..., 0].detach()
+    errors = (value - found.returns).square() + (value - slow).square()
+    loss, values = critic_loss(policy, found)
+    torch.testing.assert_close(loss, (found.weights * 0.5 * errors).mean())
+    torch.testing.assert_close(values, value.detach())
+    assert not any(p.requires_grad for p in policy.slow_critic.parameters())  # it only follows
+
+
+# With an entropy bonus, the k of tpx depends on the returns' scale.
+@pytest.mark.parametrize(("name", "entropy_scale"), [("rp", 0.05), ("lr", 0.05), ("tpx", 0.0)])
+def test_scaled_returns_scale_the_gradient_and_not_the_entropys(name, entropy_scale):
+    """By max(1, S): nothing below a range of 1, a quarter at a range of 4."""
+    policy, start, noise = make(), starts(), draw()
+    settings = replace(UNBLOCKED, entropy_scale=entropy_scale)
+    only_entropy = replace(settings, scale_returns=True)
+
+    def gradient(settings, size):
+        policy.return_range.fill_(size)
+        loss = imagine(policy, start, noise, estimators.make(name), settings).actor_loss
+        return flat(torch.autograd.grad(loss, list(policy.actor.parameters())))
+
+    plain, bonus = gradient(settings, 4.0), gradient(only_entropy, 1e12)
+    torch.testing.assert_close(gradient(only_entropy, 0.5), plain)
+    torch.testing.assert_close(gradient(only_entropy, 4.0), (plain - bonus) / 4 + bonus)
+
+
+def test_a_two_hot_critic_is_trained_by_its_cross_entropy():
+    policy, start, noise = make(critic_head="two-hot"), starts(), draw()
+    imagined = imagine(policy, start, noise, estimators.make("rp"), UNBLOCKED)
+    loss, values = critic_loss(policy, imagined)
+    out = policy.critic(imagined.features[:-1])
+    expected = policy.critic.loss(out, imagined.returns)
+    torch.testing.assert_close(loss, (imagined.weights * expected).mean())
+    torch.testing.assert_close(values, policy.value(imagined.features[:-1]))

@@ -345,3 +345,51 @@ def test_policy_can_be_saved_without_its_agent(space, tmp_path):
     np.testing.assert_array_equal(found, expected)
     assert_same(state, other)
     assert loaded.model.discount_head is not None
+
+
+# Remedies of DreamerV2 and V3
+
+
+def test_the_slow_critic_follows_at_its_rate():
+    """After two updates from s to fast critics f and g: 0.9 (0.9 s + 0.1 f) + 0.1 g."""
+    policy = make(slow_critic=True)
+    assert all(not p.requires_grad for p in policy.slow_critic.parameters())
+    first = [p.clone() for p in policy.slow_critic.parameters()]
+    moved = []
+    with torch.no_grad():
+        for _ in range(2):
+            for p in policy.critic.parameters():
+                p.add_(torch.randn_like(p))
+            moved.append([p.clone() for p in policy.critic.parameters()])
+            policy.follow(0.1)
+    for slow, s, f, g in zip(policy.slow_critic.parameters(), first, *moved, strict=True):
+        torch.testing.assert_close(slow, 0.9 * (0.9 * s + 0.1 * f) + 0.1 * g)
+    features = torch.randn(5, 12)
+    slow, fast = policy.target_value(features), policy.value(features)
+    torch.testing.assert_close(slow, policy.slow_critic(features).squeeze(-1))
+    assert not torch.allclose(slow, fast)
+
+
+def test_without_a_slow_critic_returns_are_bootstrapped_with_the_critic():
+    policy, features = make(), torch.randn(5, 12)
+    assert policy.slow_critic is None
+    assert torch.equal(policy.target_value(features), policy.value(features))
+    policy.follow(0.1)  # nothing to move
+
+
+def test_the_return_range_averages_percentiles():
+    """Of 0 .. 100 it is 90, and of twice that 180: 0.99 x 0.9 + 1.8 after both."""
+    policy, returns = make(), torch.arange(101.0).view(1, 101)
+    policy.follow_returns(returns)
+    assert float(policy.return_range) == pytest.approx(0.9)
+    policy.follow_returns(2 * returns)
+    assert float(policy.return_range) == pytest.approx(0.99 * 0.9 + 1.8)
+
+
+def test_critics_with_two_hot_heads_start_at_zero():
+    policy = make(critic_head="two-hot", reward_head="two-hot", slow_critic=True, layer_norm=True)
+    features = torch.randn(5, 12)
+    for value in (policy.value, policy.target_value, policy.model.reward):
+        assert torch.equal(value(features), torch.zeros(5))
+    norms = [type(m).__name__ for m in policy.actor.modules()].count("LayerNorm")
+    assert norms == 4

@@ -626,3 +626,17 @@ def test_an_update_as_cuda_graph_equals_the_eager_one(name):
         torch.testing.assert_close(other.scalars, one.scalars, rtol=1e-4, atol=1e-5)
     for p, q in zip(*(policy.parameters() for policy in policies), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_moves_the_slow_critic_and_the_range_of_returns():
+    policy = make(slow_critic=True, critic_head="two-hot", reward_head="two-hot", layer_norm=True)
+    imagination = replace(SETTINGS.imagination, scale_returns=True)
+    settings = replace(SETTINGS, slow_critic_rate=0.25, imagination=imagination)
+    before = values_of(policy.slow_critic)
+    update = DreamerUpdate(policy, settings)
+    record = update(batch(), generator(0))
+    after = zip(policy.slow_critic.parameters(), before, policy.critic.parameters(), strict=True)
+    for slow, old, fast in after:
+        torch.testing.assert_close(slow, 0.75 * old + 0.25 * fast)
+    assert float(record.scalars["return_range"]) == float(policy.return_range) > 0
+    assert all(torch.isfinite(value) for value in record.scalars.values())
