@@ -94,19 +94,16 @@ class DreamerPolicy(BasePolicy):
         vector_std: standard deviation of the decoder of vector observations.
         layer_norm: layer norm and SiLU in every network (DreamerV3) instead of ELU (DreamerV1).
         reward_head: "gaussian" (DreamerV1) or "two-hot", over 255 bins (DreamerV3).
-        critic_head: likewise.
+        critic_head: the same for the critic.
         discount_head: predict where episodes end.
         slow_critic: keep a slow copy of the critic, see DreamerTPX's slow_critic_rate.
-
-    Attributes:
-        return_range: [] average of the range of the returns, see DreamerTPX's scale_returns.
     """
 
     OPTIONAL_BUFFERS: ClassVar[tuple[str, ...]] = (
         "return_range",
         *(f"model.{name}" for name in LatentModel.OPTIONAL_BUFFERS),
     )
-    return_range: Tensor
+    return_range: Tensor  # [] average, see DreamerTPX's scale_returns
     file_name: ClassVar[str] = "totalprop.DreamerPolicy"
     former_file_names: ClassVar[tuple[str, ...]] = ("agents.dreamer_policy.DreamerPolicy",)
 
