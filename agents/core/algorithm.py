@@ -397,6 +397,7 @@ class Algorithm(BaseAlgorithm):
         given = load_path_or_dict
         if not isinstance(given, dict):
             given = self._read(given)["parameters"]
+        given = self._completed(given)
         expected = set(self._get_torch_save_params()[0])
         if set(given) - expected or (exact_match and set(given) != expected):
             raise ValueError(f"it has parameters of {sorted(given)}, expected {sorted(expected)}")
@@ -410,6 +411,10 @@ class Algorithm(BaseAlgorithm):
                 check_state(name, target, state, exact_match=exact_match)
         # Optimisers keep the tensors that they are given, which may be another agent's moments.
         super().set_parameters(copy.deepcopy(given), exact_match, device)
+
+    def _completed(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Parameters with this agent's own for what files of older versions lack."""
+        return parameters
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         found = [recursive_getattr(self, name) for name in self._get_torch_save_params()[0]]

@@ -567,19 +567,8 @@ class DAAPPO(Algorithm, PPO):
     # environments and files
     # ----------------------------------------------------------------------------------------
 
-    def set_parameters(
-        self,
-        load_path_or_dict: Any,
-        exact_match: bool = True,
-        device: torch.device | str = "auto",
-    ) -> None:
-        """See `Algorithm`; what files of older versions lack of the value model stays as it is."""
-        given = load_path_or_dict
-        if not isinstance(given, dict):
-            given = self._read(given)["parameters"]
-        if self.source is not None:
-            given = self.source.complete(given)
-        super().set_parameters(given, exact_match, device)
+    def _completed(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        return parameters if self.source is None else self.source.complete(parameters)
 
     def _adopt_env(self) -> None:
         """Refuse an environment that cannot be rewound if the source rewinds it."""
