@@ -98,7 +98,10 @@ class DreamerTPX(Algorithm):
         storage: where the replay lies: "ram", "disk" (memory-mapped) or "device" (the GPU).
         learning_starts: uniformly random steps before learning begins.
         train_freq: steps between rounds of updates.
-        gradient_steps: updates per round.
+        gradient_steps: updates per round, unless `replay_ratio` is set.
+        replay_ratio: replayed entries per decision (DreamerV3's, also called train ratio), which
+            makes replay_ratio / (batch_size · sequence_length) updates per decision; 0 leaves
+            their number to gradient_steps. The random steps before learning do not count.
         exploration_noise: standard deviation of the noise added to actions in [-1, 1] while
             collecting.
         kl_scale: weight of the KL term of the model's loss.
@@ -168,6 +171,7 @@ class DreamerTPX(Algorithm):
         learning_starts: Annotated[int, AtLeast(1)] = 2500,
         train_freq: Annotated[int, AtLeast(1)] = 500,
         gradient_steps: Annotated[int, AtLeast(1)] = 100,
+        replay_ratio: Annotated[float, AtLeast(0)] = 0.0,
         exploration_noise: Annotated[float, AtLeast(0)] = 0.3,
         kl_scale: Annotated[float, AtLeast(0)] = 1.0,
         representation_scale: Annotated[float, AtLeast(0)] = 1.0,
@@ -211,7 +215,8 @@ class DreamerTPX(Algorithm):
         self.imagination_starts = imagination_starts
         self.buffer_size, self.storage = buffer_size, storage
         self.learning_starts, self.train_freq = learning_starts, train_freq
-        self.gradient_steps, self.exploration_noise = gradient_steps, exploration_noise
+        self.gradient_steps, self.replay_ratio = gradient_steps, replay_ratio
+        self.exploration_noise = exploration_noise
         self.kl_scale, self.discount_scale = kl_scale, discount_scale
         self.free_nats, self.free_nats_per_step = free_nats, free_nats_per_step
         self.discount_head, self.pretrained_world_model = discount_head, pretrained_world_model
@@ -223,6 +228,7 @@ class DreamerTPX(Algorithm):
         # Rounds of updates, and steps since the last. Files hold both, so that a loaded agent keeps
         # the rhythm of updates and logs.
         self._rounds = self._since_round = 0
+        self._owed = 0.0  # entries that the replay ratio asks for and that were not replayed yet
         self._has_offset = False  # whether the world model's offset is settled
         self._has_terminated = False  # whether a stored episode ever did
         if _init_setup_model:
@@ -345,10 +351,11 @@ class DreamerTPX(Algorithm):
                 break
             if self.num_timesteps < due:  # the next call of `learn` completes the round
                 break
-            self._since_round = 0
+            made, self._since_round = self._since_round, 0
             assert self.replay_buffer is not None
-            if self.replay_buffer.has_windows(self.sequence_length):
-                self.train(self.gradient_steps)
+            has_windows = self.replay_buffer.has_windows(self.sequence_length)
+            if has_windows and (updates := self._updates_due(made)):
+                self.train(updates)
                 self._rounds += 1
                 if log_interval and self._rounds % log_interval == 0:
                     self.dump_logs()
@@ -410,6 +417,16 @@ class DreamerTPX(Algorithm):
         action = (action + self.exploration_noise * noise).clamp(-1.0, 1.0)
         self._memory = state, action
         return action.cpu().numpy()
+
+    def _updates_due(self, steps: int) -> int:
+        """Updates of the round that ends now, after so many steps."""
+        if not self.replay_ratio:
+            return self.gradient_steps
+        # The first round ends with the warm-up, of which it counts what any other round has.
+        steps = min(steps, self.train_freq + self.n_envs - 1)
+        owed = self._owed + steps * self.replay_ratio
+        updates, self._owed = divmod(owed, self.batch_size * self.sequence_length)
+        return int(updates)
 
     def train(self, gradient_steps: int) -> None:
         """Update world model, actor and critic `gradient_steps` times."""

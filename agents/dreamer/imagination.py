@@ -75,6 +75,7 @@ class Imagined(NamedTuple):
     actor_loss: Tensor  # []
     features: Tensor  # [H, N, F] of the imagined states
     returns: Tensor  # [H - 1, N] λ-returns
+    targets: Tensor  # [H - 1, N] the values that bootstrap them
     weights: Tensor  # [H - 1, N] of the steps, in both losses
     entropy: Tensor  # [] of the actions, in nats per step
 
@@ -159,6 +160,7 @@ def _losses(
         -(weights * scaled).mean() - settings.entropy_scale * (weights * entropies[:-1]).mean(),
         features.detach(),
         returns.detach(),
+        values[:-1].detach(),
         weights,
         entropies.detach().mean(),
     )
@@ -174,7 +176,7 @@ def critic_loss(policy: DreamerPolicy, imagined: Imagined) -> tuple[Tensor, Tens
     out = critic(features)
     losses = critic.loss(out, imagined.returns)
     if policy.slow_critic is not None:
-        losses = losses + critic.loss(out, policy.target_value(features).detach())
+        losses = losses + critic.loss(out, imagined.targets)
     return (imagined.weights * losses).mean(), critic.mean(out).detach()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,16 @@ from totalprop.world_models.latent.heads import HeadKind, ScalarHead
 from totalprop.world_models.latent.model import LatentModel, State
 from totalprop.world_models.latent.networks import at_least_float32, initialise, mlp
 
-MEAN_SCALE, INIT_STD, MIN_STD = 5.0, 5.0, 1e-4  # danijar/dreamer, models.ActionDecoder
+Size = Literal["s", "m", "l"]
+SIZES: dict[Size, dict[str, int]] = {
+    # Ours, for a CPU core.
+    "s": {"stoch": 16, "deter": 100, "hidden": 100, "width": 100, "conv_depth": 8},
+    # Hafner et al. 2020, App. A (DreamerV1); numbers of danijar/dreamer.
+    "m": {"stoch": 30, "deter": 200, "hidden": 200, "width": 400, "conv_depth": 32},
+    # Units of DreamerV3's smallest model (Hafner et al. 2023, Table B.1), for a GPU.
+    "l": {"stoch": 32, "deter": 512, "hidden": 512, "width": 512, "conv_depth": 32},
+}
+MEAN_SCALE, MIN_STD = 5.0, 1e-4  # danijar/dreamer, models.ActionDecoder
 GAUSSIAN_ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal, nats
 RecurrentState = tuple[np.ndarray, ...]
 Observations = TypeVar("Observations", np.ndarray, Tensor)
@@ -33,12 +42,15 @@ Observations = TypeVar("Observations", np.ndarray, Tensor)
 class Actor(nn.Module):
     """tanh-Gaussian policy: 4 hidden layers, mean 5 tanh(raw / 5), std softplus(raw + c) + 1e-4.
 
+    The constant c makes the standard deviation `init_std` where the network's output is 0.
+
     Args:
         features: width F of the state's features.
         actions: A.
         width: units of each hidden layer.
         layers: number of hidden layers.
         layer_norm: as in `mlp`.
+        init_std: standard deviation, before the tanh, that the policy starts from.
     """
 
     def __init__(
@@ -49,8 +61,10 @@ class Actor(nn.Module):
         width: int,
         layers: int = 4,
         layer_norm: bool = False,
+        init_std: float = 5.0,
     ) -> None:
         super().__init__()
+        self.std_shift = math.log(math.expm1(init_std))
         *hidden, out = mlp(features, width, layers, 2 * actions, layer_norm=layer_norm)
         self.hidden = nn.Sequential(*hidden)
         assert isinstance(out, nn.Linear)
@@ -73,7 +87,7 @@ class Actor(nn.Module):
         """
         raw_mean, raw_std = raw.chunk(2, -1)
         mean = MEAN_SCALE * (raw_mean / MEAN_SCALE).tanh()
-        std = softplus(raw_std + math.log(math.expm1(INIT_STD))) + MIN_STD
+        std = softplus(raw_std + self.std_shift) + MIN_STD
         u = mean if noise is None else mean + std * noise
         log_slope = 2 * (math.log(2) - u - softplus(-2 * u))  # log(1 - tanh² u), without cancelling
         return u.tanh(), (std.log() + log_slope + GAUSSIAN_ENTROPY).sum(-1)
@@ -86,12 +100,17 @@ class DreamerPolicy(BasePolicy):
         observation_space: Box, an image [C, 64, 64] uint8 or a vector [S].
         action_space: bounded Box.
         lr_schedule: not used; stable-baselines3 passes it to every policy.
-        stoch: size of the RSSM's stochastic state.
-        deter: size of its deterministic state (the GRU).
-        hidden: units of its other layers.
-        width: units of every layer of actor, critic and the model's heads.
-        conv_depth: feature maps of the first convolution, for images.
+        size: of all networks: "s" for a CPU core, "m" as in DreamerV1, "l" for a GPU. The next
+            five set single numbers; None leaves them to the size.
+        stoch: size of the RSSM's stochastic state: 16, 30 or 32.
+        deter: size of its deterministic state (the GRU): 100, 200 or 512.
+        hidden: units of its other layers: 100, 200 or 512.
+        width: units of every layer of actor, critic and the model's heads: 100, 400 or 512.
+        conv_depth: feature maps of the first convolution, for images: 8, 32 or 32.
         vector_std: standard deviation of the decoder of vector observations.
+        init_std: standard deviation, before the tanh, that the actor starts from. With DreamerV1's
+            5 most actions are -1 or 1, where the tanh passes no gradient; with 1 they are spread
+            almost evenly.
         layer_norm: layer norm and SiLU in every network (DreamerV3) instead of ELU (DreamerV1).
         reward_head: "gaussian" (DreamerV1) or "two-hot", over 255 bins (DreamerV3).
         critic_head: the same for the critic.
@@ -113,12 +132,14 @@ class DreamerPolicy(BasePolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule | None = None,
         *,
-        stoch: Annotated[int, AtLeast(1)] = 30,
-        deter: Annotated[int, AtLeast(1)] = 200,
-        hidden: Annotated[int, AtLeast(1)] = 200,
-        width: Annotated[int, AtLeast(1)] = 400,
-        conv_depth: Annotated[int, AtLeast(1)] = 32,
+        size: Size = "m",
+        stoch: Annotated[int, AtLeast(1)] | None = None,
+        deter: Annotated[int, AtLeast(1)] | None = None,
+        hidden: Annotated[int, AtLeast(1)] | None = None,
+        width: Annotated[int, AtLeast(1)] | None = None,
+        conv_depth: Annotated[int, AtLeast(1)] | None = None,
         vector_std: Annotated[float, Above(0)] = 1.0,
+        init_std: Annotated[float, Above(0)] = 5.0,
         layer_norm: bool = False,
         reward_head: HeadKind = "gaussian",
         critic_head: HeadKind = "gaussian",
@@ -126,12 +147,22 @@ class DreamerPolicy(BasePolicy):
         slow_critic: bool = False,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=True)
-        self.sizes: dict[str, Any] = {
+        check_values(DreamerPolicy, size=size)
+        own = {
             "stoch": stoch, "deter": deter, "hidden": hidden, "width": width,
-            "conv_depth": conv_depth, "vector_std": vector_std, "layer_norm": layer_norm,
-            "reward_head": reward_head, "discount_head": discount_head,
+            "conv_depth": conv_depth,
         }  # fmt: skip
-        self.own_sizes = {"critic_head": critic_head, "slow_critic": slow_critic}
+        self.sizes: dict[str, Any] = {
+            **SIZES[size],
+            **{name: number for name, number in own.items() if number is not None},
+            "vector_std": vector_std,
+            "layer_norm": layer_norm,
+            "reward_head": reward_head,
+            "discount_head": discount_head,
+        }
+        self.own_sizes = {
+            "init_std": init_std, "critic_head": critic_head, "slow_critic": slow_critic
+        }  # fmt: skip
         check_values(DreamerPolicy, **self.sizes, **self.own_sizes)
         shape = observation_space.shape
         if not is_image_space(observation_space):
@@ -140,7 +171,10 @@ class DreamerPolicy(BasePolicy):
         self.n_actions = int(np.prod(action_space.shape))
         self.model = LatentModel(shape, self.n_actions, **self.sizes)
         features = self.model.rssm.feature_size
-        self.actor = Actor(features, self.n_actions, width=width, layer_norm=layer_norm)
+        width = self.sizes["width"]
+        self.actor = Actor(
+            features, self.n_actions, width=width, layer_norm=layer_norm, init_std=init_std
+        )
         self.critic = ScalarHead(features, width, 3, kind=critic_head, layer_norm=layer_norm)
         initialise(self.critic)
         self.critic.zero_last_layer()

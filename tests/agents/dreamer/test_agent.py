@@ -178,6 +178,28 @@ def test_counters():
     assert steps == agent._n_updates
 
 
+@pytest.mark.parametrize(
+    ("ratio", "made"), [(3, [2, 2, 2, 2, 2, 2]), (2, [1, 1, 2, 1, 1, 2]), (0.5, [0, 0, 1, 0, 0, 1])]
+)
+def test_the_replay_ratio_makes_its_share_of_updates(ratio, made, tmp_path):
+    """10 steps of a round times `ratio`, over the 3 x 5 entries of an update; the rest waits."""
+    agent, updates = make(replay_ratio=ratio, gradient_steps=99), [0]
+    for end in range(STARTS, STARTS + 60, FREQ):
+        agent.learn(end - agent.num_timesteps, reset_num_timesteps=False)
+        updates.append(agent._n_updates)
+        agent.save(tmp_path / "agent")
+        agent.save_replay_buffer(tmp_path / "replay.npz")
+        agent = DreamerTPX.load(tmp_path / "agent", env=CountingEnv())
+        agent.load_replay_buffer(tmp_path / "replay.npz")
+    assert np.diff(updates).tolist() == made
+
+
+def test_the_replay_ratio_counts_steps_of_all_environments():
+    """Rounds of 12 steps, as 4 environments make them: 12 x 5 / 15 updates each."""
+    agent = make(vector(3, 4, 5, 6), replay_ratio=5).learn(20 + 2 * 12)
+    assert agent._n_updates == int(13 * 5 / 15 + 2 * 12 * 5 / 15)
+
+
 def test_learning_starts_and_train_freq_count_steps_of_all_environments():
     agent = make(vector(7, 8), train_freq=8)
     memory = logged(agent)

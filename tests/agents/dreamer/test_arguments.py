@@ -11,7 +11,7 @@ import totalprop.envs  # noqa: F401
 from totalprop import estimators
 from totalprop.agents import DreamerTPX
 from totalprop.agents.dreamer import agent as dreamer_arguments
-from totalprop.agents.dreamer.policy import DreamerPolicy
+from totalprop.agents.dreamer.policy import SIZES, DreamerPolicy
 from totalprop.agents.dreamer.presets import PRESETS
 from totalprop.world_models.latent.networks import ImageEncoder, VectorEncoder
 
@@ -78,6 +78,24 @@ def test_policy_kwargs_reach_the_networks():
     rssm = policy.model.rssm
     assert (rssm.deter_size, rssm.stoch_size) == (7, 3)
     assert policy.actor.out.in_features == 5 and rssm.input_layer.out_features == 6
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_sets_all_numbers_that_are_not_given(size):
+    policy = make(policy_kwargs={"size": size, "deter": 7}).policy
+    numbers = {**SIZES[size], "deter": 7}
+    assert {name: policy.sizes[name] for name in numbers} == numbers
+    assert policy.critic[0].in_features == numbers["stoch"] + 7
+    assert policy.critic[0].out_features == numbers["width"]
+
+
+def test_an_unknown_size_is_refused():
+    with pytest.raises(ValueError, match=r"^size must be one of s, m, l, got 'xl'$"):
+        make(policy_kwargs={"size": "xl"})
+
+
+def test_the_default_size_is_dreamer_v1s():
+    assert DreamerTPX("DreamerPolicy", SpaceEnv()).policy.sizes["width"] == 400
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -182,6 +200,7 @@ WRONG = [
     ("learning_starts", 0, "at least 1, a whole number"),
     ("train_freq", 0, "at least 1, a whole number"),
     ("gradient_steps", 0, "at least 1, a whole number"),
+    ("replay_ratio", -1.0, "at least 0"),
     ("model_learning_rate", 0.0, "above 0"),
     ("adam_eps", -1.0, "above 0"),
     ("max_grad_norm", 0.0, "above 0"),

@@ -301,6 +301,15 @@ def test_actor_at_zero_is_dreamer_v1s_first_policy():
     torch.testing.assert_close(action, expected)
 
 
+@pytest.mark.parametrize("std", [0.5, 1.0, 5.0])
+def test_init_std_is_that_of_outputs_of_zero(std):
+    actor = Actor(3, 2, width=4, init_std=std)
+    noise = torch.tensor([[1.0, -0.3]])
+    action, _ = actor.act(torch.zeros(1, 4), noise)
+    torch.testing.assert_close(action, ((std + 1e-4) * noise).tanh())
+    assert make(init_std=std).actor.std_shift == pytest.approx(np.log(np.expm1(std)))
+
+
 def test_entropy_is_the_one_sample_estimate_of_a_squashed_gaussian():
     """-log p(a) with the Gaussian's own term in expectation, against torch.distributions."""
     actor = Actor(3, 2, width=4)
