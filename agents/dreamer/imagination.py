@@ -174,10 +174,11 @@ def critic_loss(policy: DreamerPolicy, imagined: Imagined) -> tuple[Tensor, Tens
     """
     critic, features = policy.critic, imagined.features[:-1]
     out = critic(features)
-    losses = critic.loss(out, imagined.returns)
+    targets = [imagined.returns]
     if policy.slow_critic is not None:
-        losses = losses + critic.loss(out, imagined.targets)
-    return (imagined.weights * losses).mean(), critic.mean(out).detach()
+        targets.append(imagined.targets)
+    loss = (imagined.weights * critic.loss(out, *targets)).mean()
+    return loss, critic.mean(out.detach())
 
 
 def lambda_returns(rewards: Tensor, values: Tensor, gamma: Tensor | float, lam: float) -> Tensor:

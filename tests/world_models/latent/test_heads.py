@@ -78,6 +78,32 @@ def test_the_loss_of_a_two_hot_head_is_a_cross_entropy():
     torch.testing.assert_close(head.loss(out, target), expected)
 
 
+def test_losses_of_several_targets_are_added():
+    for kind in ("two-hot", "gaussian"):
+        head = ScalarHead(3, 4, 1, kind=kind)
+        out = head(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
+        one, other = torch.arange(5.0), torch.arange(5.0).flip(0) - 2  # one pair of bins is shared
+        both = head.loss(out, one, other)
+        torch.testing.assert_close(both, head.loss(out, one) + head.loss(out, other))
+
+
+def test_the_gradients_of_mean_and_loss_are_those_of_the_definitions():
+    """In float64, where the heads' own autograd functions and plain operations must agree."""
+    head = ScalarHead(3, 4, 1, kind="two-hot").double()
+    generator = torch.Generator().manual_seed(0)
+    out = torch.randn(2, 6, N_BINS, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = [torch.randn(2, 6, generator=generator, dtype=torch.float64) * s for s in (1, 100)]
+    bins, weights = head.bins, torch.linspace(-1, 2, 12, dtype=torch.float64).view(2, 6)
+    entropies = [-(two_hot(x, bins) * out.log_softmax(-1)).sum(-1) for x in targets]
+    for found, expected in (
+        (head.mean(out), (out.softmax(-1) * bins).sum(-1)),
+        (head.loss(out, *targets), sum(entropies)),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-6)
+        gradients = [torch.autograd.grad((weights * x).sum(), out)[0] for x in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12 * float(gradients[1].norm()))
+
+
 def test_the_gradient_of_a_two_hot_loss_does_not_grow_with_the_target():
     """It is softmax - two-hot, at most 2 in the 1-norm; a squared error's grows with the target."""
     for kind, bounded in (("two-hot", True), ("gaussian", False)):
