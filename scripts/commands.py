@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn
 from totalprop.agents import AGENTS
 
 BENCHMARKS = ("pipps", "dreamer", "ppo", "checkpoint")
+PEERS = ("sac", "td3")
 MODES = ("compile", "cuda_graph")  # of a benchmark of the dreamer: fields of `UpdateSettings`
 
 
@@ -252,7 +253,52 @@ def _sweep(parser: ArgumentParser) -> None:
         help="column of progress.csv to plot as well, such as train/actor_gradient_norm",
     )
     parser.add_argument(
+        "--beside",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="results of `totalprop peer`, or results.json of other sweeps, to show as well",
+    )
+    parser.add_argument(
         "--report-only", action="store_true", help="do not train, only write the report"
+    )
+
+
+def _peer(parser: ArgumentParser) -> None:
+    parser.add_argument("algorithm", choices=PEERS, help="algorithm of stable-baselines3")
+    parser.add_argument(
+        "--env-id", required=True, metavar="ID", help="Gymnasium id of the environment"
+    )
+    parser.add_argument(
+        "--env-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="argument of the environment; may be repeated",
+    )
+    parser.add_argument(
+        "--total-timesteps", type=int, required=True, metavar="N", help="decisions to learn for"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, required=True, metavar="SEED", help="seeds to train"
+    )
+    parser.add_argument(
+        "--eval-every",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="decisions between evaluations (default: 1000)",
+    )
+    parser.add_argument(
+        "--eval-episodes",
+        type=int,
+        default=5,
+        metavar="N",
+        help="episodes per evaluation (default: 5)",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="JSON file of the results"
     )
 
 
@@ -425,6 +471,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "sweep": Command(
         "studies.sweep", "train estimators x seeds; write a table and learning curves", _sweep
+    ),
+    "peer": Command(
+        "studies.peer", "train SAC or TD3 of stable-baselines3 where our agents learn", _peer
     ),
     "chaos": Command(
         "studies.chaos", "measure every estimator's gradient variance on chaotic RNNs", _chaos

@@ -152,20 +152,38 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
                 results.setdefault(value, {})[str(seed)] = entry
     if not results:
         raise UserError(f"no finished run in {options.runs}; see the .log files there")
+    others = _read_others(options.beside, quantity)
     options.out.mkdir(parents=True, exist_ok=True)
     varied = "--estimators" if options.vary == "estimator" else f"--vary {options.vary} --values"
     command = f"totalprop sweep {options.agent} {varied} {' '.join(options.values)} "
     command += f"--seeds {' '.join(map(str, options.seeds))} --out {options.out}"
     command += "" if options.is_default else f" --runs {options.runs}"
     command += f" --watch {options.watch}" if options.watch else ""
+    command += f" --beside {' '.join(map(str, options.beside))}" if options.beside else ""
     command += f" -- {' '.join(extra)}" if extra else ""
     record = {"command": command, "commit": ", ".join(sorted(commits)), "results": results}
     write_text(options.out / "results.json", json.dumps(record, indent=1) + "\n")
-    table = _table(results, quantity, options.vary)
+    table = _table({**results, **others}, quantity, options.vary)
     write_text(options.out / "table.md", table)
-    picture = _curves(results, quantity, options.vary, options.watch)
+    picture = _curves({**results, **others}, quantity, options.vary, options.watch)
     figures.save(picture, options.out / "learning_curves.png", dpi=150)
     print(f"{table}\nwritten to {options.out}: results.json, table.md, learning_curves.png")
+
+
+def _read_others(paths: Sequence[Path], quantity: str) -> dict[str, dict[str, Any]]:
+    """Read the results of peers and of other sweeps: name -> seed -> curve.
+
+    Raises:
+        UserError: a file does not hold such results.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        for name, seeds in read_json(path).get("results", {}).items():
+            needed = {f"final_{quantity}", f"{quantity}s", "timesteps"}
+            if not seeds or any(needed - seed.keys() for seed in seeds.values()):
+                raise UserError(f"{path} holds no {quantity}s of {name}: pass a peer's file")
+            found[name] = seeds
+    return found
 
 
 def _watched(folder: RunFolder, column: str) -> dict[str, list[float]]:
@@ -260,6 +278,8 @@ def _draw_watched(axis: Axes, results: dict[str, dict[str, Any]], watched: str) 
     lowest = np.inf
     for i, seeds in enumerate(results.values()):
         for seed in seeds.values():
+            if watched not in seed:  # of a peer
+                continue
             series = seed[watched]
             axis.plot(series["timesteps"], series["values"], color=f"C{i}", lw=0.8, alpha=0.7)
             lowest = min(lowest, *series["values"])

@@ -1,0 +1,108 @@
+r"""Train a peer, stable-baselines3's SAC or TD3, where our agents learn; write its raw returns.
+
+    totalprop peer sac --env-id dmc/walker-walk-v0 --total-timesteps 50000 --seeds 0 1 2 3 \
+        --out results/dreamer/recommended/walker/sac.json
+    totalprop sweep dreamer ... --beside results/dreamer/recommended/walker/sac.json
+
+The environments, their seeds and the evaluations are those of `totalprop train`; the peer's
+settings are stable-baselines3's defaults. Seeds that the file has are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import stable_baselines3
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+
+from totalprop.agents.core.evaluation import Evaluation
+from totalprop.agents.persistence.safe_file import write_text
+from totalprop.scripts.commands import parser_of
+from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.folder import current_commit, make_env, parse_env_args, read_json
+from totalprop.scripts.run.progress import said
+
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
+    "sac": stable_baselines3.SAC,
+    "td3": stable_baselines3.TD3,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser_of("peer").parse_args(arguments)
+    with ending_with_a_sentence():
+        record = read_record(options)
+        torch.set_num_threads(1)
+        own = record["results"][options.algorithm]
+        for seed in options.seeds:
+            if str(seed) in own:
+                print(f"seed {seed} is in {options.out}")
+                continue
+            own[str(seed)] = train(options, seed)
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(options.out, json.dumps(record, indent=1) + "\n")
+            print(f"seed {seed}: return {own[str(seed)]['final_return']:.1f}, in {options.out}")
+    print(f"Next: totalprop sweep dreamer ... --beside {options.out}")
+
+
+def read_record(options: argparse.Namespace) -> dict[str, Any]:
+    """Read the file of an earlier call with the same settings, or begin a new one.
+
+    Raises:
+        UserError: the file holds runs with other settings.
+    """
+    settings = {
+        "env_id": options.env_id, "env_args": parse_env_args(tuple(options.env_arg)),
+        "total_timesteps": options.total_timesteps, "eval_every": options.eval_every,
+        "eval_episodes": options.eval_episodes,
+    }  # fmt: skip
+    record: dict[str, Any] = {
+        "library": f"stable-baselines3 {stable_baselines3.__version__}",
+        "commit": current_commit(),
+        "settings": settings,
+        "results": {options.algorithm: {}},
+    }
+    if not options.out.exists():
+        return record
+    found = read_json(options.out)
+    if found.get("settings") != settings or list(found.get("results", ())) != [options.algorithm]:
+        raise UserError(
+            f"{options.out} holds other runs than these ({found.get('settings')}); choose another "
+            "file with --out"
+        )
+    return found
+
+
+def train(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Train one seed; return its evaluations as a sweep's results.json holds them."""
+    env_args = parse_env_args(tuple(options.env_arg))
+    env = make_env(options.env_id, env_args, seed=None)
+    eval_env = make_env(options.env_id, env_args, seed=1000 + seed, n_envs=5)
+    make: Callable[..., BaseAlgorithm] = ALGORITHMS[options.algorithm]
+    agent = make("MlpPolicy", env, seed=seed, device="cpu")
+    evaluation = Evaluation(eval_env, n_episodes=options.eval_episodes, every=options.eval_every)
+    callbacks: list[BaseCallback] = [evaluation]
+    started, total = time.perf_counter(), options.total_timesteps
+    with said(lambda: f"seed {seed}: {agent.num_timesteps} of {total} steps"):
+        agent.learn(total, callback=callbacks)
+    means = np.array(evaluation.returns).mean(1).round(3).tolist()
+    return {
+        "final_return": means[-1],
+        "seconds": round(time.perf_counter() - started, 1),
+        "timesteps": evaluation.timesteps,
+        "returns": means,
+    }
+
+
+if __name__ == "__main__":
+    main()
