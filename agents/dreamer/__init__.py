@@ -21,13 +21,14 @@ ENTRY = AgentEntry(
     callbacks=lambda steps: {"pictures": OpenLoopPictures(max(steps // 10, 1))},
     pictures=write_picture,
     small_run={
-        "preset": "laptop", "total_timesteps": 300, "learning_starts": 60, "sequence_length": 8,
-        "batch_size": 4, "imagination_starts": 8, "gradient_steps": 2, "eval_every": 40,
+        "preset": "recommended", "total_timesteps": 300, "learning_starts": 60,
+        "sequence_length": 8, "batch_size": 4, "imagination_starts": 8, "replay_ratio": 2.9,
+        "eval_every": 40,
         "buffer_size": 200, "env_id": "totalprop/CartPoleSwingUp-v0",
     },
     kill_test_factor=16,
     long_run={
-        "preset": "laptop", "env_id": "dm_control/cheetah-run-v0",
+        "preset": "recommended", "env_id": "dm_control/cheetah-run-v0",
         "env_arg": ["observation=pixels", "render=fast", "action_repeat=4"],
         "total_timesteps": 1_000_000, "buffer_size": 1000, "learning_starts": 500,
         "eval_every": 1000, "eval_episodes": 2,

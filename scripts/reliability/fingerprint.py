@@ -76,6 +76,16 @@ def _dreamer(env: Any = PENDULUM, **changes: Any) -> DreamerTPX:
     return DreamerTPX("DreamerPolicy", env, seed=3, device="cpu", **{**sizes, **changes})
 
 
+# What the preset switches on; its sizes would take minutes.
+_RECOMMENDED: dict[str, Any] = {
+    "slow_critic_rate": 0.02, "scale_returns": True, "replay_ratio": 2.0,
+    "policy_kwargs": {
+        "stoch": 4, "deter": 8, "hidden": 8, "width": 8, "layer_norm": True, "init_std": 1.0,
+        "reward_head": "two-hot", "critic_head": "two-hot",
+    },
+}  # fmt: skip
+
+
 def _pretrained() -> DreamerTPX:
     with tempfile.TemporaryDirectory() as folder:
         _dreamer().learn(STEPS).save(Path(folder) / "model.zip")
@@ -209,6 +219,8 @@ SETTINGS: dict[str, Make | Run] = {
     "dreamer two envs": lambda: _dreamer(make_vec_env(PENDULUM, 2), nonfinite="skip"),
     "dreamer schedule": lambda: _dreamer(learning_rate=LinearSchedule(1e-3, 0.0, 1.0)),
     "dreamer bf16": lambda: _dreamer(bf16=True),
+    "dreamer recommended": lambda: _dreamer(**_RECOMMENDED),
+    "dreamer recommended resumed": Resumed(lambda: _dreamer(_rewindable(CARTPOLE), **_RECOMMENDED)),
     "dreamer pretrained": _pretrained,
     "dreamer loaded": Loaded(_dreamer),
     "dreamer resumed": Resumed(lambda: _dreamer(_rewindable(CARTPOLE))),
