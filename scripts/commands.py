@@ -265,6 +265,49 @@ def _sweep(parser: ArgumentParser) -> None:
     )
 
 
+def _gradients(parser: ArgumentParser) -> None:
+    names = {
+        "tasks": ["pendulum", "balance", "swingup"],
+        "gates": ["blocked", "open"],
+        "gradients": ["rp", "lr, latent", "lr, action", "tpx", "tpg"],
+    }
+    for name, values in names.items():
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            default=values,
+            metavar="NAME",
+            help=f"{name} to compare (default: {'; '.join(values)})",
+        )
+    parser.add_argument(
+        "--horizons",
+        nargs="+",
+        type=int,
+        default=[15, 60],
+        metavar="H",
+        help="imagination horizons (default: 15 60)",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, required=True, metavar="SEED", help="seeds of each cell"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=None,
+        help="folder of the runs (default: runs/NAME, where NAME is the last part of --out)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="runs at the same time, one thread each (default: one per core)",
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="do not train, only write the report"
+    )
+
+
 def _peer(parser: ArgumentParser) -> None:
     parser.add_argument("algorithm", choices=PEERS, help="algorithm of stable-baselines3")
     parser.add_argument(
@@ -471,6 +514,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "sweep": Command(
         "studies.sweep", "train estimators x seeds; write a table and learning curves", _sweep
+    ),
+    "gradients": Command(
+        "studies.gradients", "train every gradient at every node of a Dreamer", _gradients
     ),
     "peer": Command(
         "studies.peer", "train SAC or TD3 of stable-baselines3 where our agents learn", _peer

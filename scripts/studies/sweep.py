@@ -21,7 +21,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -87,20 +87,30 @@ def check_run(options: argparse.Namespace, extra: list[str], value: str, seed: i
 
 
 def train_all(options: argparse.Namespace, extra: list[str]) -> int:
-    """Start or resume all unfinished runs, seed by seed, so that a stopped sweep is balanced.
+    """Start or resume all unfinished runs; return the number of runs that failed."""
+    jobs = {
+        run_name(value, seed): [
+            options.agent, f"--{options.vary}", value, "--seed", str(seed), *extra
+        ]
+        for seed in options.seeds
+        for value in options.values
+    }  # fmt: skip
+    return train_runs(jobs, options.runs, options.jobs)
+
+
+def train_runs(jobs: Mapping[str, Sequence[str]], runs: Path, workers: int) -> int:
+    """Start or resume unfinished runs in their order, one thread each.
 
     Args:
-        options: the parsed command line.
-        extra: further flags of `totalprop train`.
+        jobs: name of a run -> arguments of `totalprop train`.
+        runs: folder of the runs.
+        workers: runs at the same time.
     Returns:
         The number of runs that failed.
     """
-    jobs = [(value, seed) for seed in options.seeds for value in options.values]
 
-    def run(job: tuple[str, int]) -> bool:
-        value, seed = job
-        name = run_name(value, seed)
-        folder = RunFolder(options.runs / name)
+    def run(name: str) -> bool:
+        folder = RunFolder(runs / name)
         if folder.summary.exists():
             return True
         command = [sys.executable, "-m", "totalprop.scripts.train"]
@@ -108,11 +118,11 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> int:
             command += ["--resume", str(folder.path)]
             command += shlex.split(import_flag(Job.read(folder).options.env_id))
         else:
-            command += [options.agent, f"--{options.vary}", value, "--seed", str(seed)]
-            command += ["--runs", str(options.runs), "--name", name]
-            command += ["--threads", "1", "--no-progress", "--no-tensorboard", *extra]
-        options.runs.mkdir(parents=True, exist_ok=True)
-        with open(options.runs / f"{name}.log", "a") as log:
+            agent, *flags = jobs[name]
+            command += [agent, "--runs", str(runs), "--name", name]
+            command += ["--threads", "1", "--no-progress", "--no-tensorboard", *flags]
+        runs.mkdir(parents=True, exist_ok=True)
+        with open(runs / f"{name}.log", "a") as log:
             code = subprocess.run(
                 command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
             ).returncode
@@ -120,7 +130,7 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> int:
         return code == 0
 
     failed = 0
-    with ThreadPoolExecutor(options.jobs) as pool, counted(len(jobs), "runs") as advance:
+    with ThreadPoolExecutor(workers) as pool, counted(len(jobs), "runs") as advance:
         for succeeded in pool.map(run, jobs):
             failed += not succeeded
             advance()

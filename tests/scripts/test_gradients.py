@@ -1,0 +1,94 @@
+"""The study of gradients: its runs, and its statistics against hand-computed numbers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from totalprop.scripts.run.arguments import parse
+from totalprop.scripts.studies import gradients
+from totalprop.scripts.studies.gradients import GATES, GRADIENTS, TASKS, Cell
+
+ALL = [
+    Cell(task, horizon, gate, gradient)
+    for task in TASKS for horizon in (15, 60) for gate in GATES for gradient in GRADIENTS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", ALL, ids=lambda cell: cell.name(0))
+def test_every_cell_is_a_command_of_train_that_says_what_its_name_says(cell):
+    job = parse(cell.command(3, ["--learning-starts", "50"]), usage="")
+    flags = job.flags()
+    assert (job.agent, job.preset, flags["seed"]) == ("dreamer", "recommended", 3)
+    assert flags["horizon"] == cell.horizon and flags["learning_starts"] == 50
+    assert flags["horizon"] * flags["imagination_starts"] == 256 * 15
+    assert flags["stop_grad_actor_input"] == (cell.gate == "blocked")
+    assert flags["estimator"] == cell.gradient.split(",")[0]
+    assert flags["node"] == ("action" if cell.gradient == "lr, action" else "latent")
+    assert flags["baseline"] == ("critic" if cell.gradient == "lr, action" else "leave-one-out")
+
+
+def test_names_are_names_of_folders_and_differ():
+    names = [cell.name(seed) for cell in ALL for seed in (0, 1)]
+    assert len(set(names)) == len(names) == 2 * len(ALL)
+    assert not any(set(name) & set(" ,/") for name in names)
+
+
+def test_a_score_is_the_last_third_between_random_and_best():
+    _, random, best = TASKS["balance"]
+    half = (random + best) / 2
+    assert gradients.score("balance", np.array([0.0, 0, 0, 0, half, half])) == pytest.approx(0.5)
+    assert gradients.score("balance", np.array([best])) == 1
+    assert gradients.score("balance", np.full(9, random)) == 0
+
+
+def test_the_interquartile_mean_is_that_of_the_middle_half():
+    assert gradients.iqm(np.array([-100.0, 1, 2, 3, 4, 5, 6, 100])) == 3.5
+
+
+def test_the_bootstrap_draws_seeds_within_each_task():
+    """Two tasks of constant scores have no spread, however different the tasks are."""
+    constant = [np.full(3, 0.1), np.full(3, 0.9)]
+    assert np.ptp(gradients.bootstrap(constant, np.mean)) == pytest.approx(0, abs=1e-12)
+    scores = [np.random.default_rng(0).normal(size=20), np.random.default_rng(1).normal(size=20)]
+    spread = gradients.bootstrap(scores, np.mean).std()
+    expected = np.sqrt(sum(own.var() for own in scores) / 20) / 2  # of the mean of both
+    assert spread == pytest.approx(expected, rel=4 / np.sqrt(2 * gradients.DRAWS))
+
+
+def test_the_report_covers_what_is_finished(tmp_path, capsys):
+    """Two gradients with two seeds on one task, one run of which is not finished."""
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    _, random, best = TASKS["pendulum"]
+    for gradient, seed, level in (("rp", 0, 0.2), ("rp", 1, 0.4), ("tpx", 0, 1.0), ("tpx", 1, 0)):
+        folder = runs / Cell("pendulum", 15, "open", gradient).name(seed)
+        folder.mkdir(parents=True)
+        value = random + level * (best - random)
+        record = {"timesteps": [500, 1000], "returns": [[random] * 2, [value - 1, value + 1]]}
+        (folder / "evaluations.json").write_text(json.dumps(record))
+        (folder / "config.json").write_text('{"commit": "abc"}')
+        if (gradient, seed) != ("tpx", 1):
+            (folder / "summary.json").write_text("{}")
+    command = ["--out", str(out), "--runs", str(runs), "--seeds", "0", "1", "--report-only"]
+    gradients.main(command)
+    rows = json.loads((out / "results.json").read_text())["runs"]
+    assert [(row["gradient"], row["seed"], row["score"]) for row in rows] == [
+        ("rp", 0, pytest.approx(0.2)), ("rp", 1, pytest.approx(0.4)), ("tpx", 0, pytest.approx(1)),
+    ]  # fmt: skip
+    table = (out / "table.md").read_text()
+    assert "| 15 | open | `rp` | 0.20, 0.40 | 0.30 | 0.20 to 0.40 |" in table
+    assert "| 15 | open | `tpx` | 1.00 | 1.00 | 1.00 to 1.00 |" in table
+    assert (out / "profiles.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("flag", ["--tasks", "--gates", "--gradients"])
+def test_unknown_names_are_refused(flag, capsys):
+    with pytest.raises(SystemExit) as error:
+        gradients.main(["--out", "x", "--seeds", "0", flag, "chess"])
+    assert error.value.code == 2 and "got chess" in capsys.readouterr().err
+
+
+def test_the_defaults_of_the_flags_are_all_there_is():
+    options = gradients.parser_of("gradients").parse_args(["--out", "x", "--seeds", "0"])
+    assert options.tasks == list(TASKS) and options.gates == list(GATES)
+    assert options.gradients == list(GRADIENTS)
