@@ -39,24 +39,14 @@ class ObservationForm:
 
     def __init__(self, space: spaces.Space) -> None:
         self.space = space
-        self._parts: dict[str, _Part] = {}
-        if isinstance(space, spaces.Dict):
-            for name in sorted(space):
-                self._parts[name] = _Part(space[name], name)
-        else:
-            self._parts[ALONE] = _Part(space)
-        only = self._parts.get(ALONE)
-        self.is_plain = (
-            not isinstance(space, spaces.Dict)
-            and only is not None
-            and isinstance(only.entry, tuple)
+        self._parts = (
+            {name: _Part(space[name], name) for name in sorted(space)}
+            if isinstance(space, spaces.Dict)
+            else {ALONE: _Part(space)}
         )
-        self.entries: tuple[int, ...] | dict[str, Entry] = {
-            name: part.entry for name, part in self._parts.items()
-        }
-        if self.is_plain:
-            assert only is not None and isinstance(only.entry, tuple)
-            self.entries = only.entry
+        entries = {name: part.entry for name, part in self._parts.items()}
+        self.is_plain = isinstance(space, spaces.Box)  # one array, and no dictionary
+        self.entries: Any = entries[ALONE] if self.is_plain else entries
 
     @property
     def shapes(self) -> Any:
