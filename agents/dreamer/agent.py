@@ -303,6 +303,7 @@ class DreamerTPX(Algorithm):
             self.policy.to_model.dtypes,
             self.policy.n_actions,
             self.env.num_envs,
+            options=self.policy.to_model.options,
             device=self.device,
             storage=self.storage,
             folder=tempfile.gettempdir(),

@@ -60,6 +60,15 @@ class ObservationForm:
         found = {name: part.dtype for name, part in self._parts.items()}
         return found[ALONE] if self.is_plain else found
 
+    @property
+    def options(self) -> dict[str, tuple[int, ...]]:
+        """Name -> number of options of each choice, for entries that are choices."""
+        return {
+            name: part.entry.sizes
+            for name, part in self._parts.items()
+            if isinstance(part.entry, Choices)
+        }
+
     def describe(self) -> str:
         """A sentence on the images that are resized; "" if none is."""
         resized = [

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +69,8 @@ class SequenceReplay:
         capacity: entries over all environments; each ring holds capacity // n_envs.
         observation_shape: shape of one observation; of a dictionary, name -> shape.
         observation_dtype: dtype of one observation; of a dictionary, name -> dtype.
+        options: name -> number of options of each choice, for entries that are choices. Files with
+            others are refused.
         action_size: A.
         n_envs: number of environments.
         device: where batches are put.
@@ -87,6 +90,7 @@ class SequenceReplay:
         action_size: int,
         n_envs: int = 1,
         *,
+        options: Mapping[str, Sequence[int]] = MappingProxyType({}),
         device: torch.device | str = "cpu",
         storage: str = "ram",
         folder: Path | str | None = None,
@@ -108,6 +112,7 @@ class SequenceReplay:
             names = sorted(observation_shape)
             self._parts = {name: f"observation.{i}" for i, name in enumerate(names)}
             seen = {f: (observation_shape[name], dtypes[name]) for name, f in self._parts.items()}
+        self._options = {self._parts[name]: np.array(sizes) for name, sizes in options.items()}
         self._fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {  # of one entry
             **{field: (tuple(shape), np.dtype(dtype)) for field, (shape, dtype) in seen.items()},
             "action": ((action_size,), np.dtype("f4")),
@@ -283,7 +288,7 @@ class SequenceReplay:
         self._segments = self._new_segments()  # the old ones hold different entries
         arrays = {"position": torch.from_numpy(self._position), **self._arrays}
         for (name, env, start, stop, _), rows in read_blocks(Path(path), blocks):
-            _check_values(name, rows)
+            self._check_values(name, rows)
             arrays[name][env, start:stop] = torch.from_numpy(rows)
         self._count = filled
 
@@ -360,13 +365,13 @@ class SequenceReplay:
                     f"{name} is {rows[name].shape[1:]} {rows[name].dtype}, "
                     f"the replay stores {shape} {dtype}"
                 )
-            _check_values(name, rows[name])
+            self._check_values(name, rows[name])
             target = self._arrays[name]
             chosen = torch.from_numpy(slots).to(target.device)
             target[env].index_copy_(0, chosen, torch.from_numpy(values).to(target.device))
         if rows["position"].shape != (n,) or rows["position"].dtype != self._position.dtype:
             raise ValueError(f"position is not {n} whole numbers")
-        _check_values("position", rows["position"])
+        self._check_values("position", rows["position"])
         self._position[env, slots] = rows["position"]
         self._count[env] = first + n
 
@@ -444,12 +449,16 @@ class SequenceReplay:
         fields = {name: self._fields[field] for name, field in self._parts.items()}
         return ", ".join(f"{name!r} {shape} {dtype}" for name, (shape, dtype) in fields.items())
 
+    def _check_values(self, name: str, rows: np.ndarray) -> None:
+        """Raise ValueError for rows that no episode gives.
 
-def _check_values(name: str, rows: np.ndarray) -> None:
-    """Raise ValueError for rows that no episode gives: positions that jump, a NaN or infinity."""
-    if name == "position":
-        is_next = (rows[1:] == 0) | (rows[1:] == rows[:-1] + 1)
-        if len(rows) and (rows.min() < 0 or not is_next.all()):
-            raise ValueError("the positions of its entries are not those of episodes")
-    elif rows.dtype.kind == "f" and not np.isfinite(rows).all():
-        raise ValueError(f"{name} holds a NaN or infinity")
+        These are positions that jump, a NaN or infinity, and choices of no option.
+        """
+        if name == "position":
+            is_next = (rows[1:] == 0) | (rows[1:] == rows[:-1] + 1)
+            if len(rows) and (rows.min() < 0 or not is_next.all()):
+                raise ValueError("the positions of its entries are not those of episodes")
+        elif rows.dtype.kind == "f" and not np.isfinite(rows).all():
+            raise ValueError(f"{name} holds a NaN or infinity")
+        elif name in self._options and ((rows < 0) | (rows >= self._options[name])).any():
+            raise ValueError(f"{name} holds a choice that is none of its options")

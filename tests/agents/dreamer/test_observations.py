@@ -370,6 +370,25 @@ def test_a_replay_of_other_entries_is_refused(tmp_path):
             make(space).load_replay_buffer(tmp_path / "replay.npz")
 
 
+def test_choices_that_are_no_option_are_refused_in_files(tmp_path):
+    form = ObservationForm(MIXED)
+    foreign, own = (
+        SequenceReplay(50, form.shapes, form.dtypes, 2, options=options)
+        for options in ({}, form.options)
+    )
+    one = {name: part[None] for name, part in form.one(MIXED.sample()).items()}
+    for compass in (3, 4):  # the last option, and none
+        foreign.start({**one, "compass": np.array([[compass]], np.uint8)})
+        foreign.save(tmp_path / "replay.npz")
+        if compass == 3:
+            own.load(tmp_path / "replay.npz")
+            continue
+        with pytest.raises(ValueError, match="a choice that is none of its options"):
+            own.load(tmp_path / "replay.npz")
+        with pytest.raises(ValueError, match="a choice that is none of its options"):
+            own._put_rows(0, 0, foreign._rows(0, 0, 2))
+
+
 def test_the_world_model_of_a_dictionary_is_pretrained(tmp_path):
     agent = make(MIXED).learn(40)
     agent.save(tmp_path / "agent")
