@@ -261,10 +261,10 @@ def _batched(observation: Any, space: spaces.Space, name: str | None) -> tuple[n
         return array[None], False
     if array.ndim and array.shape[1:] == shape:
         return array, True
-    expected = ", ".join(map(str, shape))
-    raise ValueError(
-        f"the observation{_of(name)} is of shape {list(array.shape)}, expected [{expected}], or "
-        f"[{', '.join(filter(None, ('n', expected)))}] of n environments"
+    many = ", ".join(["n", *map(str, shape)])
+    raise ValueError(  # begins as stable-baselines3's, which its users search for
+        f"Unexpected observation shape {array.shape}{_of(name)}, expected {shape}, or ({many}) of "
+        "n environments"
     )
 
 

@@ -300,7 +300,7 @@ def test_observations_that_do_not_fit_are_one_sentence():
         ({**one, "position": np.zeros((4, 2))}, "batches of one size, got .*'position': 4"),
         (
             {**one, "position": np.zeros(3)},
-            r"'position' is of shape \[3\], expected \[2\], or \[n, 2\]",
+            r"observation shape \(3,\) of entry 'position', expected \(2,\), or \(n, 2\) of",
         ),
         ({**one, "compass": 0}, "of entry 'compass' must be one of 1 to 4, got 0; correct"),
         ({**one, "grid": np.full((2, 2), 2)}, "of entry 'grid' must be one of 0 to 1, got 2"),
