@@ -33,7 +33,7 @@ from totalprop.agents.core.file_contents import (
     not_finite,
     with_own_devices,
 )
-from totalprop.agents.core.spaces import FLATTEN, UnsupportedSpaceError, describe
+from totalprop.agents.core.spaces import UnsupportedSpaceError, describe, not_nested
 from totalprop.agents.core.validation import check_arguments
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import UNREADABLE, BadFileError, NotInFile
@@ -43,6 +43,22 @@ HELD_SPACES = (
     spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict
 )  # fmt: skip
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="Algorithm")
+
+
+def _remedy(space: spaces.Space) -> str:
+    """What to do about observations that stable-baselines3 does not know; "" if it does."""
+    parts = list(space.values()) if isinstance(space, spaces.Dict) else []
+    if isinstance(space, spaces.Tuple) or any(
+        isinstance(part, spaces.Dict | spaces.Tuple) for part in parts
+    ):
+        return not_nested(space)
+    if not isinstance(space, HELD_SPACES):
+        return "convert them with gymnasium.wrappers.TransformObservation"
+    if all(isinstance(part, HELD_SPACES) for part in parts):
+        return ""
+    assert isinstance(space, spaces.Dict)
+    held = [name for name, part in space.items() if isinstance(part, HELD_SPACES)]
+    return f"leave out the others: gymnasium.wrappers.FilterObservation(env, {held})"
 
 
 class NoEnvironmentError(ValueError, AssertionError):
@@ -97,11 +113,9 @@ class Algorithm(BaseAlgorithm):
     @classmethod
     def _wrap_env(cls, env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         seen, actions = env.observation_space, env.action_space
-        if not isinstance(seen, HELD_SPACES):
-            remedy = "convert them with gymnasium.wrappers.TransformObservation"
+        if remedy := _remedy(seen):
             raise UnsupportedSpaceError(
-                f"{cls.__name__} needs numbers as observations, got {describe(seen)}; "
-                f"{FLATTEN if isinstance(seen, spaces.Tuple) else remedy}"
+                f"{cls.__name__} needs numbers as observations, got {describe(seen)}; {remedy}"
             )
         if cls.action_spaces and not isinstance(actions, cls.action_spaces):
             raise UnsupportedSpaceError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from gymnasium import spaces
 
@@ -60,16 +62,36 @@ def to_vector(space: spaces.Space, *, otherwise: str) -> str:
     return FLATTEN
 
 
-def to_picture_or_vector(space: spaces.Space) -> str:
-    """The remedy for an agent that needs one image or one vector."""
+def not_nested(space: spaces.Space) -> str:
+    """The remedy for a dictionary or tuple in which stable-baselines3 takes no further ones."""
+    leaves = list(_leaves(space))
+    if not any(is_picture(leaf) for _, leaf in leaves):
+        return FLATTEN
+    # Flattening would lose the images' shapes, so the inner entries are lifted.
+    names = [".".join(map(str, path)) for path, _ in leaves]
+    gets = ["".join(f"[{key!r}]" for key in path) for path, _ in leaves]
+    seen = ", ".join(f"{name!r}: seen{get}" for name, get in zip(names, gets, strict=True))
+    parts = ", ".join(
+        f"{name!r}: env.observation_space{get}" for name, get in zip(names, gets, strict=True)
+    )
+    return (
+        "lift the inner entries: gymnasium.wrappers.TransformObservation(env, lambda seen: "
+        f"{{{seen}}}, gymnasium.spaces.Dict({{{parts}}}))"
+    )
+
+
+def _leaves(
+    space: spaces.Space, path: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], spaces.Space]]:
+    """The spaces inside of dictionaries and tuples, each with the keys that lead to it."""
     if isinstance(space, spaces.Dict):
         for name, part in space.items():
-            if is_picture(part):
-                return (
-                    "choose the image: gymnasium.wrappers.TransformObservation(env, lambda seen: "
-                    f"seen[{name!r}], env.observation_space[{name!r}])"
-                )
-    return FLATTEN
+            yield from _leaves(part, (*path, name))
+    elif isinstance(space, spaces.Tuple):
+        for i, part in enumerate(space.spaces):
+            yield from _leaves(part, (*path, i))
+    else:
+        yield path, space
 
 
 def refuse_whole_numbers(actions: spaces.Space) -> None:

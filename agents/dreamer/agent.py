@@ -19,14 +19,12 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from torch import Tensor
 
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
-from totalprop.agents.core.spaces import FLATTEN, describe, to_picture_or_vector
 from totalprop.agents.core.validation import (
     Above,
     AtLeast,
@@ -40,13 +38,19 @@ from totalprop.agents.core.validation import (
 from totalprop.agents.core.workers import explain_dead_workers
 from totalprop.agents.dreamer.imagination import ImaginationSettings
 from totalprop.agents.dreamer.metrics import Round, record_decisions
+from totalprop.agents.dreamer.observations import (
+    Arrays,
+    ObservationForm,
+    count,
+    first,
+    to_tensors,
+)
 from totalprop.agents.dreamer.policy import DreamerPolicy, RecurrentState
 from totalprop.agents.dreamer.pretrained import load_world_model
 from totalprop.agents.dreamer.replay import SequenceReplay
 from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings
 from totalprop.estimators import Estimator
 from totalprop.world_models.latent.model import ModelLossSettings, State
-from totalprop.world_models.latent.networks import IMAGE_SIZE
 
 BASELINES = {
     "mean": estimators.baselines.mean,
@@ -58,14 +62,15 @@ SelfDreamerTPX = TypeVar("SelfDreamerTPX", bound="DreamerTPX")
 
 
 class DreamerTPX(Algorithm):
-    """Latent world model with imagined policy gradients, on Box observations and actions.
+    """Latent world model with imagined policy gradients, for Box actions.
 
     Steps are decisions: `total_timesteps`, `learning_starts` and `train_freq` count calls of
     `env.step`, whatever the environment's action repeat; logs show frames too.
 
     Args:
         policy: "DreamerPolicy", or a subclass of it.
-        env: environment or id; observations are 64x64 images (uint8) or vectors.
+        env: environment or id; observations are images (uint8, resized to 64x64), vectors, choices
+            (Discrete, MultiDiscrete, MultiBinary), or a Dict of these.
         learning_rate: step size of actor and critic, or a schedule over training progress.
         estimator: name in the registry ("rp", "lr", "tps", "tpx", "tpg", ...) or an
             `estimators.Estimator`. Rules that weigh in parameter space use the actor's last layer.
@@ -270,17 +275,19 @@ class DreamerTPX(Algorithm):
         total, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, *args, **kwargs
         )
-        assert self.env is not None and isinstance(self._last_obs, np.ndarray)
+        assert self.env is not None and self._last_obs is not None
         if self.replay_buffer is None:  # not in the constructor, or `load` would allocate it
             self.replay_buffer = self._new_replay()
             if self.verbose:
                 print(self.replay_buffer.describe())
+                if resized := self.policy.to_model.describe():
+                    print(resized)
             if self.device.type == "cpu":
                 keep_freed_memory()
         check_finite(self.num_timesteps, self._last_obs)
         if not self._has_offset and not self._n_updates and self.pretrained_world_model is None:
-            first = self.policy.to_model(self._last_obs)[0]
-            self.policy.model.set_offset(torch.as_tensor(np.array(first)))
+            batch = to_tensors(self.policy.to_model(self._last_obs), self.device)
+            self.policy.model.set_offset(first(batch))
         self._has_offset = True
         if is_reset or self._memory is None:
             self.replay_buffer.start(self.policy.to_model(self._last_obs))
@@ -290,14 +297,13 @@ class DreamerTPX(Algorithm):
     def _new_replay(self) -> SequenceReplay:
         """An empty replay for the environments that are set."""
         assert self.env is not None
-        dtype = self.observation_space.dtype
-        assert dtype is not None
         return SequenceReplay(
             self.buffer_size,
-            self.policy.model_input_shape,
-            dtype,
+            self.policy.to_model.shapes,
+            self.policy.to_model.dtypes,
             self.policy.n_actions,
             self.env.num_envs,
+            options=self.policy.to_model.options,
             device=self.device,
             storage=self.storage,
             folder=tempfile.gettempdir(),
@@ -373,24 +379,24 @@ class DreamerTPX(Algorithm):
 
     def _collect(self, callback: BaseCallback, until: int) -> bool:
         """Act until `until` steps are made; False if a callback stopped the rollout."""
-        env, replay = self.env, self.replay_buffer
+        env, replay, to_model = self.env, self.replay_buffer, self.policy.to_model
         assert env is not None and replay is not None
         callback.on_rollout_start()
+        seen = to_model(self._last_obs)
         while self.num_timesteps < until:
-            assert isinstance(self._last_obs, np.ndarray)
-            actions = self._act(self._last_obs)
+            actions = self._act(seen)
             new_obs, rewards, dones, infos = env.step(self.policy.to_env(actions))
-            assert isinstance(new_obs, np.ndarray)
-            check_finite(self.num_timesteps, new_obs, rewards, infos, dones)
+            check_finite(self.num_timesteps, new_obs, rewards, infos, dones)  # type: ignore[arg-type]
             self.num_timesteps += env.num_envs
             self._since_round += env.num_envs
-            to_model = self.policy.to_model
+            seen = to_model(new_obs)
             ends = list(infos)  # callbacks see the environment's own
             for i in np.flatnonzero(dones):
-                end = to_model(infos[i]["terminal_observation"][None])[0]
+                end = to_model.one(infos[i]["terminal_observation"])
                 ends[i] = {**infos[i], "terminal_observation": end}
-            replay.step(actions, to_model(new_obs), rewards, dones, ends)
-            self._last_obs, self._last_episode_starts = new_obs, dones
+            replay.step(actions, seen, rewards, dones, ends)
+            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_episode_starts = dones
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
@@ -398,20 +404,20 @@ class DreamerTPX(Algorithm):
         callback.on_rollout_end()
         return True
 
-    def _act(self, observations: np.ndarray) -> np.ndarray:
+    def _act(self, observations: Arrays) -> np.ndarray:
         """Scaled actions [n, A]: random for `learning_starts` steps, then of the noisy policy."""
         assert self._memory is not None
         is_random = self.num_timesteps < self.learning_starts
         state, previous = self._memory
         starts = torch.as_tensor(np.asarray(self._last_episode_starts), device=self.device)
         if is_random:  # without the filter, whose state remains zero, as where sequences begin
-            shape = (len(observations), self.policy.n_actions)
+            shape = (count(observations), self.policy.n_actions)
             actions = self._rng.uniform(-1.0, 1.0, shape).astype(np.float32)
             self._memory = state, torch.as_tensor(actions, device=self.device)
             return actions
-        tensor = torch.as_tensor(observations, device=self.device)
+        seen = to_tensors(observations, self.device)
         action, state = self.policy.step(
-            tensor, state, previous, starts.bool(), deterministic=False, generator=self._generator
+            seen, state, previous, starts.bool(), deterministic=False, generator=self._generator
         )
         noise = torch.randn(action.shape, generator=self._generator, device=self.device)
         action = (action + self.exploration_noise * noise).clamp(-1.0, 1.0)
@@ -582,24 +588,7 @@ class DreamerTPX(Algorithm):
         return estimators.make(self.estimator, baseline=BASELINES[self.baseline])
 
     def _check_spaces(self) -> None:
-        space = self.observation_space
-        if not isinstance(space, spaces.Box):
-            raise ValueError(
-                f"DreamerTPX needs one image or one vector of numbers as observation, got "
-                f"{describe(space)}; {to_picture_or_vector(space)}"
-            )
-        is_picture = len(space.shape) > 2 or (len(space.shape) == 2 and space.dtype == np.uint8)
-        if is_picture and not is_image_space(space):
-            raise ValueError(
-                "images must be uint8 in [0, 255] of shape [height, width, channels], "
-                f"got {describe(space)}; if it is a vector, {FLATTEN}"
-            )
-        if is_image_space(space) and space.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(
-                f"images must be {IMAGE_SIZE}x{IMAGE_SIZE}, got {space.shape} (channel first); "
-                "wrap the environment in gymnasium.wrappers.ResizeObservation(env, "
-                f"({IMAGE_SIZE}, {IMAGE_SIZE}))"
-            )
+        ObservationForm(self.observation_space)  # raises for a space that is not supported
         self.refuse_vec_normalize(self.env)
         length = self.sequence_length
         if self.env is not None and self.buffer_size // self.env.num_envs < length:

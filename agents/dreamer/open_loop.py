@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, Image
+from torch import Tensor
 
 from totalprop.agents.core import figures
 from totalprop.agents.core.metrics import PICTURE
 from totalprop.world_models.latent.networks import normalise
+from totalprop.world_models.latent.observations import Entries
 
 if TYPE_CHECKING:
     from totalprop.agents.dreamer.agent import DreamerTPX
@@ -34,7 +36,8 @@ def predict_sequences(agent: DreamerTPX, sequences: int = 6) -> tuple[np.ndarray
 
     Returns:
         Observations and predictions, [T, B, ...] each. Images are float in [0, 1], channel last;
-        vectors are as the environment gives them.
+        vectors are as the environment gives them. Of a dictionary, these are the first image, or
+        all vectors, or all choices.
 
     Raises:
         ValueError: the agent has no replay yet.
@@ -49,11 +52,24 @@ def predict_sequences(agent: DreamerTPX, sequences: int = 6) -> tuple[np.ndarray
     model = agent.policy.model.open_loop(
         batch.observation, batch.action, batch.is_first, context=context, generator=generator
     )
-    if batch.observation.ndim < 5:
-        return batch.observation.cpu().numpy(), model.cpu().numpy()
-    truth = normalise(batch.observation)
+    seen = batch.observation
+    if isinstance(seen, dict):
+        assert isinstance(model, dict)
+        seen, model = (_shown(x, agent.policy.model.entries) for x in (seen, model))
+    assert isinstance(model, Tensor)
+    if seen.ndim < 5:
+        return seen.cpu().numpy(), model.cpu().numpy()
+    truth = normalise(seen)
     pair = [(x + 0.5).clamp(0, 1).movedim(2, -1).cpu().numpy() for x in (truth, model)]
     return pair[0], pair[1]
+
+
+def _shown(observations: dict[str, Tensor], entries: Entries | None) -> Tensor:
+    """What pictures show of a dictionary's entries."""
+    assert entries is not None
+    for name in entries.images:
+        return observations[name]
+    return torch.cat([observations[name] for name in entries.vectors or entries.choices], -1)
 
 
 def video(truth: np.ndarray, model: np.ndarray) -> np.ndarray:

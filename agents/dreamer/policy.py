@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from totalprop.agents.core.validation import Above, AtLeast, check_values
+from totalprop.agents.dreamer.observations import ObservationForm, count, to_tensors
 from totalprop.world_models.latent.heads import HeadKind, ScalarHead
 from totalprop.world_models.latent.model import LatentModel, State
 from totalprop.world_models.latent.networks import at_least_float32, initialise, mlp
+from totalprop.world_models.latent.observations import Observation
 
 Size = Literal["s", "m", "l"]
 SIZES: dict[Size, dict[str, int]] = {
@@ -36,7 +37,6 @@ SIZES: dict[Size, dict[str, int]] = {
 MEAN_SCALE, MIN_STD = 5.0, 1e-4  # danijar/dreamer, models.ActionDecoder
 GAUSSIAN_ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal, nats
 RecurrentState = tuple[np.ndarray, ...]
-Observations = TypeVar("Observations", np.ndarray, Tensor)
 
 
 class Actor(nn.Module):
@@ -97,7 +97,8 @@ class DreamerPolicy(BasePolicy):
     """World model, actor and critic, and how they act.
 
     Args:
-        observation_space: Box, an image [C, 64, 64] uint8 or a vector [S].
+        observation_space: an image (Box of uint8, resized to 64x64), a vector, choices (Discrete,
+            MultiDiscrete, MultiBinary), or a Dict of these.
         action_space: bounded Box.
         lr_schedule: not used; stable-baselines3 passes it to every policy.
         size: of all networks: "s" for a CPU core, "m" as in DreamerV1, "l" for a GPU. The next
@@ -128,7 +129,7 @@ class DreamerPolicy(BasePolicy):
 
     def __init__(
         self,
-        observation_space: spaces.Box,
+        observation_space: spaces.Space,
         action_space: spaces.Box,
         lr_schedule: Schedule | None = None,
         *,
@@ -164,12 +165,9 @@ class DreamerPolicy(BasePolicy):
             "init_std": init_std, "critic_head": critic_head, "slow_critic": slow_critic
         }  # fmt: skip
         check_values(DreamerPolicy, **self.sizes, **self.own_sizes)
-        shape = observation_space.shape
-        if not is_image_space(observation_space):
-            shape = (int(np.prod(shape)),)
-        self.model_input_shape = shape
+        self.to_model = ObservationForm(observation_space)
         self.n_actions = int(np.prod(action_space.shape))
-        self.model = LatentModel(shape, self.n_actions, **self.sizes)
+        self.model = LatentModel(self.to_model.entries, self.n_actions, **self.sizes)
         features = self.model.rssm.feature_size
         width = self.sizes["width"]
         self.actor = Actor(
@@ -217,7 +215,7 @@ class DreamerPolicy(BasePolicy):
     @torch.no_grad()
     def step(
         self,
-        observations: Tensor,
+        observations: Observation,
         state: State,
         action: Tensor,
         is_first: Tensor,
@@ -228,7 +226,7 @@ class DreamerPolicy(BasePolicy):
         """Filter one observation and act.
 
         Args:
-            observations: [n, ...].
+            observations: [n, ...] as `to_model` returns them.
             state: of the previous step.
             action: [n, A] scaled action of the previous step.
             is_first: [n] bool, True where an episode begins.
@@ -246,13 +244,9 @@ class DreamerPolicy(BasePolicy):
                 return None
             return torch.randn(like.shape, generator=generator, device=like.device)
 
-        state = self.model.filter(state, action, self.to_model(observations), noise(state.stoch))
+        state = self.model.filter(state, action, observations, noise(state.stoch))
         action, _ = self.actor.act(self.actor(state.features), noise(action))
         return action, state
-
-    def to_model(self, observations: Observations) -> Observations:
-        """Flatten observations [n, ...] for the world model, except images."""
-        return observations.reshape(-1, *self.model_input_shape)
 
     def predict(
         self,
@@ -264,7 +258,8 @@ class DreamerPolicy(BasePolicy):
         """Choose actions, and return them with the recurrent state for the next call.
 
         Args:
-            observation: one observation or a batch; images may be channel first or last.
+            observation: one observation or a batch, or a dictionary of them; images may be channel
+                first or last.
             state: what the last call returned; None at the start.
             episode_start: [n] True where an episode begins, which resets that row's state.
             deterministic: draw no random number.
@@ -273,8 +268,8 @@ class DreamerPolicy(BasePolicy):
             Actions in the environment's units, and the recurrent state.
 
         Raises:
-            ValueError: the observation is an (observation, info) tuple, or the state is of another
-                batch size.
+            ValueError: the observation is an (observation, info) tuple, lacks an entry or has
+                another shape, or the state is of another batch size.
         """
         self.set_training_mode(False)
         if isinstance(observation, tuple) and len(observation) == 2:
@@ -282,11 +277,8 @@ class DreamerPolicy(BasePolicy):
                 "predict got a tuple: you are probably mixing Gym API, whose reset() returns "
                 "(observation, info), with SB3's VecEnv API; pass the observation alone"
             )
-        if isinstance(observation, np.ndarray):  # renderers return flipped views
-            observation = np.asarray(observation, order="C")
-        tensor, is_batch = self.obs_to_tensor(observation)
-        assert isinstance(tensor, Tensor)
-        n = len(tensor)
+        seen, is_batch = self.to_model.batch(observation)
+        n = count(seen)
         latent, action = self.initial_state(n)
         if state is not None:
             if any(len(part) != n for part in state):
@@ -302,7 +294,8 @@ class DreamerPolicy(BasePolicy):
         is_first = torch.zeros(n, dtype=torch.bool, device=self.device)
         if episode_start is not None:
             is_first |= torch.as_tensor(np.asarray(episode_start, dtype=bool), device=self.device)
-        action, latent = self.step(tensor, latent, action, is_first, deterministic=deterministic)
+        tensors = to_tensors(seen, self.device)
+        action, latent = self.step(tensors, latent, action, is_first, deterministic=deterministic)
         scaled = action.cpu().numpy()
         actions = self.to_env(scaled)
         memory = (latent.deter.cpu().numpy(), latent.stoch.cpu().numpy(), scaled)

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from totalprop.agents.dreamer.replay_file import (
 from totalprop.agents.dreamer.storage import allocate, available_bytes, format_bytes
 from totalprop.agents.persistence.safe_file import atomic_write
 from totalprop.agents.persistence.segments import Segments
+from totalprop.world_models.latent.observations import Observation
 
 BLOCK_BYTES = 2**26  # `save` and `load` work in blocks, so that neither needs a second copy in RAM
 
@@ -38,14 +40,15 @@ class SequenceBatch(NamedTuple):
     A window may hold the end of an episode and the beginning of the next.
 
     Attributes:
-        observation: [L, B, *observation_shape] in the stored dtype.
+        observation: [L, B, *observation_shape] in the stored dtype, or a dictionary of such
+            entries.
         action: [L, B, A] float32, the action that led to the observation; zeros where is_first.
         reward: [L, B] float32, received on arriving at the observation; 0 where is_first.
         is_first: [L, B] bool, True where the observation comes from a reset.
         is_terminal: [L, B] bool, True where the episode terminated, False where it was truncated.
     """
 
-    observation: Tensor
+    observation: Observation
     action: Tensor
     reward: Tensor
     is_first: Tensor
@@ -64,8 +67,10 @@ class SequenceReplay:
 
     Args:
         capacity: entries over all environments; each ring holds capacity // n_envs.
-        observation_shape: shape of one observation.
-        observation_dtype: dtype of one observation.
+        observation_shape: shape of one observation; of a dictionary, name -> shape.
+        observation_dtype: dtype of one observation; of a dictionary, name -> dtype.
+        options: name -> number of options of each choice, for entries that are choices. Files with
+            others are refused.
         action_size: A.
         n_envs: number of environments.
         device: where batches are put.
@@ -80,11 +85,12 @@ class SequenceReplay:
     def __init__(
         self,
         capacity: int,
-        observation_shape: Sequence[int],
-        observation_dtype: npt.DTypeLike,
+        observation_shape: Sequence[int] | Mapping[str, Sequence[int]],
+        observation_dtype: npt.DTypeLike | Mapping[str, npt.DTypeLike],
         action_size: int,
         n_envs: int = 1,
         *,
+        options: Mapping[str, Sequence[int]] = MappingProxyType({}),
         device: torch.device | str = "cpu",
         storage: str = "ram",
         folder: Path | str | None = None,
@@ -97,9 +103,18 @@ class SequenceReplay:
             )
         self.n_envs, self.device = n_envs, torch.device(device)
         self._ring = capacity // n_envs
-        dtype = np.dtype(observation_dtype)
+        # Name of an entry of the observations -> field; {} where observations are one array. Fields
+        # are numbered, since entries may have any name, and fields name the members of files.
+        self._parts: dict[str, str] = {}
+        seen: dict[str, tuple[Any, Any]] = {"observation": (observation_shape, observation_dtype)}
+        if isinstance(observation_shape, Mapping):
+            dtypes: Any = observation_dtype
+            names = sorted(observation_shape)
+            self._parts = {name: f"observation.{i}" for i, name in enumerate(names)}
+            seen = {f: (observation_shape[name], dtypes[name]) for name, f in self._parts.items()}
+        self._options = {self._parts[name]: np.array(sizes) for name, sizes in options.items()}
         self._fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {  # of one entry
-            "observation": (tuple(observation_shape), dtype),
+            **{field: (tuple(shape), np.dtype(dtype)) for field, (shape, dtype) in seen.items()},
             "action": ((action_size,), np.dtype("f4")),
             "reward": ((), np.dtype("f4")),
             "is_terminal": ((), np.dtype("?")),
@@ -147,23 +162,23 @@ class SequenceReplay:
 
     def describe(self) -> str:
         """One line that says how many entries of which shape are kept where, and their size."""
-        shape, dtype = self._fields["observation"]
         size = f"{format_bytes(self.bytes)} {self._where}"
-        return f"replay: {self.capacity:,} entries of {shape} {dtype}, {size}"
+        return f"replay: {self.capacity:,} entries of {self._observations()}, {size}"
 
-    def start(self, observations: np.ndarray) -> None:
+    def start(self, observations: np.ndarray | dict[str, np.ndarray]) -> None:
         """Begin an episode in every environment; call it after each `VecEnv.reset()`.
 
         Args:
-            observations: [n_envs, *observation_shape], as `VecEnv.reset()` returned them.
+            observations: [n_envs, *observation_shape], as `VecEnv.reset()` returned them, or a
+                dictionary of such entries.
         """
-        for env, observation in zip(range(self.n_envs), observations, strict=True):
+        for env, observation in zip(range(self.n_envs), self._of_each(observations), strict=True):
             self._add(env, observation)
 
     def step(
         self,
         actions: np.ndarray,
-        observations: np.ndarray,
+        observations: np.ndarray | dict[str, np.ndarray],
         rewards: np.ndarray,
         dones: np.ndarray,
         infos: Sequence[Mapping[str, Any]],
@@ -181,8 +196,9 @@ class SequenceReplay:
         """
         if not all(self._count):
             raise ValueError("step() needs an episode: call start(observations) after env.reset()")
+        seen = self._of_each(observations)
         for env, action, observation, reward, done, info in zip(
-            range(self.n_envs), actions, observations, rewards, dones, infos, strict=True
+            range(self.n_envs), actions, seen, rewards, dones, infos, strict=True
         ):
             if not done:
                 self._add(env, observation, action, reward)
@@ -214,10 +230,12 @@ class SequenceReplay:
         index = env * self._ring + slot  # [L, B]
         is_first = torch.from_numpy(self._position.reshape(-1)[index] == 0)
         rows = torch.from_numpy(index).to(self._arrays["reward"].device)
-        return SequenceBatch(
-            is_first=is_first.to(self.device),
-            **{name: self._gather(array, rows) for name, array in self._arrays.items()},
-        )
+        found: dict[str, Any] = {
+            name: self._gather(array, rows) for name, array in self._arrays.items()
+        }
+        if self._parts:
+            found["observation"] = {name: found.pop(field) for name, field in self._parts.items()}
+        return SequenceBatch(is_first=is_first.to(self.device), **found)
 
     def has_windows(self, length: int) -> bool:
         """Whether every environment has `length` entries, so that each of them can be drawn."""
@@ -270,14 +288,14 @@ class SequenceReplay:
         self._segments = self._new_segments()  # the old ones hold different entries
         arrays = {"position": torch.from_numpy(self._position), **self._arrays}
         for (name, env, start, stop, _), rows in read_blocks(Path(path), blocks):
-            _check_values(name, rows)
+            self._check_values(name, rows)
             arrays[name][env, start:stop] = torch.from_numpy(rows)
         self._count = filled
 
     def _check(self, path: Path) -> tuple[list[int], list[Block]]:
         layout, found = layout_and_filled(path)
         fields = {"position": ((), self._position.dtype), **self._fields}
-        shape, dtype = self._fields["observation"]
+        shape, dtype = self._fields.get("observation", ((), np.dtype("f4")))
         if dtype == "f8" and layout == self._layout(np.dtype("f4")):  # as older versions stored it
             fields["observation"] = shape, np.dtype("f4")
         elif layout != self._layout():
@@ -347,28 +365,32 @@ class SequenceReplay:
                     f"{name} is {rows[name].shape[1:]} {rows[name].dtype}, "
                     f"the replay stores {shape} {dtype}"
                 )
-            _check_values(name, rows[name])
+            self._check_values(name, rows[name])
             target = self._arrays[name]
             chosen = torch.from_numpy(slots).to(target.device)
             target[env].index_copy_(0, chosen, torch.from_numpy(values).to(target.device))
         if rows["position"].shape != (n,) or rows["position"].dtype != self._position.dtype:
             raise ValueError(f"position is not {n} whole numbers")
-        _check_values("position", rows["position"])
+        self._check_values("position", rows["position"])
         self._position[env, slots] = rows["position"]
         self._count[env] = first + n
 
     def _add(
         self,
         env: int,
-        observation: np.ndarray,
+        observation: np.ndarray | dict[str, np.ndarray],
         action: np.ndarray | None = None,
         reward: float = 0.0,
         is_terminal: bool = False,
     ) -> None:
         """Add an entry; without an action, it is the first of an episode."""
         slot = self._count[env] % self._ring
+        seen: dict[str, Any] = {"observation": observation}
+        if self._parts:
+            assert isinstance(observation, dict)
+            seen = {field: observation[name] for name, field in self._parts.items()}
         entry = {
-            "observation": observation,
+            **seen,
             "action": np.zeros(self._fields["action"][0]) if action is None else action,
             "reward": reward,
             "is_terminal": is_terminal,
@@ -386,6 +408,15 @@ class SequenceReplay:
         # At slot 0, index -1 is the last slot of the ring, which is the previous entry.
         self._position[env, slot] = 0 if action is None else self._position[env, slot - 1] + 1
         self._count[env] += 1
+
+    def _of_each(self, observations: Any) -> Sequence[Any]:
+        """The observations of a VecEnv as one of each environment."""
+        if not self._parts:
+            return observations
+        columns = {name: observations[name] for name in self._parts}
+        if found := {name: len(x) for name, x in columns.items() if len(x) != self.n_envs}:
+            raise ValueError(f"expected observations of {self.n_envs} environments, got {found}")
+        return [{name: x[env] for name, x in columns.items()} for env in range(self.n_envs)]
 
     def _slots(self, env: int) -> np.ndarray:
         """[n] slots of an environment's entries, oldest first."""
@@ -406,16 +437,28 @@ class SequenceReplay:
 
     def _layout(self, stored_as: np.dtype | None = None) -> str:
         """What a saved replay and the one that loads it must have in common."""
-        (shape, dtype), (action_shape, _) = self._fields["observation"], self._fields["action"]
-        dtype = stored_as or dtype
-        return f"{self.n_envs} environment(s), observations {shape} {dtype}, actions {action_shape}"
+        action_shape, _ = self._fields["action"]
+        seen = self._observations(stored_as)
+        return f"{self.n_envs} environment(s), observations {seen}, actions {action_shape}"
 
+    def _observations(self, stored_as: np.dtype | None = None) -> str:
+        """Shape and dtype of an observation, or of each entry of it."""
+        if not self._parts:
+            shape, dtype = self._fields["observation"]
+            return f"{shape} {stored_as or dtype}"
+        fields = {name: self._fields[field] for name, field in self._parts.items()}
+        return ", ".join(f"{name!r} {shape} {dtype}" for name, (shape, dtype) in fields.items())
 
-def _check_values(name: str, rows: np.ndarray) -> None:
-    """Raise ValueError for rows that no episode gives: positions that jump, a NaN or infinity."""
-    if name == "position":
-        is_next = (rows[1:] == 0) | (rows[1:] == rows[:-1] + 1)
-        if len(rows) and (rows.min() < 0 or not is_next.all()):
-            raise ValueError("the positions of its entries are not those of episodes")
-    elif rows.dtype.kind == "f" and not np.isfinite(rows).all():
-        raise ValueError(f"{name} holds a NaN or infinity")
+    def _check_values(self, name: str, rows: np.ndarray) -> None:
+        """Raise ValueError for rows that no episode gives.
+
+        These are positions that jump, a NaN or infinity, and choices of no option.
+        """
+        if name == "position":
+            is_next = (rows[1:] == 0) | (rows[1:] == rows[:-1] + 1)
+            if len(rows) and (rows.min() < 0 or not is_next.all()):
+                raise ValueError("the positions of its entries are not those of episodes")
+        elif rows.dtype.kind == "f" and not np.isfinite(rows).all():
+            raise ValueError(f"{name} holds a NaN or infinity")
+        elif name in self._options and ((rows < 0) | (rows >= self._options[name])).any():
+            raise ValueError(f"{name} holds a choice that is none of its options")

@@ -144,7 +144,7 @@ def _settings(name: str, horizon: int) -> UpdateSettings:
 def _batch(batch: int, length: int, device: str) -> SequenceBatch:
     torch.manual_seed(0)
     lead = (length, batch)
-    data = SequenceBatch(
+    data = (
         torch.randint(0, 256, (*lead, 3, 64, 64), dtype=torch.uint8),
         torch.rand(*lead, ACTIONS) * 2 - 1,
         torch.rand(*lead),

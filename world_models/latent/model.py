@@ -9,6 +9,7 @@ and its gradient, are in agents/dreamer/imagination.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,14 @@ from totalprop.world_models.latent.networks import (
     at_least_float32,
     initialise,
     mlp,
+)
+from totalprop.world_models.latent.observations import (
+    DictDecoder,
+    DictEncoder,
+    Entries,
+    Entry,
+    Joined,
+    Observation,
 )
 from totalprop.world_models.latent.rssm import RSSM, Gaussian, State, kl_divergence
 
@@ -64,10 +73,11 @@ class ModelLossSettings(NamedTuple):
 
 
 class LatentModel(nn.Module):
-    """World model for observations that are images [C, 64, 64] uint8 or vectors [S].
+    """World model for observations that are images [C, 64, 64] uint8, vectors [S], or several.
 
     Args:
-        observation_shape: shape of one observation.
+        observation_shape: shape of one observation. For dictionaries, name -> shape of an image or
+            vector, or `Choices`.
         action_size: A.
         stoch: size of the RSSM's stochastic state z.
         deter: size of the RSSM's deterministic state h.
@@ -87,11 +97,11 @@ class LatentModel(nn.Module):
     """
 
     OPTIONAL_BUFFERS = ("offset",)  # older files lack it: zero
-    offset: Tensor | None  # [S] float64; None for images
+    offset: Tensor | None  # [S] float64; None for images and choices
 
     def __init__(
         self,
-        observation_shape: tuple[int, ...],
+        observation_shape: tuple[int, ...] | Mapping[str, Entry],
         action_size: int,
         *,
         stoch: int,
@@ -106,16 +116,24 @@ class LatentModel(nn.Module):
     ) -> None:
         super().__init__()
         features = stoch + deter
-        self.encoder: ImageEncoder | VectorEncoder
-        self.decoder: ImageDecoder | VectorDecoder
-        if len(observation_shape) == 3:
+        self.encoder: ImageEncoder | VectorEncoder | DictEncoder
+        self.decoder: ImageDecoder | VectorDecoder | DictDecoder
+        self.entries: Entries | None = None
+        if isinstance(observation_shape, Mapping):
+            for entry in observation_shape.values():
+                _check_image(entry)
+            self.entries = Entries(observation_shape)
+            size = self.entries.n_numbers
+            offset = torch.zeros(size, dtype=torch.float64) if size else None
+            self.register_buffer("offset", offset)
+            shared: dict[str, Any] = {
+                "width": width, "conv_depth": conv_depth, "layer_norm": layer_norm
+            }  # fmt: skip
+            self.encoder = DictEncoder(self.entries, **shared)
+            self.decoder = DictDecoder(features, self.entries, std=vector_std, **shared)
+        elif len(observation_shape) == 3:
+            _check_image(observation_shape)
             channels = observation_shape[0]
-            if observation_shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
-                raise ValueError(
-                    f"images must be [C, {IMAGE_SIZE}, {IMAGE_SIZE}], got "
-                    f"{list(observation_shape)}; wrap the environment in "
-                    "gymnasium.wrappers.ResizeObservation"
-                )
             self.register_buffer("offset", None)
             self.encoder = ImageEncoder(channels, depth=conv_depth, layer_norm=layer_norm)
             self.decoder = ImageDecoder(features, channels, depth=conv_depth, layer_norm=layer_norm)
@@ -140,17 +158,32 @@ class LatentModel(nn.Module):
             *_, (_, bias) = self.discount_head.named_parameters()
             nn.init.constant_(bias, math.log(99))  # sigmoid: 0.99
 
-    def set_offset(self, observation: Tensor) -> None:
+    def set_offset(self, observation: Observation) -> None:
         """Let vectors be learned as differences from this one [S], before the first update."""
         if self.offset is not None:
+            if self.entries is not None:
+                assert isinstance(observation, dict)
+                observation = {name: observation[name] for name in self.entries.vectors}
+                observation = torch.cat([part.double() for part in observation.values()])
+            assert isinstance(observation, Tensor)
             self.offset.copy_(observation)
 
-    def embed(self, observations: Tensor) -> Tensor:
+    def embed(self, observations: Observation) -> Tensor:
         """What the posterior sees of observations, [..., *shape] -> [..., E]."""
         return self.encoder(self._centred(observations))
 
-    def _centred(self, observations: Tensor) -> Tensor:
-        """Vectors as float32 differences from the offset; images as they are."""
+    def _centred(self, observations: Observation) -> Any:
+        """Vectors as float32 differences from the offset; images as they are.
+
+        A dictionary's entries are joined.
+        """
+        if self.entries is not None:
+            assert isinstance(observations, dict)
+            joined = self.entries.join(observations)
+            if joined.vector is None or self.offset is None:
+                return joined
+            return joined._replace(vector=(joined.vector - self.offset).float())
+        assert isinstance(observations, Tensor)
         return observations if self.offset is None else (observations - self.offset).float()
 
     def _load_from_state_dict(
@@ -172,7 +205,7 @@ class LatentModel(nn.Module):
 
     def loss(
         self,
-        observations: Tensor,
+        observations: Observation,
         actions: Tensor,
         rewards: Tensor,
         is_first: Tensor,
@@ -183,7 +216,7 @@ class LatentModel(nn.Module):
         """Compute the loss of a batch of sequences, and their posterior states.
 
         Args:
-            observations: [T, B, ...].
+            observations: [T, B, ...], or a dictionary of such entries.
             actions: [T, B, A], each the action taken before the observation.
             rewards: [T, B], each the reward received with the observation.
             is_first: [T, B] bool, whether the observation is the first of an episode.
@@ -194,12 +227,10 @@ class LatentModel(nn.Module):
             The loss, and the posterior states [T, B, ...].
         """
         steps = rewards.numel()
-        observations = self._centred(observations)
-        states, prior, posterior = self.rssm.observe(
-            self.encoder(observations), actions, is_first, noise
-        )
+        seen = self._centred(observations)
+        states, prior, posterior = self.rssm.observe(self.encoder(seen), actions, is_first, noise)
         features = states.features
-        observation = -self.decoder.log_prob(features, observations) / steps
+        observation = -self.decoder.log_prob(features, seen) / steps
         reward = self.reward_head.loss(self.reward_head(features), rewards).mean()
         if self.reward_head.kind == "gaussian":
             reward = reward + 0.5 * math.log(2 * math.pi)
@@ -215,14 +246,14 @@ class LatentModel(nn.Module):
 
     @torch.no_grad()
     def filter(
-        self, state: State, action: Tensor, observation: Tensor, noise: Tensor | None
+        self, state: State, action: Tensor, observation: Observation, noise: Tensor | None
     ) -> State:
         """Update the posterior state by one step.
 
         Args:
             state: [N, ...] previous posterior state.
             action: [N, A] action taken in it.
-            observation: [N, ...] observation that followed.
+            observation: [N, ...] observation that followed, or a dictionary of such entries.
             noise: [N, stoch] standard normal; None takes the posterior's mean.
         Returns:
             [N, ...] the new posterior state.
@@ -234,34 +265,39 @@ class LatentModel(nn.Module):
     @torch.no_grad()
     def open_loop(
         self,
-        observations: Tensor,
+        observations: Observation,
         actions: Tensor,
         is_first: Tensor,
         *,
         context: int,
         generator: torch.Generator,
-    ) -> Tensor:
+    ) -> Observation:
         """Predict observations open loop, after filtering the first `context` steps.
 
         Where an episode begins among the predicted steps, the prediction begins anew too, with a
         sample of the first state.
 
         Args:
-            observations: [T, B, ...], of which only the first `context` steps are used.
+            observations: [T, B, ...], or a dictionary of such entries, of which only the first
+                `context` steps are used.
             actions: [T, B, A], each the action taken before the observation.
             is_first: [T, B] bool, whether the observation is the first of an episode.
             context: number of steps to filter.
             generator: generator of the noise, on the model's device.
         Returns:
             [T, B, ...] reconstructions of the first `context` steps, then predictions. Images are
-            in [-0.5, 0.5].
+            in [-0.5, 0.5], choices the most likely ones.
         """
 
         def noise(steps: int) -> Tensor:
-            shape = (steps, observations.shape[1], self.rssm.stoch_size)
+            shape = (steps, actions.shape[1], self.rssm.stoch_size)
             return torch.randn(shape, generator=generator, device=generator.device)
 
-        embeds = self.embed(observations[:context])
+        if isinstance(observations, dict):
+            seen: Observation = {name: part[:context] for name, part in observations.items()}
+        else:
+            seen = observations[:context]
+        embeds = self.embed(seen)
         states, _, _ = self.rssm.observe(
             embeds, actions[:context], is_first[:context], noise(context)
         )
@@ -275,7 +311,21 @@ class LatentModel(nn.Module):
             state = State(deter, prior.mean + prior.std * z)
             features.append(state.features.unsqueeze(0))
         decoded = self.decoder(torch.cat(features))
+        if isinstance(decoded, Joined):
+            assert self.entries is not None
+            if decoded.vector is not None and self.offset is not None:
+                decoded = decoded._replace(vector=decoded.vector + self.offset)
+            return self.entries.split(decoded)
         return decoded if self.offset is None else decoded + self.offset
+
+
+def _check_image(entry: Entry) -> None:
+    """Raise ValueError for an image whose size the convolutions do not fit."""
+    if isinstance(entry, tuple) and len(entry) == 3 and entry[1:] != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(
+            f"images must be [C, {IMAGE_SIZE}, {IMAGE_SIZE}], got {list(entry)}; wrap the "
+            "environment in gymnasium.wrappers.ResizeObservation"
+        )
 
 
 def _kl_penalty(

@@ -159,15 +159,20 @@ class ImageDecoder(nn.Module):
 
 
 class VectorEncoder(nn.Module):
-    """Perceptron on symlog(observation), [..., S] -> [..., width]."""
+    """Perceptron on symlog(observation), [..., S] -> [..., width].
+
+    A one-hot code may follow the observation, or stand for it; `size` counts both.
+    """
 
     def __init__(self, size: int, *, width: int, layers: int = 2, layer_norm: bool = False) -> None:
         super().__init__()
         self.net = mlp(size, width, layers, width, layer_norm=layer_norm)
         self.outputs = width
 
-    def forward(self, observations: Tensor) -> Tensor:
-        return self.net(symlog(observations.float())).relu()
+    def forward(self, observations: Tensor | None, one_hot: Tensor | None = None) -> Tensor:
+        parts = [] if observations is None else [symlog(observations.float())]
+        parts += [] if one_hot is None else [one_hot]
+        return self.net(parts[0] if len(parts) == 1 else torch.cat(parts, -1)).relu()
 
 
 class VectorDecoder(nn.Module):
@@ -207,7 +212,11 @@ class VectorDecoder(nn.Module):
             features: [..., F].
             observations: [..., S].
         """
-        error = (at_least_float32(self.net(features)) - symlog(observations.float())) / self.std
+        return self.log_prob_of(at_least_float32(self.net(features)), observations)
+
+    def log_prob_of(self, mean: Tensor, observations: Tensor) -> Tensor:
+        """The same, from the predicted mean [..., S] of symlog(observation)."""
+        error = (mean - symlog(observations.float())) / self.std
         constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
         return -0.5 * error.square().sum() - constant * error.numel()
 

@@ -145,6 +145,50 @@ class OtherSpaces(CountingEnv):
         self.action_space = spaces.Box(-1, 1, (1,), np.float32)
 
 
+class Mixed(gym.ObservationWrapper):
+    """Observations as a dictionary of vectors, a choice and a grey image of 20x30."""
+
+    observation_space = spaces.Dict(
+        {
+            "actions": spaces.Box(-2, 4, (2,), np.float32),
+            "episode": spaces.Box(-1e3, 1e3, (1,), np.float64),
+            "time": spaces.Discrete(20),
+            "picture": spaces.Box(0, 255, (20, 30), np.uint8),
+        }
+    )
+
+    def observation(self, observation: np.ndarray) -> dict[str, Any]:
+        picture = np.zeros((20, 30), np.uint8)
+        picture[int(observation[1])] = 255
+        return {
+            "actions": observation[2:], "episode": observation[:1].astype(np.float64),
+            "time": int(observation[1]), "picture": picture,
+        }  # fmt: skip
+
+
+class Filmed(gym.ObservationWrapper):
+    """Observations as colour images of 84x50: the numbers as grey levels of four bars."""
+
+    observation_space = spaces.Box(0, 255, (84, 50, 3), np.uint8)
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        bars = (128 + 16 * observation).clip(0, 255).astype(np.uint8)
+        return np.broadcast_to(bars.repeat(21)[:, None, None], (84, 50, 3)).copy()
+
+
+class Timed(gym.ObservationWrapper):
+    """The time as the only observation, a choice."""
+
+    observation_space = spaces.Discrete(20)
+
+    def observation(self, observation: np.ndarray) -> np.int64:
+        return np.int64(observation[1])
+
+
+# What agents may see instead of a vector.
+SEEN = {"dictionary": Mixed, "image": Filmed, "choice": Timed}
+
+
 def vector(*lengths: int) -> DummyVecEnv:
     """Counting environments of these lengths; number i starts its episodes at 100 i."""
     makers: Sequence[Callable[[], gym.Env]] = [

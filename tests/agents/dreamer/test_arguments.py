@@ -263,32 +263,18 @@ def test_inverted_pendulum_falls_before_a_sequence_is_over_and_is_learned():
 
 
 @pytest.mark.parametrize(
-    "space", [spaces.Dict({"a": VECTOR}), spaces.Discrete(4)], ids=["dict", "discrete"]
-)
-def test_observations_other_than_a_box_are_refused(space):
-    with pytest.raises(ValueError, match=r"needs one image or one vector.*FlattenObservation"):
-        make(SpaceEnv(space))
-
-
-@pytest.mark.parametrize(
     "space",
     [
         image(64, 64, 3, np.float32, 1.0),
         image(64, 64, 3, high=200),
-        spaces.Box(0, 255, (64, 64), np.uint8),
+        spaces.Box(0, 99, (64, 64), np.uint8),
         spaces.Box(0, 255, (4, 64, 64, 3), np.uint8),
     ],
-    ids=["float", "200", "no channels", "stack of frames"],
+    ids=["float", "200", "no channels, 99", "stack of frames"],
 )
 def test_pictures_in_another_form_are_not_taken_for_vectors(space):
     with pytest.raises(ValueError, match=r"^images must be uint8 in \[0, 255\].*FlattenObs"):
         make(SpaceEnv(space))
-
-
-@pytest.mark.parametrize("size", [(32, 32), (64, 48), (84, 84)])
-def test_images_of_another_size_are_refused(size):
-    with pytest.raises(ValueError, match=r"^images must be 64x64, got \(3.*ResizeObservation"):
-        make(SpaceEnv(image(*size, 3)))
 
 
 def test_discrete_actions_are_refused():

@@ -7,6 +7,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
@@ -27,6 +28,12 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 def observations(space):
     """The observations that the golden actions answer."""
+    if isinstance(space, spaces.Dict):
+        return {name: observations(part) for name, part in space.items()}
+    if isinstance(space, spaces.Discrete):
+        return space.start + np.arange(3) % space.n
+    if isinstance(space, spaces.MultiDiscrete):
+        return np.arange(3)[:, None] % space.nvec
     if len(space.shape) == 1:
         return np.linspace(-1, 1, 3 * space.shape[0]).reshape(3, -1).astype(space.dtype)
     return (np.arange(3 * np.prod(space.shape)) % 251).reshape(3, *space.shape).astype(np.uint8)
