@@ -33,7 +33,7 @@ from totalprop.agents.core.file_contents import (
     not_finite,
     with_own_devices,
 )
-from totalprop.agents.core.spaces import FLATTEN, UnsupportedSpaceError, describe
+from totalprop.agents.core.spaces import FLATTEN, UnsupportedSpaceError, describe, to_actions
 from totalprop.agents.core.validation import check_arguments
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import UNREADABLE, BadFileError, NotInFile
@@ -43,6 +43,13 @@ HELD_SPACES = (
     spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict
 )  # fmt: skip
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="Algorithm")
+
+
+def _in_words(kinds: tuple[type[spaces.Space], ...]) -> str:
+    if kinds == (spaces.Box,):
+        return "continuous actions (a Box)"
+    *most, last = (kind.__name__ for kind in kinds)
+    return f"actions that are a {', '.join(most)} or {last}"
 
 
 class NoEnvironmentError(ValueError, AssertionError):
@@ -105,8 +112,8 @@ class Algorithm(BaseAlgorithm):
             )
         if cls.action_spaces and not isinstance(actions, cls.action_spaces):
             raise UnsupportedSpaceError(
-                f"{cls.__name__} needs continuous actions (a Box), got {describe(actions)}; "
-                "DAAPPO takes them with action_source='none'"
+                f"{cls.__name__} needs {_in_words(cls.action_spaces)}, got {describe(actions)}; "
+                f"{to_actions(actions, cls.action_spaces)}"
             )
         if isinstance(actions, spaces.Box) and not np.isfinite([actions.low, actions.high]).all():
             raise UnsupportedSpaceError(

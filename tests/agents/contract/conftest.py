@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -24,7 +25,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "dreamer": {
         "policy": "DreamerPolicy",
-        "policy_kwargs": {"deter": 5, "hidden": 5, "width": 5, "stoch": 3},
+        "policy_kwargs": {"deter": 5, "hidden": 5, "width": 5, "stoch": 3, "conv_depth": 2},
         "sequence_length": 5, "batch_size": 3, "imagination_starts": 4, "horizon": 3,
         "learning_starts": 14, "train_freq": 7, "gradient_steps": 1, "buffer_size": 200,
     },
@@ -61,13 +62,14 @@ class Maker:
     """Makes one agent of `AGENTS` at its small sizes.
 
     Attributes:
-        name: on the command line. cls: the agent's class.
+        name: on the command line. cls: the agent's class. see: wraps the environments that are
+            made for it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, see: Callable[[gym.Env], gym.Env] = lambda env: env) -> None:
         if name not in SIZES:
             pytest.fail(f"add small sizes of {name} to SIZES in {__file__}", pytrace=False)
-        self.name, self.entry = name, AGENTS[name]
+        self.name, self.entry, self.see = name, AGENTS[name], see
         self.cls: type[Algorithm] = self.entry.cls
 
     def arguments(self, **changes: Any) -> dict[str, Any]:
@@ -76,7 +78,8 @@ class Maker:
 
     def __call__(self, env: Any = None, **changes: Any) -> Algorithm:
         """A new agent, on a CountingEnv unless another environment is given."""
-        return self.cls(env=CountingEnv() if env is None else env, **self.arguments(**changes))
+        env = self.see(CountingEnv()) if env is None else env
+        return self.cls(env=env, **self.arguments(**changes))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,7 +40,7 @@ def make_env(make: Maker, *, rewindable: bool = True, n_envs: int = 2) -> VecEnv
     """Noisy environments, in VecNormalize where the agent takes that."""
 
     def one(**_: Any) -> gym.Env:
-        return Rewindable(RewindableEnv()) if rewindable else NoisyEnv()
+        return Rewindable(make.see(RewindableEnv())) if rewindable else make.see(NoisyEnv())
 
     env = make_vec_env(one, n_envs)
     return VecNormalize(env) if takes_vec_normalize(make) else env
@@ -49,7 +49,7 @@ def make_env(make: Maker, *, rewindable: bool = True, n_envs: int = 2) -> VecEnv
 def takes_vec_normalize(make: Maker) -> bool:
     """Whether the constructor does; agents that learn a model of the environment refuse it."""
     try:
-        make(VecNormalize(make_vec_env(NoisyEnv, 1)))
+        make(VecNormalize(make_vec_env(lambda **_: make.see(NoisyEnv()), 1)))
     except ValueError:
         return False
     return True
