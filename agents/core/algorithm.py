@@ -33,7 +33,12 @@ from totalprop.agents.core.file_contents import (
     not_finite,
     with_own_devices,
 )
-from totalprop.agents.core.spaces import UnsupportedSpaceError, describe, not_nested
+from totalprop.agents.core.spaces import (
+    UnsupportedSpaceError,
+    describe,
+    not_nested,
+    to_actions,
+)
 from totalprop.agents.core.validation import check_arguments
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import UNREADABLE, BadFileError, NotInFile
@@ -59,6 +64,13 @@ def _remedy(space: spaces.Space) -> str:
     assert isinstance(space, spaces.Dict)
     held = [name for name, part in space.items() if isinstance(part, HELD_SPACES)]
     return f"leave out the others: gymnasium.wrappers.FilterObservation(env, {held})"
+
+
+def _in_words(kinds: tuple[type[spaces.Space], ...]) -> str:
+    if kinds == (spaces.Box,):
+        return "continuous actions (a Box)"
+    *most, last = (kind.__name__ for kind in kinds)
+    return f"actions that are a {', '.join(most)} or {last}"
 
 
 class NoEnvironmentError(ValueError, AssertionError):
@@ -119,8 +131,8 @@ class Algorithm(BaseAlgorithm):
             )
         if cls.action_spaces and not isinstance(actions, cls.action_spaces):
             raise UnsupportedSpaceError(
-                f"{cls.__name__} needs continuous actions (a Box), got {describe(actions)}; "
-                "DAAPPO takes them with action_source='none'"
+                f"{cls.__name__} needs {_in_words(cls.action_spaces)}, got {describe(actions)}; "
+                f"{to_actions(actions, cls.action_spaces)}"
             )
         if isinstance(actions, spaces.Box) and not np.isfinite([actions.low, actions.high]).all():
             raise UnsupportedSpaceError(

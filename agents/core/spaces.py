@@ -94,6 +94,26 @@ def _leaves(
         yield path, space
 
 
+def to_actions(space: spaces.Space, taken: tuple[type[spaces.Space], ...]) -> str:
+    """The remedy for an agent that cannot work with a space of actions.
+
+    Args:
+        space: the action space.
+        taken: kinds that the agent takes.
+    """
+    if isinstance(space, spaces.MultiBinary) and spaces.MultiDiscrete in taken:
+        twos = f"numpy.full({space.shape}, 2)"
+        return (
+            "make each switch a choice of 2: gymnasium.wrappers.TransformAction(env, lambda "
+            f"action: action.astype('{space.dtype}'), gymnasium.spaces.MultiDiscrete({twos}))"
+        )
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        return "DreamerTPX takes them, and DAAPPO with action_source='none'"
+    if isinstance(space, spaces.MultiBinary):
+        return "DAAPPO takes them with action_source='none'"
+    return "give the environment one vector of numbers or of choices as its action"
+
+
 def refuse_whole_numbers(actions: spaces.Space) -> None:
     """Raise UnsupportedSpaceError if actions are a Box of whole numbers.
 

@@ -244,13 +244,20 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
 
 
-def try_estimator(estimator: Estimator, samples: Sequence[int], *, has_value: bool = False) -> None:
+def try_estimator(
+    estimator: Estimator,
+    samples: Sequence[int],
+    *,
+    has_value: bool = False,
+    is_categorical: bool = False,
+) -> None:
     """One node of so many samples, forward and backward, in place of a failure after the data.
 
     What works with 100 samples works with more.
 
     Args:
         samples: the node's shape without its last axis. has_value: a critic's estimate is there.
+        is_categorical: the node is a categorical.
     Raises:
         ValueError: the estimator's parts do not work together, or not with so few samples.
     """
@@ -262,10 +269,12 @@ def try_estimator(estimator: Estimator, samples: Sequence[int], *, has_value: bo
     probe = None
     if len(samples) == 1:
         one = torch.ones(*mean.shape, 1, dtype=torch.float64)
-        probe = ControlProbe([one, one], lambda: DenseJacobian(one[:, :1]))
+        jacobians = [one] if is_categorical else [one, one]
+        probe = ControlProbe(jacobians, lambda: DenseJacobian(one[:, :1]))
     credit = mean.new_zeros(samples)
     value = noise[..., 0] if has_value else None
-    x, credit = estimator(mean, torch.ones_like(mean), noise, credit, probe=probe, value=value)
+    std = None if is_categorical else torch.ones_like(mean)
+    x, credit = estimator(mean, std, noise, credit, probe=probe, value=value)
     assign_credit(x.square().sum(-1), credit).sum().backward()
 
 

@@ -36,7 +36,7 @@ from totalprop.agents.core.validation import (
     try_estimator,
 )
 from totalprop.agents.core.workers import explain_dead_workers
-from totalprop.agents.dreamer.imagination import ImaginationSettings
+from totalprop.agents.dreamer.imagination import ImaginationSettings, NodeKind
 from totalprop.agents.dreamer.metrics import Round, record_decisions
 from totalprop.agents.dreamer.observations import (
     Arrays,
@@ -62,7 +62,7 @@ SelfDreamerTPX = TypeVar("SelfDreamerTPX", bound="DreamerTPX")
 
 
 class DreamerTPX(Algorithm):
-    """Latent world model with imagined policy gradients, for Box actions.
+    """Latent world model with imagined policy gradients.
 
     Steps are decisions: `total_timesteps`, `learning_starts` and `train_freq` count calls of
     `env.step`, whatever the environment's action repeat; logs show frames too.
@@ -70,13 +70,19 @@ class DreamerTPX(Algorithm):
     Args:
         policy: "DreamerPolicy", or a subclass of it.
         env: environment or id; observations are images (uint8, resized to 64x64), vectors, choices
-            (Discrete, MultiDiscrete, MultiBinary), or a Dict of these.
+            (Discrete, MultiDiscrete, MultiBinary), or a Dict of these, actions a bounded Box,
+            Discrete or MultiDiscrete.
         learning_rate: step size of actor and critic, or a schedule over training progress.
         estimator: name in the registry ("rp", "lr", "tps", "tpx", "tpg", ...) or an
             `estimators.Estimator`. Rules that weigh in parameter space use the actor's last layer.
+        node: where the estimator mixes its legs: at the "latent" state that an action leads to
+            (Parmas et al. 2023), at the "action", where "lr" is REINFORCE, at "both", or "auto":
+            the latent for a Box, the action for choices. Choices elsewhere than at the action are
+            differentiated straight-through, which is biased under every estimator.
         baseline: baseline of the LR leg: "leave-one-out" over the batch (or the estimator's own),
             "mean" of the batch, which shrinks the leg by 1/N (Parmas et al. 2023, Sec. 3), or
-            "critic", the value at the prior's mean (their Sec. 7).
+            "critic", the value at the prior's mean (their Sec. 7) or, at the action, of the state
+            that it is chosen in.
         horizon: imagined states H of each trajectory.
         stop_grad_actor_input: block the gradient into the state that an action was chosen in
             (DreamerV1). Biased, and RP's bias can explode with the horizon: above 15, try False.
@@ -108,7 +114,7 @@ class DreamerTPX(Algorithm):
             makes replay_ratio / (batch_size · sequence_length) updates per decision; 0 leaves
             their number to gradient_steps. The random steps before learning do not count.
         exploration_noise: standard deviation of the noise added to actions in [-1, 1] while
-            collecting.
+            collecting; where actions are choices, the probability of a uniformly random one.
         kl_scale: weight of the KL term of the model's loss.
         representation_scale: weight of that term's gradient in the posterior, relative to that in
             the prior: 1 is the plain KL divergence of DreamerV1, less is KL balancing (0.2 in
@@ -138,7 +144,7 @@ class DreamerTPX(Algorithm):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"DreamerPolicy": DreamerPolicy}
-    action_spaces = (spaces.Box,)
+    action_spaces = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete)
     no_vec_normalize: ClassVar[str] = (
         "DreamerTPX learns to reconstruct raw observations, whose scale VecNormalize keeps "
         "changing; pass the environment without VecNormalize"
@@ -156,6 +162,7 @@ class DreamerTPX(Algorithm):
         learning_rate: Annotated[float, AtLeast(0)] | Schedule = 8e-5,
         estimator: str | Estimator = "tpx",
         *,
+        node: Literal["auto", "latent", "action", "both"] = "auto",
         baseline: Literal["leave-one-out", "mean", "critic"] = "leave-one-out",
         horizon: Annotated[int, AtLeast(2)] = 15,
         stop_grad_actor_input: bool = True,
@@ -209,7 +216,7 @@ class DreamerTPX(Algorithm):
             support_multi_env=True,
             seed=seed,
         )
-        self.estimator, self.baseline = estimator, baseline
+        self.estimator, self.node, self.baseline = estimator, node, baseline
         self.horizon, self.stop_grad_actor_input = horizon, stop_grad_actor_input
         self.gamma, self.lam, self.discount_weights = gamma, lam, discount_weights
         self.entropy_scale, self.scale_returns = entropy_scale, scale_returns
@@ -405,22 +412,20 @@ class DreamerTPX(Algorithm):
         return True
 
     def _act(self, observations: Arrays) -> np.ndarray:
-        """Scaled actions [n, A]: random for `learning_starts` steps, then of the noisy policy."""
+        """Actions [n, A]: random for `learning_starts` steps, then of the noisy policy."""
         assert self._memory is not None
         is_random = self.num_timesteps < self.learning_starts
         state, previous = self._memory
         starts = torch.as_tensor(np.asarray(self._last_episode_starts), device=self.device)
         if is_random:  # without the filter, whose state remains zero, as where sequences begin
-            shape = (count(observations), self.policy.n_actions)
-            actions = self._rng.uniform(-1.0, 1.0, shape).astype(np.float32)
+            actions = self.policy.actions.random(count(observations), self._rng)
             self._memory = state, torch.as_tensor(actions, device=self.device)
             return actions
         seen = to_tensors(observations, self.device)
         action, state = self.policy.step(
             seen, state, previous, starts.bool(), deterministic=False, generator=self._generator
         )
-        noise = torch.randn(action.shape, generator=self._generator, device=self.device)
-        action = (action + self.exploration_noise * noise).clamp(-1.0, 1.0)
+        action = self.policy.actions.explore(action, self.exploration_noise, self._generator)
         self._memory = state, action
         return action.cpu().numpy()
 
@@ -579,7 +584,20 @@ class DreamerTPX(Algorithm):
         starts = self.batch_size * self.sequence_length
         if self.imagination_starts > 0:
             starts = min(self.imagination_starts, starts)
-        try_estimator(self._resolved_estimator(), [starts], has_value=True)
+        has_choices, node = self._has_choices(), self._resolved_node()
+        kinds = [has_choices] * (node != "latent") + [False] * (node != "action")
+        for is_categorical in kinds:
+            try_estimator(
+                self._resolved_estimator(), [starts], has_value=True, is_categorical=is_categorical
+            )
+
+    def _has_choices(self) -> bool:
+        return not isinstance(self.action_space, spaces.Box)
+
+    def _resolved_node(self) -> NodeKind:
+        if self.node == "auto":
+            return "action" if self._has_choices() else "latent"
+        return self.node
 
     def _resolved_estimator(self) -> estimators.Estimator:
         """The estimator, with the agent's baseline where that is not the default."""
@@ -596,7 +614,11 @@ class DreamerTPX(Algorithm):
                 f"buffer_size must hold a sequence of every environment, at least "
                 f"{length} x {self.env.num_envs}, got {self.buffer_size}"
             )
-        assert np.isfinite(self.action_space.low).all()  # type: ignore[attr-defined]
+        if self._has_choices() and self.exploration_noise > 1:
+            raise ValueError(
+                "exploration_noise is a probability where actions are choices, at most 1, got "
+                f"{self.exploration_noise}"
+            )
 
     def _update_settings(self) -> UpdateSettings:
         """The agent's arguments, as they are now, as the settings of a gradient step."""
@@ -609,6 +631,7 @@ class DreamerTPX(Algorithm):
                 discount_weights=self.discount_weights,
                 entropy_scale=self.entropy_scale,
                 scale_returns=self.scale_returns,
+                node=self._resolved_node(),
                 learned_discount=self._has_terminated,
             ),
             model=ModelLossSettings(

@@ -3,23 +3,30 @@
     h_t = GRU(h_{t-1}, [z_{t-1}, a_{t-1}]),  a_{t-1} ~ π(s_{t-1}),  z_t ~ p(z_t | h_t)
 
 z_t is the stochastic node whose gradient the estimator computes; the path through h bypasses it.
+a_{t-1} can be one as well, or instead (`ImaginationSettings.node`).
 Hafner et al. 2020 (DreamerV1), Sec. 3; Parmas et al. 2023 (TPX), Sec. 6 and App. C.1. Everything
 here is a pure function, independent of stable-baselines3 and of environments.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from totalprop.agents.dreamer.categorical_actor import ActionNode, CategoricalActor, gumbel
 from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
-from totalprop.estimators import ControlProbe, Estimator, assign_credit
+from totalprop.estimators import ControlProbe, Estimator, assign_credit, make
 from totalprop.estimators.probes import covariance
 from totalprop.world_models.latent.model import State
+
+NodeKind = Literal["latent", "action", "both"]
+REPARAMETERISED = make("rp")
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,10 @@ class ImaginationSettings:
         entropy_scale: weight of the policy's entropy in the loss; 0 in DreamerV1.
         learned_discount: take γ from the discount head, if there is one.
         scale_returns: divide the returns by max(1, the policy's `return_range`).
+        node: where the estimator mixes its legs. "latent" is z_t (Parmas et al. 2023). "action" is
+            the sample that makes a_{t-1}: the Gaussian before the tanh, or each categorical choice;
+            z_t is then reparameterised. "both" is one after the other. With LR at the action no
+            path bypasses the nodes, so it is unbiased whether or not the state is blocked.
     """
 
     gamma: float
@@ -49,6 +60,7 @@ class ImaginationSettings:
     entropy_scale: float
     learned_discount: bool = True
     scale_returns: bool = False
+    node: NodeKind = "latent"
 
 
 class ImaginationNoise(NamedTuple):
@@ -59,13 +71,22 @@ class ImaginationNoise(NamedTuple):
 
     @staticmethod
     def draw(
-        horizon: int, n: int, actions: int, latents: int, generator: torch.Generator
+        horizon: int,
+        n: int,
+        actions: int,
+        latents: int,
+        generator: torch.Generator,
+        *,
+        choices: bool = False,
     ) -> ImaginationNoise:
-        """Draw standard normal noise."""
+        """Draw standard normal noise; for actions that are choices, Gumbel noise."""
 
         def normal(size: int) -> Tensor:
             return torch.randn((horizon, n, size), generator=generator, device=generator.device)
 
+        if choices:
+            action = gumbel((horizon, n, actions), generator, generator.device)
+            return ImaginationNoise(action, normal(latents))
         return ImaginationNoise(normal(actions), normal(latents))
 
 
@@ -99,14 +120,17 @@ def imagine(
         policy: world model, actor and critic.
         start: states [N, ...], without gradient.
         noise: all random numbers; its length is the horizon H.
-        estimator: of the gradient at the latent node.
+        estimator: of the gradient at the nodes.
         settings: of the loss.
         tap: [N, P'] zeros for per-sample gradients of the actor's last layer, or None.
-        meter: [H, D] tensor whose gradient is k, or None.
+        meter: tensor of `meter_shape` whose gradient is k, or None.
     """
     rssm, actor = policy.model.rssm, policy.actor
-    needs_probe = estimator.probe != "none" or tap is not None
-    needs_value = estimator.needs_value
+    at_action, at_latent = settings.node != "latent", settings.node != "action"
+    latent_estimator = estimator if at_latent else REPARAMETERISED
+    latent_tap = None if at_action else tap  # or the action would be counted twice
+    needs_probe = at_latent and (estimator.probe != "none" or latent_tap is not None)
+    needs_value = at_latent and estimator.needs_value
     meters = [None] * len(noise.latent) if meter is None else meter.unbind(0)
     credit = start.stoch.new_zeros(len(start.stoch))
     state, features, credits, entropies = start, [], [], []
@@ -114,8 +138,19 @@ def imagine(
         seen = state.features
         hidden = actor.hidden(seen.detach() if settings.stop_grad_actor_input else seen)
         raw = actor.output(hidden)
-        action, entropy = actor.act(raw, action_noise)
-        entropies.append(assign_credit(entropy, credit))  # to the previous node
+        if at_action:
+            size = action_noise.shape[-1]
+            node = _action_node(
+                policy, estimator, state, hidden, raw, tap=tap,
+                meter=None if step_meter is None else step_meter[:size],
+            )  # fmt: skip
+            action, entropy, credit = actor.act_at(node, raw, action_noise, credit)
+            if step_meter is not None:  # the latent's part, which may be empty
+                step_meter = step_meter[size:].view(latent_noise.shape[1:]) if at_latent else None
+        else:
+            action, entropy = actor.act(raw, action_noise)
+            entropy = assign_credit(entropy, credit)  # to the previous node
+        entropies.append(entropy)
         deter = rssm.recur(state, action)
         prior = rssm.prior(deter)
         probe = value = None
@@ -124,9 +159,9 @@ def imagine(
         if needs_value:
             with torch.no_grad():
                 value = policy.value(State(deter, prior.mean).features)
-        stoch, credit = estimator(
+        stoch, credit = latent_estimator(
             prior.mean, prior.std, latent_noise, credit,
-            probe=probe, value=value, tap=tap, meter=step_meter,
+            probe=probe, value=value, tap=latent_tap, meter=step_meter,
         )  # fmt: skip
         state = State(deter, stoch)
         features.append(state.features)
@@ -134,6 +169,44 @@ def imagine(
     return _losses(
         policy, torch.stack(features), torch.stack(credits), torch.stack(entropies), settings
     )
+
+
+def meter_shape(noise: ImaginationNoise, node: NodeKind) -> tuple[int, ...]:
+    """The shape of k: [H, A] at actions, [H, D] at latents, [H, A + D] at both."""
+    horizon, _, *latent = noise.latent.shape
+    if node == "latent":
+        return horizon, *latent
+    actions = noise.action.shape[-1]
+    return horizon, actions + (math.prod(latent) if node == "both" else 0)
+
+
+def _action_node(
+    policy: DreamerPolicy,
+    estimator: Estimator,
+    state: State,
+    hidden: Tensor,
+    raw: Tensor,
+    *,
+    tap: Tensor | None,
+    meter: Tensor | None,
+) -> ActionNode:
+    """The estimator at the action, for `Actor.act_at`."""
+    value = None
+    if estimator.needs_value:
+        # V(s) includes r(s), which the action has no influence on.
+        with torch.no_grad():
+            value = policy.value(state.features) - policy.model.reward(state.features)
+
+    def node(
+        own: slice, mean: Tensor, std: Tensor | None, noise: Tensor, credit: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        probe = None
+        if estimator.probe != "none" or tap is not None:
+            probe = _action_probe(policy.actor, hidden, raw, own)
+        part = None if meter is None else meter[own]
+        return estimator(mean, std, noise, credit, probe=probe, value=value, tap=tap, meter=part)
+
+    return node
 
 
 def _losses(
@@ -224,8 +297,29 @@ def _last_layer_probe(
         mean, std = rssm.prior(rssm.recur(state, action))
         return mean, std
 
-    def column(tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return jvp(zeta, (raw,), (tangent.expand_as(raw),))[1]
+    return _probe(zeta, hidden, raw)
+
+
+@torch.no_grad()
+def _action_probe(
+    actor: Actor | CategoricalActor, hidden: Tensor, raw: Tensor, own: slice
+) -> ControlProbe:
+    """Jacobian of some columns of the action's zeta with respect to the actor's last layer."""
+
+    def zeta(raw: Tensor) -> tuple[Tensor, ...]:
+        return tuple(member[:, own] for member in actor.zeta(raw))
+
+    return _probe(zeta, hidden, raw.detach())
+
+
+def _probe(
+    zeta: Callable[[Tensor], tuple[Tensor, ...]], hidden: Tensor, raw: Tensor
+) -> ControlProbe:
+    """The probe of a zeta that is a function of the last layer's output."""
+
+    def column(tangent: Tensor) -> tuple[Tensor, ...]:
+        derivatives: tuple[Tensor, ...] = jvp(zeta, (raw,), (tangent.expand_as(raw),))[1]
+        return derivatives
 
     columns = vmap(column)(torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device))
     layer = LayerJacobian(hidden.detach().to(raw.dtype))
@@ -256,6 +350,6 @@ class LayerJacobian(NamedTuple):
         return torch.cat((weight.flatten(1), alpha), 1)
 
 
-def last_layer_size(actor: Actor) -> int:
+def last_layer_size(actor: Actor | CategoricalActor) -> int:
     """Number of parameters of the actor's last layer, the ones that probes cover."""
     return sum(p.numel() for p in actor.out.parameters())

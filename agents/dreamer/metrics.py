@@ -30,7 +30,7 @@ class Round:
         self.scalars: dict[str, Tensor] = {}
         self.gradient: list[Tensor] = []
         self.square = torch.zeros((), device=agent.device)
-        self.k = torch.zeros((), device=agent.device)
+        self.k, self.k_actions = torch.zeros((), device=agent.device), 0
 
     def __enter__(self) -> Round:
         self.started = time.perf_counter()
@@ -47,7 +47,7 @@ class Round:
         torch._foreach_add_(self.gradient, list(record.actor_gradient))
         norms = torch._foreach_norm(list(record.actor_gradient))
         self.square = self.square + torch.stack(norms).square().sum()
-        self.k = self.k + record.k
+        self.k, self.k_actions = self.k + record.k, record.k_actions
 
     def __exit__(
         self,
@@ -65,12 +65,14 @@ class Round:
             mean_square = sum(float((g / n).square().sum()) for g in self.gradient)
             variance = (float(self.square) / n - mean_square) * n / (n - 1)
             record("train/gradient_snr", (mean_square - variance / n) / max(variance, 1e-30))
-        k = self.k / n  # [H, D]
+        k = self.k / n  # [H, A], [H, D] or [H, A + D]
         record("train/k", float(k.mean()))
         for t, value in enumerate(k.mean(1).tolist(), 1):
             record(f"k/step_{t:02d}", value, exclude=QUIET)
         for d, value in enumerate(k.mean(0).tolist()):
-            record(f"k/coordinate_{d:02d}", value, exclude=QUIET)
+            actions = self.k_actions
+            name = f"action_{d:02d}" if d < actions else f"coordinate_{d - actions:02d}"
+            record(f"k/{name}", value, exclude=QUIET)
         if self.agent.tensorboard_log is not None:
             record("figures/k", Figure(figures.weights(k.cpu().numpy()), close=True), PICTURE)
         record("time/updates_per_second", n / (time.perf_counter() - self.started))

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from totalprop.agents.core.validation import Above, AtLeast, check_values
+from totalprop.agents.dreamer.actions import Choices, action_form
+from totalprop.agents.dreamer.categorical_actor import ActionNode, CategoricalActor
 from totalprop.agents.dreamer.observations import ObservationForm, count, to_tensors
+from totalprop.estimators import assign_credit
 from totalprop.world_models.latent.heads import HeadKind, ScalarHead
 from totalprop.world_models.latent.model import LatentModel, State
 from totalprop.world_models.latent.networks import at_least_float32, initialise, mlp
@@ -79,18 +82,41 @@ class Actor(nn.Module):
         """The last layer, [..., width] -> [..., 2 A]."""
         return at_least_float32(self.out(hidden))
 
+    def noise(self, n: int, *, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """[n, A] standard normal noise for `act`."""
+        shape = (n, self.out.out_features // 2)
+        return torch.randn(shape, generator=generator, device=device)
+
+    def zeta(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [..., A] of the Gaussian before the tanh."""
+        raw_mean, raw_std = raw.chunk(2, -1)
+        mean = MEAN_SCALE * (raw_mean / MEAN_SCALE).tanh()
+        return mean, softplus(raw_std + self.std_shift) + MIN_STD
+
     def act(self, raw: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Action [..., A] in [-1, 1] and its entropy [...] in nats; without noise, tanh(mean).
 
         The entropy is a one-sample estimate: the Gaussian's entropy plus the log-slope of tanh at
         the sample. As a bonus it keeps actions from saturating, where the policy gradient vanishes.
         """
-        raw_mean, raw_std = raw.chunk(2, -1)
-        mean = MEAN_SCALE * (raw_mean / MEAN_SCALE).tanh()
-        std = softplus(raw_std + self.std_shift) + MIN_STD
+        mean, std = self.zeta(raw)
         u = mean if noise is None else mean + std * noise
-        log_slope = 2 * (math.log(2) - u - softplus(-2 * u))  # log(1 - tanh² u), without cancelling
-        return u.tanh(), (std.log() + log_slope + GAUSSIAN_ENTROPY).sum(-1)
+        return u.tanh(), (std.log() + _log_slope(u) + GAUSSIAN_ENTROPY).sum(-1)
+
+    def act_at(
+        self, node: ActionNode, raw: Tensor, noise: Tensor, credit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Like `act`, but the sample before the tanh is a node; see `CategoricalActor.act_at`."""
+        mean, std = self.zeta(raw)
+        u, after = node(slice(None), mean, std, noise, credit)
+        # The node's sample moves the slope only, so that alone belongs to its return-to-go.
+        known = assign_credit((std.log() + GAUSSIAN_ENTROPY).sum(-1), credit)
+        return u.tanh(), known + assign_credit(_log_slope(u).sum(-1), after), after
+
+
+def _log_slope(u: Tensor) -> Tensor:
+    """log(1 - tanh² u), without cancelling."""
+    return 2 * (math.log(2) - u - softplus(-2 * u))
 
 
 class DreamerPolicy(BasePolicy):
@@ -99,7 +125,7 @@ class DreamerPolicy(BasePolicy):
     Args:
         observation_space: an image (Box of uint8, resized to 64x64), a vector, choices (Discrete,
             MultiDiscrete, MultiBinary), or a Dict of these.
-        action_space: bounded Box.
+        action_space: bounded Box, Discrete or MultiDiscrete.
         lr_schedule: not used; stable-baselines3 passes it to every policy.
         size: of all networks: "s" for a CPU core, "m" as in DreamerV1, "l" for a GPU. The next
             five set single numbers; None leaves them to the size.
@@ -109,9 +135,9 @@ class DreamerPolicy(BasePolicy):
         width: units of every layer of actor, critic and the model's heads: 100, 400 or 512.
         conv_depth: feature maps of the first convolution, for images: 8, 32 or 32.
         vector_std: standard deviation of the decoder of vector observations.
-        init_std: standard deviation, before the tanh, that the actor starts from. With DreamerV1's
-            5 most actions are -1 or 1, where the tanh passes no gradient; with 1 they are spread
-            almost evenly.
+        init_std: standard deviation, before the tanh, that an actor for a Box starts from.
+            With DreamerV1's 5 most actions are -1 or 1, where the tanh passes no gradient; with 1
+            they are spread almost evenly.
         layer_norm: layer norm and SiLU in every network (DreamerV3) instead of ELU (DreamerV1).
         reward_head: "gaussian" (DreamerV1) or "two-hot", over 255 bins (DreamerV3).
         critic_head: the same for the critic.
@@ -130,7 +156,7 @@ class DreamerPolicy(BasePolicy):
     def __init__(
         self,
         observation_space: spaces.Space,
-        action_space: spaces.Box,
+        action_space: spaces.Space,
         lr_schedule: Schedule | None = None,
         *,
         size: Size = "m",
@@ -147,7 +173,8 @@ class DreamerPolicy(BasePolicy):
         discount_head: bool = False,
         slow_critic: bool = False,
     ) -> None:
-        super().__init__(observation_space, action_space, squash_output=True)
+        is_box = isinstance(action_space, spaces.Box)
+        super().__init__(observation_space, action_space, squash_output=is_box)
         check_values(DreamerPolicy, size=size)
         own = {
             "stoch": stoch, "deter": deter, "hidden": hidden, "width": width,
@@ -166,13 +193,20 @@ class DreamerPolicy(BasePolicy):
         }  # fmt: skip
         check_values(DreamerPolicy, **self.sizes, **self.own_sizes)
         self.to_model = ObservationForm(observation_space)
-        self.n_actions = int(np.prod(action_space.shape))
+        self.actions = action_form(action_space)
+        self.n_actions = self.actions.size  # A
         self.model = LatentModel(self.to_model.entries, self.n_actions, **self.sizes)
         features = self.model.rssm.feature_size
         width = self.sizes["width"]
-        self.actor = Actor(
-            features, self.n_actions, width=width, layer_norm=layer_norm, init_std=init_std
-        )
+        self.actor: Actor | CategoricalActor
+        if isinstance(self.actions, Choices):
+            self.actor = CategoricalActor(
+                features, self.actions.sizes, width=width, layer_norm=layer_norm
+            )
+        else:
+            self.actor = Actor(
+                features, self.n_actions, width=width, layer_norm=layer_norm, init_std=init_std
+            )
         self.critic = ScalarHead(features, width, 3, kind=critic_head, layer_norm=layer_norm)
         initialise(self.critic)
         self.critic.zero_last_layer()
@@ -228,13 +262,14 @@ class DreamerPolicy(BasePolicy):
         Args:
             observations: [n, ...] as `to_model` returns them.
             state: of the previous step.
-            action: [n, A] scaled action of the previous step.
+            action: [n, A] action of the previous step, see `actions`.
             is_first: [n] bool, True where an episode begins.
-            deterministic: use the posterior mean and tanh(mean), and draw no random number.
+            deterministic: use the posterior mean and tanh(mean), or the most likely choice, and
+                draw no random number.
             generator: of the noise; None for torch's global one.
 
         Returns:
-            Scaled actions [n, A] in [-1, 1], and the new state.
+            Actions [n, A], scaled to [-1, 1] or one-hot, and the new state.
         """
         keep = (~is_first).to(action.dtype).unsqueeze(-1)
         state, action = State(state.deter * keep, state.stoch * keep), action * keep
@@ -245,7 +280,10 @@ class DreamerPolicy(BasePolicy):
             return torch.randn(like.shape, generator=generator, device=like.device)
 
         state = self.model.filter(state, action, observations, noise(state.stoch))
-        action, _ = self.actor.act(self.actor(state.features), noise(action))
+        action_noise = None
+        if not deterministic:
+            action_noise = self.actor.noise(len(action), generator=generator, device=action.device)
+        action, _ = self.actor.act(self.actor(state.features), action_noise)
         return action, state
 
     def predict(
@@ -265,7 +303,8 @@ class DreamerPolicy(BasePolicy):
             deterministic: draw no random number.
 
         Returns:
-            Actions in the environment's units, and the recurrent state.
+            Actions in the environment's units (whole numbers where they are choices), and the
+            recurrent state.
 
         Raises:
             ValueError: the observation is an (observation, info) tuple, lacks an entry or has
@@ -299,14 +338,11 @@ class DreamerPolicy(BasePolicy):
         scaled = action.cpu().numpy()
         actions = self.to_env(scaled)
         memory = (latent.deter.cpu().numpy(), latent.stoch.cpu().numpy(), scaled)
-        return (actions if is_batch else actions[0]), memory
+        return (actions if is_batch else actions.squeeze(0)), memory
 
     def to_env(self, scaled: np.ndarray) -> np.ndarray:
-        """Convert actions [n, A] in [-1, 1] to the action space's units, shape and dtype."""
-        space = self.action_space
-        assert isinstance(space, spaces.Box)
-        actions = self.unscale_action(scaled.reshape(-1, *space.shape))
-        return np.clip(actions, space.low, space.high).astype(space.dtype)
+        """Convert actions [n, A] to the action space's units, shape and dtype."""
+        return self.actions.to_env(scaled)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         raise NotImplementedError("the policy is recurrent: call predict, which returns its state")

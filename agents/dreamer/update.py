@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import totalprop.estimators as estimators
+from totalprop.agents.dreamer.actions import Choices
 from totalprop.agents.dreamer.cuda_graph import GraphedFunction
 from totalprop.agents.dreamer.imagination import (
     ImaginationNoise,
@@ -24,6 +25,7 @@ from totalprop.agents.dreamer.imagination import (
     critic_loss,
     imagine,
     last_layer_size,
+    meter_shape,
 )
 from totalprop.agents.dreamer.policy import DreamerPolicy
 from totalprop.agents.dreamer.replay import SequenceBatch
@@ -63,7 +65,8 @@ class UpdateRecord(NamedTuple):
 
     scalars: dict[str, Tensor]
     actor_gradient: Sequence[Tensor]  # shaped like the actor's parameters; before clipping
-    k: Tensor  # [H, D] mean weight of the LR leg
+    k: Tensor  # mean weight of the LR leg, see `meter_shape`
+    k_actions: int = 0  # how many columns of k are of actions; they come first
 
 
 class DreamerUpdate:
@@ -149,8 +152,9 @@ class DreamerUpdate:
         posterior = torch.randn(shape, generator=generator, device=device)
         starts = draw_starts(batch.is_terminal, settings.imagination_starts, generator)
         imagination = ImaginationNoise.draw(
-            settings.horizon, len(starts), policy.n_actions, latents, generator
-        )
+            settings.horizon, len(starts), policy.n_actions, latents, generator,
+            choices=isinstance(policy.actions, Choices),
+        )  # fmt: skip
         return UpdateNoise(posterior, starts, imagination)
 
     def _take_step(self, batch: SequenceBatch, noise: UpdateNoise) -> UpdateRecord:
@@ -193,8 +197,9 @@ class DreamerUpdate:
         k = actor_gradient.k
         assert k is not None
         return UpdateRecord(
-            {name: value.detach() for name, value in scalars.items()}, actor_gradient.gradients, k
-        )
+            {name: value.detach() for name, value in scalars.items()}, actor_gradient.gradients, k,
+            k_actions=0 if settings.imagination.node == "latent" else policy.n_actions,
+        )  # fmt: skip
 
     def _model_parameters(self) -> list[nn.Parameter]:
         """The world model's parameters that the loss depends on; Adam skips all others."""
@@ -210,8 +215,9 @@ class DreamerUpdate:
     ) -> tuple[PolicyGradient, Imagined]:
         """The estimator's policy gradient, from rollouts imagined from N states."""
         settings, policy = self.settings, self.policy
-        horizon, n, latents = noise.latent.shape
-        meter = noise.latent.new_zeros(horizon, latents, requires_grad=True)
+        n = noise.latent.shape[1]
+        shape = meter_shape(noise, settings.imagination.node)
+        meter = noise.latent.new_zeros(shape, requires_grad=True)
         imagined: list[Imagined] = []
 
         def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:

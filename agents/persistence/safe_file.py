@@ -407,9 +407,10 @@ def _encode_space(space: spaces.Space, tensors: dict[str, Tensor]) -> Any:
         bounds = [_encode(bound, tensors) for bound in (space.low, space.high)]
         return {"$box": [*bounds, np.dtype(space.dtype).str]}
     if isinstance(space, spaces.Discrete):
-        return {"$discrete": [int(space.n), int(space.start)]}
+        return {"$discrete": [int(space.n), int(space.start), np.dtype(space.dtype).str]}
     if isinstance(space, spaces.MultiDiscrete):
-        return {"$multidiscrete": _encode(space.nvec, tensors)}
+        arrays = [_encode(array, tensors) for array in (space.nvec, space.start)]
+        return {"$multidiscrete": [*arrays, np.dtype(space.dtype).str]}
     if isinstance(space, spaces.MultiBinary):
         return {"$multibinary": _encode(space.n, tensors)}
     if isinstance(space, spaces.Dict):
@@ -484,9 +485,13 @@ def _decode(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
                 raise BadFileError("it holds a Box whose lower bounds are above the upper ones")
             return spaces.Box(low, high, dtype=np.dtype(content[2]).type)
         case "$discrete":
-            return spaces.Discrete(content[0], start=content[1])
+            dtype = np.dtype(content[2] if len(content) > 2 else np.int64).type
+            return spaces.Discrete(content[0], start=content[1], dtype=dtype)
         case "$multidiscrete":
-            return spaces.MultiDiscrete(inner(content))
+            if not isinstance(content, list):  # files of before hold the numbers of options only
+                return spaces.MultiDiscrete(inner(content))
+            dtype = np.dtype(content[2]).type
+            return spaces.MultiDiscrete(inner(content[0]), dtype=dtype, start=inner(content[1]))
         case "$multibinary":
             return spaces.MultiBinary(inner(content))
         case "$dict":

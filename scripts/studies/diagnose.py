@@ -37,6 +37,7 @@ from torch import Tensor
 import totalprop.estimators as estimators
 from totalprop.agents import DreamerTPX
 from totalprop.agents.core import figures
+from totalprop.agents.dreamer.actions import Choices
 from totalprop.agents.dreamer.imagination import ImaginationNoise
 from totalprop.agents.dreamer.update import DreamerUpdate
 from totalprop.agents.persistence.checkpoint import Checkpoints
@@ -208,12 +209,13 @@ def measure(
     update = DreamerUpdate(agent.policy, settings)
     n, rows = options.trajectories, []
     sizes = (horizon, n, agent.policy.n_actions, agent.policy.model.rssm.stoch_size)
+    choices = isinstance(agent.policy.actions, Choices)
     for s, start in enumerate(starts):
         many = State(start.deter.expand(n, -1), start.stoch.expand(n, -1))
         generator = torch.Generator(agent.device).manual_seed(options.seed + 1 + s)
         row = []
         for _ in range(options.repeats):
-            noise = ImaginationNoise.draw(*sizes, generator)
+            noise = ImaginationNoise.draw(*sizes, generator, choices=choices)
             gradient, _ = update.actor_gradient(many, noise)
             row.append(torch.cat([g.flatten() for g in gradient.gradients]).cpu())
         rows.append(torch.stack(row))

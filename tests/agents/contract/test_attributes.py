@@ -27,7 +27,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "cost_fn": lambda states: states.sum(-1),
     },
     "dreamer": {
-        "learning_rate": 0.5, "estimator": "lr", "baseline": "critic", "horizon": 4,
+        "learning_rate": 0.5, "estimator": "lr", "node": "both", "baseline": "critic", "horizon": 4,
         "stop_grad_actor_input": False, "gamma": 0.5, "lam": 0.5, "discount_weights": False,
         "entropy_scale": 0.5, "scale_returns": True, "slow_critic_rate": 0.1,
         "representation_scale": 0.3, "model_learning_rate": 0.1, "adam_eps": 0.1,

@@ -1,0 +1,112 @@
+"""The actor for Discrete and MultiDiscrete actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from totalprop.estimators import assign_credit
+from totalprop.world_models.latent.networks import at_least_float32, initialise, mlp
+
+UNIFORM = 0.01  # share of the uniform distribution; Hafner et al. 2023 (DreamerV3)
+# (columns of zeta, mean or logits, std or None, noise, credit) -> sample, credit
+ActionNode = Callable[[slice, Tensor, "Tensor | None", Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class CategoricalActor(nn.Module):
+    """A categorical policy for each choice: 0.99 softmax(raw) + 0.01 / n.
+
+    Actions are one-hot vectors, one after another. The hidden layers are those of `Actor`, the
+    uniform share is DreamerV3's, which keeps every score finite.
+
+    Args:
+        features: width F of the state's features.
+        sizes: number of options of each choice; they sum to A.
+        width: units of each hidden layer.
+        layers: number of hidden layers.
+        layer_norm: as in `mlp`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        sizes: Sequence[int],
+        *,
+        width: int,
+        layers: int = 4,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.sizes = list(sizes)
+        *hidden, out = mlp(features, width, layers, sum(sizes), layer_norm=layer_norm)
+        self.hidden = nn.Sequential(*hidden)
+        assert isinstance(out, nn.Linear)
+        self.out = out
+        initialise(self)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., A] raw outputs for `act`."""
+        return self.output(self.hidden(features))
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The last layer, [..., width] -> [..., A]."""
+        return at_least_float32(self.out(hidden))
+
+    def noise(self, n: int, *, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """[n, A] Gumbel noise for `act`."""
+        return gumbel((n, sum(self.sizes)), generator, device)
+
+    def zeta(self, raw: Tensor) -> tuple[Tensor]:
+        """The parameters of the action's distributions: log-probabilities [..., A]."""
+        parts = [
+            ((1 - UNIFORM) * part.softmax(-1) + UNIFORM / part.shape[-1]).log()
+            for part in raw.split(self.sizes, -1)
+        ]
+        return (torch.cat(parts, -1),)
+
+    def act(self, raw: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Action [..., A], one-hot, and the exact entropy [...] in nats; without noise, the mode.
+
+        The action's gradient is straight-through, that of the probabilities, and biased (Bengio et
+        al. 2013).
+        """
+        (log_p,) = self.zeta(raw)
+        chosen = log_p if noise is None else log_p + noise
+        one_hot = [
+            (part.argmax(-1, keepdim=True) == torch.arange(n, device=raw.device)).to(raw.dtype)
+            for n, part in zip(self.sizes, chosen.split(self.sizes, -1), strict=True)
+        ]
+        p = log_p.exp()
+        return torch.cat(one_hot, -1) + (p - p.detach()), -(p * log_p).sum(-1)
+
+    def act_at(
+        self, node: ActionNode, raw: Tensor, noise: Tensor, credit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Like `act`, but each choice is a node.
+
+        Args:
+            node: draws a choice, see `ActionNode`.
+            raw: [N, A] the network's outputs.
+            noise: [N, A].
+            credit: [N] of the node before.
+
+        Returns:
+            Action [N, A], its entropy [N], credited, and the credit [N] for all that follows.
+        """
+        (log_p,) = self.zeta(raw)
+        # The entropy is exact: no node of this step has any influence on it.
+        entropy = assign_credit(-(log_p.exp() * log_p).sum(-1), credit)
+        samples, start = [], 0
+        for n in self.sizes:
+            own = slice(start, start + n)
+            sample, credit = node(own, log_p[:, own], None, noise[:, own], credit)
+            samples.append(sample)
+            start += n
+        return torch.cat(samples, -1), entropy, credit
+
+
+def gumbel(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Gumbel noise: the argmax of log-probabilities plus it is a sample."""
+    return -torch.empty(tuple(shape), device=device).exponential_(generator=generator).log()
