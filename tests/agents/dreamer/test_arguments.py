@@ -277,11 +277,6 @@ def test_pictures_in_another_form_are_not_taken_for_vectors(space):
         make(SpaceEnv(space))
 
 
-def test_discrete_actions_are_refused():
-    with pytest.raises(AssertionError, match="Discrete"):
-        make(SpaceEnv(action=spaces.Discrete(3)))
-
-
 def test_unbounded_actions_are_refused():
     with pytest.raises(AssertionError, match="finite"):
         make(SpaceEnv(action=spaces.Box(-np.inf, np.inf, (2,))))
