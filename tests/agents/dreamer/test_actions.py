@@ -236,7 +236,7 @@ def test_k_is_logged_by_action_and_by_coordinate():
         agent = make(spaces.Box(-1, 1, (2,)), node=node, estimator="lr")
         memory = logged(agent)
         agent.learn(15)
-        values = memory.dumps[0][0]
+        values = memory[0][0]
         for kind, count in (("action", action), ("coordinate", latent)):
             names = {name for name in values if name.startswith(f"k/{kind}_")}
             assert names == {f"k/{kind}_{i:02d}" for i in range(count)}
