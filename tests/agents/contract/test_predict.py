@@ -49,7 +49,7 @@ def test_the_state_of_one_step_is_taken_by_the_next(trained, observations):
     for step in range(3):
         seen = observations[3 * step : 3 * step + 3]
         action, state = trained.predict(seen, state, starts, deterministic=True)
-        assert action.shape == (3, 2)
+        assert action.shape == (3, *trained.action_space.shape)
         starts = np.zeros(3, dtype=bool)
     again, _ = trained.predict(seen, state, np.ones(3, dtype=bool), deterministic=True)
     new, _ = trained.predict(seen, deterministic=True)
