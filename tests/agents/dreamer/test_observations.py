@@ -439,6 +439,9 @@ NESTED = {
     "images": spaces.Dict({"a": spaces.Dict({"look": IMAGE, "it's": VECTOR}), "d": VECTOR}),
     "tuple of images": spaces.Tuple((IMAGE, spaces.Tuple((VECTOR, IMAGE)))),
     "text": spaces.Dict({"mission": spaces.Text(9), "look": IMAGE, "way": spaces.Discrete(4)}),
+    "image of both orders": spaces.Dict(
+        {"look": IMAGE, "map": spaces.Box(0, 255, (2, 9, 8), np.uint8)}
+    ),
     "image of floats": spaces.Dict({"a": spaces.Box(0, 1, (8, 8, 3), np.float32), "d": VECTOR}),
 }
 
