@@ -37,6 +37,7 @@ from totalprop.agents.core.spaces import (
     UnsupportedSpaceError,
     describe,
     not_nested,
+    refuse_mixed_images,
     to_actions,
 )
 from totalprop.agents.core.validation import check_arguments
@@ -129,6 +130,7 @@ class Algorithm(BaseAlgorithm):
             raise UnsupportedSpaceError(
                 f"{cls.__name__} needs numbers as observations, got {describe(seen)}; {remedy}"
             )
+        refuse_mixed_images(seen)
         if cls.action_spaces and not isinstance(actions, cls.action_spaces):
             raise UnsupportedSpaceError(
                 f"{cls.__name__} needs {_in_words(cls.action_spaces)}, got {describe(actions)}; "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
 FLATTEN = "wrap the environment in gymnasium.wrappers.FlattenObservation"
 
@@ -77,6 +78,33 @@ def not_nested(space: spaces.Space) -> str:
     return (
         "lift the inner entries: gymnasium.wrappers.TransformObservation(env, lambda seen: "
         f"{{{seen}}}, gymnasium.spaces.Dict({{{parts}}}))"
+    )
+
+
+def refuse_mixed_images(space: spaces.Space) -> None:
+    """Raise UnsupportedSpaceError if images of a dictionary differ in where their channels are.
+
+    stable-baselines3 puts the channels first of all images or of none.
+    """
+    if not isinstance(space, spaces.Dict):
+        return
+    images = [
+        (name, part)
+        for name, part in space.items()
+        if isinstance(part, spaces.Box) and is_image_space(part)
+    ]
+    first = [(name, part.shape) for name, part in images if is_image_space_channels_first(part)]
+    if not first or len(first) == len(images):
+        return
+    seen = ", ".join(f"{name!r}: seen[{name!r}].transpose(1, 2, 0)" for name, _ in first)
+    parts = ", ".join(
+        f"{name!r}: gymnasium.spaces.Box(0, 255, {(*shape[1:], shape[0])}, 'uint8')"
+        for name, shape in first
+    )
+    raise UnsupportedSpaceError(
+        f"images of a dictionary must all have their channels last, got {describe(space)}; move "
+        "them: gymnasium.wrappers.TransformObservation(env, lambda seen: {**seen, "
+        f"{seen}}}, gymnasium.spaces.Dict({{**env.observation_space, {parts}}}))"
     )
 
 

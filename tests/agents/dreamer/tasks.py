@@ -28,9 +28,8 @@ class Room(gym.Env):
     """Go to the goal of the wanted colour, in a room like MiniGrid's.
 
     The observation is a dictionary: the room's cells as symbols, the agent's direction, the wanted
-    colour, and the share of time that is left. The first action turns left (below -1/3) or right
-    (above 1/3), the second goes forward (above 0). The wanted goal gives 1 and the other -1; each
-    ends the episode.
+    colour, and the share of time that is left. The actions turn left, turn right, and go forward.
+    The wanted goal gives 1 and the other -1; each ends the episode.
     """
 
     def __init__(self, size: int = 4, limit: int = 25) -> None:
@@ -43,7 +42,7 @@ class Room(gym.Env):
                 "time_left": spaces.Box(0, 1, (1,), np.float32),
             }
         )
-        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+        self.action_space = spaces.Discrete(3)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
         super().reset(seed=seed)
@@ -53,11 +52,10 @@ class Room(gym.Env):
         self.wanted = int(self.np_random.integers(1, 3))
         return self._look(), {}
 
-    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict]:
         self.time += 1
-        turn = int(action[0] > 1 / 3) - int(action[0] < -1 / 3)
-        self.direction = (self.direction + turn) % 4
-        if action[1] > 0:
+        self.direction = (self.direction + (-1, 1, 0)[action]) % 4
+        if action == 2:
             self.at = (self.at + STEPS[self.direction]).clip(0, self.size - 1)
         found = {RED: (self.at == self.red).all(), BLUE: (self.at == self.blue).all()}
         reward = float(found[self.wanted]) - float(found[RED + BLUE - self.wanted])
@@ -76,8 +74,8 @@ class Room(gym.Env):
 class Catch(gym.Env):
     """Catch falling balls with a paddle, on a screen like Atari's.
 
-    The action is the paddle's velocity. A ball that is caught gives 1, one that is missed -1. An
-    episode has four balls.
+    The actions move the paddle to the left, not at all, and to the right. A ball that is caught
+    gives 1, one that is missed -1. An episode has four balls.
 
     Args:
         shape: of the screen, (210, 160, 3) or (84, 84) for example.
@@ -85,7 +83,7 @@ class Catch(gym.Env):
 
     def __init__(self, shape: tuple[int, ...] = (210, 160, 3)) -> None:
         self.observation_space = spaces.Box(0, 255, shape, np.uint8)
-        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
+        self.action_space = spaces.Discrete(3)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
         super().reset(seed=seed)
@@ -93,8 +91,8 @@ class Catch(gym.Env):
         self._drop()
         return self._look(), {}
 
-    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
-        self.paddle = float(np.clip(self.paddle + 0.15 * action[0], 0.12, 0.88))
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict]:
+        self.paddle = float(np.clip(self.paddle + 0.12 * (action - 1), 0.12, 0.88))
         self.y += 0.1
         reward = 0.0
         if self.y > 0.93:

@@ -105,6 +105,21 @@ def test_every_space_is_learned_in(name, n_envs):
     assert evaluate_policy(agent, make(SPACES[name]).env, 1)[0] is not None
 
 
+TAXI = max(name for name in gym.registry if name.startswith("Taxi-v"))  # versions differ
+
+
+@pytest.mark.parametrize("env_id", ["FrozenLake-v1", TAXI, "Blackjack-v1"])
+def test_gymnasiums_text_games_are_learned_in_or_sent_to_a_wrapper(env_id):
+    env = gym.make(env_id)
+    if env_id == "Blackjack-v1":  # a tuple
+        with pytest.raises(ValueError, match="FlattenObservation"):
+            DreamerTPX("DreamerPolicy", env, **TINY)
+        env = gym.wrappers.FlattenObservation(env)
+    agent = DreamerTPX("DreamerPolicy", env, **TINY).learn(60)
+    action, _ = agent.predict(env.reset(seed=0)[0])
+    assert env.action_space.contains(action) and agent._n_updates >= 4
+
+
 def test_entries_are_stored_as_the_model_sees_them():
     """Images resized and channel first, choices from 0 on, the last observation of episodes too."""
     agent = make(MIXED).learn(30)
@@ -424,6 +439,9 @@ NESTED = {
     "images": spaces.Dict({"a": spaces.Dict({"look": IMAGE, "it's": VECTOR}), "d": VECTOR}),
     "tuple of images": spaces.Tuple((IMAGE, spaces.Tuple((VECTOR, IMAGE)))),
     "text": spaces.Dict({"mission": spaces.Text(9), "look": IMAGE, "way": spaces.Discrete(4)}),
+    "image of both orders": spaces.Dict(
+        {"look": IMAGE, "map": spaces.Box(0, 255, (2, 9, 8), np.uint8)}
+    ),
     "image of floats": spaces.Dict({"a": spaces.Box(0, 1, (8, 8, 3), np.float32), "d": VECTOR}),
 }
 

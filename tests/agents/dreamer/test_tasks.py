@@ -18,7 +18,7 @@ def test_the_wanted_goal_gives_one_and_the_other_costs_one(wanted, reward):
     room.reset(seed=0)
     room.at, room.red, room.blue = np.array([0, 0]), np.array([0, 2]), np.array([3, 3])
     room.direction, room.wanted = 3, wanted  # it looks north, red is in the east
-    ahead, right = np.float32([0, 1]), np.float32([1, -1])
+    right, ahead = 1, 2
     seen, gained, *over, _ = room.step(ahead)  # into the wall
     assert gained == 0 and over == [False, False] and seen["time_left"] == np.float32(0.96)
     expected = np.full((4, 4), EMPTY)
@@ -38,7 +38,7 @@ def test_a_ball_under_which_the_paddle_stands_is_caught(shape):
         catch.x, catch.paddle = 0.5, at
         rewards = []
         while catch.y < 0.93 and not any(rewards):
-            screen, gained, *_ = catch.step(np.zeros(1, np.float32))
+            screen, gained, *_ = catch.step(1)
             rewards.append(gained)
         assert rewards == [0.0] * 8 + [reward]
     assert screen.shape == shape and 0.02 < (screen > 0).mean() < 0.05
