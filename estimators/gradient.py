@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from totalprop.estimators.gauge import without_mixture
 from totalprop.estimators.mixing import likelihood_ratio, pathwise, whole_graph_ivw
 from totalprop.estimators.node import Estimator
 
@@ -22,6 +23,7 @@ class PolicyGradient(NamedTuple):
     gradients: tuple[Tensor, ...]  # one per parameter, of its shape
     per_sample: Tensor | None  # [N, P] gradient of each sample, through the nodes only
     k: Tensor | None  # the meter's shape: total weight of the score legs
+    gauge: Tensor | None = None  # the gauge's shape, for `estimators.gauge.read`
 
 
 def gradient(
@@ -33,6 +35,7 @@ def gradient(
     per_sample: bool = False,
     tap_size: int | None = None,
     meter: Tensor | None = None,
+    gauge: Tensor | None = None,
 ) -> PolicyGradient:
     """Compute the gradient of a rollout's loss w.r.t. the parameters.
 
@@ -52,6 +55,8 @@ def gradient(
         tap_size: number of parameters covered by the rollout's probes, if fewer than P. `ivw` then
             chooses k from these alone.
         meter: zeros that require grad, which the rollout passes to its nodes to record k, or None.
+        gauge: zeros [..., 4, 2] that require grad, which it passes to its nodes to measure their
+            legs, or None. For `ivw` the gradient at a node is no mixture, and has no ratio.
     Returns:
         The loss and its gradients; the per-sample gradients and k if they were asked for.
     """
@@ -60,15 +65,12 @@ def gradient(
     def backward(estimator: Estimator, tapped: bool) -> PolicyGradient:
         tap = parameters[0].new_zeros(samples, size, requires_grad=True) if tapped else None
         loss = rollout(estimator, tap)
-        extra = [x for x in (tap, meter) if x is not None]
-        found = torch.autograd.grad(loss, [*parameters, *extra], materialize_grads=True)
+        extra = [x for x in (tap, meter, gauge) if x is not None]
         n = len(parameters)
-        return PolicyGradient(
-            loss.detach(),
-            found[:n],
-            found[n] if tap is not None else None,
-            found[-1] if meter is not None else None,
-        )
+        found = torch.autograd.grad(loss, [*parameters, *extra], materialize_grads=True)
+        rest = iter(found[n:])
+        of_tap, k, of_gauge = (None if x is None else next(rest) for x in (tap, meter, gauge))
+        return PolicyGradient(loss.detach(), found[:n], of_tap, k, of_gauge)
 
     if not estimator.whole_graph:
         return backward(estimator, per_sample)
@@ -82,4 +84,7 @@ def gradient(
 
     gradients = tuple(mix(*pair) for pair in zip(rp.gradients, lr.gradients, strict=True))
     used = None if meter is None else k.expand_as(meter)
-    return PolicyGradient(rp.loss, gradients, mix(rp.per_sample, lr.per_sample), used)
+    legs = rp.gauge
+    if legs is not None:
+        legs = without_mixture(legs)
+    return PolicyGradient(rp.loss, gradients, mix(rp.per_sample, lr.per_sample), used, legs)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from totalprop.estimators.baselines import Baseline, leave_one_out
 from totalprop.estimators.declarations import declared
+from totalprop.estimators.gauge import SHAPE, measure
 from totalprop.estimators.legs import Leg, Zeta, draw, pathwise, score
 from totalprop.estimators.mixing import Weight, largest_usable
 from totalprop.estimators.probes import Probe, restrict
@@ -160,6 +161,7 @@ class Estimator:
         probe: Probe | None = None,
         value: Tensor | None = None,
         meter: Tensor | None = None,
+        gauge: Tensor | None = None,
         tap: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sample the node; its backward pass mixes the legs.
@@ -173,6 +175,8 @@ class Estimator:
             probe: required by `tp`, `tps` and `tpg`, see `estimators.probes`.
             value: [N, ...] a critic's estimate of the return, for `baselines.critic`; no gradient.
             meter: [..., D] zeros; the gradient w.r.t. it is k, averaged over the samples.
+            gauge: [4, 2] zeros; the gradient w.r.t. it tells whether the legs agree and how noisy
+                they are, see `estimators.gauge`.
             tap: [N, P] zeros; the gradient w.r.t. it accumulates the per-sample parameter
                 gradients. Requires `probe`.
         Returns:
@@ -187,8 +191,9 @@ class Estimator:
             )
         zeta = (mean,) if std is None else (mean, std)
         return stochastic_node(
-            self, zeta, noise, credit, probe=probe, value=value, meter=meter, tap=tap
-        )
+            self, zeta, noise, credit,
+            probe=probe, value=value, meter=meter, gauge=gauge, tap=tap,
+        )  # fmt: skip
 
 
 def stochastic_node(
@@ -200,6 +205,7 @@ def stochastic_node(
     probe: Probe | None = None,
     value: Tensor | None = None,
     meter: Tensor | None = None,
+    gauge: Tensor | None = None,
     tap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a node whose backward pass mixes the estimator's legs. See `Estimator.__call__`."""
@@ -209,8 +215,12 @@ def stochastic_node(
         raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
     if estimator.needs_score and torch.is_grad_enabled():
         _check_legs(estimator, zeta, probe)
+    if gauge is not None and gauge.shape != SHAPE:
+        raise ValueError(
+            f"gauge must be zeros {list(SHAPE)}, got {_shown(gauge)}; each node takes its own"
+        )
     node = _TransformedNode if _is_transformed() else _Node
-    sample, credit = node.apply(estimator, probe, noise, credit, value, meter, tap, *zeta)
+    sample, credit = node.apply(estimator, probe, noise, credit, value, meter, gauge, tap, *zeta)
     return sample, credit
 
 
@@ -323,6 +333,7 @@ def _forward(
     credit: Tensor,
     value: Tensor | None,
     meter: Tensor | None,
+    gauge: Tensor | None,
     tap: Tensor | None,
     *zeta: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -331,10 +342,10 @@ def _forward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    estimator, probe, noise, _, value, meter, tap, *zeta = inputs
+    estimator, probe, noise, _, value, meter, gauge, tap, *zeta = inputs
     ctx.estimator, ctx.probe = estimator, probe
     ctx.meter_shape = None if meter is None else meter.shape
-    ctx.has_tap = tap is not None
+    ctx.has_gauge, ctx.has_tap = gauge is not None, tap is not None
     ctx.set_materialize_grads(False)  # to tell a credit without gradient
     ctx.save_for_backward(noise, value, *zeta)
 
@@ -351,6 +362,7 @@ class _Node(torch.autograd.Function):
         ctx: Any, g_sample: Tensor | None, returns: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         noise, value, *zeta = ctx.saved_tensors
+        received = g_sample, returns
         if returns is None:
             if ctx.estimator.needs_score:
                 warnings.warn(UNCREDITED, stacklevel=2)
@@ -363,8 +375,19 @@ class _Node(torch.autograd.Function):
         g_meter = None
         if ctx.meter_shape is not None:
             g_meter = torch.where(_has_pathwise(k), k, 1.0).mean(0).expand(ctx.meter_shape)
+        g_gauge = None
+        if ctx.has_gauge:
+            parts = _score_parts(ctx.estimator)
+            g_gauge = measure(tuple(zeta), noise, *received, value, g_zeta, *parts)
         g_tap = ctx.probe(g_zeta) if ctx.has_tap else None
-        return (None, None, None, returns, None, g_meter, g_tap, *g_zeta)
+        return (None, None, None, returns, None, g_meter, g_gauge, g_tap, *g_zeta)
+
+
+def _score_parts(estimator: Estimator) -> tuple[tuple[Leg, ...], Baseline]:
+    """Score legs and baseline; the plain ones for a rule that uses none, which may not fit."""
+    if estimator.needs_score:
+        return estimator.legs, estimator.baseline
+    return (score,), leave_one_out
 
 
 class _TransformedNode(_Node):

@@ -51,6 +51,32 @@ def weights(k: np.ndarray) -> Figure:
     return figure
 
 
+def gauges(z: np.ndarray, snr: np.ndarray, snr_rp: np.ndarray, snr_lr: np.ndarray) -> Figure:
+    """Plot by step whether RP and LR agree, and the signal-to-noise ratios.
+
+    Args:
+        z: [H] root mean square of z, 1 where they agree; nan leaves a gap, here as below.
+        snr: [H] ratio of the mixture.
+        snr_rp: [H] of the pathwise leg.
+        snr_lr: [H] of the LR leg.
+    """
+    figure = _figure(figsize=(7, 2.6))
+    left, right = figure.subplots(1, 2)
+    steps = np.arange(1, len(z) + 1)
+    left.axhline(1, color="0.6", ls="--", lw=1, label="equal means")
+    left.plot(steps, z, color="C3", marker=".")
+    left.set(xlabel="step of the simulation", ylabel="z between RP and LR")
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    curves = {"RP": (snr_rp, "C0"), "LR": (snr_lr, "C3"), "mixture": (snr, "0.1")}
+    for label, (values, color) in curves.items():
+        right.plot(steps, values, color=color, marker=".", label=label)
+    right.set(xlabel="step of the simulation", ylabel="signal-to-noise ratio")
+    right.set_yscale("symlog", linthresh=1.0)
+    right.legend(frameon=False)
+    return figure
+
+
 def learning_curve(
     x: np.ndarray,
     values: np.ndarray,

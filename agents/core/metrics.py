@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import Figure, Logger
 from stable_baselines3.common.utils import safe_mean
+from torch import Tensor
+
+from totalprop.agents.core import figures
+from totalprop.estimators.gauge import read
 
 # For the argument `exclude` of `logger.record`.
 QUIET = ("stdout", "log")  # scalars by the dozen go to CSV, JSON and TensorBoard only
-PICTURE = ("stdout", "log", "json", "csv")
+PICTURE = ("stdout", "log", "json", "csv")  # all but TensorBoard
+
+
+def record_gauge(logger: Logger, gauge: Tensor, *, draw: bool) -> None:
+    """Record z and signal-to-noise ratios, leaving out what could not be measured.
+
+    train/z, train/node_snr, train/node_snr_rp and train/node_snr_lr are means over all steps, that
+    of z in the root mean square. z/step_XX and snr/step_XX go to TensorBoard only.
+
+    Args:
+        logger: where they go.
+        gauge: [H, 4, 2] sums of the gauges at each step.
+        draw: also record a figure of all four by step.
+    """
+    overall, by_step = read(gauge.sum(0)), read(gauge)
+    for name, value in overall._asdict().items():
+        if math.isfinite(value):
+            logger.record(f"train/{name.replace('snr', 'node_snr')}", float(value))
+    for name in ("z", "snr"):
+        for t, value in enumerate(getattr(by_step, name).tolist(), 1):
+            if math.isfinite(value):
+                logger.record(f"{name}/step_{t:02d}", value, exclude=PICTURE)
+    if draw:
+        curves = {name: values.cpu().numpy() for name, values in by_step._asdict().items()}
+        logger.record("figures/z_and_snr", Figure(figures.gauges(**curves), close=True), PICTURE)
 
 
 def record_progress(agent: BaseAlgorithm) -> float:

@@ -37,7 +37,7 @@ from totalprop.agents.core.validation import (
 )
 from totalprop.agents.core.workers import explain_dead_workers
 from totalprop.agents.dreamer.imagination import ImaginationSettings, NodeKind
-from totalprop.agents.dreamer.metrics import Round, record_decisions
+from totalprop.agents.dreamer.metrics import GAUGE_EVERY, Round, record_decisions
 from totalprop.agents.dreamer.observations import (
     Arrays,
     ObservationForm,
@@ -449,9 +449,10 @@ class DreamerTPX(Algorithm):
         self._update.set_learning_rate(rate)
         self.logger.record("train/learning_rate", rate)
         with Round(self) as log:
-            for _ in range(gradient_steps):
+            for step in range(gradient_steps):
                 batch = self.replay_buffer.sample(self.batch_size, self.sequence_length, self._rng)
-                record = self._update(batch, self._generator)
+                measure = step % GAUGE_EVERY == 0
+                record = self._update(batch, self._generator, measure=measure)
                 self._n_updates += 1
                 if self.nonfinite == "stop":
                     norms = {n: record.scalars[f"{n}_gradient_norm"] for n in OPTIMIZED}

@@ -110,6 +110,7 @@ def imagine(
     *,
     tap: Tensor | None = None,
     meter: Tensor | None = None,
+    gauge: Tensor | None = None,
 ) -> Imagined:
     """Imagine from N states; backpropagating the actor's loss gives the estimator's gradient.
 
@@ -124,6 +125,8 @@ def imagine(
         settings: of the loss.
         tap: [N, P'] zeros for per-sample gradients of the actor's last layer, or None.
         meter: tensor of `meter_shape` whose gradient is k, or None.
+        gauge: [H, 4, 2] tensor whose gradient measures the legs, at all nodes of a step together,
+            see `estimators.gauge`, or None.
     """
     rssm, actor = policy.model.rssm, policy.actor
     at_action, at_latent = settings.node != "latent", settings.node != "action"
@@ -132,9 +135,12 @@ def imagine(
     needs_probe = at_latent and (estimator.probe != "none" or latent_tap is not None)
     needs_value = at_latent and estimator.needs_value
     meters = [None] * len(noise.latent) if meter is None else meter.unbind(0)
+    gauges = [None] * len(noise.latent) if gauge is None else gauge.unbind(0)
     credit = start.stoch.new_zeros(len(start.stoch))
     state, features, credits, entropies = start, [], [], []
-    for action_noise, latent_noise, step_meter in zip(noise.action, noise.latent, meters):
+    for action_noise, latent_noise, step_meter, step_gauge in zip(
+        noise.action, noise.latent, meters, gauges
+    ):
         seen = state.features
         hidden = actor.hidden(seen.detach() if settings.stop_grad_actor_input else seen)
         raw = actor.output(hidden)
@@ -142,7 +148,7 @@ def imagine(
             size = action_noise.shape[-1]
             node = _action_node(
                 policy, estimator, state, hidden, raw, tap=tap,
-                meter=None if step_meter is None else step_meter[:size],
+                meter=None if step_meter is None else step_meter[:size], gauge=step_gauge,
             )  # fmt: skip
             action, entropy, credit = actor.act_at(node, raw, action_noise, credit)
             if step_meter is not None:  # the latent's part, which may be empty
@@ -162,6 +168,7 @@ def imagine(
         stoch, credit = latent_estimator(
             prior.mean, prior.std, latent_noise, credit,
             probe=probe, value=value, tap=latent_tap, meter=step_meter,
+            gauge=step_gauge if at_latent else None,
         )  # fmt: skip
         state = State(deter, stoch)
         features.append(state.features)
@@ -189,6 +196,7 @@ def _action_node(
     *,
     tap: Tensor | None,
     meter: Tensor | None,
+    gauge: Tensor | None,
 ) -> ActionNode:
     """The estimator at the action, for `Actor.act_at`."""
     value = None
@@ -204,7 +212,10 @@ def _action_node(
         if estimator.probe != "none" or tap is not None:
             probe = _action_probe(policy.actor, hidden, raw, own)
         part = None if meter is None else meter[own]
-        return estimator(mean, std, noise, credit, probe=probe, value=value, tap=tap, meter=part)
+        return estimator(
+            mean, std, noise, credit,
+            probe=probe, value=value, tap=tap, meter=part, gauge=gauge,
+        )  # fmt: skip
 
     return node
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from totalprop.agents.core import figures
 from totalprop.agents.core.algorithm import Algorithm
-from totalprop.agents.core.metrics import PICTURE, QUIET, record_progress
+from totalprop.agents.core.metrics import PICTURE, QUIET, record_gauge, record_progress
 from totalprop.agents.dreamer.update import UpdateRecord
 
+GAUGE_EVERY = 10  # updates of a round, from one that gauges its legs to the next
 COUNTED = "skipped_steps"  # summed over a round; all other scalars are averaged
 
 
@@ -31,6 +32,7 @@ class Round:
         self.gradient: list[Tensor] = []
         self.square = torch.zeros((), device=agent.device)
         self.k, self.k_actions = torch.zeros((), device=agent.device), 0
+        self.gauge: Tensor | None = None
 
     def __enter__(self) -> Round:
         self.started = time.perf_counter()
@@ -48,6 +50,8 @@ class Round:
         norms = torch._foreach_norm(list(record.actor_gradient))
         self.square = self.square + torch.stack(norms).square().sum()
         self.k, self.k_actions = self.k + record.k, record.k_actions
+        if record.gauge is not None:
+            self.gauge = record.gauge if self.gauge is None else self.gauge + record.gauge
 
     def __exit__(
         self,
@@ -75,6 +79,8 @@ class Round:
             record(f"k/{name}", value, exclude=QUIET)
         if self.agent.tensorboard_log is not None:
             record("figures/k", Figure(figures.weights(k.cpu().numpy()), close=True), PICTURE)
+        if self.gauge is not None:
+            record_gauge(self.agent.logger, self.gauge, draw=self.agent.tensorboard_log is not None)
         record("time/updates_per_second", n / (time.perf_counter() - self.started))
         record("train/n_updates", self.agent._n_updates, exclude=QUIET)
 

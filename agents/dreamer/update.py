@@ -30,6 +30,7 @@ from totalprop.agents.dreamer.imagination import (
 from totalprop.agents.dreamer.policy import DreamerPolicy
 from totalprop.agents.dreamer.replay import SequenceBatch
 from totalprop.estimators import Estimator, PolicyGradient
+from totalprop.estimators.gauge import SHAPE
 from totalprop.world_models.latent.model import ModelLossSettings, State
 
 
@@ -67,6 +68,7 @@ class UpdateRecord(NamedTuple):
     actor_gradient: Sequence[Tensor]  # shaped like the actor's parameters; before clipping
     k: Tensor  # mean weight of the LR leg, see `meter_shape`
     k_actions: int = 0  # how many columns of k are of actions; they come first
+    gauge: Tensor | None = None  # [H, 4, 2] what `estimators.gauge.read` reads, if measured
 
 
 class DreamerUpdate:
@@ -141,9 +143,19 @@ class DreamerUpdate:
                 else:
                     group["lr"] = rate
 
-    def __call__(self, batch: SequenceBatch, generator: torch.Generator) -> UpdateRecord:
-        """Draw the random numbers and take one step on a batch."""
-        return self._step(batch, self._draw(batch, generator))
+    def __call__(
+        self, batch: SequenceBatch, generator: torch.Generator, *, measure: bool = False
+    ) -> UpdateRecord:
+        """Draw the random numbers and take one step on a batch.
+
+        Args:
+            batch: sequences.
+            generator: of the random numbers.
+            measure: also gauge the legs, which takes some 5 % of a small update. A CUDA graph
+                always does, since it is one recording.
+        """
+        measure = measure or self.settings.cuda_graph
+        return self._step(batch, self._draw(batch, generator), measure)
 
     def _draw(self, batch: SequenceBatch, generator: torch.Generator) -> UpdateNoise:
         settings, policy = self.settings, self.policy
@@ -157,7 +169,9 @@ class DreamerUpdate:
         )  # fmt: skip
         return UpdateNoise(posterior, starts, imagination)
 
-    def _take_step(self, batch: SequenceBatch, noise: UpdateNoise) -> UpdateRecord:
+    def _take_step(
+        self, batch: SequenceBatch, noise: UpdateNoise, measure: bool = False
+    ) -> UpdateRecord:
         """Take a step without drawing random numbers or waiting for results, for a CUDA graph."""
         settings, policy = self.settings, self.policy
         model_parameters = self._model_parameters()
@@ -168,7 +182,7 @@ class DreamerUpdate:
             )  # fmt: skip
         model_gradient = torch.autograd.grad(loss.total, model_parameters)
         start = State(*(x.detach().flatten(0, 1)[noise.starts] for x in states))
-        actor_gradient, imagined = self.actor_gradient(start, noise.imagination)
+        actor_gradient, imagined = self.actor_gradient(start, noise.imagination, measure=measure)
         with self._precision():
             value_loss, values = critic_loss(policy, imagined)
         critic_parameters = list(policy.critic.parameters())
@@ -199,6 +213,7 @@ class DreamerUpdate:
         return UpdateRecord(
             {name: value.detach() for name, value in scalars.items()}, actor_gradient.gradients, k,
             k_actions=0 if settings.imagination.node == "latent" else policy.n_actions,
+            gauge=actor_gradient.gauge,
         )  # fmt: skip
 
     def _model_parameters(self) -> list[nn.Parameter]:
@@ -211,23 +226,26 @@ class DreamerUpdate:
         return parameters
 
     def actor_gradient(
-        self, start: State, noise: ImaginationNoise
+        self, start: State, noise: ImaginationNoise, *, measure: bool = False
     ) -> tuple[PolicyGradient, Imagined]:
         """The estimator's policy gradient, from rollouts imagined from N states."""
         settings, policy = self.settings, self.policy
         n = noise.latent.shape[1]
         shape = meter_shape(noise, settings.imagination.node)
         meter = noise.latent.new_zeros(shape, requires_grad=True)
+        gauge = None
+        if measure:
+            gauge = noise.latent.new_zeros(len(noise.latent), *SHAPE, requires_grad=True)
         imagined: list[Imagined] = []
 
         def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
             with self._precision():
-                imagined.append(
-                    imagine(
-                        policy, start, noise, estimator, settings.imagination, tap=tap, meter=meter
-                    )
-                )
-            return imagined[-1].actor_loss
+                found = imagine(
+                    policy, start, noise, estimator, settings.imagination,
+                    tap=tap, meter=meter, gauge=gauge,
+                )  # fmt: skip
+            imagined.append(found)
+            return found.actor_loss
 
         with _frozen(policy.model, policy.critic):
             gradient = estimators.gradient(
@@ -237,6 +255,7 @@ class DreamerUpdate:
                 samples=n,
                 tap_size=last_layer_size(policy.actor),
                 meter=meter,
+                gauge=gauge,
             )
         return gradient, imagined[-1]
 

@@ -78,6 +78,7 @@ def simulate(
     *,
     tap: Tensor | None = None,
     meter: Tensor | None = None,
+    gauge: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Roll particles out; the gradient of the loss is the estimator's policy gradient.
 
@@ -95,6 +96,7 @@ def simulate(
         estimator: the gradient estimator of every node.
         tap: [N, P] zeros; its gradient is that of each particle.
         meter: [H, S] zeros; its gradient is k.
+        gauge: [H, 4, 2] zeros; its gradient measures the legs, see `estimators.gauge`.
 
     Returns:
         loss [], costs [H, N] (detached), states [H + 1, N, S] (detached).
@@ -105,6 +107,7 @@ def simulate(
     x = model.start_mean + model.start_std * noise.start
     credit = x.new_zeros(len(x))
     meters = [None] * horizon if meter is None else meter.unbind(0)
+    gauges = [None] * horizon if gauge is None else gauge.unbind(0)
     states, controls, credits = [x], [], []
     act = policy.controller()
     under_way: Rows = slice(None)
@@ -132,6 +135,7 @@ def simulate(
                 probe=probe,
                 tap=None if tap is None else _get(tap, under_way),
                 meter=meters[t],
+                gauge=gauges[t],
             )
             if noise.resample is not None and len(start) > 1:
                 arrived = gaussian_resample(arrived, _get(noise.resample[t], under_way))

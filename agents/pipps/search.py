@@ -12,12 +12,13 @@ from stable_baselines3.common.logger import Figure, Logger
 from torch import Tensor
 
 from totalprop.agents.core import figures
-from totalprop.agents.core.metrics import PICTURE, QUIET
+from totalprop.agents.core.metrics import PICTURE, QUIET, record_gauge
 from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
 from totalprop.agents.trials import optimisers
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.agents.trials.optimisers import Evaluation
 from totalprop.estimators import Estimator, gradient
+from totalprop.estimators.gauge import SHAPE
 
 DIAGNOSE_EVERY = 25  # gradient steps between measurements of k and of the gradient's noise
 
@@ -48,6 +49,7 @@ class SearchLog:
     gradient_norms: list[float] = field(default_factory=list)
     signal_to_noise: list[float] = field(default_factory=list)  # |g|² / tr Var(g)
     k: list[Tensor] = field(default_factory=list)  # [H, S] each
+    gauges: list[Tensor] = field(default_factory=list)  # [H, 4, 2] each, for `estimators.gauge`
     skipped: int = 0  # steps whose gradient was not finite
 
     def record(self, logger: Logger, *, draw: bool) -> None:
@@ -72,6 +74,8 @@ class SearchLog:
                 record(f"k/step_{t + 1:02d}", value, exclude=QUIET)
             if draw:
                 record("figures/k", Figure(figures.weights(k.cpu().numpy()), close=True), PICTURE)
+        if self.gauges:
+            record_gauge(logger, torch.stack(self.gauges).sum(0), draw=draw)
         record("train/skipped_steps", self.skipped, exclude=QUIET)
 
 
@@ -109,25 +113,31 @@ def optimise_policy(
         noise = fixed or draw()
         number = len(log.losses)
         diagnose = number % DIAGNOSE_EVERY == 0
-        meter = None
+        meter = gauge = None
         if diagnose:
             meter = noise.start.new_zeros(settings.horizon, n_states, requires_grad=True)
+            if not settings.resample:  # resampled particles depend on each other
+                gauge = noise.start.new_zeros(settings.horizon, *SHAPE, requires_grad=True)
+
+        def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
+            return simulate(model, policy, noise, estimator, tap=tap, meter=meter, gauge=gauge)[0]
+
         result = gradient(
-            lambda estimator, tap: simulate(model, policy, noise, estimator, tap=tap, meter=meter)[
-                0
-            ],
+            rollout,
             parameters,
             settings.estimator,
             samples=settings.n_particles,
             per_sample=needs_variance or diagnose,
             meter=meter,
+            gauge=gauge,
         )
         flat = torch.cat([g.reshape(-1) for g in result.gradients])
         log.losses.append(float(result.loss))
         log.gradient_norms.append(float(flat.norm()))
         if diagnose and result.per_sample is not None and result.k is not None:
             log.k.append(result.k)
-            if not settings.resample:  # resampled particles depend on each other
+            if result.gauge is not None:
+                log.gauges.append(result.gauge)
                 variance = result.per_sample.var(0).sum() * len(result.per_sample)
                 tiny = torch.finfo(variance.dtype).tiny  # a gradient of 0 has no noise
                 log.signal_to_noise.append(float(flat.square().sum() / variance.clamp_min(tiny)))

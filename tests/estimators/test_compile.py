@@ -9,6 +9,7 @@ from torch.utils.cpp_extension import get_cxx_compiler
 
 from totalprop import estimators
 from totalprop.estimators import ControlProbe, DenseJacobian, assign_credit
+from totalprop.estimators.gauge import SHAPE
 
 N, D, A, H = 12, 3, 2, 1
 NAMES = ("rp", "lr", "tpx", "tpx-ivw", "tp", "tpg")
@@ -66,6 +67,25 @@ def test_compiled_equals_eager(name):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     if name not in ("rp", "lr"):
         assert ((expected[2] > 0) & (expected[2] < H)).any()
+
+
+@pytest.mark.parametrize("name", ["rp", "lr", "tpx"])
+def test_compiled_gauge_equals_eager(name):
+    estimator = estimators.make(name)
+
+    def function(mean, gauge, noise):
+        sample, credit = estimator(mean, torch.ones_like(mean), noise, mean[:, 0] * 0, gauge=gauge)
+        return assign_credit(torch.sin(3 * sample).sum(-1), credit).mean()
+
+    def gauge_of(function):
+        _, _, mean, _, noise = inputs(torch.float64)
+        gauge = torch.zeros(SHAPE, dtype=mean.dtype, requires_grad=True)
+        return torch.autograd.grad(function(mean.requires_grad_(), gauge, noise[0]), gauge)[0]
+
+    torch._dynamo.reset()
+    found = gauge_of(torch.compile(function, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(found, gauge_of(function), rtol=1e-9, atol=1e-12)
+    assert found[:, 1].tolist() == [2 * D, 1, 1, 1]
 
 
 def stacked_gradients(compile_with, names):

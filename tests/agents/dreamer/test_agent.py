@@ -25,7 +25,7 @@ from tests.agents.contract.probes import Memory, Trace, assert_same
 from totalprop import estimators
 from totalprop.agents import DreamerTPX
 from totalprop.agents.dreamer.metrics import Round
-from totalprop.agents.dreamer.update import UpdateRecord
+from totalprop.agents.dreamer.update import DreamerUpdate, UpdateRecord
 
 LENGTH = 7
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([4.0, 1.0])
@@ -838,6 +838,7 @@ SCALARS = {
     "train/model_gradient_norm", "train/model_loss", "train/n_updates", "train/observation_loss",
     "train/return", "train/reward_loss", "train/value", "k/step_01", "k/step_02", "k/step_03",
     "k/coordinate_00", "k/coordinate_01", "k/coordinate_02", "k/coordinate_03",
+    "train/z", "train/node_snr", "train/node_snr_rp", "train/node_snr_lr",
 }  # fmt: skip
 
 
@@ -847,6 +848,7 @@ def test_scalars_are_in_progress_csv(tmp_path):
     agent.learn(40)
     names, *rows = ((tmp_path / "progress.csv").read_text().strip()).splitlines()
     assert set(names.split(",")) >= SCALARS
+    assert "z/step_01" not in names and "snr/step_01" not in names
     table = [dict(zip(names.split(","), map(float, row.split(",")), strict=True)) for row in rows]
     assert [row["time/decisions"] for row in table] == [20, 30, 40]
     assert [row["train/n_updates"] for row in table] == [2, 4, 6]
@@ -885,6 +887,41 @@ def test_a_round_logs_means_and_the_gradients_signal_to_noise_ratio():
     assert values["train/skipped_steps"] == 2  # a count
     assert [values[f"k/step_{t}"] for t in ("01", "02")] == pytest.approx([0.625, 0.125])
     assert [values[f"k/coordinate_{d}"] for d in ("00", "01")] == pytest.approx([0.25, 0.5])
+
+
+def test_a_round_logs_z_and_ratios_of_the_updates_that_measured_them():
+    """Two updates of two steps; at the second step nothing could be measured of RP."""
+    agent = make()
+    memory = logged(agent)
+    scalars, gradient, k = {}, [torch.zeros(1)], torch.zeros(2, 1)
+    first = [[[8.0, 2], [3, 1], [5, 1], [0, 1]], [[0, 0], [-1, 1], [0, 0], [2, 1]]]
+    second = [[[24.0, 2], [5, 1], [6, 1], [1, 1]], [[0, 0], [3, 1], [0, 0], [4, 1]]]
+    with Round(agent) as log:
+        for gauge in (torch.tensor(first), None, torch.tensor(second)):
+            log.add(UpdateRecord(scalars, gradient, k, gauge=gauge))
+    assert agent.logger.name_to_excluded["z/step_01"] == ("stdout", "log", "json", "csv")
+    agent.logger.dump()
+    values = memory.dumps[0][0]
+    found = {x: v for x, v in values.items() if "snr" in x or x.split("/")[1] == "z" or x[0] == "z"}
+    del found["train/gradient_snr"]
+    assert found == pytest.approx({
+        "train/z": 8**0.5, "train/node_snr": 2.5, "train/node_snr_rp": 5.5,
+        "train/node_snr_lr": 1.75, "z/step_01": 8**0.5, "snr/step_01": 4.0, "snr/step_02": 1.0,
+    })  # fmt: skip
+
+
+def test_the_first_and_every_tenth_update_of_a_round_measure(monkeypatch):
+    measured = []
+    original = DreamerUpdate.__call__
+
+    def spy(self, *args, measure):
+        measured.append(measure)
+        return original(self, *args, measure=measure)
+
+    monkeypatch.setattr(DreamerUpdate, "__call__", spy)
+    make(gradient_steps=12).learn(40)
+    one = [i % 10 == 0 for i in range(12)]
+    assert measured == one * (len(measured) // 12) and len(measured) >= 24
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])
@@ -928,9 +965,11 @@ def test_figure_and_scalars_reach_tensorboard(tmp_path):
     events = event_accumulator.EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()
-    assert tags["images"] == ["figures/k"]
+    assert tags["images"] == ["figures/k", "figures/z_and_snr"]
     assert {"train/kl", "k/step_01", "k/coordinate_03", "time/frames"} <= set(tags["scalars"])
-    assert [e.step for e in events.Images("figures/k")] == [20, 30]
+    assert {"z/step_01", "z/step_03", "snr/step_03", "train/z"} <= set(tags["scalars"])
+    for name in tags["images"]:
+        assert [e.step for e in events.Images(name)] == [20, 30]
     assert [e.step for e in events.Scalars("train/kl")] == [20, 30]
 
 

@@ -27,6 +27,7 @@ from totalprop.agents.dreamer.imagination import (
 )
 from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
 from totalprop.estimators import baselines
+from totalprop.estimators.gauge import SHAPE, read
 from totalprop.estimators.probes import gram, restrict
 from totalprop.world_models.latent.rssm import State
 
@@ -627,6 +628,24 @@ def test_meter_measures_k_of_every_node(name, expected):
         torch.testing.assert_close(k, torch.full_like(k, expected))
     else:
         assert (k >= 0).all() and (k <= 1).all() and len(k.unique()) > STOCH
+
+
+def test_gauge_measures_every_node():
+    """RP's ratio at each node, from autograd's cotangents of an imagination without nodes."""
+    policy, start, noise = make(), starts(), draw()
+    gauge = torch.zeros(H, *SHAPE, dtype=F64, requires_grad=True)
+    loss = imagine(policy, start, noise, estimators.make("rp"), UNBLOCKED, gauge=gauge).actor_loss
+    found = read(torch.autograd.grad(loss, gauge)[0])
+    path = explicit_rollout(policy, start, noise, blocked=False)
+    loss = -torch.stack(objective_terms(policy, path, UNBLOCKED)[0]).sum(0).mean() / (H - 1)
+    for t, prior in enumerate(path.priors):
+        g = torch.cat(
+            torch.autograd.grad(loss, [prior.mean, prior.stddev], retain_graph=True), 1
+        ).numpy()
+        expected = N * (g.mean(0) ** 2).sum() / g.var(0, ddof=1).sum() - 1
+        assert float(found.snr_rp[t]) == float(found.snr[t]) == pytest.approx(expected, rel=1e-6)
+    assert len(found.snr_rp.unique()) == H
+    assert found.z.isfinite().all() and found.snr_lr.isfinite().all()
 
 
 # What the estimator is given

@@ -22,6 +22,7 @@ from totalprop.agents.dreamer.imagination import (
 from totalprop.agents.dreamer.policy import DreamerPolicy
 from totalprop.agents.dreamer.replay import SequenceBatch, SequenceReplay
 from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings, draw_starts
+from totalprop.estimators.gauge import read
 from totalprop.world_models.latent.model import ModelLossSettings
 from totalprop.world_models.latent.rssm import State
 
@@ -225,6 +226,32 @@ def test_an_update_leaves_a_record_of_finite_numbers(name):
         assert (record.k >= 0).all() and (record.k <= 1).all()
     if name in ("rp", "lr"):
         assert (record.k == (name == "lr")).all()
+
+
+@pytest.mark.parametrize("name", estimators.names())
+def test_gauging_the_legs_changes_no_step(name):
+    settings, after = replace(SETTINGS, estimator=estimators.make(name)), []
+    for measure in (False, True):
+        policy = make(discount_head=True)
+        record = DreamerUpdate(policy, settings)(batch(), generator(5), measure=measure)
+        after.append(values_of(policy))
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+    reading = read(record.gauge)
+    assert reading.z.shape == (H,)
+    for field, values in reading._asdict().items():
+        assert values.isfinite().all() == (field != "snr" or name != "ivw")
+
+
+def test_a_step_does_not_gauge_its_legs_unless_asked():
+    """A CUDA graph does, since it has one recording."""
+    found = []
+    for cuda_graph in (False, True):
+        update = DreamerUpdate(make(), replace(SETTINGS, cuda_graph=cuda_graph))
+        update._step = lambda data, noise, measure: found.append(measure)
+        for measure in (False, True):
+            update(batch(), generator(5), measure=measure)
+    assert found == [False, True, True, True]
+    assert DreamerUpdate(make(), SETTINGS)(batch(), generator(5)).gauge is None
 
 
 def test_no_gradient_is_left_behind():
@@ -539,7 +566,7 @@ def test_an_update_draws_all_random_numbers_before_it_begins(monkeypatch):
     update = DreamerUpdate(make(), replace(SETTINGS, imagination_starts=7))
     source, seen = generator(5), []
     monkeypatch.setattr(
-        update, "_step", lambda data, noise: seen.append((noise, source.get_state()))
+        update, "_step", lambda data, noise, measure: seen.append((noise, source.get_state()))
     )
     update(batch(), source)
     ((drawn, after),) = seen

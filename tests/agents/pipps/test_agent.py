@@ -1091,6 +1091,10 @@ def test_scalars_are_logged():
         "k/step_05": 1,
         "k/coordinate_0": 1,
         "k/coordinate_1": 1,
+        "train/z": 1,
+        "train/node_snr_rp": 1,
+        "z/step_05": 1,
+        "snr/step_01": 1,
         "gp/noise_0": 1,
         "gp/signal_1": 1,
         "gp/lengthscale_1_2": 1,
@@ -1120,6 +1124,17 @@ def test_logged_k_is_the_estimators(estimator, k):
     assert values["train/k"] == values["k/step_03"] == values["k/coordinate_1"] == k
 
 
+def test_z_and_ratios_are_not_logged_of_resampled_particles():
+    """These depend on each other, so that a standard error of their mean is not known."""
+    found = []
+    for estimator in ("rp", "gr"):
+        agent = make(estimator=estimator)
+        memory = logged(agent)
+        agent.learn(7)
+        found.append({"train/z", "train/node_snr"} & set(memory.dumps[0][0]))
+    assert found == [{"train/z", "train/node_snr"}, set()]
+
+
 def test_skipped_gradients_do_not_spoil_the_logged_norm():
     class Sometimes:
         calls = 0
@@ -1147,7 +1162,7 @@ def test_figures_and_scalars_reach_tensorboard(tmp_path):
     events = event_accumulator.EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()
-    assert {"figures/k", "figures/prediction"} <= set(tags["images"])
+    assert {"figures/k", "figures/z_and_snr", "figures/prediction"} <= set(tags["images"])
     assert {"train/loss", "k/step_01", "gp/noise_3"} <= set(tags["scalars"])
     assert [e.step for e in events.Scalars("train/loss")] == [30, 60]
     assert [e.step for e in events.Images("figures/prediction")] == [60]
