@@ -10,6 +10,7 @@ is in `update`, the imagined rollouts are in `imagination`, the networks in `pol
 from __future__ import annotations
 
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -37,7 +38,12 @@ from totalprop.agents.core.validation import (
 )
 from totalprop.agents.core.workers import explain_dead_workers
 from totalprop.agents.dreamer.imagination import ImaginationSettings, NodeKind
-from totalprop.agents.dreamer.metrics import GAUGE_EVERY, Round, record_decisions
+from totalprop.agents.dreamer.metrics import (
+    FIGURE_SECONDS,
+    GAUGE_EVERY,
+    Round,
+    record_decisions,
+)
 from totalprop.agents.dreamer.observations import (
     Arrays,
     ObservationForm,
@@ -241,6 +247,7 @@ class DreamerTPX(Algorithm):
         # the rhythm of updates and logs.
         self._rounds = self._since_round = 0
         self._owed = 0.0  # entries that the replay ratio asks for and that were not replayed yet
+        self._figures_due = 0.0  # time.monotonic() of the next figures for TensorBoard
         self._has_offset = False  # whether the world model's offset is settled
         self._has_terminated = False  # whether a stored episode ever did
         if _init_setup_model:
@@ -448,7 +455,10 @@ class DreamerTPX(Algorithm):
         rate = self.lr_schedule(self._current_progress_remaining)
         self._update.set_learning_rate(rate)
         self.logger.record("train/learning_rate", rate)
-        with Round(self) as log:
+        draw = self.tensorboard_log is not None and time.monotonic() >= self._figures_due
+        if draw:
+            self._figures_due = time.monotonic() + FIGURE_SECONDS
+        with Round(self, draw=draw) as log:
             for step in range(gradient_steps):
                 batch = self.replay_buffer.sample(self.batch_size, self.sequence_length, self._rng)
                 measure = step % GAUGE_EVERY == 0
@@ -556,7 +566,7 @@ class DreamerTPX(Algorithm):
         self._memory = None
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["replay_buffer", "_update", "_generator", "_rng", "_memory"]
+        own = ["replay_buffer", "_update", "_generator", "_rng", "_memory", "_figures_due"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

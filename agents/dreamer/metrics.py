@@ -15,6 +15,7 @@ from totalprop.agents.core.metrics import PICTURE, QUIET, record_gauge, record_p
 from totalprop.agents.dreamer.update import UpdateRecord
 
 GAUGE_EVERY = 10  # updates of a round, from one that gauges its legs to the next
+FIGURE_SECONDS = 60.0  # between figures, each of which takes a tenth of a small round
 COUNTED = "skipped_steps"  # summed over a round; all other scalars are averaged
 
 
@@ -24,10 +25,14 @@ class Round:
     train/gradient_snr is the signal-to-noise ratio |mean|² / Σ variance of the actor's gradient,
     with mean and variance over the updates of the round. It is the gradient of a whole batch, as
     the optimiser sees it.
+
+    Args:
+        agent: whose logger takes the averages.
+        draw: also record figures.
     """
 
-    def __init__(self, agent: Algorithm) -> None:
-        self.agent, self.count = agent, 0
+    def __init__(self, agent: Algorithm, *, draw: bool = False) -> None:
+        self.agent, self.draw, self.count = agent, draw, 0
         self.scalars: dict[str, Tensor] = {}
         self.gradient: list[Tensor] = []
         self.square = torch.zeros((), device=agent.device)
@@ -77,10 +82,10 @@ class Round:
             actions = self.k_actions
             name = f"action_{d:02d}" if d < actions else f"coordinate_{d - actions:02d}"
             record(f"k/{name}", value, exclude=QUIET)
-        if self.agent.tensorboard_log is not None:
+        if self.draw:
             record("figures/k", Figure(figures.weights(k.cpu().numpy()), close=True), PICTURE)
         if self.gauge is not None:
-            record_gauge(self.agent.logger, self.gauge, draw=self.agent.tensorboard_log is not None)
+            record_gauge(self.agent.logger, self.gauge, draw=self.draw)
         record("time/updates_per_second", n / (time.perf_counter() - self.started))
         record("train/n_updates", self.agent._n_updates, exclude=QUIET)
 

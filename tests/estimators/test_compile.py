@@ -112,13 +112,13 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 @pytest.mark.parametrize("names", [("tpx",), pytest.param(NAMES, marks=pytest.mark.slow)], ids=len)
-def test_inductor_equals_eager(names, monkeypatch):
+def test_inductor_equals_eager(names):
     # The cache would give code for another ATEN_CPU_CAPABILITY, which does not compile here.
     is_cached = "ATEN_CPU_CAPABILITY" not in os.environ
-    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", is_cached)
     torch._dynamo.reset()
-    found = stacked_gradients(
-        lambda function: torch.compile(function, fullgraph=True, backend="inductor"), names
-    )
+    with torch._inductor.config.patch(fx_graph_cache=is_cached):
+        found = stacked_gradients(
+            lambda function: torch.compile(function, fullgraph=True, backend="inductor"), names
+        )
     expected = stacked_gradients(lambda function: function, names)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

@@ -954,7 +954,9 @@ def test_environments_in_other_processes_are_asked_before_they_are_read():
     assert make(Fragile([CountingEnv] * 2)).learn(40).num_timesteps == 40
 
 
-def test_figure_and_scalars_reach_tensorboard(tmp_path):
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, [20, 30]), (1e9, [20])])
+def test_figure_and_scalars_reach_tensorboard(tmp_path, monkeypatch, seconds, steps):
+    monkeypatch.setattr("totalprop.agents.dreamer.agent.FIGURE_SECONDS", seconds)
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     )
@@ -969,7 +971,7 @@ def test_figure_and_scalars_reach_tensorboard(tmp_path):
     assert {"train/kl", "k/step_01", "k/coordinate_03", "time/frames"} <= set(tags["scalars"])
     assert {"z/step_01", "z/step_03", "snr/step_03", "train/z"} <= set(tags["scalars"])
     for name in tags["images"]:
-        assert [e.step for e in events.Images(name)] == [20, 30]
+        assert [e.step for e in events.Images(name)] == steps
     assert [e.step for e in events.Scalars("train/kl")] == [20, 30]
 
 
