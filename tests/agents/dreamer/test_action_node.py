@@ -51,6 +51,7 @@ from totalprop.agents.dreamer.imagination import (
 )
 from totalprop.agents.dreamer.policy import DreamerPolicy
 from totalprop.estimators import baselines
+from totalprop.estimators.gauge import SHAPE
 from totalprop.world_models.latent.rssm import State
 
 NODES = ("action", "both")
@@ -437,6 +438,20 @@ def test_both_meters_are_those_of_their_nodes():
             policy, starts(), noise, estimators.make("tpx"), settings, meter=meter
         ).k
     torch.testing.assert_close(found["both"][-1, A:], found["latent"][-1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gauge_of_a_step_is_the_sum_of_its_nodes(form):
+    """For `rp`, whose legs at one node do not depend on the estimator at another."""
+    policy, noise = of_form(form)
+    found = {}
+    for node in ("action", "latent", "both"):
+        gauge = torch.zeros(H, *SHAPE, dtype=F64, requires_grad=True)
+        settings = replace(UNBLOCKED, node=node)
+        loss = imagine(policy, starts(), noise, estimators.make("rp"), settings, gauge=gauge)
+        (found[node],) = torch.autograd.grad(loss.actor_loss, gauge)
+    torch.testing.assert_close(found["both"], found["action"] + found["latent"])
+    assert (found["latent"][:, 0, 1] == 2 * STOCH).all() and (found["action"][:, :, 1] > 0).all()
 
 
 @pytest.mark.parametrize("form", FORMS)
