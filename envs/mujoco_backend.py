@@ -4,7 +4,9 @@ MuJoCo and dm_control read MUJOCO_GL once, when they are imported, and a wrong v
 import itself fail. They are therefore never imported directly, but through `load_dm_control`.
 """
 
+import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import platform
@@ -87,9 +89,11 @@ def load_dm_control() -> tuple[Any, Any, Any]:
                 f"The dmc/ environments require {package}: run `pip install 'totalprop[dmc]'`."
             )
     backend = choose_backend()
+    _load_triton_first()
     try:
-        from dm_control import mujoco, suite
-        from shimmy.dm_control_compatibility import DmControlCompatibilityV0
+        with warnings.catch_warnings():  # their imports switch on every DeprecationWarning
+            from dm_control import mujoco, suite
+            from shimmy.dm_control_compatibility import DmControlCompatibilityV0
     # PyOpenGL raises an AttributeError if its library is missing.
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
         raise RuntimeError(
@@ -128,6 +132,17 @@ def rendering_failed(error: Exception) -> RuntimeError:
     return RuntimeError(
         f"MuJoCo cannot render with MUJOCO_GL={choose_backend()!r} ({reason}): {_REMEDY}."
     )
+
+
+def _load_triton_first() -> None:
+    """Import Triton where PyTorch, which is loaded, would import it later.
+
+    Mesa's renderer loads an LLVM as soon as dm_control is imported. Triton, which holds another,
+    then crashes when PyTorch makes its first optimiser. The other way round both work.
+    """
+    if "torch" in sys.modules and importlib.util.find_spec("triton") is not None:
+        with contextlib.suppress(Exception):  # a broken Triton is PyTorch's to report
+            importlib.import_module("triton")
 
 
 @functools.cache

@@ -14,9 +14,10 @@ from typing import NamedTuple, NoReturn
 
 from totalprop.agents import AGENTS
 
+GPU_STEPS = ("tests", "bench", "train")
 BENCHMARKS = ("pipps", "dreamer", "ppo", "checkpoint")
 PEERS = ("sac", "td3")
-MODES = ("compile", "cuda_graph")  # of a benchmark of the dreamer: fields of `UpdateSettings`
+MODES = ("compile", "cuda_graph", "bf16")  # of the dreamer's benchmark: fields of `UpdateSettings`
 
 
 class Command(NamedTuple):
@@ -499,7 +500,41 @@ def _chaos(parser: ArgumentParser) -> None:
     add("--report-only", action="store_true", help="only write the figures and the table")
 
 
-_PARSERS = {"chaos": _OneLineErrors}
+def _gpu(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--minutes", type=float, default=9.0, help="minutes that all steps may take (default: 9)")
+    add(
+        "--steps",
+        default=",".join(GPU_STEPS),
+        metavar="NAMES",
+        help=f"what to do, in this order, separated by commas (default: {','.join(GPU_STEPS)})",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/gpu"),
+        help="folder of the results (default: results/gpu)",
+    )
+    add(
+        "--resume",
+        type=Path,
+        default=None,
+        metavar="RUN",
+        help="run folder of an earlier call, whose training is continued",
+    )
+    add(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="folder in which a new run's folder is created (default: runs)",
+    )
+    add("--device", default="cuda", help="cuda or cuda:INDEX; cpu is for tests (default: cuda)")
+    add("--batch", type=int, default=50, help="bench: sequences per batch (default: 50)")
+    add("--length", type=int, default=50, help="bench: steps per sequence (default: 50)")
+    add("--repeats", type=int, default=10, help="bench: repeats of an update (default: 10)")
+
+
+_PARSERS = {"chaos": _OneLineErrors, "gpu": _OneLineErrors}
 COMMANDS: dict[str, Command] = {
     "train": Command("train", "train an agent, or resume a run"),
     "evaluate": Command(
@@ -525,6 +560,9 @@ COMMANDS: dict[str, Command] = {
         "studies.chaos", "measure every estimator's gradient variance on chaotic RNNs", _chaos
     ),
     "bench": Command("bench.pipps", "time gradients and updates against other libraries", _bench),
+    "gpu": Command(
+        "gpu.session", "test, time and train on a GPU within minutes; write results/gpu", _gpu
+    ),
     "kill-test": Command(
         "reliability.kill_test", "kill and resume runs; compare with undisturbed ones", _kill_test
     ),

@@ -150,6 +150,7 @@ class DreamerPolicy(BasePolicy):
         *(f"model.{name}" for name in LatentModel.OPTIONAL_BUFFERS),
     )
     return_range: Tensor  # [] average, see DreamerTPX's scale_returns
+    percentiles: Tensor  # [2] the ends of that range
     file_name: ClassVar[str] = "totalprop.DreamerPolicy"
     former_file_names: ClassVar[tuple[str, ...]] = ("agents.dreamer_policy.DreamerPolicy",)
 
@@ -212,6 +213,8 @@ class DreamerPolicy(BasePolicy):
         self.critic.zero_last_layer()
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False) if slow_critic else None
         self.register_buffer("return_range", torch.zeros(()))
+        # On the device from the start: a CUDA graph cannot copy numbers from the host.
+        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
 
     def value(self, features: Tensor) -> Tensor:
         """V(s), [..., F] -> [...]."""
@@ -232,7 +235,7 @@ class DreamerPolicy(BasePolicy):
     @torch.no_grad()
     def follow_returns(self, returns: Tensor) -> None:
         """Average the range from the 5th to the 95th percentile of returns, at a rate of 0.01."""
-        low, high = returns.float().flatten().quantile(returns.new_tensor([0.05, 0.95]).float())
+        low, high = returns.float().flatten().quantile(self.percentiles.float())
         self.return_range.lerp_(high - low, 0.01)
 
     def _load_from_state_dict(

@@ -53,18 +53,12 @@ def bench_dreamer(
     Returns:
         One column of the table.
     """
-    data = _batch(batch, length, device)
+    data = synthetic_batch(batch, length, device)
     if device == "cpu":
         keep_freed_memory()  # as DreamerTPX does
-    generator = torch.Generator(device).manual_seed(0)
 
-    def update(name: str, horizon: int, mode: str = "") -> Callable[[], object]:
-        settings = _settings(name, horizon)
-        if mode:
-            changes: dict[str, Any] = {mode: True}
-            settings = dataclasses.replace(settings, **changes)
-        step = DreamerUpdate(_policy(device), settings)
-        return lambda: step(data, generator)
+    def update(name: str, horizon: int, *modes: str) -> Callable[[], object]:
+        return make_update(name, horizon, data, modes, device=device)
 
     tasks: dict[str, Callable[[], object]] = {}
     for horizon in horizons:
@@ -100,6 +94,24 @@ def bench_dreamer(
     work = 2 * 3 * frames * (FRAME_MACS + first * STEP_MACS)
     row["TFLOP/s"] = work / seconds[f"rp H={first}"] / 1e12
     return row
+
+
+def make_update(
+    name: str, horizon: int, data: SequenceBatch, modes: Sequence[str] = (), *, device: str
+) -> Callable[[], object]:
+    """Make a function that runs one update of DreamerV1, always on the same batch.
+
+    Args:
+        name: of the estimator.
+        horizon: H.
+        data: the batch.
+        modes: fields of `UpdateSettings` to switch on.
+        device: "cpu" or "cuda".
+    """
+    on: dict[str, Any] = dict.fromkeys(modes, True)
+    step = DreamerUpdate(_policy(device), dataclasses.replace(_settings(name, horizon), **on))
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda: step(data, generator)
 
 
 def _policy(device: str) -> DreamerPolicy:
@@ -141,7 +153,8 @@ def _settings(name: str, horizon: int) -> UpdateSettings:
     )
 
 
-def _batch(batch: int, length: int, device: str) -> SequenceBatch:
+def synthetic_batch(batch: int, length: int, device: str) -> SequenceBatch:
+    """Noise of the shapes of a batch of images, with 6 actions; no episode ends."""
     torch.manual_seed(0)
     lead = (length, batch)
     data = (

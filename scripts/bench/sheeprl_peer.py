@@ -5,13 +5,14 @@ on one synthetic batch, with the networks, optimisers and constants of the defau
 for pixels and continuous actions only. Environments, replay, metrics and log folders are left out.
 
 sheeprl's dependencies contradict ours, so it has a virtual environment of its own, made by
-`make bench-peer`. What runs there (`python -m totalprop.scripts.bench.sheeprl_peer SETTINGS`) needs
-nothing beyond sheeprl.
+`make bench-peer`, unless it is installed here (as by `make gpu`, without most of them). What runs
+there (`python -m totalprop.scripts.bench.sheeprl_peer SETTINGS`) needs nothing beyond sheeprl.
 """
 
 from __future__ import annotations
 
 import getpass
+import importlib.util
 import json
 import os
 import subprocess
@@ -37,6 +38,13 @@ READY = "ready"
 MISSING = f"left out: sheeprl {VERSION}, which 'make bench-peer' installs into .venv-peer"
 
 
+def interpreter() -> Path | None:
+    """The Python that has sheeprl: that of `make bench-peer`, else this one; None if neither."""
+    if PYTHON.exists():
+        return PYTHON
+    return Path(sys.executable) if importlib.util.find_spec("sheeprl") else None
+
+
 def start_update(*, keep_memory: bool = False, **kwargs: Any) -> Callable[[], None]:
     """Run `make_update` in a process of sheeprl's environment, whose allocator has its defaults.
 
@@ -50,7 +58,7 @@ def start_update(*, keep_memory: bool = False, **kwargs: Any) -> Callable[[], No
     Raises:
         ImportError: there is no such environment, or it holds another version.
     """
-    if not PYTHON.exists():
+    if (python := interpreter()) is None:
         raise ImportError(MISSING)
     settings = {
         "threads": torch.get_num_threads(),
@@ -59,7 +67,7 @@ def start_update(*, keep_memory: bool = False, **kwargs: Any) -> Callable[[], No
         "update": kwargs,
     }
     process = subprocess.Popen(
-        [str(PYTHON), "-m", "totalprop.scripts.bench.sheeprl_peer", json.dumps(settings)],
+        [str(python), "-m", "totalprop.scripts.bench.sheeprl_peer", json.dumps(settings)],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None

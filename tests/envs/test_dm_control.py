@@ -72,6 +72,20 @@ def drawing():
 # Names and imports
 
 
+def test_triton_is_imported_before_mesa_and_no_warnings_are_switched_on(tmp_path):
+    """Mesa's LLVM before Triton's is a segmentation fault; shimmy shows every deprecation."""
+    probe = "import sys; print('mesa first' if 'dm_control' in sys.modules else 'triton first')"
+    (tmp_path / "triton.py").write_text(probe)
+    code = (
+        f"import sys, types, warnings; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from totalprop.envs.mujoco_backend import load_dm_control\n"
+        "sys.modules['torch'] = types.ModuleType('torch')\n"
+        "before = list(warnings.filters); load_dm_control(); print(warnings.filters == before)"
+    )
+    done = run(code, MUJOCO_GL="off")
+    assert done.stdout.split("\n")[:2] == ["triton first", "True"], done.stderr
+
+
 def test_tasks_are_those_of_the_suite_and_all_are_registered():
     suite, _, _ = load_dm_control()
 

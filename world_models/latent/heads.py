@@ -130,7 +130,8 @@ def two_hot_mean(probabilities: Tensor, bins: Tensor) -> Tensor:
     """
     half = len(bins) // 2
     difference = probabilities[..., half + 1 :] - probabilities[..., :half].flip(-1)
-    return difference @ bins[half + 1 :]
+    with torch.autocast(bins.device.type, enabled=False):  # would round both to bfloat16
+        return difference @ bins[half + 1 :]
 
 
 # Imagination evaluates two heads in thousands of states, where tensors of 255 columns are a third

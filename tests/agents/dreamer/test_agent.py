@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from tests.agents.contract.probes import Memory, Trace, assert_same
 from totalprop import estimators
-from totalprop.agents import DreamerTPX
+from totalprop.agents import AGENTS, DreamerTPX
 from totalprop.agents.dreamer.metrics import Round
 from totalprop.agents.dreamer.update import DreamerUpdate, UpdateRecord
 
@@ -992,3 +992,25 @@ def test_verbose_says_how_large_the_replay_is(capsys):
     make(verbose=1).learn(30)
     out = capsys.readouterr().out
     assert "train/" in out and "replay: 500 entries" in out and "step_01" not in out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", ["ram", "device"])
+def test_the_recommended_preset_learns_on_a_gpu_as_one_graph(storage, tmp_path):
+    """Its first episode ends in between, which switches the discount head on: a new recording."""
+    preset = AGENTS["dreamer"].presets["recommended"]
+    kwargs = {**preset["policy_kwargs"], **TINY["policy_kwargs"]}
+    changes = {"replay_ratio": 0, "gradient_steps": 5, "imagination_starts": 7}
+    gpu = {"device": "cuda", "cuda_graph": True, "storage": storage}
+    settings = {**preset, **TINY, **changes, **gpu, "policy_kwargs": kwargs}
+    agent = DreamerTPX("DreamerPolicy", CountingEnv(length=40), **settings).learn(100)
+    assert agent._update._step._graph is not None and agent._has_terminated
+    agent.save(tmp_path / "model")
+    agent.save_replay_buffer(tmp_path / "replay.npz")
+    loaded = DreamerTPX.load(tmp_path / "model", CountingEnv(length=40), device="cuda")
+    loaded.load_replay_buffer(tmp_path / "replay.npz")
+    assert loaded.learn(60, reset_num_timesteps=False)._n_updates == agent._n_updates + 30
+    moved = DreamerTPX.load(tmp_path / "model", device="cpu")
+    observation = np.array([0, 3, 0.5, 0.5], np.float32)
+    actions = [other.predict(observation, deterministic=True)[0] for other in (agent, moved)]
+    np.testing.assert_allclose(*actions, rtol=1e-3, atol=1e-4)

@@ -3,12 +3,15 @@
 import copy
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from totalprop import estimators
 from totalprop.agents.dreamer import update as dreamer_update
@@ -21,9 +24,10 @@ from totalprop.agents.dreamer.imagination import (
 )
 from totalprop.agents.dreamer.policy import DreamerPolicy
 from totalprop.agents.dreamer.replay import SequenceBatch, SequenceReplay
-from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings, draw_starts
+from totalprop.agents.dreamer.update import DreamerUpdate, UpdateNoise, UpdateSettings, draw_starts
 from totalprop.estimators.gauge import read
 from totalprop.world_models.latent.model import ModelLossSettings
+from totalprop.world_models.latent.networks import symlog
 from totalprop.world_models.latent.rssm import State
 
 T, B, A, H, OBSERVATION = 5, 4, 2, 3, 3
@@ -76,6 +80,34 @@ def make(**changes):
             p.copy_(0.5 * randn(*p.shape, seed=100 + i))
         policy.actor.out.bias[A:] -= 5
     return policy
+
+
+KINDS = ("vector", "image", "mixed")  # mixed: a dictionary with an option, and discrete actions
+IMAGES = spaces.Box(0, 255, (3, 64, 64), np.uint8)
+
+
+def sized(kind, **changes):
+    """A tiny policy as DreamerTPX initialises it, for a kind of observations."""
+    torch.manual_seed(0)
+    vectors = spaces.Box(-1, 1, (OBSERVATION,))
+    mixed = spaces.Dict({"image": IMAGES, "option": spaces.Discrete(4), "vector": vectors})
+    observation = {"vector": vectors, "image": IMAGES, "mixed": mixed}[kind]
+    action = spaces.Discrete(A) if kind == "mixed" else spaces.Box(-1, 1, (A,))
+    policy = DreamerPolicy(observation, action, **{**SIZES, "conv_depth": 2, **changes})
+    for head in (policy.critic, policy.slow_critic, policy.model.reward_head):
+        if head is not None and head.kind == "two-hot":
+            # As after some training. In equal probabilities of bins of ± 4.9e8, round-off is large.
+            head[-1].bias.data = -2 * symlog(head.bins).abs()
+    return policy
+
+
+def batch_of(kind, seed=0):
+    data, source = batch(seed), torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (T, B, 3, 64, 64), generator=source, dtype=torch.uint8)
+    options = torch.randint(0, 4, (T, B, 1), generator=source)
+    mixed = {"image": images, "option": options, "vector": data.observation}
+    seen = {"vector": data.observation, "image": images, "mixed": mixed}
+    return data._replace(observation=seen[kind])
 
 
 def batch(seed=0):
@@ -534,6 +566,34 @@ def test_bf16_updates_float32_weights_with_float32_losses(name):
 # CUDA graphs
 
 
+# What the presets switch on, together: networks, and settings of an update.
+REMEDIES = {
+    "layer_norm": True, "reward_head": "two-hot", "critic_head": "two-hot", "slow_critic": True,
+}  # fmt: skip
+REMEDIED = replace(
+    SETTINGS,
+    imagination=replace(SETTINGS.imagination, scale_returns=True),
+    model=SETTINGS.model._replace(representation_scale=0.2),
+    imagination_starts=7,
+    slow_critic_rate=0.25,
+)
+
+
+class HostConstants(TorchFunctionMode):
+    """Tensors made from Python's numbers: on a GPU, the host waits until they are copied."""
+
+    NAMES = ("tensor", "as_tensor", "new_tensor", "from_numpy")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 class HostSyncs(TorchDispatchMode):
     """Operators that make the host wait for the GPU; a CUDA graph must not contain any."""
 
@@ -560,6 +620,17 @@ def test_an_update_never_waits_for_its_results(name, baseline):
         assert syncs.found == []
         float(record.k.mean())
     assert syncs.found  # the spy sees what it is after
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("remedies", [{}, REMEDIES], ids=["v1", "remedies"])
+def test_an_update_copies_nothing_from_the_host(remedies, kind):
+    update = DreamerUpdate(sized(kind, **remedies), REMEDIED if remedies else SETTINGS)
+    with HostConstants() as constants, HostSyncs() as syncs:
+        update(batch_of(kind), generator(5))
+        assert constants.found == syncs.found == []
+        torch.zeros(2).new_tensor([1.0])
+    assert constants.found == ["new_tensor"]  # the spy sees what it is after
 
 
 def test_an_update_draws_all_random_numbers_before_it_begins(monkeypatch):
@@ -653,6 +724,85 @@ def test_an_update_as_cuda_graph_equals_the_eager_one(name):
         torch.testing.assert_close(other.scalars, one.scalars, rtol=1e-4, atol=1e-5)
     for p, q in zip(*(policy.parameters() for policy in policies), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_remedies_as_cuda_graph_equal_the_eager_ones(kind, changes):
+    eager, graphed = (updated(kind, "cuda", cuda_graph=g, **changes) for g in (False, True))
+    assert_alike(eager, graphed, loose=10 if "bf16" in changes else 1)
+
+
+@pytest.fixture
+def _without_tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_without_tf32")
+@pytest.mark.parametrize("kind", ["vector", "image"])
+def test_the_remedies_on_a_gpu_equal_those_on_the_cpu(kind):
+    source = generator(5)
+    noise = UpdateNoise(
+        torch.randn(T, B, SIZES["stoch"], generator=source),
+        torch.randperm(T * B, generator=source)[:7],
+        ImaginationNoise.draw(H, 7, A, SIZES["stoch"], source),
+    )
+    records = []
+    for device in ("cpu", "cuda"):
+        policy = sized(kind, discount_head=True, **REMEDIES).to(device)
+        inputs = tree_map(lambda x, device=device: x.to(device), (batch_of(kind), noise))
+        record = DreamerUpdate(policy, REMEDIED)._take_step(*inputs)
+        records.append({name: value.cpu() for name, value in record.scalars.items()})
+    torch.testing.assert_close(records[1], records[0], rtol=1e-4, atol=1e-5)
+
+
+class Updated(NamedTuple):
+    records: list
+    state: dict
+
+
+def updated(kind, device, noise=0.0, **changes):
+    """What updates record and leave: before, at and after a recording, and a change of settings."""
+    policy = sized(kind, discount_head=True, **REMEDIES).to(device)
+    settings = replace(REMEDIED, **changes)
+    update, source = DreamerUpdate(policy, settings), torch.Generator(device).manual_seed(5)
+    records = []
+    for i in range(2 * EAGER_CALLS + 6):
+        if i == EAGER_CALLS + 3:
+            imagination = replace(settings.imagination, gamma=0.5)
+            rate = settings.slow_critic_rate / 2
+            update.configure(replace(settings, imagination=imagination, slow_critic_rate=rate))
+        data = batch_of(kind, 10 * i)
+        data = data._replace(reward=(1 + noise) * data.reward)
+        records.append(update(tree_map(lambda x: x.to(device), data), source))
+    return Updated(records, dict(policy.state_dict()))
+
+
+def assert_alike(one, other, loose=1):
+    """Up to round-off, records and state, the slow critic and the range of returns included."""
+    for first, second in zip(one.records, other.records, strict=True):
+        rtol, atol = loose * 1e-4, loose * 1e-5
+        torch.testing.assert_close(second.scalars, first.scalars, rtol=rtol, atol=atol)
+    assert one.state.keys() == other.state.keys()
+    for name, value in one.state.items():
+        found = other.state[name]
+        close = torch.isclose(found, value, rtol=loose * 1e-4, atol=loose * 2e-5)
+        assert close.all(), f"{name} differs by {float((found - value).abs().max()):.2g}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_off_does_not_grow_over_those_updates(kind):
+    """So that the tolerance of the comparison on a GPU is one of round-off."""
+    plain = updated(kind, "cpu")
+    assert_alike(plain, updated(kind, "cpu", noise=1e-6))
+    with pytest.raises(AssertionError, match="slow_critic"):  # a stale rate would be found
+        assert_alike(plain, updated(kind, "cpu", slow_critic_rate=0.3))
 
 
 def test_an_update_moves_the_slow_critic_and_the_range_of_returns():

@@ -50,6 +50,34 @@ def test_bins_are_symmetric_and_a_uniform_head_gives_exactly_zero():
     assert (uniform * bins).sum() != 0  # a plain sum leaves round-off: why it is summed in pairs
 
 
+def agrees_with_float64(device):
+    """Bins of up to 4.9e8 in TF32 or bfloat16 would leave 3 digits of a mean of about 1."""
+    torch.manual_seed(0)
+    head = ScalarHead(5, 8, 1, kind="two-hot").to(device)
+    logits = 3 * torch.randn(1000, 255, device=device)
+    expected = two_hot_mean(logits.double().softmax(-1), head.bins.double())
+    scale = float(expected.abs().mean())
+    for bf16 in (False, True):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            mean = head.mean(logits)
+        assert mean.dtype == torch.float32
+        torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_a_two_hot_mean_is_not_rounded_to_bfloat16():
+    agrees_with_float64("cpu")
+
+
+@pytest.mark.gpu
+def test_a_two_hot_mean_is_not_rounded_on_a_gpu():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # TF32, as in totalprop train
+    try:
+        agrees_with_float64("cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_two_hot_head_starts_at_zero_and_learns_any_scale():
     """The same steps fit targets of 0.01 and of 10,000 to 2 %: Adam, rate 3e-2, 1000 steps."""
     for target in (0.01, -1.0, 1e4):
