@@ -1,6 +1,6 @@
-"""Small tasks whose observations are those of well-known suites; DreamerTPX learns them in minutes.
+"""Small tasks for DreamerTPX, whose observations are like those of well-known suites.
 
-Run one with `python -m tests.agents.dreamer.tasks room --seed 100`.
+Learn one with `python -m tests.agents.dreamer.tasks room --seed 100`.
 """
 
 from __future__ import annotations
