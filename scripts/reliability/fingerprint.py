@@ -219,6 +219,10 @@ SETTINGS: dict[str, Make | Run] = {
     "dreamer two envs": lambda: _dreamer(make_vec_env(PENDULUM, 2), nonfinite="skip"),
     "dreamer schedule": lambda: _dreamer(learning_rate=LinearSchedule(1e-3, 0.0, 1.0)),
     "dreamer bf16": lambda: _dreamer(bf16=True),
+    **{f"dreamer {node} {name}": partial(_dreamer, node=node, estimator=name)
+       for node, name in (("action", "lr"), ("action", "tps"), ("both", "tpx"))},
+    **{f"dreamer choices {name}": partial(_dreamer, "CartPole-v1", estimator=name)
+       for name in ("lr", "tpx")},
     "dreamer recommended": lambda: _dreamer(**_RECOMMENDED),
     "dreamer recommended resumed": Resumed(lambda: _dreamer(_rewindable(CARTPOLE), **_RECOMMENDED)),
     "dreamer pretrained": _pretrained,

@@ -335,6 +335,25 @@ def test_lr_of_choices_has_the_mean_of_the_enumerated_gradient(baseline):
     assert t_statistics(difference + 0.1 * expected).abs().max() > (3 if baseline == "none" else 4)
 
 
+@pytest.mark.parametrize(("node", "name"), [("action", "rp"), ("action", "tpx"), ("latent", "lr")])
+def test_straight_through_choices_are_biased(node, name):
+    """20 draws of 1500 samples, H = 2, seed 7: more than 10 SE from the enumerated gradient.
+
+    `tpx` weighs by variance, which does not see the bias of its pathwise leg, and at the latent
+    even LR differentiates the action straight-through.
+    """
+    policy, n = make_choosing(), 1500
+    settings = replace(UNBLOCKED, node=node)
+    start, latent = alike(n), randn(2, n, STOCH, seed=6)
+    expected = exact_gradient(policy, start, latent, settings, CHOICES)
+    estimator, source, found = estimators.make(name), generator(7), []
+    for _ in range(20):
+        drawn = ImaginationNoise.draw(2, n, sum(CHOICES), STOCH, source, choices=True)
+        noise = ImaginationNoise(drawn.action.double(), latent)
+        found.append(flat(estimated(policy, start, noise, estimator, settings).gradients))
+    assert t_statistics(torch.stack(found) - expected).abs().max() > 10
+
+
 def test_choices_have_a_uniform_share_and_an_exact_entropy():
     actor, raw = CategoricalActor(3, CHOICES, width=5).double(), randn(N, 5, seed=4) * 3
     (log_p,) = actor.zeta(raw)
