@@ -6,6 +6,9 @@ import ctypes
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 TOP_PAD = 64 * 2**20
+MADV_HUGEPAGE = 14  # mman.h of Linux
+HUGE_PAGE = 2 * 2**20
+RESERVED = 512 * 2**20  # of addresses; a page takes memory when it is first used
 
 
 def keep_freed_memory() -> bool:
@@ -30,4 +33,25 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((M_TRIM_THRESHOLD, -1), (M_TOP_PAD, TOP_PAD), (M_MMAP_MAX, 0))
     results = [mallopt(name, value) for name, value in settings]
+    _reserve_huge_pages(RESERVED)
     return all(results)
+
+
+def _reserve_huge_pages(size: int) -> None:
+    """Put what the process allocates next on pages of 2 MiB, where the system lets it ask for them.
+
+    A gradient step walks through tens of megabytes of small matrices and back, and the processor
+    caches the addresses of some thousand pages. The block is freed at once, and its addresses serve
+    the following requests. Only addresses are reserved: resident memory stays what it was.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = libc.malloc(size)
+    if not block:
+        return
+    first = -(-block // HUGE_PAGE) * HUGE_PAGE
+    last = (block + size) // HUGE_PAGE * HUGE_PAGE
+    libc.madvise(first, last - first, MADV_HUGEPAGE)  # without effect where it is refused
+    libc.free(block)
