@@ -54,13 +54,15 @@ def score(
     Args:
         zeta: (mean, std) or (logits,), each [N, ..., D].
         noise: [N, ..., D] as in `draw`.
-        returns: [N, ...] return-to-go of each sample.
+        returns: [N, ...] return-to-go of each sample. Categoricals [N, ..., G, D] with returns
+            [N, ...] are one sample, whose log-probability is the sum over G.
         value: [N, ...] a critic's estimate of the return, made before the noise is drawn, or None.
         baseline: b, see `estimators.baselines`.
     Returns:
         The cotangent of zeta.
     """
-    advantage = (returns - baseline(returns, value)).unsqueeze(-1)
+    advantage = returns - baseline(returns, value)
+    advantage = advantage[(...,) + (None,) * (zeta[0].ndim - advantage.ndim)]
     if len(zeta) == 1:
         return (advantage * (draw(zeta, noise) - zeta[0].softmax(-1)),)
     advantage = advantage / zeta[1]
@@ -68,7 +70,7 @@ def score(
     return g_mean, torch.addcmul(-advantage, g_mean, noise)
 
 
-@without("any_node")
+@without("categorical_nodes", "more_axes")
 def biw(
     zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
 ) -> Zeta:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from totalprop.estimators.declarations import without
-from totalprop.estimators.probes import Probe, gram
+from totalprop.estimators.probes import Probe, gram, gram_of_variables
 
 Zeta = tuple[Tensor, ...]
 Weight = Callable[[Zeta, Sequence[Zeta], "Probe | None"], list[Tensor]]
@@ -103,13 +103,16 @@ def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     return _shares(variances[(...,) + (None,) * rp[0].ndim].sqrt() * scale)
 
 
-@without("any_node", "several_legs")
+@without("more_axes", "several_legs")
 def tpg(
     rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, carried: float = 1.0
 ) -> list[Tensor]:
-    """One k per coordinate, chosen jointly to minimise the variance in policy-parameter space.
+    """One k per variable, chosen jointly to minimise the variance in policy-parameter space.
 
-    Let J_id be the Jacobian of coordinate d w.r.t. the parameters at sample i, and C_RP and C_LR
+    A variable is a coordinate of a Gaussian, whose mean and std share the k, or a categorical,
+    whose logits share it.
+
+    Let J_id be the Jacobian of variable d w.r.t. the parameters at sample i, and C_RP and C_LR
     the [D, D] covariances tr Cov_i(J_id g_id, J_ie g_ie) of the two legs. The rule minimises
 
         (1 - k)ᵀ C_RP (1 - k) + kᵀ C_LR k + carried Σ_d k_d² C_LR,dd
@@ -129,29 +132,34 @@ def tpg(
     not; there, `functools.partial(tpg, carried=0.0)` is the better rule.
 
     Args:
-        rp: pathwise cotangents of zeta, each [N, D].
+        rp: pathwise cotangents of zeta, each [N, D], or [N, ..., D] for categoricals.
         legs: exactly one score leg, cotangents like `rp`.
         probe: a probe over the policy's parameters; required.
         carried: extra weight of LR's own variance, >= 0.
     Raises:
-        ValueError: several legs, a node that is not [N, D], or no probe.
+        ValueError: several legs, a Gaussian node that is not [N, D], or no probe.
     """
-    if len(legs) != 1 or rp[0].ndim != 2:
+    is_gaussian = len(rp) == 2
+    if len(legs) != 1 or (is_gaussian and rp[0].ndim != 2):
         raise ValueError(
             f"weight rule 'tpg' takes one score leg and nodes [N, D], got {len(legs)} legs and a "
             f"node of shape {list(rp[0].shape)}; use weight=tpx"
         )
     # Leave out a pathwise leg that is not finite, or so large that k would round to 1.
     spread_rp, spread_lr = rp[0].std(0), legs[0][0].std(0)
-    usable = torch.isfinite(spread_rp) & ~(spread_rp > largest_usable(spread_lr))  # [D]
+    shape: tuple[int, ...] = spread_rp.shape
+    if not is_gaussian:  # over all classes of a variable
+        shape = (*shape[:-1], 1)
+        spread_rp, spread_lr = (x.norm(dim=-1).flatten() for x in (spread_rp, spread_lr))
+    usable = torch.isfinite(spread_rp) & ~(spread_rp > largest_usable(spread_lr))  # [V]
     spread_rp = torch.where(usable, spread_rp, 0.0)
-    pairs = [(torch.where(usable, g, 0.0), leg) for g, leg in zip(rp, legs[0], strict=True)]
-    scale = torch.stack([torch.linalg.vector_norm(g, math.inf) for g in pairs[0]]).amax()
+    rp = tuple(torch.where(usable.view(shape), g, 0.0) for g in rp)
+    largest = [torch.linalg.vector_norm(g, math.inf) for g in (rp[0], legs[0][0])]
+    scale = torch.stack(largest).amax()
     scale = scale.clamp_min(_tiny(scale))
-    # One field per coordinate and leg, [2 D, N, D].
-    fields = [torch.cat([torch.diag_embed(g / scale) for g in pair], 1) for pair in pairs]
-    covariance = gram(_require(probe, "tpg"), tuple(f.movedim(1, 0) for f in fields))
-    d = rp[0].shape[1]
+    scaled = [tuple(g / scale for g in leg) for leg in (rp, legs[0])]
+    covariance = gram_of_variables(_require(probe, "tpg"), scaled)
+    d = len(usable)
     c_rp, c_lr = covariance[:d, :d], covariance[d:, d:]
     penalty = carried * c_lr.diagonal()
     v_rp, v_lr = (spread_rp / scale).square(), (spread_lr / scale).square()
@@ -161,7 +169,7 @@ def tpg(
     size = system.diagonal().clamp_min(_tiny(scale)).sqrt()
     # Solve for 1 - k: its right-hand side does not contain the (possibly exploded) pathwise leg.
     pathwise_weight = _solve(system, size, c_lr.sum(1) + penalty, usable)
-    return [(1 - pathwise_weight).clamp(0.0, 1.0).unsqueeze(0)]
+    return [(1 - pathwise_weight).clamp(0.0, 1.0).view(1, *shape)]
 
 
 def largest_usable(size: Tensor) -> Tensor:

@@ -171,9 +171,12 @@ class Estimator:
                 logits of a one-hot categorical.
             std: [N, ..., D], positive; gradients flow. None for a categorical.
             noise: [N, ..., D] standard normal (Gumbel for a categorical), or from `infer_noise`.
-            credit: [N, ...] the credit that the previous node returned; zeros at the start.
+            credit: [N, ...] the credit that the previous node returned; zeros at the start. It has
+                the node's shape without the last axis. Several categoricals [N, ..., G, D] that
+                are one sample, with one return, take a credit [N, ...].
             probe: required by `tp`, `tps` and `tpg`, see `estimators.probes`.
-            value: [N, ...] a critic's estimate of the return, for `baselines.critic`; no gradient.
+            value: like the credit, a critic's estimate of the return, for `baselines.critic`; no
+                gradient.
             meter: [..., D] zeros; the gradient w.r.t. it is k, averaged over the samples.
             gauge: [4, 2] zeros; the gradient w.r.t. it tells whether the legs agree and how noisy
                 they are, see `estimators.gauge`.
@@ -241,14 +244,15 @@ def _check_shapes(zeta: Zeta, noise: Tensor, credit: Tensor, value: Tensor | Non
     start = "start a rollout with credit = mean.new_zeros(N)"
     if not isinstance(credit, Tensor):
         raise ValueError(f"credit must be a tensor {list(samples)}, got {credit!r}; {start}")
-    if credit.shape != samples:
+    is_joint = len(zeta) == 1 and credit.ndim > 0 and credit.shape == samples[: credit.ndim]
+    if credit.shape != samples and not is_joint:
         raise ValueError(
             f"credit must have the node's shape without its last axis, {list(samples)}, "
             f"got {list(credit.shape)}; {start}"
         )
-    if value is not None and value.shape != samples:
+    if value is not None and value.shape != credit.shape:
         raise ValueError(
-            f"value must have the credit's shape, {list(samples)}, got {list(value.shape)}; "
+            f"value must have the credit's shape, {list(credit.shape)}, got {list(value.shape)}; "
             "a critic's [N, 1] needs value.squeeze(-1)"
         )
     for name, x, own in (
@@ -307,9 +311,10 @@ def _check_legs(estimator: Estimator, zeta: Zeta, probe: Probe | None) -> None:
     """Refuse a node on which the backward pass would fail."""
     n, mean = len(zeta[0]), zeta[0]
     if len(zeta) != 2 or mean.ndim != 2:
+        need = "categorical_nodes" if len(zeta) == 1 else "more_axes"
         parts: tuple[Callable[..., Any], ...] = (estimator.weight, *estimator.legs)
         for part in parts:
-            if not declared(part, "any_node"):
+            if not declared(part, need):
                 name = getattr(part, "__name__", part)
                 kind = "Gaussian" if len(zeta) == 2 else "categorical"
                 raise ValueError(
@@ -342,8 +347,8 @@ def _forward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    estimator, probe, noise, _, value, meter, gauge, tap, *zeta = inputs
-    ctx.estimator, ctx.probe = estimator, probe
+    estimator, probe, noise, credit, value, meter, gauge, tap, *zeta = inputs
+    ctx.estimator, ctx.probe, ctx.credit_shape = estimator, probe, credit.shape
     ctx.meter_shape = None if meter is None else meter.shape
     ctx.has_gauge, ctx.has_tap = gauge is not None, tap is not None
     ctx.set_materialize_grads(False)  # to tell a credit without gradient
@@ -366,7 +371,7 @@ class _Node(torch.autograd.Function):
         if returns is None:
             if ctx.estimator.needs_score:
                 warnings.warn(UNCREDITED, stacklevel=2)
-            returns = zeta[0].new_zeros(zeta[0].shape[:-1])
+            returns = zeta[0].new_zeros(ctx.credit_shape)
         if g_sample is None:
             g_sample = torch.zeros_like(zeta[0])
         g_zeta, k = mix(ctx.estimator, tuple(zeta), noise, g_sample, returns, value, ctx.probe)
@@ -435,8 +440,8 @@ def mix(
         zeta: (mean, std) or (logits,), each [N, ..., D].
         noise: [N, ..., D].
         g_sample: [N, ..., D] dL/dsample.
-        returns: [N, ...] dL/dcredit', the returns-to-go.
-        value: [N, ...] or None.
+        returns: [N, ...] dL/dcredit', the returns-to-go, of the credit's shape.
+        value: of the same shape, or None.
         probe: see `estimators.probes`, or None.
     Returns:
         The cotangent of zeta, and the total weight k of the score legs that the rule chose,

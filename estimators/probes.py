@@ -36,6 +36,35 @@ def gram(probe: Probe, cotangents: Zeta) -> Tensor:
     return b @ b.T
 
 
+def gram_of_variables(probe: Probe, legs: Sequence[Zeta]) -> Tensor:
+    """Covariances between the shares that single variables have in several legs, see `gram`.
+
+    A variable is a coordinate of a Gaussian [N, D], with its mean and std, or a categorical, with
+    its D logits: a node of logits [N, ..., D] has one for every entry of "...". Its share is the
+    leg's cotangent, with zeros at the other variables.
+
+    Args:
+        probe: any probe.
+        legs: L cotangents of zeta.
+    Returns:
+        [L V, L V] symmetric; the V variables of the first leg come first.
+    """
+    if isinstance(probe, ControlProbe) and len(legs[0]) == 1:
+        return probe.gram_of_categoricals([leg[0] for leg in legs])
+    # One field per leg and variable, [L V, N, ..., D].
+    fields = [torch.cat([_shares(g, len(legs[0])) for g in m], 1) for m in zip(*legs, strict=True)]
+    return gram(probe, tuple(f.movedim(1, 0) for f in fields))
+
+
+def _shares(cotangent: Tensor, members: int) -> Tensor:
+    """[N, V, ...] copies of a cotangent [N, ...], each with the values of one variable only."""
+    if members == 2:
+        return torch.diag_embed(cotangent)
+    by_variable = cotangent.reshape(len(cotangent), -1, cotangent.shape[-1])  # [N, V, D]
+    copies = torch.diag_embed(by_variable.mT).movedim(1, -1)  # [N, V, V, D]
+    return copies.reshape(*copies.shape[:2], *cotangent.shape[1:])
+
+
 def restrict(probe: Probe, rows: slice, n: int) -> Probe:
     """Restrict a probe for a batch of n samples to some of its rows."""
     if isinstance(probe, ControlProbe):
@@ -145,7 +174,7 @@ class ControlProbe:
     formed per cotangent, and none at all if J has a structure that yields these two products.
 
     Args:
-        zeta_jacobian: [N, D, F] dzeta/du, one for each member of zeta.
+        zeta_jacobian: [N, ..., D, F] dzeta/du, one for each member of zeta.
         control_jacobian: () -> du/dθ, as a `DenseJacobian` or an object with its methods.
         counted: the same for the parameters that count for the weight rule, if not all, as in `tps`
             (Parmas et al. 2023, Sec. 4). Calling the probe still returns the gradients of all.
@@ -171,6 +200,14 @@ class ControlProbe:
         found: Tensor = self.counted().gram(self._alpha(cotangents))
         return found
 
+    def gram_of_categoricals(self, cotangents: Sequence[Tensor]) -> Tensor:
+        """`gram_of_variables` from L cotangents of logits [N, ..., D], without the zeros."""
+        n, *_, d, f = self.zeta_jacobian[0].shape
+        jacobian = self.zeta_jacobian[0].reshape(n, -1, d, f)
+        alpha = [torch.einsum("nvd,nvdf->vnf", c.reshape(n, -1, d), jacobian) for c in cotangents]
+        found: Tensor = self.counted().gram(torch.cat(alpha))
+        return found
+
     def rows(self, rows: slice) -> ControlProbe:
         """Restrict the probe to some of the samples."""
         return ControlProbe(
@@ -181,13 +218,13 @@ class ControlProbe:
 
     def _alpha(self, cotangent: Zeta) -> Tensor:
         """[..., N, F] cotangentᵀ dzeta/du, summed over the members of zeta."""
-        if self.zeta_jacobian[0].shape[-1] > 1:
-            terms = [
-                torch.einsum("...nd,ndf->...nf", c, j)
-                for c, j in zip(cotangent, self.zeta_jacobian)
-            ]
+        axes = self.zeta_jacobian[0].ndim - 2
+        cotangent = tuple(c.flatten(-axes) for c in cotangent)  # [..., N, D]
+        jacobian = [j.flatten(1, -2) for j in self.zeta_jacobian]
+        if jacobian[0].shape[-1] > 1:
+            terms = [torch.einsum("...nd,ndf->...nf", c, j) for c, j in zip(cotangent, jacobian)]
             return torch.stack(terms).sum(0)
-        first, *rest = zip(cotangent, (j[..., 0] for j in self.zeta_jacobian))
+        first, *rest = zip(cotangent, (j[..., 0] for j in jacobian))
         products = first[0] * first[1]  # one control: a fraction of einsum's time
         for c, j in rest:
             products = torch.addcmul(products, c, j)

@@ -46,7 +46,8 @@ def weights(k: np.ndarray) -> Figure:
     figure = _figure(figsize=(7, 2.4))
     axis = figure.subplots()
     image = axis.imshow(k.T, vmin=0, vmax=1, cmap="coolwarm", aspect="auto", origin="lower")
-    axis.set(xlabel="step of the simulation", ylabel="state dimension", yticks=range(k.shape[1]))
+    ticks = range(0, k.shape[1], -(-k.shape[1] // 16))  # at most 16, which do not overlap
+    axis.set(xlabel="step of the simulation", ylabel="state dimension", yticks=ticks)
     figure.colorbar(image, label="k (weight of LR)")
     return figure
 

@@ -257,25 +257,27 @@ def try_estimator(
 
     Args:
         samples: the node's shape without its last axis. has_value: a critic's estimate is there.
-        is_categorical: the node is a categorical.
+        is_categorical: each sample consists of several categorical variables.
     Raises:
         ValueError: the estimator's parts do not work together, or not with so few samples.
     """
     if estimator.whole_graph:
         return
     samples = [min(n, 100) for n in samples]
-    mean = torch.zeros(*samples, 2, dtype=torch.float64, requires_grad=True)
+    shape = (*samples, 2, 2) if is_categorical else (*samples, 2)
+    mean = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     noise = torch.linspace(-1, 1, mean.numel(), dtype=torch.float64).view_as(mean)
     probe = None
     if len(samples) == 1:
-        one = torch.ones(*mean.shape, 1, dtype=torch.float64)
+        one = torch.ones(*shape, 1, dtype=torch.float64)
+        control = one.flatten(1)[:, :1].unsqueeze(-1)
         jacobians = [one] if is_categorical else [one, one]
-        probe = ControlProbe(jacobians, lambda: DenseJacobian(one[:, :1]))
+        probe = ControlProbe(jacobians, lambda: DenseJacobian(control))
     credit = mean.new_zeros(samples)
-    value = noise[..., 0] if has_value else None
+    value = noise.flatten(len(samples))[..., 0] if has_value else None
     std = None if is_categorical else torch.ones_like(mean)
     x, credit = estimator(mean, std, noise, credit, probe=probe, value=value)
-    assign_credit(x.square().sum(-1), credit).sum().backward()
+    assign_credit(x.square().flatten(len(samples)).sum(-1), credit).sum().backward()
 
 
 def check_finite(

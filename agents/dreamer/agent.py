@@ -596,7 +596,8 @@ class DreamerTPX(Algorithm):
         if self.imagination_starts > 0:
             starts = min(self.imagination_starts, starts)
         has_choices, node = self._has_choices(), self._resolved_node()
-        kinds = [has_choices] * (node != "latent") + [False] * (node != "action")
+        is_one_hot = self.policy_kwargs.get("latent") == "categorical"
+        kinds = [has_choices] * (node != "latent") + [is_one_hot] * (node != "action")
         for is_categorical in kinds:
             try_estimator(
                 self._resolved_estimator(), [starts], has_value=True, is_categorical=is_categorical

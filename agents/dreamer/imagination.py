@@ -23,6 +23,7 @@ from totalprop.agents.dreamer.categorical_actor import ActionNode, CategoricalAc
 from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
 from totalprop.estimators import ControlProbe, Estimator, assign_credit, make
 from totalprop.estimators.probes import covariance
+from totalprop.world_models.latent.distributions import Latents
 from totalprop.world_models.latent.model import State
 
 NodeKind = Literal["latent", "action", "both"]
@@ -67,27 +68,25 @@ class ImaginationNoise(NamedTuple):
     """All random numbers of one imagined rollout."""
 
     action: Tensor  # [H, N, A]
-    latent: Tensor  # [H, N, D]
+    latent: Tensor  # [H, N, D] or, for categoricals, [H, N, G, C]
 
     @staticmethod
     def draw(
         horizon: int,
         n: int,
         actions: int,
-        latents: int,
+        latents: Latents,
         generator: torch.Generator,
         *,
         choices: bool = False,
     ) -> ImaginationNoise:
-        """Draw standard normal noise; for actions that are choices, Gumbel noise."""
-
-        def normal(size: int) -> Tensor:
-            return torch.randn((horizon, n, size), generator=generator, device=generator.device)
-
+        """Draw noise: normal for the actions, Gumbel if they are choices; and the latents'."""
+        shape = (horizon, n, actions)
         if choices:
-            action = gumbel((horizon, n, actions), generator, generator.device)
-            return ImaginationNoise(action, normal(latents))
-        return ImaginationNoise(normal(actions), normal(latents))
+            action = gumbel(shape, generator, generator.device)
+        else:
+            action = torch.randn(shape, generator=generator, device=generator.device)
+        return ImaginationNoise(action, latents.noise(horizon, n, generator=generator))
 
 
 class Imagined(NamedTuple):
@@ -166,11 +165,11 @@ def imagine(
             with torch.no_grad():
                 value = policy.value(State(deter, prior.mean).features)
         stoch, credit = latent_estimator(
-            prior.mean, prior.std, latent_noise, credit,
+            *prior.zeta, latent_noise, credit,
             probe=probe, value=value, tap=latent_tap, meter=step_meter,
             gauge=step_gauge if at_latent else None,
         )  # fmt: skip
-        state = State(deter, stoch)
+        state = State(deter, stoch.flatten(1))  # [N, G, C] -> [N, G C]
         features.append(state.features)
         credits.append(credit)
     return _losses(
@@ -179,12 +178,24 @@ def imagine(
 
 
 def meter_shape(noise: ImaginationNoise, node: NodeKind) -> tuple[int, ...]:
-    """The shape of k: [H, A] at actions, [H, D] at latents, [H, A + D] at both."""
+    """The shape of k: [H, A] at actions, [H, D] at latents, [H, A + D] at both.
+
+    At categorical latents it is [H, G, C], and [H, A + G C] at both.
+    """
     horizon, _, *latent = noise.latent.shape
     if node == "latent":
         return horizon, *latent
     actions = noise.action.shape[-1]
     return horizon, actions + (math.prod(latent) if node == "both" else 0)
+
+
+def k_of_variables(k: Tensor, noise: ImaginationNoise, node: NodeKind) -> Tensor:
+    """Average k over the classes of categorical latents, for the logs: [H, G] or [H, A + G]."""
+    latent = noise.latent.shape[2:]
+    if node == "action" or len(latent) == 1:
+        return k
+    actions, k = noise.action.shape[-1] if node == "both" else 0, k.flatten(1)
+    return torch.cat((k[:, :actions], k[:, actions:].unflatten(1, latent).mean(-1)), 1)
 
 
 def _action_node(
@@ -295,7 +306,7 @@ def lambda_returns(rewards: Tensor, values: Tensor, gamma: Tensor | float, lam: 
 def _last_layer_probe(
     policy: DreamerPolicy, state: State, hidden: Tensor, raw: Tensor, action_noise: Tensor
 ) -> ControlProbe:
-    """Jacobian of (mean, std) with respect to the actor's last layer (Parmas et al. 2023, Sec. 4).
+    """Jacobian of zeta with respect to the actor's last layer (Parmas et al. 2023, Sec. 4).
 
     The layer acts through this step's action alone. Its 2A outputs are differentiated in forward
     mode, with one Jacobian-vector product each.
@@ -303,10 +314,10 @@ def _last_layer_probe(
     rssm, raw = policy.model.rssm, raw.detach()
     state = state.detach()
 
-    def zeta(raw: Tensor) -> tuple[Tensor, Tensor]:
+    def zeta(raw: Tensor) -> tuple[Tensor, ...]:
         action, _ = policy.actor.act(raw, action_noise)
-        mean, std = rssm.prior(rssm.recur(state, action))
-        return mean, std
+        members = rssm.prior(rssm.recur(state, action)).zeta
+        return tuple(member for member in members if member is not None)
 
     return _probe(zeta, hidden, raw)
 

@@ -16,6 +16,7 @@ from totalprop.agents.dreamer.update import UpdateRecord
 
 GAUGE_EVERY = 10  # updates of a round, from one that gauges its legs to the next
 FIGURE_SECONDS = 60.0  # between figures, each of which takes a tenth of a small round
+MAX_COORDINATES = 32  # of the latent, whose k is logged; the figure shows all
 COUNTED = "skipped_steps"  # summed over a round; all other scalars are averaged
 
 
@@ -78,8 +79,8 @@ class Round:
         record("train/k", float(k.mean()))
         for t, value in enumerate(k.mean(1).tolist(), 1):
             record(f"k/step_{t:02d}", value, exclude=QUIET)
-        for d, value in enumerate(k.mean(0).tolist()):
-            actions = self.k_actions
+        actions = self.k_actions
+        for d, value in enumerate(k.mean(0)[: actions + MAX_COORDINATES].tolist()):
             name = f"action_{d:02d}" if d < actions else f"coordinate_{d - actions:02d}"
             record(f"k/{name}", value, exclude=QUIET)
         if self.draw:

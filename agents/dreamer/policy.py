@@ -23,6 +23,7 @@ from totalprop.agents.dreamer.actions import Choices, action_form
 from totalprop.agents.dreamer.categorical_actor import ActionNode, CategoricalActor
 from totalprop.agents.dreamer.observations import ObservationForm, count, to_tensors
 from totalprop.estimators import assign_credit
+from totalprop.world_models.latent.distributions import LatentKind
 from totalprop.world_models.latent.heads import HeadKind, ScalarHead
 from totalprop.world_models.latent.model import LatentModel, State
 from totalprop.world_models.latent.networks import at_least_float32, initialise, mlp
@@ -36,6 +37,13 @@ SIZES: dict[Size, dict[str, int]] = {
     "m": {"stoch": 30, "deter": 200, "hidden": 200, "width": 400, "conv_depth": 32},
     # Units of DreamerV3's smallest model (Hafner et al. 2023, Table B.1), for a GPU.
     "l": {"stoch": 32, "deter": 512, "hidden": 512, "width": 512, "conv_depth": 32},
+}
+# Categorical variables and their classes: 32 x 32 in Hafner et al. 2021 (DreamerV2) and 2023 (V3),
+# fewer for a CPU core.
+CATEGORICALS: dict[Size, dict[str, int]] = {
+    "s": {"stoch": 16, "classes": 16},
+    "m": {"stoch": 32, "classes": 32},
+    "l": {"stoch": 32, "classes": 32},
 }
 MEAN_SCALE, MIN_STD = 5.0, 1e-4  # danijar/dreamer, models.ActionDecoder
 GAUSSIAN_ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal, nats
@@ -128,8 +136,11 @@ class DreamerPolicy(BasePolicy):
         action_space: bounded Box, Discrete or MultiDiscrete.
         lr_schedule: not used; stable-baselines3 passes it to every policy.
         size: of all networks: "s" for a CPU core, "m" as in DreamerV1, "l" for a GPU. The next
-            five set single numbers; None leaves them to the size.
-        stoch: size of the RSSM's stochastic state: 16, 30 or 32.
+            seven set single numbers; None leaves them to the size.
+        latent: "gaussian" variables of the stochastic state (DreamerV1), or "categorical" ones
+            (DreamerV2 and V3), one-hot.
+        stoch: number of these variables: 16, 30 (32 categorical ones) or 32.
+        classes: of each categorical variable: 16, 32 or 32.
         deter: size of its deterministic state (the GRU): 100, 200 or 512.
         hidden: units of its other layers: 100, 200 or 512.
         width: units of every layer of actor, critic and the model's heads: 100, 400 or 512.
@@ -161,7 +172,9 @@ class DreamerPolicy(BasePolicy):
         lr_schedule: Schedule | None = None,
         *,
         size: Size = "m",
+        latent: LatentKind = "gaussian",
         stoch: Annotated[int, AtLeast(1)] | None = None,
+        classes: Annotated[int, AtLeast(2)] | None = None,
         deter: Annotated[int, AtLeast(1)] | None = None,
         hidden: Annotated[int, AtLeast(1)] | None = None,
         width: Annotated[int, AtLeast(1)] | None = None,
@@ -176,15 +189,22 @@ class DreamerPolicy(BasePolicy):
     ) -> None:
         is_box = isinstance(action_space, spaces.Box)
         super().__init__(observation_space, action_space, squash_output=is_box)
-        check_values(DreamerPolicy, size=size)
+        check_values(DreamerPolicy, size=size, latent=latent)
+        if latent == "gaussian" and classes is not None:
+            raise ValueError(
+                f"classes={classes!r} is the number of classes of a categorical variable: pass "
+                "latent='categorical', or leave classes out"
+            )
         own = {
-            "stoch": stoch, "deter": deter, "hidden": hidden, "width": width,
+            "classes": classes, "stoch": stoch, "deter": deter, "hidden": hidden, "width": width,
             "conv_depth": conv_depth,
         }  # fmt: skip
         self.sizes: dict[str, Any] = {
             **SIZES[size],
+            **(CATEGORICALS[size] if latent == "categorical" else {}),
             **{name: number for name, number in own.items() if number is not None},
             "vector_std": vector_std,
+            "latent": latent,
             "layer_norm": layer_norm,
             "reward_head": reward_head,
             "discount_head": discount_head,
@@ -267,7 +287,7 @@ class DreamerPolicy(BasePolicy):
             state: of the previous step.
             action: [n, A] action of the previous step, see `actions`.
             is_first: [n] bool, True where an episode begins.
-            deterministic: use the posterior mean and tanh(mean), or the most likely choice, and
+            deterministic: use the posterior's mode and tanh(mean), or the most likely choice, and
                 draw no random number.
             generator: of the noise; None for torch's global one.
 
@@ -277,15 +297,12 @@ class DreamerPolicy(BasePolicy):
         keep = (~is_first).to(action.dtype).unsqueeze(-1)
         state, action = State(state.deter * keep, state.stoch * keep), action * keep
 
-        def noise(like: Tensor) -> Tensor | None:
-            if deterministic:
-                return None
-            return torch.randn(like.shape, generator=generator, device=like.device)
-
-        state = self.model.filter(state, action, observations, noise(state.stoch))
-        action_noise = None
+        latent_noise = action_noise = None
         if not deterministic:
-            action_noise = self.actor.noise(len(action), generator=generator, device=action.device)
+            shared: dict[str, Any] = {"generator": generator, "device": action.device}
+            latent_noise = self.model.rssm.latents.noise(len(action), **shared)
+            action_noise = self.actor.noise(len(action), **shared)
+        state = self.model.filter(state, action, observations, latent_noise)
         action, _ = self.actor.act(self.actor(state.features), action_noise)
         return action, state
 

@@ -24,6 +24,7 @@ from totalprop.agents.dreamer.imagination import (
     Imagined,
     critic_loss,
     imagine,
+    k_of_variables,
     last_layer_size,
     meter_shape,
 )
@@ -56,7 +57,7 @@ class UpdateSettings:
 class UpdateNoise(NamedTuple):
     """All random numbers of one step."""
 
-    posterior: Tensor  # [T, B, stoch]
+    posterior: Tensor  # [T, B, D] or, for categoricals, [T, B, G, C]
     starts: Tensor  # [N] indices of the states to imagine from
     imagination: ImaginationNoise
 
@@ -66,7 +67,7 @@ class UpdateRecord(NamedTuple):
 
     scalars: dict[str, Tensor]
     actor_gradient: Sequence[Tensor]  # shaped like the actor's parameters; before clipping
-    k: Tensor  # mean weight of the LR leg, see `meter_shape`
+    k: Tensor  # mean weight of the LR leg, see `k_of_variables`
     k_actions: int = 0  # how many columns of k are of actions; they come first
     gauge: Tensor | None = None  # [H, 4, 2] what `estimators.gauge.read` reads, if measured
 
@@ -159,9 +160,8 @@ class DreamerUpdate:
 
     def _draw(self, batch: SequenceBatch, generator: torch.Generator) -> UpdateNoise:
         settings, policy = self.settings, self.policy
-        (length, sequences), latents = batch.reward.shape, policy.model.rssm.stoch_size
-        shape, device = (length, sequences, latents), generator.device
-        posterior = torch.randn(shape, generator=generator, device=device)
+        latents = policy.model.rssm.latents
+        posterior = latents.noise(*batch.reward.shape, generator=generator)
         starts = draw_starts(batch.is_terminal, settings.imagination_starts, generator)
         imagination = ImaginationNoise.draw(
             settings.horizon, len(starts), policy.n_actions, latents, generator,
@@ -208,11 +208,12 @@ class DreamerUpdate:
         }  # fmt: skip
         if settings.imagination.scale_returns:
             scalars["return_range"] = policy.return_range.clone()
-        k = actor_gradient.k
+        k, node = actor_gradient.k, settings.imagination.node
         assert k is not None
         return UpdateRecord(
-            {name: value.detach() for name, value in scalars.items()}, actor_gradient.gradients, k,
-            k_actions=0 if settings.imagination.node == "latent" else policy.n_actions,
+            {name: value.detach() for name, value in scalars.items()}, actor_gradient.gradients,
+            k_of_variables(k, noise.imagination, node),
+            k_actions=0 if node == "latent" else policy.n_actions,
             gauge=actor_gradient.gauge,
         )  # fmt: skip
 

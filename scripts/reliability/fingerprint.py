@@ -76,6 +76,9 @@ def _dreamer(env: Any = PENDULUM, **changes: Any) -> DreamerTPX:
     return DreamerTPX("DreamerPolicy", env, seed=3, device="cpu", **{**sizes, **changes})
 
 
+_CATEGORICAL = {
+    "latent": "categorical", "stoch": 3, "classes": 4, "deter": 8, "hidden": 8, "width": 8,
+}  # fmt: skip
 # What the preset switches on; its sizes would take minutes.
 _RECOMMENDED: dict[str, Any] = {
     "slow_critic_rate": 0.02, "scale_returns": True, "replay_ratio": 2.0,
@@ -223,6 +226,8 @@ SETTINGS: dict[str, Make | Run] = {
        for node, name in (("action", "lr"), ("action", "tps"), ("both", "tpx"))},
     **{f"dreamer choices {name}": partial(_dreamer, "CartPole-v1", estimator=name)
        for name in ("lr", "tpx")},
+    **{f"dreamer categorical {name}": partial(_dreamer, estimator=name, policy_kwargs=_CATEGORICAL)
+       for name in ("rp", "tpx", "tpg")},
     "dreamer recommended": lambda: _dreamer(**_RECOMMENDED),
     "dreamer recommended resumed": Resumed(lambda: _dreamer(_rewindable(CARTPOLE), **_RECOMMENDED)),
     "dreamer pretrained": _pretrained,

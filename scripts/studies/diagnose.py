@@ -165,7 +165,7 @@ def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:
     batch = agent.replay_buffer.sample(n, length, rng)
     generator = torch.Generator(agent.device).manual_seed(seed)
     rssm = agent.policy.model.rssm
-    noise = torch.randn((length, n, rssm.stoch_size), generator=generator, device=generator.device)
+    noise = rssm.latents.noise(length, n, generator=generator)
     with torch.no_grad():
         embeds = agent.policy.model.embed(batch.observation)
         states, _, _ = rssm.observe(embeds, batch.action, batch.is_first, noise)
@@ -208,7 +208,7 @@ def measure(
     )
     update = DreamerUpdate(agent.policy, settings)
     n, rows = options.trajectories, []
-    sizes = (horizon, n, agent.policy.n_actions, agent.policy.model.rssm.stoch_size)
+    sizes = (horizon, n, agent.policy.n_actions, agent.policy.model.rssm.latents)
     choices = isinstance(agent.policy.actions, Choices)
     for s, start in enumerate(starts):
         many = State(start.deter.expand(n, -1), start.stoch.expand(n, -1))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from totalprop.world_models.latent.distributions import Distribution, LatentKind
 from totalprop.world_models.latent.heads import HeadKind, ScalarHead
 from totalprop.world_models.latent.networks import (
     IMAGE_SIZE,
@@ -35,7 +36,7 @@ from totalprop.world_models.latent.observations import (
     Joined,
     Observation,
 )
-from totalprop.world_models.latent.rssm import RSSM, Gaussian, State, kl_divergence
+from totalprop.world_models.latent.rssm import RSSM, State
 
 
 class ModelLoss(NamedTuple):
@@ -79,13 +80,15 @@ class LatentModel(nn.Module):
         observation_shape: shape of one observation. For dictionaries, name -> shape of an image or
             vector, or `Choices`.
         action_size: A.
-        stoch: size of the RSSM's stochastic state z.
+        stoch: number of the variables of the RSSM's stochastic state z.
         deter: size of the RSSM's deterministic state h.
         hidden: units of the RSSM's dense layers.
         width: units of the dense networks (400 in DreamerV1).
         conv_depth: feature maps of the first convolution (32 in DreamerV1).
         vector_std: standard deviation of the vector decoder.
         discount_head: whether to learn γ·P(not terminal), for tasks that may end early.
+        latent: kind of the variables of z, see `RSSM`.
+        classes: of each categorical variable.
         reward_head: kind of the reward head, see `ScalarHead`.
         layer_norm: layer norm and SiLU in every network, see `mlp`, `ImageEncoder` and `RSSM`.
 
@@ -111,11 +114,13 @@ class LatentModel(nn.Module):
         conv_depth: int,
         vector_std: float = 1.0,
         discount_head: bool = False,
+        latent: LatentKind = "gaussian",
+        classes: int = 32,
         reward_head: HeadKind = "gaussian",
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
-        features = stoch + deter
+        features = (stoch if latent == "gaussian" else stoch * classes) + deter
         self.encoder: ImageEncoder | VectorEncoder | DictEncoder
         self.decoder: ImageDecoder | VectorDecoder | DictDecoder
         self.entries: Entries | None = None
@@ -146,7 +151,7 @@ class LatentModel(nn.Module):
             )
         self.rssm = RSSM(
             action_size, self.encoder.outputs, stoch=stoch, deter=deter, hidden=hidden,
-            layer_norm=layer_norm,
+            latent=latent, classes=classes, layer_norm=layer_norm,
         )  # fmt: skip
         self.reward_head = ScalarHead(features, width, 2, kind=reward_head, layer_norm=layer_norm)
         self.discount_head = (
@@ -221,7 +226,7 @@ class LatentModel(nn.Module):
             rewards: [T, B], each the reward received with the observation.
             is_first: [T, B] bool, whether the observation is the first of an episode.
             is_terminal: [T, B] bool, whether the episode terminates with the observation.
-            noise: [T, B, stoch] standard normal.
+            noise: [T, B, ...] of the posteriors, from `rssm.latents.noise`.
             settings: weights of the terms.
         Returns:
             The loss, and the posterior states [T, B, ...].
@@ -254,13 +259,13 @@ class LatentModel(nn.Module):
             state: [N, ...] previous posterior state.
             action: [N, A] action taken in it.
             observation: [N, ...] observation that followed, or a dictionary of such entries.
-            noise: [N, stoch] standard normal; None takes the posterior's mean.
+            noise: [N, ...] of the posterior's sample; None takes its mode.
         Returns:
             [N, ...] the new posterior state.
         """
         deter = self.rssm.recur(state, action)
-        mean, std = self.rssm.posterior(deter, self.embed(observation))
-        return State(deter, mean if noise is None else mean + std * noise)
+        posterior = self.rssm.posterior(deter, self.embed(observation))
+        return State(deter, posterior.mode if noise is None else posterior.sample(noise))
 
     @torch.no_grad()
     def open_loop(
@@ -290,8 +295,7 @@ class LatentModel(nn.Module):
         """
 
         def noise(steps: int) -> Tensor:
-            shape = (steps, actions.shape[1], self.rssm.stoch_size)
-            return torch.randn(shape, generator=generator, device=generator.device)
+            return self.rssm.latents.noise(steps, actions.shape[1], generator=generator)
 
         if isinstance(observations, dict):
             seen: Observation = {name: part[:context] for name, part in observations.items()}
@@ -307,8 +311,7 @@ class LatentModel(nn.Module):
         for t, z in enumerate(noise(len(actions) - context), context):
             state = State(state.deter * keep[t], state.stoch * keep[t])
             deter = self.rssm.recur(state, actions[t] * keep[t])
-            prior = self.rssm.prior(deter)
-            state = State(deter, prior.mean + prior.std * z)
+            state = State(deter, self.rssm.prior(deter).sample(z))
             features.append(state.features.unsqueeze(0))
         decoded = self.decoder(torch.cat(features))
         if isinstance(decoded, Joined):
@@ -329,7 +332,7 @@ def _check_image(entry: Entry) -> None:
 
 
 def _kl_penalty(
-    posterior: Gaussian, prior: Gaussian, settings: ModelLossSettings
+    posterior: Distribution, prior: Distribution, settings: ModelLossSettings
 ) -> tuple[Tensor, Tensor]:
     """The KL term with its free nats, and the mean KL divergence, both []."""
 
@@ -338,13 +341,13 @@ def _kl_penalty(
             return kl.clamp_min(settings.free_nats).mean()
         return kl.mean().clamp_min(settings.free_nats)
 
-    kl, scale = kl_divergence(posterior, prior), settings.representation_scale
+    kl, scale = posterior.kl(prior), settings.representation_scale
     if scale == 1:
         return penalty(kl), kl.mean()
     # KL balancing (Hafner et al. 2021, Alg. 2): one term moves the prior, the other the posterior.
-    dynamics = penalty(kl_divergence(posterior.detach(), prior))
-    representation = penalty(kl_divergence(posterior, prior.detach()))
+    dynamics = penalty(posterior.detach().kl(prior))
+    representation = penalty(posterior.kl(prior.detach()))
     return dynamics + scale * representation, kl.mean()
 
 
-__all__ = ["Gaussian", "LatentModel", "ModelLoss", "ModelLossSettings", "State"]
+__all__ = ["LatentModel", "ModelLoss", "ModelLossSettings", "State"]

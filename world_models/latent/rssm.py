@@ -1,8 +1,9 @@
-"""The recurrent state-space model (RSSM), with a deterministic and a Gaussian latent state.
+"""The recurrent state-space model (RSSM), with a deterministic and a stochastic latent state.
 
     h_t = GRU(h_{t-1}, [z_{t-1}, a_{t-1}]),   prior p(z_t | h_t),   posterior q(z_t | h_t, o_t)
 
 Hafner et al. 2019 (PlaNet), Sec. 3; sizes as in Hafner et al. 2020 (DreamerV1), danijar/dreamer.
+z is Gaussian, or categorical as in Hafner et al. 2021 (DreamerV2); see `distributions`.
 Notation: deter = h and stoch = z; the features of a state are [stoch, deter].
 """
 
@@ -12,37 +13,33 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
+from totalprop.world_models.latent.distributions import (
+    CategoricalLatents,
+    Distribution,
+    GaussianLatents,
+    LatentKind,
+    Latents,
+    stack,
+)
 from totalprop.world_models.latent.linear import Linear, fast_linear
-from totalprop.world_models.latent.networks import LayerNorm, at_least_float32
+from totalprop.world_models.latent.networks import LayerNorm
 
 
 class State(NamedTuple):
     """A latent state."""
 
     deter: Tensor  # [..., deter] h
-    stoch: Tensor  # [..., stoch] z
+    stoch: Tensor  # [..., Z] z; Z = stoch, or stoch·classes
 
     @property
     def features(self) -> Tensor:
-        """[..., stoch + deter], the input of every head."""
+        """[..., Z + deter], the input of every head."""
         return torch.cat((self.stoch, self.deter), -1)
 
     def detach(self) -> State:
         """The same state, detached from the graph."""
         return State(self.deter.detach(), self.stoch.detach())
-
-
-class Gaussian(NamedTuple):
-    """A diagonal Gaussian."""
-
-    mean: Tensor  # [..., D]
-    std: Tensor  # [..., D]
-
-    def detach(self) -> Gaussian:
-        """The same distribution, detached from the graph."""
-        return Gaussian(self.mean.detach(), self.std.detach())
 
 
 class GRUCell(nn.GRUCell):
@@ -85,10 +82,12 @@ class RSSM(nn.Module):
     Args:
         action_size: A.
         embed_size: E, size of the encoder's output.
-        stoch: size of z (30 in DreamerV1).
+        stoch: number of the variables of z (30 in DreamerV1, 32 in V2 and V3).
         deter: size of h (200 in DreamerV1).
         hidden: units of the dense layers between them (200 in DreamerV1).
-        min_std: added to the softplus of both standard deviations.
+        latent: "gaussian", or "categorical", which makes z one-hot vectors.
+        classes: of each categorical variable (32 in DreamerV2 and V3).
+        min_std: added to the softplus of the standard deviations of Gaussians.
         layer_norm: dense layers are Linear, LayerNorm, SiLU instead of Linear, ELU, and the GRU is
             `NormGRUCell`, as in DreamerV2 and V3.
     """
@@ -101,17 +100,24 @@ class RSSM(nn.Module):
         stoch: int,
         deter: int,
         hidden: int,
+        latent: LatentKind = "gaussian",
+        classes: int = 32,
         min_std: float = 0.1,
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.stoch_size, self.deter_size, self.min_std = stoch, deter, min_std
-        self.input_layer = Linear(stoch + action_size, hidden)
+        self.latents: Latents = (
+            GaussianLatents(stoch, min_std)
+            if latent == "gaussian"
+            else CategoricalLatents(stoch, classes)
+        )
+        self.stoch_size, self.deter_size = self.latents.size, deter
+        self.input_layer = Linear(self.stoch_size + action_size, hidden)
         self.cell = NormGRUCell(hidden, deter) if layer_norm else GRUCell(hidden, deter)
         self.prior_hidden = Linear(deter, hidden)
-        self.prior_out = Linear(hidden, 2 * stoch)
+        self.prior_out = Linear(hidden, self.latents.outputs)
         self.posterior_hidden = Linear(deter + embed_size, hidden)
-        self.posterior_out = Linear(hidden, 2 * stoch)
+        self.posterior_out = Linear(hidden, self.latents.outputs)
         self.input_activation, self.prior_activation, self.posterior_activation = (
             nn.Sequential(LayerNorm(hidden), nn.SiLU()) if layer_norm else nn.ELU()
             for _ in range(3)
@@ -133,28 +139,28 @@ class RSSM(nn.Module):
         deter: Tensor = self.cell(x, state.deter)
         return deter
 
-    def prior(self, deter: Tensor) -> Gaussian:
+    def prior(self, deter: Tensor) -> Distribution:
         """p(z_t | h_t), from h_t [..., deter]."""
-        return self._gaussian(self.prior_out(self.prior_activation(self.prior_hidden(deter))))
+        return self.latents(self.prior_out(self.prior_activation(self.prior_hidden(deter))))
 
-    def posterior(self, deter: Tensor, embed: Tensor) -> Gaussian:
+    def posterior(self, deter: Tensor, embed: Tensor) -> Distribution:
         """q(z_t | h_t, o_t), from h_t [..., deter] and the embedding of o_t [..., E]."""
         x = torch.cat((deter, embed), -1)
         hidden = self.posterior_activation(self.posterior_hidden(x))
-        return self._gaussian(self.posterior_out(hidden))
+        return self.latents(self.posterior_out(hidden))
 
     def observe(
         self, embeds: Tensor, actions: Tensor, is_first: Tensor, noise: Tensor
-    ) -> tuple[State, Gaussian, Gaussian]:
-        """Filter sequences with reparameterised samples of the posterior.
+    ) -> tuple[State, Distribution, Distribution]:
+        """Filter sequences with differentiable samples of the posterior.
 
         Args:
             embeds: [T, B, E] embeddings of the observations.
             actions: [T, B, A], each the action taken before the observation.
             is_first: [T, B] bool; the state and action before such a step count as zero.
-            noise: [T, B, stoch] standard normal.
+            noise: [T, B, ...] of the posteriors' samples, from `latents.noise`.
         Returns:
-            Posterior states [T, B, ...], priors and posteriors [T, B, stoch].
+            Posterior states, priors and posteriors, each [T, B, ...].
         """
         # The embedding's part of the posterior is not recurrent: one product for all steps.
         weight = self.posterior_hidden.weight
@@ -164,25 +170,14 @@ class RSSM(nn.Module):
         from_deter = weight[:, : self.deter_size].T
         keep = (~is_first).to(embeds.dtype).unsqueeze(-1)
         state = self.initial(embeds.shape[1])
-        columns: tuple[list[Tensor], ...] = ([], [], [], [])
+        states, posteriors = [], []
         for t, inputs in enumerate(from_embed.unbind(0)):
             state = State(state.deter * keep[t], state.stoch * keep[t])
             deter = self.recur(state, actions[t] * keep[t])
             hidden = self.posterior_activation(torch.addmm(inputs, deter, from_deter))
-            mean, std = self._gaussian(self.posterior_out(hidden))
-            state = State(deter, mean + std * noise[t])
-            for column, value in zip(columns, (*state, mean, std), strict=True):
-                column.append(value)
-        deter, stoch, mean, std = (torch.stack(column) for column in columns)
-        return State(deter, stoch), self.prior(deter), Gaussian(mean, std)
-
-    def _gaussian(self, out: Tensor) -> Gaussian:
-        mean, raw = at_least_float32(out).chunk(2, -1)
-        return Gaussian(mean, softplus(raw) + self.min_std)
-
-
-def kl_divergence(p: Gaussian, q: Gaussian) -> Tensor:
-    """KL(p || q) of diagonal Gaussians, [..., D] -> [...]."""
-    ratio = (p.std / q.std).square()
-    distance = ((p.mean - q.mean) / q.std).square()
-    return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
+            posterior = self.latents(self.posterior_out(hidden))
+            state = State(deter, posterior.sample(noise[t]))
+            states.append(state)
+            posteriors.append(posterior)
+        filtered: State = stack(states)
+        return filtered, self.prior(filtered.deter), stack(posteriors)

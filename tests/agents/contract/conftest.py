@@ -36,6 +36,15 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Other agents of `AGENTS` that keep and save what the small ones do not: name, changed arguments.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dreamer-categorical": (
+        "dreamer",
+        {"policy_kwargs": {
+            **SIZES["dreamer"]["policy_kwargs"], "latent": "categorical", "classes": 4}},
+    ),
+}  # fmt: skip
+
 # Test -> how the agent differs from stable-baselines3's, and why. The test must fail: whoever mends
 # the agent strikes its line off.
 EXCEPTIONS = {
@@ -49,8 +58,8 @@ EXCEPTIONS = {
         "Adam's steps on the policy's centres are in the observation's units; the GP has none",
     ),
     **dict.fromkeys(
-        ("test_observations_in_other_units_are_learned_from_alike[dreamer-larger]",
-         "test_observations_in_other_units_are_learned_from_alike[dreamer-smaller]"),
+        (f"test_observations_in_other_units_are_learned_from_alike[{name}-{units}]"
+         for name in ("dreamer", "dreamer-categorical") for units in ("larger", "smaller")),
         "as DreamerV1's, the reconstruction of raw observations weighs by their units",
     ),
 }  # fmt: skip
@@ -59,7 +68,7 @@ TRAINED = 28  # steps of `trained`: four episodes
 
 
 class Maker:
-    """Makes one agent of `AGENTS` at its small sizes.
+    """Makes one agent of `AGENTS` at its small sizes, or a variant of it.
 
     Attributes:
         name: on the command line. cls: the agent's class. see: wraps the environments that are
@@ -67,6 +76,7 @@ class Maker:
     """
 
     def __init__(self, name: str, see: Callable[[gym.Env], gym.Env] = lambda env: env) -> None:
+        name, self.changes = VARIANTS.get(name, (name, {}))
         if name not in SIZES:
             pytest.fail(f"add small sizes of {name} to SIZES in {__file__}", pytrace=False)
         self.name, self.entry, self.see = name, AGENTS[name], see
@@ -74,7 +84,8 @@ class Maker:
 
     def arguments(self, **changes: Any) -> dict[str, Any]:
         """Constructor arguments, without the environment."""
-        return {**copy.deepcopy(SIZES[self.name]), "seed": 0, "device": "cpu", **changes}
+        sizes = copy.deepcopy({**SIZES[self.name], **self.changes})
+        return {**sizes, "seed": 0, "device": "cpu", **changes}
 
     def __call__(self, env: Any = None, **changes: Any) -> Algorithm:
         """A new agent, on a CountingEnv unless another environment is given."""
@@ -88,7 +99,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xfail(reason=EXCEPTIONS[item.name], strict=True))
 
 
-@pytest.fixture(scope="session", params=list(AGENTS))
+@pytest.fixture(scope="session", params=[*AGENTS, *VARIANTS])
 def make(request: pytest.FixtureRequest) -> Maker:
     return Maker(request.param)
 

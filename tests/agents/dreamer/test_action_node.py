@@ -52,6 +52,7 @@ from totalprop.agents.dreamer.imagination import (
 from totalprop.agents.dreamer.policy import DreamerPolicy
 from totalprop.estimators import baselines
 from totalprop.estimators.gauge import SHAPE
+from totalprop.world_models.latent.distributions import GaussianLatents
 from totalprop.world_models.latent.rssm import State
 
 NODES = ("action", "both")
@@ -70,7 +71,9 @@ def make_choosing(sizes=CHOICES, **changes):
 
 
 def draw_choosing(sizes=CHOICES, horizon=H, n=N, seed=3):
-    noise = ImaginationNoise.draw(horizon, n, sum(sizes), STOCH, generator(seed), choices=True)
+    noise = ImaginationNoise.draw(
+        horizon, n, sum(sizes), GaussianLatents(STOCH), generator(seed), choices=True
+    )
     return ImaginationNoise(*(x.double() for x in noise))
 
 
@@ -327,7 +330,9 @@ def test_lr_of_choices_has_the_mean_of_the_enumerated_gradient(baseline):
     lr, source = estimators.make("lr", baseline=baseline), generator(7)
     found = []
     for _ in range(20):
-        drawn = ImaginationNoise.draw(2, n, sum(CHOICES), STOCH, source, choices=True)
+        drawn = ImaginationNoise.draw(
+            2, n, sum(CHOICES), GaussianLatents(STOCH), source, choices=True
+        )
         noise = ImaginationNoise(drawn.action.double(), latent)
         found.append(flat(estimated(policy, start, noise, lr, settings).gradients))
     difference = torch.stack(found) - expected

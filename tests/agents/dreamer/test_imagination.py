@@ -29,6 +29,7 @@ from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
 from totalprop.estimators import baselines
 from totalprop.estimators.gauge import SHAPE, read
 from totalprop.estimators.probes import gram, restrict
+from totalprop.world_models.latent.distributions import GaussianLatents
 from totalprop.world_models.latent.rssm import State
 
 F64 = torch.float64
@@ -708,7 +709,8 @@ def test_samples_are_independent():
 
 def test_noise_is_all_that_is_random():
     first, second, other = (
-        ImaginationNoise.draw(H, N, A, STOCH, generator(seed)) for seed in (1, 1, 2)
+        ImaginationNoise.draw(H, N, A, GaussianLatents(STOCH), generator(seed))
+        for seed in (1, 1, 2)
     )
     assert first.action.shape == (H, N, A) and first.latent.shape == (H, N, STOCH)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

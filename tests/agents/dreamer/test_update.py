@@ -26,6 +26,7 @@ from totalprop.agents.dreamer.policy import DreamerPolicy
 from totalprop.agents.dreamer.replay import SequenceBatch, SequenceReplay
 from totalprop.agents.dreamer.update import DreamerUpdate, UpdateNoise, UpdateSettings, draw_starts
 from totalprop.estimators.gauge import read
+from totalprop.world_models.latent.distributions import GaussianLatents
 from totalprop.world_models.latent.model import ModelLossSettings
 from totalprop.world_models.latent.networks import symlog
 from totalprop.world_models.latent.rssm import State
@@ -123,7 +124,7 @@ def batch(seed=0):
 
 
 def noise(horizon):
-    return ImaginationNoise.draw(horizon, T * B, A, SIZES["stoch"], generator(5))
+    return ImaginationNoise.draw(horizon, T * B, A, GaussianLatents(SIZES["stoch"]), generator(5))
 
 
 def values_of(module):
@@ -176,7 +177,7 @@ def plain_step(policy, optimizers, data, settings, source):
     losses["model"] = loss.total
     rows = draw_starts(data.is_terminal, settings.imagination_starts, source)
     start = State(*(x.detach().flatten(0, 1)[rows] for x in states))
-    noise = ImaginationNoise.draw(H, len(rows), A, policy.model.rssm.stoch_size, source)
+    noise = ImaginationNoise.draw(H, len(rows), A, policy.model.rssm.latents, source)
     imagined = imagine(policy, start, noise, settings.estimator, settings.imagination)
     losses["actor"], losses["critic"] = imagined.actor_loss, critic_loss(policy, imagined)[0]
     gradients = {

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
+from totalprop.world_models.latent.distributions import Gaussian
 from totalprop.world_models.latent.model import LatentModel, ModelLossSettings, _kl_penalty
 from totalprop.world_models.latent.networks import symexp, symlog
-from totalprop.world_models.latent.rssm import Gaussian, State
+from totalprop.world_models.latent.rssm import State
 
 T, B, A, OBSERVATION, STOCH, DETER = 5, 3, 2, 4, 3, 4
 IMAGE = (3, 64, 64)
