@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from totalprop.estimators.baselines import Baseline, none
 from totalprop.estimators.declarations import part_named, without
@@ -26,8 +25,10 @@ def draw(zeta: Zeta, noise: Tensor) -> Tensor:
     """Sample a node: mean + std·noise, or the one-hot argmax of logits + Gumbel noise."""
     if len(zeta) == 2:
         return torch.addcmul(zeta[0], zeta[1], noise)
-    index = (zeta[0] + noise).argmax(-1)
-    return one_hot(index, zeta[0].shape[-1]).to(zeta[0].dtype)
+    logits = zeta[0]
+    index = (logits + noise).argmax(-1, keepdim=True)
+    # Unlike functional.one_hot, this never reads the indices on the host.
+    return (index == torch.arange(logits.shape[-1], device=logits.device)).to(logits.dtype)
 
 
 def pathwise(zeta: Zeta, noise: Tensor, g_sample: Tensor) -> Zeta:

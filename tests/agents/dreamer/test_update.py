@@ -579,6 +579,10 @@ REMEDIED = replace(
 )
 
 
+def at_node(settings, node):
+    return replace(settings, imagination=replace(settings.imagination, node=node))
+
+
 class HostConstants(TorchFunctionMode):
     """Tensors made from Python's numbers: on a GPU, the host waits until they are copied."""
 
@@ -631,6 +635,17 @@ def test_an_update_copies_nothing_from_the_host(remedies, kind):
         assert constants.found == syncs.found == []
         torch.zeros(2).new_tensor([1.0])
     assert constants.found == ["new_tensor"]  # the spy sees what it is after
+
+
+@pytest.mark.parametrize("name", ["rp", "lr", "tpx", "ivw"])
+@pytest.mark.parametrize("node", ["action", "both"])
+@pytest.mark.parametrize("kind", ["vector", "mixed"])
+def test_a_node_at_the_action_waits_for_nothing(kind, node, name):
+    settings = replace(at_node(REMEDIED, node), estimator=estimators.make(name))
+    update = DreamerUpdate(sized(kind, **REMEDIES), settings)
+    with HostConstants() as constants, HostSyncs() as syncs:
+        update(batch_of(kind), generator(5))
+    assert constants.found == syncs.found == []
 
 
 def test_an_update_draws_all_random_numbers_before_it_begins(monkeypatch):
@@ -770,7 +785,7 @@ class Updated(NamedTuple):
 def updated(kind, device, noise=0.0, **changes):
     """What updates record and leave: before, at and after a recording, and a change of settings."""
     policy = sized(kind, discount_head=True, **REMEDIES).to(device)
-    settings = replace(REMEDIED, **changes)
+    settings = replace(at_node(REMEDIED, "both" if kind == "mixed" else "latent"), **changes)
     update, source = DreamerUpdate(policy, settings), torch.Generator(device).manual_seed(5)
     records = []
     for i in range(2 * EAGER_CALLS + 6):
