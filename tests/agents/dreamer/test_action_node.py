@@ -353,7 +353,9 @@ def test_straight_through_choices_are_biased(node, name):
     expected = exact_gradient(policy, start, latent, settings, CHOICES)
     estimator, source, found = estimators.make(name), generator(7), []
     for _ in range(20):
-        drawn = ImaginationNoise.draw(2, n, sum(CHOICES), STOCH, source, choices=True)
+        drawn = ImaginationNoise.draw(
+            2, n, sum(CHOICES), GaussianLatents(STOCH), source, choices=True
+        )
         noise = ImaginationNoise(drawn.action.double(), latent)
         found.append(flat(estimated(policy, start, noise, estimator, settings).gradients))
     assert t_statistics(torch.stack(found) - expected).abs().max() > 10
