@@ -64,7 +64,8 @@ TASKS = {
 GRADIENTS: dict[str, tuple[str, ...]] = {
     "rp": ("--estimator", "rp", "--node", "latent"),
     "lr, latent": ("--estimator", "lr", "--node", "latent"),
-    # DreamerV2's and V3's REINFORCE.
+    # REINFORCE as in DreamerV2 and V3, but of DreamerV1's objective: the sum of the returns of all
+    # imagined states, where V2 and V3 credit an action with the return of its own state alone.
     "lr, action": ("--estimator", "lr", "--node", "action", "--baseline", "critic"),
     "tpx": ("--estimator", "tpx", "--node", "latent"),
     "tpg": ("--estimator", "tpg", "--node", "latent"),
