@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from totalprop.estimators import assign_credit
+from totalprop.world_models.latent.distributions import gumbel, log_probabilities
 from totalprop.world_models.latent.networks import at_least_float32, initialise, mlp
 
-UNIFORM = 0.01  # share of the uniform distribution; Hafner et al. 2023 (DreamerV3)
 # (columns of zeta, mean or logits, std or None, noise, credit) -> sample, credit
 ActionNode = Callable[[slice, Tensor, "Tensor | None", Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class CategoricalActor(nn.Module):
-    """A categorical policy for each choice: 0.99 softmax(raw) + 0.01 / n.
+    """A categorical policy for each choice, see `log_probabilities`.
 
-    Actions are one-hot vectors, one after another. The hidden layers are those of `Actor`, the
-    uniform share is DreamerV3's, which keeps every score finite.
+    Actions are one-hot vectors, one after another. The hidden layers are those of `Actor`.
 
     Args:
         features: width F of the state's features.
@@ -60,11 +59,7 @@ class CategoricalActor(nn.Module):
 
     def zeta(self, raw: Tensor) -> tuple[Tensor]:
         """The parameters of the action's distributions: log-probabilities [..., A]."""
-        parts = [
-            ((1 - UNIFORM) * part.softmax(-1) + UNIFORM / part.shape[-1]).log()
-            for part in raw.split(self.sizes, -1)
-        ]
-        return (torch.cat(parts, -1),)
+        return (torch.cat([log_probabilities(x) for x in raw.split(self.sizes, -1)], -1),)
 
     def act(self, raw: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Action [..., A], one-hot, and the exact entropy [...] in nats; without noise, the mode.
@@ -105,8 +100,3 @@ class CategoricalActor(nn.Module):
             samples.append(sample)
             start += n
         return torch.cat(samples, -1), entropy, credit
-
-
-def gumbel(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Gumbel noise: the argmax of log-probabilities plus it is a sample."""
-    return -torch.empty(tuple(shape), device=device).exponential_(generator=generator).log()

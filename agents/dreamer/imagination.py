@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from totalprop.agents.dreamer.categorical_actor import ActionNode, CategoricalActor, gumbel
+from totalprop.agents.dreamer.categorical_actor import ActionNode, CategoricalActor
 from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
 from totalprop.estimators import ControlProbe, Estimator, assign_credit, make
 from totalprop.estimators.probes import covariance
-from totalprop.world_models.latent.distributions import Latents
+from totalprop.world_models.latent.distributions import Latents, gumbel
 from totalprop.world_models.latent.model import State
 
 NodeKind = Literal["latent", "action", "both"]

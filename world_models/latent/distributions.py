@@ -161,10 +161,7 @@ class GaussianLatents:
 
 @dataclass(frozen=True)
 class CategoricalLatents:
-    """z of G categorical variables, of which 1 % is the uniform distribution.
-
-    p = 0.99 softmax(out) + 0.01 / C, so that no probability vanishes and the KL divergence stays
-    bounded. Hafner et al. 2023 (DreamerV3), Sec. "World model learning".
+    """z of G categorical variables, see `log_probabilities`.
 
     Attributes:
         stoch: G.
@@ -188,18 +185,33 @@ class CategoricalLatents:
     def __call__(self, out: Tensor) -> Categorical:
         """The distribution, from the network's output [..., G C]."""
         raw = at_least_float32(out).unflatten(-1, (self.stoch, self.classes))
-        return Categorical(((1 - UNIFORM) * raw.softmax(-1) + UNIFORM / self.classes).log())
+        return Categorical(log_probabilities(raw))
 
     def noise(
         self, *batch: int, generator: torch.Generator | None, device: torch.device | None = None
     ) -> Tensor:
         """[*batch, G, C] Gumbel noise; the device is the generator's unless it is given."""
         device = generator.device if device is None and generator is not None else device
-        noise = torch.empty((*batch, self.stoch, self.classes), device=device)
-        return -noise.exponential_(generator=generator).log()
+        return gumbel((*batch, self.stoch, self.classes), generator, device)
 
 
 Latents = GaussianLatents | CategoricalLatents
+
+
+def log_probabilities(raw: Tensor) -> Tensor:
+    """log(0.99 softmax(raw) + 0.01 / C), [..., C]: 1 % is the uniform distribution.
+
+    No probability then vanishes, and scores and KL divergences stay bounded. Hafner et al. 2023
+    (DreamerV3), Sec. "World model learning".
+    """
+    return ((1 - UNIFORM) * raw.softmax(-1) + UNIFORM / raw.shape[-1]).log()
+
+
+def gumbel(
+    shape: Sequence[int], generator: torch.Generator | None, device: torch.device | None
+) -> Tensor:
+    """Gumbel noise: the argmax of log-probabilities plus it is a sample."""
+    return -torch.empty(tuple(shape), device=device).exponential_(generator=generator).log()
 
 
 def stack(tuples: Sequence[Any]) -> Any:
