@@ -15,7 +15,7 @@ from typing import IO, Any, ClassVar, TypeVar, cast
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import recursive_getattr
@@ -125,6 +125,7 @@ class Algorithm(BaseAlgorithm):
 
     @classmethod
     def _wrap_env(cls, env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        env = maybe_make_env(env, verbose)  # `load` and `set_env` take ids, too
         seen, actions = env.observation_space, env.action_space
         if remedy := _remedy(seen):
             raise UnsupportedSpaceError(
@@ -318,7 +319,7 @@ class Algorithm(BaseAlgorithm):
 
         Args:
             path: file that `save` wrote.
-            env: environment to set; None if the agent is only to predict.
+            env: environment or id to set; None if the agent is only to predict.
             device: where the agent's tensors are put.
             custom_objects: attributes that replace the file's, including step sizes and Adam's eps.
                 Functions and objects of your own classes are not in files and have to be given.

@@ -6,6 +6,7 @@ import re
 import warnings
 import zipfile
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -42,6 +43,17 @@ def test_a_loaded_agent_is_the_same(make, trained, file, observations):
     assert loaded.observation_space == trained.observation_space
     assert loaded.action_space == trained.action_space
     assert list(loaded.ep_info_buffer) == list(trained.ep_info_buffer)
+
+
+def test_the_environment_may_be_an_id_wherever_it_is_set(make, file, monkeypatch):
+    spec = gym.envs.registration.EnvSpec("Counting-v0", CountingEnv)
+    monkeypatch.setitem(gym.registry, "Counting-v0", spec)
+    agent = make.cls.load(file, env="Counting-v0", device="cpu")
+    assert isinstance(agent.get_env().envs[0].unwrapped, CountingEnv)
+    before = agent.get_env()
+    agent.set_env("Counting-v0")
+    assert agent.get_env() is not before
+    assert isinstance(agent.get_env().envs[0].unwrapped, CountingEnv)
 
 
 def test_an_untrained_agent_is_saved_too(make, observations, tmp_path):
