@@ -91,7 +91,7 @@ PRESETS["recommended"] = {
     "model_learning_rate": 1e-3,
     "adam_eps": 1e-5,
     "scale_returns": True,  # Hafner et al. 2023 (DreamerV3), Eq. 12
-    "entropy_scale": 0.01,  # of scaled returns: with less, the actor exploits an early model
+    "entropy_scale": 3e-3,  # of scaled returns: with 1e-3 the actor exploits an early model
     "slow_critic_rate": 0.02,  # DreamerV3: an EMA of decay 0.98
     "free_nats": 0.0,  # or the prior of a task with little to observe would hardly be trained
     "batch_size": 16,
