@@ -215,6 +215,26 @@ def _variance(parser: ArgumentParser) -> None:
     add_import(parser)
 
 
+def _add_runs(parser: ArgumentParser, of: str) -> None:
+    """The flags of a study that trains several seeds of each value or cell."""
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, required=True, metavar="SEED", help=f"seeds of each {of}"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=None,
+        help="folder of the runs (default: runs/NAME, where NAME is the last part of --out)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="runs at the same time, one thread each (default: one per core)",
+    )
+
+
 def _sweep(parser: ArgumentParser) -> None:
     parser.add_argument("agent", choices=list(AGENTS), help="agent to train")
     parser.add_argument(
@@ -231,22 +251,7 @@ def _sweep(parser: ArgumentParser) -> None:
         metavar="VALUE",
         help="values of that flag to compare",
     )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, required=True, metavar="SEED", help="seeds of each value"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=None,
-        help="folder of the runs (default: runs/NAME, where NAME is the last part of --out)",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=os.cpu_count(),
-        help="runs at the same time, one thread each (default: one per core)",
-    )
+    _add_runs(parser, "value")
     parser.add_argument(
         "--watch",
         default="",
@@ -288,22 +293,7 @@ def _gradients(parser: ArgumentParser) -> None:
         metavar="H",
         help="imagination horizons (default: 15 60)",
     )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, required=True, metavar="SEED", help="seeds of each cell"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=None,
-        help="folder of the runs (default: runs/NAME, where NAME is the last part of --out)",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=os.cpu_count(),
-        help="runs at the same time, one thread each (default: one per core)",
-    )
+    _add_runs(parser, "cell")
     parser.add_argument(
         "--report-only", action="store_true", help="do not train, only write the report"
     )

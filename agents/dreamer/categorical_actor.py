@@ -15,10 +15,40 @@ from totalprop.world_models.latent.networks import at_least_float32, initialise,
 ActionNode = Callable[[slice, Tensor, "Tensor | None", Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class CategoricalActor(nn.Module):
+class ActorNetwork(nn.Module):
+    """The layers of every actor; the last one is apart, since probes cover it alone.
+
+    Args:
+        features: width F of the state's features.
+        outputs: K, size of the output.
+        width: units of each hidden layer.
+        layers: number of hidden layers.
+        layer_norm: as in `mlp`.
+    """
+
+    def __init__(
+        self, features: int, outputs: int, *, width: int, layers: int, layer_norm: bool
+    ) -> None:
+        super().__init__()
+        *hidden, out = mlp(features, width, layers, outputs, layer_norm=layer_norm)
+        self.hidden = nn.Sequential(*hidden)
+        assert isinstance(out, nn.Linear)
+        self.out = out
+        initialise(self)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., K] raw outputs for `act`."""
+        return self.output(self.hidden(features))
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The last layer, [..., width] -> [..., K]."""
+        return at_least_float32(self.out(hidden))
+
+
+class CategoricalActor(ActorNetwork):
     """A categorical policy for each choice, see `log_probabilities`.
 
-    Actions are one-hot vectors, one after another. The hidden layers are those of `Actor`.
+    Actions are one-hot vectors, one after another.
 
     Args:
         features: width F of the state's features.
@@ -37,21 +67,8 @@ class CategoricalActor(nn.Module):
         layers: int = 4,
         layer_norm: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(features, sum(sizes), width=width, layers=layers, layer_norm=layer_norm)
         self.sizes = list(sizes)
-        *hidden, out = mlp(features, width, layers, sum(sizes), layer_norm=layer_norm)
-        self.hidden = nn.Sequential(*hidden)
-        assert isinstance(out, nn.Linear)
-        self.out = out
-        initialise(self)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[..., A] raw outputs for `act`."""
-        return self.output(self.hidden(features))
-
-    def output(self, hidden: Tensor) -> Tensor:
-        """The last layer, [..., width] -> [..., A]."""
-        return at_least_float32(self.out(hidden))
 
     def noise(self, n: int, *, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """[n, A] Gumbel noise for `act`."""

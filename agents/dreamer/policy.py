@@ -15,18 +15,22 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
 from totalprop.agents.core.validation import Above, AtLeast, check_values
 from totalprop.agents.dreamer.actions import Choices, action_form
-from totalprop.agents.dreamer.categorical_actor import ActionNode, CategoricalActor
+from totalprop.agents.dreamer.categorical_actor import (
+    ActionNode,
+    ActorNetwork,
+    CategoricalActor,
+)
 from totalprop.agents.dreamer.observations import ObservationForm, count, to_tensors
 from totalprop.estimators import assign_credit
 from totalprop.world_models.latent.distributions import LatentKind
 from totalprop.world_models.latent.heads import HeadKind, ScalarHead
 from totalprop.world_models.latent.model import LatentModel, State
-from totalprop.world_models.latent.networks import at_least_float32, initialise, mlp
+from totalprop.world_models.latent.networks import initialise
 from totalprop.world_models.latent.observations import Observation
 
 Size = Literal["s", "m", "l"]
@@ -50,7 +54,7 @@ GAUSSIAN_ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal,
 RecurrentState = tuple[np.ndarray, ...]
 
 
-class Actor(nn.Module):
+class Actor(ActorNetwork):
     """tanh-Gaussian policy: 4 hidden layers, mean 5 tanh(raw / 5), std softplus(raw + c) + 1e-4.
 
     The constant c makes the standard deviation `init_std` where the network's output is 0.
@@ -74,21 +78,8 @@ class Actor(nn.Module):
         layer_norm: bool = False,
         init_std: float = 5.0,
     ) -> None:
-        super().__init__()
+        super().__init__(features, 2 * actions, width=width, layers=layers, layer_norm=layer_norm)
         self.std_shift = math.log(math.expm1(init_std))
-        *hidden, out = mlp(features, width, layers, 2 * actions, layer_norm=layer_norm)
-        self.hidden = nn.Sequential(*hidden)
-        assert isinstance(out, nn.Linear)
-        self.out = out
-        initialise(self)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[..., 2 A] raw outputs for `act`."""
-        return self.output(self.hidden(features))
-
-    def output(self, hidden: Tensor) -> Tensor:
-        """The last layer, [..., width] -> [..., 2 A]."""
-        return at_least_float32(self.out(hidden))
 
     def noise(self, n: int, *, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """[n, A] standard normal noise for `act`."""

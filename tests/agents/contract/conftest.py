@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,21 @@ class Maker:
         """A new agent, on a CountingEnv unless another environment is given."""
         env = self.see(CountingEnv()) if env is None else env
         return self.cls(env=env, **self.arguments(**changes))
+
+
+def taken(kinds: Mapping[str, Callable[[gym.Env], gym.Env]]) -> list[tuple[str, str]]:
+    """Agents, and the kinds of environments that their constructors take.
+
+    Args:
+        kinds: name of a kind -> what wraps an environment to be of it.
+    """
+    found = []
+    for name in AGENTS:
+        for kind, see in kinds.items():
+            with contextlib.suppress(ValueError, AssertionError):
+                Maker(name, see)()
+                found.append((name, kind))
+    return found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from tests.agents.contract.conftest import TRAINED, Maker
+from tests.agents.contract.conftest import TRAINED, Maker, taken
 from tests.agents.contract.environments import HIGH, LOW, CountingEnv
 from tests.agents.contract.probes import assert_same
 from tests.agents.contract.test_checkpoints import (
@@ -47,7 +47,6 @@ from tests.agents.contract.test_seeds import (
     test_no_seed_differs,
     test_same_seed_same_bits_and_another_seed_others,
 )
-from totalprop.agents import AGENTS
 
 
 class Chosen(gym.ActionWrapper):
@@ -80,16 +79,7 @@ class Several(Chosen):
 CHOSEN = {"discrete": One, "multidiscrete": Several}
 
 
-def takes(name, kind):
-    """Whether the constructor does."""
-    try:
-        Maker(name, CHOSEN[kind])()
-    except (ValueError, AssertionError):
-        return False
-    return True
-
-
-TAKEN = [(name, kind) for name in AGENTS for kind in CHOSEN if takes(name, kind)]
+TAKEN = taken(CHOSEN)
 
 
 def test_dreamer_takes_all_of_them():

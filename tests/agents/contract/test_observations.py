@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from tests.agents.contract.conftest import TRAINED, Maker
+from tests.agents.contract.conftest import TRAINED, Maker, taken
 from tests.agents.contract.environments import SEEN, CountingEnv
 from tests.agents.contract.probes import assert_same, assert_same_agents
 from tests.agents.contract.test_checkpoints import (
@@ -42,19 +42,8 @@ from tests.agents.contract.test_seeds import (
     test_no_seed_differs,
     test_same_seed_same_bits_and_another_seed_others,
 )
-from totalprop.agents import AGENTS
 
-
-def takes(name, kind):
-    """Whether the constructor does."""
-    try:
-        Maker(name, SEEN[kind])()
-    except (ValueError, AssertionError):
-        return False
-    return True
-
-
-TAKEN = [(name, kind) for name in AGENTS for kind in SEEN if takes(name, kind)]
+TAKEN = taken(SEEN)
 
 
 def test_dreamer_takes_all_of_them():
