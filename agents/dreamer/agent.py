@@ -85,6 +85,9 @@ class DreamerTPX(Algorithm):
             (Parmas et al. 2023), at the "action", where "lr" is REINFORCE, at "both", or "auto":
             the latent for a Box, the action for choices. Choices elsewhere than at the action are
             differentiated straight-through, which is biased under every estimator.
+        credit: which λ-returns an action is credited with: "all", its own and those of all later
+            imagined states (DreamerV1), or its "own" alone (DreamerV2 and V3, whose actor is
+            estimator="lr", node="action", credit="own", baseline="critic").
         baseline: baseline of the LR leg: "leave-one-out" over the batch (or the estimator's own),
             "mean" of the batch, which shrinks the leg by 1/N (Parmas et al. 2023, Sec. 3), or
             "critic", the value at the prior's mean (their Sec. 7) or, at the action, of the state
@@ -169,6 +172,7 @@ class DreamerTPX(Algorithm):
         estimator: str | Estimator = "tpx",
         *,
         node: Literal["auto", "latent", "action", "both"] = "auto",
+        credit: Literal["all", "own"] = "all",
         baseline: Literal["leave-one-out", "mean", "critic"] = "leave-one-out",
         horizon: Annotated[int, AtLeast(2)] = 15,
         stop_grad_actor_input: bool = True,
@@ -223,6 +227,7 @@ class DreamerTPX(Algorithm):
             seed=seed,
         )
         self.estimator, self.node, self.baseline = estimator, node, baseline
+        self.credit = credit
         self.horizon, self.stop_grad_actor_input = horizon, stop_grad_actor_input
         self.gamma, self.lam, self.discount_weights = gamma, lam, discount_weights
         self.entropy_scale, self.scale_returns = entropy_scale, scale_returns
@@ -583,6 +588,7 @@ class DreamerTPX(Algorithm):
             if name in self.policy_kwargs:
                 raise ValueError(f"pass {own} to DreamerTPX, not {name} in policy_kwargs")
         self._check_estimator()
+        self._check_credit()
         self._check_spaces()
 
     def _check_estimator(self) -> None:
@@ -602,6 +608,17 @@ class DreamerTPX(Algorithm):
             try_estimator(
                 self._resolved_estimator(), [starts], has_value=True, is_categorical=is_categorical
             )
+
+    def _check_credit(self) -> None:
+        """The conditions under which a return can be told from those of other actions."""
+        needed = {
+            "stop_grad_actor_input=True": self.stop_grad_actor_input,
+            "discount_weights=True": self.discount_weights,
+            "lam above 0": self.lam > 0,
+        }
+        missing = [condition for condition, is_met in needed.items() if not is_met]
+        if self.credit == "own" and missing:
+            raise ValueError(f"credit='own' needs {' and '.join(missing)}, or choose credit='all'")
 
     def _has_choices(self) -> bool:
         return not isinstance(self.action_space, spaces.Box)
@@ -644,6 +661,7 @@ class DreamerTPX(Algorithm):
                 entropy_scale=self.entropy_scale,
                 scale_returns=self.scale_returns,
                 node=self._resolved_node(),
+                credit=self.credit,
                 learned_discount=self._has_terminated,
             ),
             model=ModelLossSettings(

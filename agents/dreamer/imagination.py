@@ -27,6 +27,7 @@ from totalprop.world_models.latent.distributions import Latents, gumbel
 from totalprop.world_models.latent.model import State
 
 NodeKind = Literal["latent", "action", "both"]
+Credit = Literal["all", "own"]
 REPARAMETERISED = make("rp")
 
 
@@ -52,6 +53,11 @@ class ImaginationSettings:
             the sample that makes a_{t-1}: the Gaussian before the tanh, or each categorical choice;
             z_t is then reparameterised. "both" is one after the other. With LR at the action no
             path bypasses the nodes, so it is unbiased whether or not the state is blocked.
+        credit: which λ-returns an action is credited with. "all": its own and those of all later
+            states, the gradient of their sum (DreamerV1). "own": only that from the state that it
+            is chosen in, G_t = (1 - λ) V_{t+1} + λ R_{t+1}, weighted by the discount (DreamerV2
+            and V3, whose actor is LR at the action with the critic as its baseline). Needs λ > 0
+            and a blocked state.
     """
 
     gamma: float
@@ -62,6 +68,7 @@ class ImaginationSettings:
     learned_discount: bool = True
     scale_returns: bool = False
     node: NodeKind = "latent"
+    credit: Credit = "all"
 
 
 class ImaginationNoise(NamedTuple):
@@ -116,6 +123,11 @@ def imagine(
     loss = -mean w_t (R_t + entropy_scale·H(a_{t-1})), t = 1 .. H - 1, with
     R_t = r_t + γ ((1 - λ) V_{t+1} + λ R_{t+1}) and R_H = V_H.
 
+    With `credit="own"` the loss has only G_0 = (1 - λ) V_1 + λ R_1, in which the G_t of action a_t
+    is found with the factor Π_{1..t} γ_i λ. Where the state that an action is chosen in is blocked,
+    that factor is all that the action's gradient lacks. It is multiplied by λ^-t, which leaves
+    w_t = Π_{1..t} γ_i.
+
     Args:
         policy: world model, actor and critic.
         start: states [N, ...], without gradient.
@@ -129,24 +141,30 @@ def imagine(
     """
     rssm, actor = policy.model.rssm, policy.actor
     at_action, at_latent = settings.node != "latent", settings.node != "action"
+    own = settings.credit == "own"
     latent_estimator = estimator if at_latent else REPARAMETERISED
-    latent_tap = None if at_action else tap  # or the action would be counted twice
-    needs_probe = at_latent and (estimator.probe != "none" or latent_tap is not None)
+    # At the latent too, the tap would count the action twice.
+    needs_probe = at_latent and (estimator.probe != "none" or (tap is not None and not at_action))
     needs_value = at_latent and estimator.needs_value
     meters = [None] * len(noise.latent) if meter is None else meter.unbind(0)
     gauges = [None] * len(noise.latent) if gauge is None else gauge.unbind(0)
     credit = start.stoch.new_zeros(len(start.stoch))
     state, features, credits, entropies = start, [], [], []
-    for action_noise, latent_noise, step_meter, step_gauge in zip(
-        noise.action, noise.latent, meters, gauges
+    for t, (action_noise, latent_noise, step_meter, step_gauge) in enumerate(
+        zip(noise.action, noise.latent, meters, gauges)
     ):
         seen = state.features
         hidden = actor.hidden(seen.detach() if settings.stop_grad_actor_input else seen)
-        raw = actor.output(hidden)
+        raw = of_entropy = actor.output(hidden)
+        step_tap = tap
+        if own:
+            factor = settings.lam**-t
+            raw = _with_gradient_times(raw, factor)
+            step_tap = None if tap is None else _with_gradient_times(tap, factor)
         if at_action:
             size = action_noise.shape[-1]
             node = _action_node(
-                policy, estimator, state, hidden, raw, tap=tap,
+                policy, estimator, state, hidden, raw, tap=step_tap,
                 meter=None if step_meter is None else step_meter[:size], gauge=step_gauge,
             )  # fmt: skip
             action, entropy, credit = actor.act_at(node, raw, action_noise, credit)
@@ -155,6 +173,8 @@ def imagine(
         else:
             action, entropy = actor.act(raw, action_noise)
             entropy = assign_credit(entropy, credit)  # to the previous node
+        if own:  # of no other action
+            _, entropy = actor.act(of_entropy, action_noise)
         entropies.append(entropy)
         deter = rssm.recur(state, action)
         prior = rssm.prior(deter)
@@ -166,7 +186,7 @@ def imagine(
                 value = policy.value(State(deter, prior.mean).features)
         stoch, credit = latent_estimator(
             *prior.zeta, latent_noise, credit,
-            probe=probe, value=value, tap=latent_tap, meter=step_meter,
+            probe=probe, value=value, tap=None if at_action else step_tap, meter=step_meter,
             gauge=step_gauge if at_latent else None,
         )  # fmt: skip
         state = State(deter, stoch.flatten(1))  # [N, G, C] -> [N, G C]
@@ -175,6 +195,14 @@ def imagine(
     return _losses(
         policy, torch.stack(features), torch.stack(credits), torch.stack(entropies), settings
     )
+
+
+def _with_gradient_times(x: Tensor, factor: float) -> Tensor:
+    """The same numbers, whose gradient is multiplied by a factor on its way to x."""
+    x = x.view_as(x)
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient * factor)
+    return x
 
 
 def meter_shape(noise: ImaginationNoise, node: NodeKind) -> tuple[int, ...]:
@@ -250,9 +278,21 @@ def _losses(
     if settings.discount_weights:
         # Detached as in danijar/dreamer, so no gradient flows through a learned discount.
         weights = torch.cat((torch.ones_like(values[:1]), gamma[:-2].detach())).cumprod(0)
-    scaled = returns / policy.return_range.clamp_min(1.0) if settings.scale_returns else returns
+    if settings.credit == "own":
+        # Of H actions, each with a return of its own, where "all" has the H - 1 returns R_t.
+        last = (weights[-1:] * gamma[-2:-1]).detach()
+        bonus = torch.cat((weights, last)) * entropies
+        first = (1 - settings.lam) * assign_credit(values[0], credits[0]) + settings.lam * returns[
+            0
+        ]
+        objective = first.mean() / len(values)
+    else:
+        bonus = weights * entropies[:-1]
+        objective = (weights * returns).mean()
+    if settings.scale_returns:
+        objective = objective / policy.return_range.clamp_min(1.0)
     return Imagined(
-        -(weights * scaled).mean() - settings.entropy_scale * (weights * entropies[:-1]).mean(),
+        -objective - settings.entropy_scale * bonus.mean(),
         features.detach(),
         returns.detach(),
         values[:-1].detach(),
