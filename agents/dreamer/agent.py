@@ -610,9 +610,8 @@ class DreamerTPX(Algorithm):
             )
 
     def _check_credit(self) -> None:
-        """The conditions under which a return can be told from those of other actions."""
+        """Own returns are found inside that of the first state, see `imagine`."""
         needed = {
-            "stop_grad_actor_input=True": self.stop_grad_actor_input,
             "discount_weights=True": self.discount_weights,
             "lam above 0": self.lam > 0,
         }

@@ -56,8 +56,7 @@ class ImaginationSettings:
         credit: which λ-returns an action is credited with. "all": its own and those of all later
             states, the gradient of their sum (DreamerV1). "own": only that from the state that it
             is chosen in, G_t = (1 - λ) V_{t+1} + λ R_{t+1}, weighted by the discount (DreamerV2
-            and V3, whose actor is LR at the action with the critic as its baseline). Needs λ > 0
-            and a blocked state.
+            and V3, whose actor is LR at the action with the critic as its baseline). Needs λ > 0.
     """
 
     gamma: float
@@ -124,9 +123,8 @@ def imagine(
     R_t = r_t + γ ((1 - λ) V_{t+1} + λ R_{t+1}) and R_H = V_H.
 
     With `credit="own"` the loss has only G_0 = (1 - λ) V_1 + λ R_1, in which the G_t of action a_t
-    is found with the factor Π_{1..t} γ_i λ. Where the state that an action is chosen in is blocked,
-    that factor is all that the action's gradient lacks. It is multiplied by λ^-t, which leaves
-    w_t = Π_{1..t} γ_i.
+    is found with the factor Π_{1..t} γ_i λ. What reaches the actor's parameters at step t is
+    multiplied by λ^-t, which leaves w_t = Π_{1..t} γ_i.
 
     Args:
         policy: world model, actor and critic.
@@ -153,14 +151,14 @@ def imagine(
     for t, (action_noise, latent_noise, step_meter, step_gauge) in enumerate(
         zip(noise.action, noise.latent, meters, gauges)
     ):
-        seen = state.features
-        hidden = actor.hidden(seen.detach() if settings.stop_grad_actor_input else seen)
-        raw = of_entropy = actor.output(hidden)
-        step_tap = tap
-        if own:
-            factor = settings.lam**-t
-            raw = _with_gradient_times(raw, factor)
-            step_tap = None if tap is None else _with_gradient_times(tap, factor)
+        seen, step_tap, factor = state.features, tap, settings.lam**-t if own else 1.0
+        if settings.stop_grad_actor_input:
+            seen = seen.detach()
+        hidden = actor.hidden(_with_gradient_times(seen, 1 / factor))
+        plain = actor.output(hidden)
+        raw = _with_gradient_times(plain, factor)
+        if tap is not None:
+            step_tap = _with_gradient_times(tap, factor)
         if at_action:
             size = action_noise.shape[-1]
             node = _action_node(
@@ -173,8 +171,10 @@ def imagine(
         else:
             action, entropy = actor.act(raw, action_noise)
             entropy = assign_credit(entropy, credit)  # to the previous node
-        if own:  # of no other action
-            _, entropy = actor.act(of_entropy, action_noise)
+        if own:  # neither to another action nor times the factor
+            if not settings.stop_grad_actor_input:
+                plain = actor(seen.detach())
+            _, entropy = actor.act(plain, action_noise)
         entropies.append(entropy)
         deter = rssm.recur(state, action)
         prior = rssm.prior(deter)
@@ -199,6 +199,8 @@ def imagine(
 
 def _with_gradient_times(x: Tensor, factor: float) -> Tensor:
     """The same numbers, whose gradient is multiplied by a factor on its way to x."""
+    if factor == 1:
+        return x
     x = x.view_as(x)
     if x.requires_grad:
         x.register_hook(lambda gradient: gradient * factor)

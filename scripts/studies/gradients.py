@@ -64,13 +64,14 @@ TASKS = {
 GRADIENTS: dict[str, tuple[str, ...]] = {
     "rp": ("--estimator", "rp", "--node", "latent"),
     "lr, latent": ("--estimator", "lr", "--node", "latent"),
-    # REINFORCE as in DreamerV2 and V3, but of DreamerV1's objective: the sum of the returns of all
-    # imagined states, where V2 and V3 credit an action with the return of its own state alone.
-    "lr, action": ("--estimator", "lr", "--node", "action", "--baseline", "critic"),
+    "lr, action": (  # the actor of DreamerV2 and V3
+        "--estimator", "lr", "--node", "action", "--credit", "own", "--baseline", "critic",
+    ),
     "tpx": ("--estimator", "tpx", "--node", "latent"),
     "tpg": ("--estimator", "tpg", "--node", "latent"),
-}
+}  # fmt: skip
 GATES = {"blocked": "--stop-grad-actor-input", "open": "--no-stop-grad-actor-input"}
+UNGATED = {"lr, action"}  # no path bypasses its nodes: blocked and open are one and the same run
 # At any horizon as many imagined steps as the preset has at 15: 256 starts.
 IMAGINED = 256 * 15
 DRAWS = 2000  # of the bootstrap
@@ -87,14 +88,16 @@ class Cell(NamedTuple):
     def name(self, seed: int) -> str:
         """Name of a run."""
         gradient = self.gradient.replace(", ", "-")
-        return f"{self.task}_h{self.horizon}_{self.gate}_{gradient}_seed{seed}"
+        gate = "" if self.gradient in UNGATED else f"_{self.gate}"
+        return f"{self.task}_h{self.horizon}{gate}_{gradient}_seed{seed}"
 
     def command(self, seed: int, extra: Sequence[str]) -> list[str]:
         """Arguments of `totalprop train`."""
+        gate = "blocked" if self.gradient in UNGATED else self.gate
         return [
             "dreamer", "--preset", "recommended", "--seed", str(seed), *TASKS[self.task].flags,
             "--horizon", str(self.horizon), "--imagination-starts", str(IMAGINED // self.horizon),
-            GATES[self.gate], *GRADIENTS[self.gradient], "--eval-every", "500",
+            GATES[gate], *GRADIENTS[self.gradient], "--eval-every", "500",
             "--eval-episodes", "5", *extra,
         ]  # fmt: skip
 

@@ -22,15 +22,20 @@ def test_every_cell_is_a_command_of_train_that_says_what_its_name_says(cell):
     assert (job.agent, job.preset, flags["seed"]) == ("dreamer", "recommended", 3)
     assert flags["horizon"] == cell.horizon and flags["learning_starts"] == 50
     assert flags["horizon"] * flags["imagination_starts"] == 256 * 15
-    assert flags["stop_grad_actor_input"] == (cell.gate == "blocked")
+    if cell.gradient != "lr, action":
+        assert flags["stop_grad_actor_input"] == (cell.gate == "blocked")
     assert flags["estimator"] == cell.gradient.split(",")[0]
     assert flags["node"] == ("action" if cell.gradient == "lr, action" else "latent")
+    assert (flags["credit"] == "own") == (cell.gradient == "lr, action")
     assert flags["baseline"] == ("critic" if cell.gradient == "lr, action" else "leave-one-out")
 
 
 def test_names_are_names_of_folders_and_differ():
+    """LR at the action has one run for both gates, which are one to it."""
     names = [cell.name(seed) for cell in ALL for seed in (0, 1)]
-    assert len(set(names)) == len(names) == 2 * len(ALL)
+    assert len(names) == 2 * len(ALL) and len(set(names)) == 2 * 3 * 2 * (4 * 2 + 1)
+    by_name = {cell.name(0): cell.command(0, []) for cell in ALL}
+    assert all(by_name[cell.name(0)] == cell.command(0, []) for cell in ALL)
     assert not any(set(name) & set(" ,/") for name in names)
 
 

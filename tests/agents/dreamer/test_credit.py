@@ -5,6 +5,7 @@ in s_t, and a copy of the actor that is not differentiated chooses all later act
 """
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -93,20 +94,23 @@ def left_out(returns):
     return (returns.sum() - returns) / (len(returns) - 1)
 
 
+@pytest.mark.parametrize("blocked", [False, True])
 @pytest.mark.parametrize("discount_head", [False, True])
 @pytest.mark.parametrize("node", ["latent", *NODES])
-def test_rp_differentiates_each_return_in_its_own_action(node, discount_head):
+def test_rp_differentiates_each_return_in_its_own_action(node, discount_head, blocked):
+    """Later actions react to what it changes, unless their states are blocked."""
     policy, start, noise = make(discount_head=discount_head), starts(), draw()
 
     def rollout(*args):
-        return (explicit_rollout(*args, blocked=True),)
+        return (explicit_rollout(*args, blocked=blocked),)
 
     total = 0.0
     for t in range(H):
         (first,), _, terms, weight = alone(rollout, policy, start, noise, t)
         bonus = OWN.entropy_scale * first.entropies[0]
         total = total + (weight * (torch.stack(terms).sum(0) + bonus)).mean()
-    found = imagine(policy, start, noise, estimators.make("rp"), replace(OWN, node=node))
+    settings = replace(OWN, node=node, stop_grad_actor_input=blocked)
+    found = imagine(policy, start, noise, estimators.make("rp"), settings)
     expected = actor_gradient(-total / H, policy)
     assert expected.norm() > 1e-3
     torch.testing.assert_close(
@@ -114,14 +118,17 @@ def test_rp_differentiates_each_return_in_its_own_action(node, discount_head):
     )
 
 
+@pytest.mark.parametrize("blocked", [False, True])
 @pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("discount_head", [False, True])
-def test_lr_at_the_latent_scores_each_return_for_its_own_action(discount_head, leave_one_out):
+def test_lr_at_the_latent_scores_each_return_for_its_own_action(
+    discount_head, leave_one_out, blocked
+):
     """The score functions of all latents after the action, and the path through h around them."""
     policy, start, noise = make(discount_head=discount_head), starts(), draw()
 
     def rollout(*args):
-        return (explicit_rollout(*args, blocked=True, detach_samples=True),)
+        return (explicit_rollout(*args, blocked=blocked, detach_samples=True),)
 
     total = 0.0
     for t in range(H):
@@ -136,7 +143,8 @@ def test_lr_at_the_latent_scores_each_return_for_its_own_action(discount_head, l
             baseline = left_out(to_go) if leave_one_out else 0.0
             total = total + ((to_go - baseline) * prior.log_prob(sample).sum(-1)).mean()
     lr = estimators.make("lr", baseline="leave-one-out" if leave_one_out else "none")
-    loss = imagine(policy, start, noise, lr, OWN).actor_loss
+    settings = replace(OWN, stop_grad_actor_input=blocked)
+    loss = imagine(policy, start, noise, lr, settings).actor_loss
     expected = actor_gradient(-total / H, policy)
     assert expected.norm() > 1e-3
     torch.testing.assert_close(actor_gradient(loss, policy), expected, rtol=1e-7, atol=1e-10)
@@ -163,17 +171,19 @@ def test_lr_at_the_action_is_the_reinforce_of_dreamer_v3(leave_one_out, form):
     lr = estimators.make("lr", baseline="leave-one-out" if leave_one_out else "none")
     expected = actor_gradient(-total / H, policy)
     assert expected.norm() > 1e-3
-    for node in NODES:
-        loss = imagine(policy, start, noise, lr, replace(OWN, node=node)).actor_loss
+    for node, blocked in itertools.product(NODES, (False, True)):
+        settings = replace(OWN, node=node, stop_grad_actor_input=blocked)
+        loss = imagine(policy, start, noise, lr, settings).actor_loss
         torch.testing.assert_close(actor_gradient(loss, policy), expected, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("node", NODES)
 @pytest.mark.parametrize("name", ["rp", "lr", "tpx"])
-def test_samples_gradients_are_credited_alike(name, node, form):
+@pytest.mark.parametrize("blocked", [False, True])
+def test_samples_gradients_are_credited_alike(blocked, name, node, form):
     policy, noise = of_form(form)
-    settings = replace(OWN, node=node, entropy_scale=0.0)
+    settings = replace(OWN, node=node, entropy_scale=0.0, stop_grad_actor_input=blocked)
     found = estimated(policy, starts(), noise, estimators.make(name), settings, per_sample=True)
     expected = flat(found.gradients[-2:])
     assert expected.norm() > 1e-3
@@ -198,7 +208,6 @@ def test_k_is_that_of_the_whole_return():
 @pytest.mark.parametrize(
     ("wrong", "missing"),
     [
-        ({"stop_grad_actor_input": False}, "stop_grad_actor_input=True"),
         ({"discount_weights": False}, "discount_weights=True"),
         ({"lam": 0.0}, "lam above 0"),
         ({"lam": 0.0, "discount_weights": False}, "discount_weights=True and lam above 0"),
