@@ -33,14 +33,41 @@ def without(*needs: str) -> Callable[[Function], Function]:
     return mark
 
 
+def having(*traits: str) -> Callable[[Function], Function]:
+    """Mark a function as having traits that others lack, see `has`.
+
+    Args:
+        traits: of a weight rule "takes_context", if its third argument is a `mixing.Context`
+            instead of the probe alone, and "compares_means", if it trusts a leg less where the
+            legs' means differ.
+    """
+
+    def mark(function: Function) -> Function:
+        for trait in traits:
+            setattr(function, trait, True)
+        return function
+
+    return mark
+
+
+def has(function: Callable[..., Any], trait: str) -> bool:
+    """Whether a function has a trait: False unless it is marked with `having`."""
+    return hasattr(_unwrapped(function), trait)
+
+
+def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that a `functools.partial` wraps, if it is one."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 def declared(function: Callable[..., Any], need: str) -> bool:
     """Whether a function has a need: True unless declared otherwise.
 
     A `functools.partial` has the needs of the function it wraps.
     """
-    while isinstance(function, functools.partial):
-        function = function.func
-    return bool(getattr(function, need, True))
+    return bool(getattr(_unwrapped(function), need, True))
 
 
 def part_named(kind: str, part: str | Function, known: Mapping[str, Function]) -> Function:

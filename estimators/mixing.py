@@ -1,15 +1,21 @@
 """Weight rules: they choose k, the weight of each score leg; the pathwise leg gets the rest.
 
-Every rule is a function (rp, legs, probe) -> [k, ...], one k per leg, broadcastable to [N, ..., D].
-`rp` is the pathwise cotangent of zeta and `legs` are the cotangents of the score legs (usually
-one), all in the scale of the loss. `probe` is described in `estimators.probes`. The node computes
-rp + Σ_l k_l (leg_l - rp). Where the weights sum to 1 or to NaN it uses the score legs alone, so
-that an exploding or non-finite pathwise leg never reaches the result. Weights may lie outside
-[0, 1].
+Every rule is a function (rp, legs, probe) -> [k, ...], one k per leg, broadcastable to [N, ..., D],
+or a tuple of one for each member of zeta (mean and std). `rp` is the pathwise cotangent of zeta and
+`legs` are the cotangents of the score legs (usually one), all in the scale of the loss. `probe` is
+described in `estimators.probes`; a rule marked `@having("takes_context")` gets a `Context` instead.
+The node computes rp + Σ_l k_l (leg_l - rp). Where the weights sum to 1 or to NaN it uses the score
+legs alone, so that an exploding or non-finite pathwise leg never reaches the result. Weights may
+lie outside [0, 1].
 
 With delta = leg - rp, minimising Var(rp + k·delta) is a regression of -rp on delta (Parmas et al.
 2023, Eq. 6 and 8). `tpx`, `tpg` and the mixture of several legs all solve this regression, each in
 its own space.
+
+A rule of least variance follows RP wherever RP is precise, even where it is wrong: a jump that a
+sample may or may not cross has no derivative. The guarded rules minimise an estimate of the mean
+squared error instead. Their bias B of RP is the difference of the legs' means, unless that is at
+most GUARD of its standard errors, which is taken for noise.
 """
 
 from __future__ import annotations
@@ -17,18 +23,39 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from totalprop.estimators.declarations import without
+from totalprop.estimators.declarations import having, without
 from totalprop.estimators.probes import Probe, gram, gram_of_variables
 
 Zeta = tuple[Tensor, ...]
-Weight = Callable[[Zeta, Sequence[Zeta], "Probe | None"], list[Tensor]]
+K = Tensor | tuple[Tensor, ...]  # one for all members of zeta, or one for each
+Weight = Callable[[Zeta, Sequence[Zeta], Any], Sequence[K]]
 
 COTANGENT_SHARE = 1e-2  # weight of `tpx-ivw`'s objective in that of `tpg`
+GUARD = 5.0  # standard errors between the legs' means above which RP counts as biased
 RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
+
+
+class Context(NamedTuple):
+    """What a rule marked `@having("takes_context")` is told about its node.
+
+    Attributes:
+        probe: of the policy's parameters, or None.
+        zeta: (mean, std) or (logits,), each [N, ..., D].
+        noise: [N, ..., D].
+        returns: [N, ...] return-to-go of each sample, in the scale of the loss.
+        value: [N, ...] a critic's estimate of it, or None.
+    """
+
+    probe: Probe | None
+    zeta: Zeta
+    noise: Tensor
+    returns: Tensor
+    value: Tensor | None
 
 
 @without("needs_score")
@@ -82,12 +109,60 @@ def tpx_ivw_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[
     return _inverse_variance(rp[0], [leg[0] for leg in legs], summed=True)
 
 
-def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+@having("compares_means")
+@without("several_legs")
+def tpx_guarded(
+    rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, guard: float = GUARD
+) -> list[K]:
+    """`tpx` of least mean squared error, where the means of the legs differ too much for chance.
+
+    With variances V and covariance C of single samples, N samples and the mean d of LR - RP,
+
+        k = (V_RP - C + b) / (V_LR + V_RP - 2 C + b),  b = N d² - Var(LR - RP)  if  z² > guard²,
+
+    where z² = N d² / Var(LR - RP); otherwise b = 0, and k is that of `tpx`. Mean and std are tested
+    each by itself. This project; no paper.
+    """
+    (leg,) = legs
+    shared = _regress(rp[0], [leg[0]], summed=False)[0]
+    members: list[Tensor] = []
+    for g_rp, g_lr in zip(rp, leg, strict=True):
+        pathwise, difference, square = _moments(g_rp, g_lr)
+        bias = square - difference
+        k = ((pathwise + bias) / (difference + bias).clamp_min(_tiny(bias))).clamp(0.0, 1.0)
+        members.append(torch.where(square > guard**2 * difference, k, shared))
+    return [tuple(members)]
+
+
+def _moments(rp: Tensor, lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """V_RP - C, Var(LR - RP) and N d², per coordinate, each in units of the largest |LR - RP|²."""
+    delta, n = lr - rp, len(rp)
+    scale = torch.linalg.vector_norm(delta, math.inf, dim=0, keepdim=True).clamp_min(_tiny(delta))
+    rp, delta = rp / scale, delta / scale
+    mean = delta.mean(0, keepdim=True)
+    centred, n_free = delta - mean, max(n - 1, 1)
+    covariance = (centred * (rp - rp.mean(0, keepdim=True))).sum(0, keepdim=True)
+    return (
+        -covariance / n_free,
+        centred.square().sum(0, keepdim=True) / n_free,
+        n * mean.square(),
+    )
+
+
+def tp(
+    rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, guard: float = math.inf
+) -> list[Tensor]:
     """One scalar k per node, from the variances of the per-sample policy-parameter gradients.
 
     k = V_RP / (V_RP + V_LR) with V = Σ_p Var_i.
     Parmas et al. 2018 (PIPPS), Alg. 2; Parmas et al. 2023, Eq. 5. `tps` is the same rule with a
     probe over fewer parameters (Parmas et al. 2023, Sec. 4).
+
+    Args:
+        rp: pathwise cotangents of zeta.
+        legs: cotangents of the score legs; one if there is a guard.
+        probe: a probe over the policy's parameters; required.
+        guard: see `tp_guarded`.
     """
     fields = [torch.stack(member) for member in zip(rp, *legs, strict=True)]  # [1 + L, N, ..., D]
     if len(legs) == 1:
@@ -96,16 +171,38 @@ def tp(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
         scale = torch.linalg.vector_norm(fields[0].flatten(1), math.inf, dim=1)
         scale = scale[(...,) + (None,) * rp[0].ndim]
     scale = scale.clamp_min(_tiny(fields[0]))
-    covariance = gram(_require(probe, "tp"), tuple(f / scale for f in fields))
-    variances = covariance.diagonal().clamp_min(0.0)
+    products = gram(_require(probe, "tp"), tuple(f / scale for f in fields))
+    variances = products.covariance.diagonal().clamp_min(0.0)
     if len(legs) == 1:
-        return [_share(*variances.unbind()).view((1,) * rp[0].ndim)]
+        v_rp, v_lr = variances.unbind()
+        if guard < math.inf:
+            doubted = torch.stack([x.any() for x in _doubted(rp, legs[0], guard)]).any()
+            square, variance = (m[0, 0] + m[1, 1] - 2 * m[0, 1] for m in reversed(products))
+            bias = (square * (len(rp[0]) - 1) - variance).clamp_min(0.0)
+            v_rp = v_rp + torch.where(doubted, bias, 0.0)
+        return [_share(v_rp, v_lr).view((1,) * rp[0].ndim)]
     return _shares(variances[(...,) + (None,) * rp[0].ndim].sqrt() * scale)
+
+
+@having("compares_means")
+@without("several_legs")
+def tp_guarded(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """`tp` with the squared bias of RP added to its variance.
+
+    If the means of the legs differ by more than GUARD of their standard errors at any coordinate,
+    the bias is the difference of their mean parameter gradients. This project; no paper.
+    """
+    return tp(rp, legs, probe, guard=GUARD)
 
 
 @without("more_axes", "several_legs")
 def tpg(
-    rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, carried: float = 1.0
+    rp: Zeta,
+    legs: Sequence[Zeta],
+    probe: Probe | None,
+    *,
+    carried: float = 1.0,
+    guard: float = math.inf,
 ) -> list[Tensor]:
     """One k per variable, chosen jointly to minimise the variance in policy-parameter space.
 
@@ -136,6 +233,7 @@ def tpg(
         legs: exactly one score leg, cotangents like `rp`.
         probe: a probe over the policy's parameters; required.
         carried: extra weight of LR's own variance, >= 0.
+        guard: see `tpg_guarded`.
     Raises:
         ValueError: several legs, a Gaussian node that is not [N, D], or no probe.
     """
@@ -158,11 +256,14 @@ def tpg(
     scale = torch.stack(largest).amax()
     scale = scale.clamp_min(_tiny(scale))
     scaled = [tuple(g / scale for g in leg) for leg in (rp, legs[0])]
-    covariance = gram_of_variables(_require(probe, "tpg"), scaled)
+    covariance, means = gram_of_variables(_require(probe, "tpg"), scaled)
     d = len(usable)
     c_rp, c_lr = covariance[:d, :d], covariance[d:, d:]
     penalty = carried * c_lr.diagonal()
     v_rp, v_lr = (spread_rp / scale).square(), (spread_lr / scale).square()
+    if guard < math.inf:
+        b, b_cotangent = _bias_of_variables(scaled, means, guard)
+        c_rp, v_rp = c_rp + b, v_rp + b_cotangent
     unit = COTANGENT_SHARE * c_lr.trace() / v_lr.sum().clamp_min(_tiny(scale))
     penalty = penalty + unit * v_lr
     system = c_rp + c_lr + torch.diag(penalty + unit * v_rp)
@@ -170,6 +271,54 @@ def tpg(
     # Solve for 1 - k: its right-hand side does not contain the (possibly exploded) pathwise leg.
     pathwise_weight = _solve(system, size, c_lr.sum(1) + penalty, usable)
     return [(1 - pathwise_weight).clamp(0.0, 1.0).view(1, *shape)]
+
+
+@having("compares_means")
+@without("more_axes", "several_legs")
+def tpg_guarded(
+    rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, carried: float = 1.0
+) -> list[Tensor]:
+    """`tpg` of least mean squared error.
+
+    With N d_d the sum over the samples of J_id (LR - RP) of variable d, for the variables whose
+    legs differ in mean by more than GUARD of their standard errors, N |Σ_d (1 - k_d) d_d|² is added
+    to the objective. This project; no paper.
+    """
+    return tpg(rp, legs, probe, carried=carried, guard=GUARD)
+
+
+def _bias_of_variables(legs: Sequence[Zeta], means: Tensor, guard: float) -> tuple[Tensor, Tensor]:
+    """The squared bias of RP [V, V] in the scale of `Gram.covariance`, and that of cotangents [V].
+
+    Both are 0 for variables whose means do not differ more than noise explains.
+
+    Args:
+        legs: cotangents of RP and LR.
+        means: [2 V, 2 V] `Gram.mean` of the variables of both.
+        guard: see `tpg_guarded`.
+    """
+    rp, lr = legs
+    v, n = len(means) // 2, len(rp[0])
+    doubted = torch.stack([_by_variable(x, v) for x in _doubted(rp, lr, guard)]).any(0)
+    square = means[:v, :v] + means[v:, v:] - means[:v, v:] - means[v:, :v]
+    both = doubted & doubted.unsqueeze(1)
+    mean = (lr[0] - rp[0]).mean(0).square()
+    of_cotangent = n * (mean if mean.ndim == 1 else mean.sum(-1).flatten())
+    return torch.where(both, (n - 1) * square, 0.0), torch.where(doubted, of_cotangent, 0.0)
+
+
+def _doubted(rp: Zeta, lr: Zeta, guard: float) -> list[Tensor]:
+    """Where the means of the legs differ by more than `guard` standard errors, [1, ..., D] each."""
+    found = []
+    for pair in zip(rp, lr, strict=True):
+        _, variance, square = _moments(*pair)
+        found.append(square > guard**2 * variance)
+    return found
+
+
+def _by_variable(doubted: Tensor, variables: int) -> Tensor:
+    """[1, ..., D] -> [V], whether any entry of a variable is doubted."""
+    return doubted.reshape(variables, -1).any(1)
 
 
 def largest_usable(size: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from totalprop.estimators.baselines import Baseline, leave_one_out
-from totalprop.estimators.declarations import declared
+from totalprop.estimators.declarations import declared, has
 from totalprop.estimators.gauge import SHAPE, measure
 from totalprop.estimators.legs import Leg, Zeta, draw, pathwise, score
-from totalprop.estimators.mixing import Weight, largest_usable
+from totalprop.estimators.mixing import Context, K, Weight, largest_usable
 from totalprop.estimators.probes import Probe, restrict
 
 HALF = (torch.bfloat16, torch.float16)
@@ -444,8 +444,8 @@ def mix(
         value: of the same shape, or None.
         probe: see `estimators.probes`, or None.
     Returns:
-        The cotangent of zeta, and the total weight k of the score legs that the rule chose,
-        broadcastable to zeta.
+        The cotangent of zeta, and the total weight k of the score legs that the rule chose for its
+        first member, broadcastable to zeta.
     """
     if zeta[0].dtype in HALF:  # variances and sums over the batch need more digits
         wide, wide_value = tuple(z.float() for z in zeta), None if value is None else value.float()
@@ -460,7 +460,7 @@ def mix(
     # Each half has its own baseline and uses the other's k, so no sample influences its own k.
     n = len(noise)
 
-    def half(rows: slice) -> tuple[Zeta, list[Zeta], list[Tensor]]:
+    def half(rows: slice) -> tuple[Zeta, list[Zeta], list[Zeta]]:
         part, part_zeta = tuple(g[rows] for g in rp), tuple(z[rows] for z in zeta)
         part_value = None if value is None else value[rows]
         part_probe = probe and restrict(probe, rows, n)
@@ -475,7 +475,7 @@ def mix(
     return g_zeta, torch.cat((first[1], second[1]))
 
 
-def _borrowed(k: list[Tensor], own: list[Tensor], rp: Zeta, legs: list[Zeta]) -> list[Tensor]:
+def _borrowed(k: list[Zeta], own: list[Zeta], rp: Zeta, legs: list[Zeta]) -> list[Zeta]:
     """The other half's k, except where this half's pathwise leg exploded: there its own k, 1.
 
     "Exploded" means not finite, or so much larger than the score legs that k would round to 1. Its
@@ -485,7 +485,10 @@ def _borrowed(k: list[Tensor], own: list[Tensor], rp: Zeta, legs: list[Zeta]) ->
     dims = tuple(range(rp[0].ndim - 1))  # all but the coordinates
     largest = torch.stack([leg[0].abs().amax(dims) for leg in legs]).amax(0)
     is_usable = rp[0].abs().amax(dims) <= largest_usable(largest)  # [D]
-    return [torch.where(is_usable, *pair) for pair in zip(k, own, strict=True)]
+    return [
+        tuple(torch.where(is_usable, *members) for members in zip(*pair, strict=True))
+        for pair in zip(k, own, strict=True)
+    ]
 
 
 def _weigh(
@@ -496,10 +499,14 @@ def _weigh(
     returns: Tensor,
     value: Tensor | None,
     probe: Probe | None,
-) -> tuple[list[Zeta], list[Tensor]]:
-    """Compute the score legs and the weight of each."""
+) -> tuple[list[Zeta], list[Zeta]]:
+    """Compute the score legs and the weight of each, for each member of zeta."""
     legs = [leg(zeta, noise, returns, value, estimator.baseline) for leg in estimator.legs]
-    return legs, estimator.weight(rp, legs, probe)
+    about: Context | Probe | None = probe
+    if has(estimator.weight, "takes_context"):
+        about = Context(probe, zeta, noise, returns, value)
+    chosen: list[K] = list(estimator.weight(rp, legs, about))
+    return legs, [k if isinstance(k, tuple) else (k,) * len(rp) for k in chosen]
 
 
 def _has_pathwise(k: Tensor) -> Tensor:
@@ -511,19 +518,21 @@ def _has_pathwise(k: Tensor) -> Tensor:
     return (1 - k).abs() > 8 * torch.finfo(k.dtype).eps
 
 
-def _combine(rp: Zeta, legs: list[Zeta], k: list[Tensor]) -> tuple[Zeta, Tensor]:
-    """rp + Σ_l k_l (leg_l - rp), or the score legs alone where rp has no weight; and Σ_l k_l."""
-    total = k[0] if len(k) == 1 else torch.stack(k).sum(0)
-    has_rp = _has_pathwise(total)
+def _combine(rp: Zeta, legs: list[Zeta], k: list[Zeta]) -> tuple[Zeta, Tensor]:
+    """rp + Σ_l k_l (leg_l - rp), or the score legs alone where rp has no weight; and Σ_l k_l.
+
+    The sum of the weights is that of the first member of zeta.
+    """
+    totals = [own[0] if len(own) == 1 else torch.stack(own).sum(0) for own in zip(*k, strict=True)]
     mixed = []
-    for member, g_rp in enumerate(rp):
+    for member, (g_rp, total) in enumerate(zip(rp, totals, strict=True)):
         if len(k) == 1:
             g_legs, g = legs[0][member], torch.lerp(g_rp, legs[0][member], total)
         else:
             g_legs = sum(
-                (w * leg[member] for w, leg in zip(k, legs, strict=True)),
+                (w[member] * leg[member] for w, leg in zip(k, legs, strict=True)),
                 start=torch.zeros_like(g_rp),
             )
             g = g_rp * (1 - total) + g_legs
-        mixed.append(torch.where(has_rp, g, g_legs))
-    return tuple(mixed), total
+        mixed.append(torch.where(_has_pathwise(total), g, g_legs))
+    return tuple(mixed), totals[0]

@@ -1,15 +1,15 @@
 """Probes: they map a node's cotangent to per-sample gradients of the policy parameters.
 
 A probe is any callable `cotangent -> [N, P]`. The rules that need one (`tp`, `tps`, `tpg`) only use
-the covariances of these gradients, and `ControlProbe` computes those without the [N, P] arrays. A
-probe does no work until a rule calls it.
+the means and covariances of these gradients, and `ControlProbe` computes those without the [N, P]
+arrays. A probe does no work until a rule calls it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +19,37 @@ Zeta = tuple[Tensor, ...]
 Probe = Callable[[Zeta], Tensor]
 
 
-def gram(probe: Probe, cotangents: Zeta) -> Tensor:
-    """Covariances between M cotangents in parameter space: Σ_p Cov_i(B_a[i, p], B_b[i, p]).
+class Gram(NamedTuple):
+    """Products between M cotangents in parameter space, where cotangent a gives B_a [N, P].
+
+    Attributes:
+        covariance: [M, M] Σ_p Cov_i(B_a[i, p], B_b[i, p]); the factor 1 / (N - 1) is left out.
+        mean: [M, M] Σ_p of the products of the means over i, times N. Noise of zero mean adds
+            covariance / (N - 1) to it.
+    """
+
+    covariance: Tensor
+    mean: Tensor
+
+
+def gram(probe: Probe, cotangents: Zeta) -> Gram:
+    """Products between M cotangents in parameter space.
 
     Args:
         probe: any probe; B_a is its result for cotangent a.
         cotangents: each [M, N, ..., D], like zeta with a leading axis M.
-    Returns:
-        [M, M] symmetric; the common factor 1 / (N - 1) is left out.
     """
     if isinstance(probe, ControlProbe):
         return probe.gram(cotangents)
     b = torch.stack([probe(one) for one in zip(*cotangents, strict=True)])  # [M, N, P]
     b = b.to(torch.promote_types(b.dtype, torch.float32))
-    b = (b - b.mean(1, keepdim=True)).flatten(1)
-    return b @ b.T
+    mean = b.mean(1)
+    centred = (b - b.mean(1, keepdim=True)).flatten(1)
+    return Gram(centred @ centred.T, mean @ mean.T * b.shape[1])
 
 
-def gram_of_variables(probe: Probe, legs: Sequence[Zeta]) -> Tensor:
-    """Covariances between the shares that single variables have in several legs, see `gram`.
+def gram_of_variables(probe: Probe, legs: Sequence[Zeta]) -> Gram:
+    """Products between the shares that single variables have in several legs, see `gram`.
 
     A variable is a coordinate of a Gaussian [N, D], with its mean and std, or a categorical, with
     its D logits: a node of logits [N, ..., D] has one for every entry of "...". Its share is the
@@ -47,7 +59,7 @@ def gram_of_variables(probe: Probe, legs: Sequence[Zeta]) -> Tensor:
         probe: any probe.
         legs: L cotangents of zeta.
     Returns:
-        [L V, L V] symmetric; the V variables of the first leg come first.
+        [L V, L V] each; the V variables of the first leg come first.
     """
     if isinstance(probe, ControlProbe) and len(legs[0]) == 1:
         return probe.gram_of_categoricals([leg[0] for leg in legs])
@@ -139,38 +151,37 @@ class DenseJacobian:
         """The Jacobian of some of the samples."""
         return DenseJacobian(self.jacobian[rows])
 
-    def gram(self, alpha: Tensor) -> Tensor:
-        """[M, M] covariances of the products α_ai J_i over samples i, from α [M, N, F]."""
+    def gram(self, alpha: Tensor) -> Gram:
+        """Of the products α_ai J_i, from α [M, N, F]."""
         inner = self.jacobian @ self.jacobian.mT  # [N, F, F]
         total = alpha.flatten(1) @ self.jacobian.flatten(0, 1)  # [M, P]
-        return covariance(torch.einsum("anf,nfg->ang", alpha, inner), alpha, total)
+        return gram_of_products(torch.einsum("anf,nfg->ang", alpha, inner), alpha, total)
 
     def per_sample(self, alpha: Tensor) -> Tensor:
         """[N, P] products α_i J_i, from α [N, F]."""
         return torch.einsum("nf,nfp->np", alpha, self.jacobian)
 
 
-def covariance(weighted: Tensor, alpha: Tensor, total: Tensor) -> Tensor:
-    """Covariances of the products α_ai J_i over the samples i.
+def gram_of_products(weighted: Tensor, alpha: Tensor, total: Tensor) -> Gram:
+    """The `Gram` of the products α_ai J_i over the samples i.
 
-    Σ_i α_ai J_i J_iᵀ α_biᵀ - Σ_i α_ai J_i · Σ_i α_bi J_i / N
+    Its covariance is Σ_i α_ai J_i J_iᵀ α_biᵀ less its mean, Σ_i α_ai J_i · Σ_i α_bi J_i / N.
 
     Args:
         weighted: [M, N, F] or [M, N], the products α J Jᵀ.
         alpha: the shape of `weighted`, α.
         total: [M, P], Σ_i α_i J_i.
-    Returns:
-        [M, M] symmetric; the common factor 1 / (N - 1) is left out.
     """
-    n = alpha.shape[1]
-    return torch.addmm(weighted.flatten(1) @ alpha.flatten(1).T, total, total.T, alpha=-1 / n)
+    n, second = alpha.shape[1], weighted.flatten(1) @ alpha.flatten(1).T
+    covariance = torch.addmm(second, total, total.T, alpha=-1 / n)
+    return Gram(covariance, total @ total.T / n)
 
 
 class ControlProbe:
     """Exact and cheap probe for a zeta that depends on the parameters only through F controls u.
 
     With α = cotangentᵀ dzeta/du [N, F] and J = du/dθ [N, F, P], the per-sample gradients are α·J.
-    Their covariances need only J Jᵀ [N, F, F] and one product of α with J. No [N, P] array is
+    Their products need only J Jᵀ [N, F, F] and one product of α with J. No [N, P] array is
     formed per cotangent, and none at all if J has a structure that yields these two products.
 
     Args:
@@ -195,17 +206,17 @@ class ControlProbe:
         per_sample: Tensor = self.control_jacobian().per_sample(self._alpha(cotangent))
         return per_sample
 
-    def gram(self, cotangents: Zeta) -> Tensor:
-        """[M, M] covariances of the counted parameters' gradients, see `estimators.probes.gram`."""
-        found: Tensor = self.counted().gram(self._alpha(cotangents))
+    def gram(self, cotangents: Zeta) -> Gram:
+        """Of the counted parameters' gradients, see `estimators.probes.gram`."""
+        found: Gram = self.counted().gram(self._alpha(cotangents))
         return found
 
-    def gram_of_categoricals(self, cotangents: Sequence[Tensor]) -> Tensor:
+    def gram_of_categoricals(self, cotangents: Sequence[Tensor]) -> Gram:
         """`gram_of_variables` from L cotangents of logits [N, ..., D], without the zeros."""
         n, *_, d, f = self.zeta_jacobian[0].shape
         jacobian = self.zeta_jacobian[0].reshape(n, -1, d, f)
         alpha = [torch.einsum("nvd,nvdf->vnf", c.reshape(n, -1, d), jacobian) for c in cotangents]
-        found: Tensor = self.counted().gram(torch.cat(alpha))
+        found: Gram = self.counted().gram(torch.cat(alpha))
         return found
 
     def rows(self, rows: slice) -> ControlProbe:

@@ -19,8 +19,11 @@ from totalprop.estimators.mixing import (
     likelihood_ratio,
     pathwise,
     tp,
+    tp_guarded,
     tpg,
+    tpg_guarded,
     tpx,
+    tpx_guarded,
     tpx_ivw,
     tpx_ivw_scalar,
     tpx_scalar,
@@ -36,14 +39,17 @@ _REGISTRY: dict[str, Estimator] = {
     "tp": Estimator(
         tp, probe="all", source="Parmas et al. 2018, Alg. 2; Parmas et al. 2023, Eq. 5"
     ),
+    "tp-guarded": Estimator(tp_guarded, probe="all", source="this project"),
     "tps": Estimator(tp, probe="subset", source="Parmas et al. 2023, Sec. 4"),
     "tpx": Estimator(tpx, source="Parmas et al. 2023, Eq. 8, footnote 4"),
+    "tpx-guarded": Estimator(tpx_guarded, source="this project"),
     "tpx-unclipped": Estimator(tpx_unclipped, source="Parmas et al. 2023, Eq. 8, footnote 4"),
     "tpx-scalar": Estimator(tpx_scalar, source="Parmas et al. 2023, App. D"),
     "tpx-ivw": Estimator(tpx_ivw, source="Parmas et al. 2023, App. D"),
     "tpx-ivw-scalar": Estimator(tpx_ivw_scalar, source="Parmas et al. 2023, App. D"),
     "ivw": Estimator(pathwise, probe="all", whole_graph=True, source="Parmas et al. 2023, Sec. 3"),
     "tpg": Estimator(tpg, probe="all", source="this project"),
+    "tpg-guarded": Estimator(tpg_guarded, probe="all", source="this project"),
 }
 
 

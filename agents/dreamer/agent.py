@@ -56,6 +56,7 @@ from totalprop.agents.dreamer.pretrained import load_world_model
 from totalprop.agents.dreamer.replay import SequenceReplay
 from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings
 from totalprop.estimators import Estimator
+from totalprop.estimators.declarations import has
 from totalprop.world_models.latent.model import ModelLossSettings, State
 
 BASELINES = {
@@ -607,6 +608,15 @@ class DreamerTPX(Algorithm):
         for is_categorical in kinds:
             try_estimator(
                 self._resolved_estimator(), [starts], has_value=True, is_categorical=is_categorical
+            )
+
+        weight = self._resolved_estimator().weight
+        if self.stop_grad_actor_input and has(weight, "compares_means"):
+            warnings.warn(
+                "the estimator takes a difference between the means of RP and LR for a bias of RP, "
+                "and with stop_grad_actor_input=True they differ by design, so that it follows LR: "
+                "pass stop_grad_actor_input=False",
+                stacklevel=4,
             )
 
     def _check_credit(self) -> None:

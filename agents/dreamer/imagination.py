@@ -22,7 +22,7 @@ from torch.func import jvp, vmap
 from totalprop.agents.dreamer.categorical_actor import ActionNode, CategoricalActor
 from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
 from totalprop.estimators import ControlProbe, Estimator, assign_credit, make
-from totalprop.estimators.probes import covariance
+from totalprop.estimators.probes import Gram, gram_of_products
 from totalprop.world_models.latent.distributions import Latents, gumbel
 from totalprop.world_models.latent.model import State
 
@@ -399,14 +399,11 @@ class LayerJacobian(NamedTuple):
         """The Jacobian of some of the samples."""
         return LayerJacobian(self.inputs[rows])
 
-    def gram(self, alpha: Tensor) -> Tensor:
-        """[M, M] Σ_i <α_ai J_i, α_bi J_i> - <Σ_i α_ai J_i, Σ_i α_bi J_i> / N, from α [M, N, F].
-
-        J Jᵀ is (|x|² + 1) times the identity.
-        """
+    def gram(self, alpha: Tensor) -> Gram:
+        """Of the products α_ai J_i, from α [M, N, F]. J Jᵀ is (|x|² + 1) times the identity."""
         norm = self.inputs.square().sum(1, keepdim=True) + 1
         total = torch.cat(((alpha.mT @ self.inputs).flatten(1), alpha.sum(1)), 1)
-        return covariance(alpha * norm, alpha, total)
+        return gram_of_products(alpha * norm, alpha, total)
 
     def per_sample(self, alpha: Tensor) -> Tensor:
         """[N, F K + F] products α_i J_i, from α [N, F]."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from totalprop.agents.core.validation import AtLeast, check_values
 from totalprop.estimators import DenseJacobian
-from totalprop.estimators.probes import covariance
+from totalprop.estimators.probes import Gram, gram_of_products
 from totalprop.world_models.gp_dynamics import trig_features
 
 
@@ -324,14 +324,14 @@ class RBFJacobian(NamedTuple):
             moments=self.moments[:, rows],
         )
 
-    def gram(self, alpha: Tensor) -> Tensor:
-        """[M, M] Σ_i α_ai α_bi |J_i|² - <Σ_i α_ai J_i, Σ_i α_bi J_i> / N, from α [M, N, 1]."""
+    def gram(self, alpha: Tensor) -> Gram:
+        """Of the products α_ai J_i, from α [M, N, 1]."""
         a = alpha.squeeze(-1) * self.slope  # [M, N]
         sums = (a.unsqueeze(1) * self.moments).flatten(0, 1) @ self.basis
         sums = sums.view(len(a), -1, sums.shape[-1])  # [M, 1 + S, K]
         blocks = torch.addcmul(sums * self.factor, sums[:, :1], self.shift, value=-1)
         total = torch.cat((blocks.flatten(1), a @ self.by_scale.T), 1)  # Σ_i α_i J_i, reordered
-        return covariance(a * self.norm, a, total)
+        return gram_of_products(a * self.norm, a, total)
 
     def per_sample(self, alpha: Tensor) -> Tensor:
         """[N, P] products α_i J_i, from α [N, 1]."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from totalprop.estimators import Estimator, ParameterProbe, assign_credit
+from totalprop.estimators.probes import Gram
 
 F64 = torch.float64
 STATE_TO_X = torch.tensor([[0.9, 0.2, 0.1, 0.0], [-0.3, 0.8, 0.0, 0.2]], dtype=F64)
@@ -18,6 +19,13 @@ X_TO_H = torch.tensor([[0.4, 0.0], [0.2, -0.3]], dtype=F64)
 TARGET = torch.tensor([0.5, -0.4, 0.2, 0.1], dtype=F64)
 START_MEAN = torch.tensor([1.0, -0.5, 0.3, 0.2], dtype=F64)
 START_STD = torch.tensor([0.3, 0.2, 0.1, 0.1], dtype=F64)
+
+
+def gram_by_hand(b: Tensor) -> Gram:
+    """The `Gram` of per-sample gradients [M, N, P]."""
+    mean = b.mean(1)
+    centred = b - mean.unsqueeze(1)
+    return Gram(torch.einsum("anp,bnp->ab", centred, centred), b.shape[1] * mean @ mean.T)
 
 
 @dataclass(frozen=True)

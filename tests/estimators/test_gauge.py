@@ -16,7 +16,10 @@ from totalprop.estimators.gauge import LEAST, SHAPE, read
 from totalprop.estimators.legs import biw, score
 
 F64 = torch.float64
-COMPOSITES = ("tp", "tps", "tpx", "tpx-unclipped", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar", "tpg")
+COMPOSITES = (
+    "tp", "tps", "tpx", "tpx-unclipped", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar", "tpg",
+    "tp-guarded", "tpx-guarded", "tpg-guarded",
+)  # fmt: skip
 
 
 def generator(seed):

@@ -189,9 +189,9 @@ def test_a_composite_with_its_k_fixed_mixes_the_means(name):
     )
     k = torch.autograd.grad(assign_credit(joint_cost(sample), credit).mean(), meter)[0]
     assert (k > 0).any() and (k < 1).any()
-    if name in ("tpg", "tpx-scalar", "tpx-ivw-scalar"):  # one k per variable
+    if name in ("tpg", "tpg-guarded", "tpx-scalar", "tpx-ivw-scalar"):  # one k per variable
         assert torch.equal(k, k[:, :1].expand(G, C)) and k[0, 0] != k[1, 0]
-    elif name in ("tp", "tps"):
+    elif name in ("tp", "tps", "tp-guarded"):
         assert torch.equal(k, k[:1, :1].expand(G, C))
 
     def fixed(rp, legs, probe):
@@ -327,7 +327,7 @@ def test_a_control_probe_of_a_joint_node_equals_the_general_one(controls):
     torch.testing.assert_close(gram(probe, (cotangents,)), gram(general, (cotangents,)))
     legs = [(cotangents[0],), (cotangents[1],)]
     expected = gram_of_variables(general, legs)
-    assert expected.shape == (2 * G, 2 * G)
+    assert expected.covariance.shape == (2 * G, 2 * G)
     torch.testing.assert_close(gram_of_variables(probe, legs), expected)
     rows = slice(1, 4)
     part = [tuple(g[rows] for g in leg) for leg in legs]

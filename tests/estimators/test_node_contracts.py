@@ -7,6 +7,7 @@ from torch.func import vmap
 from totalprop import estimators
 from totalprop.estimators import Estimator, ParameterProbe, assign_credit, infer_noise
 from totalprop.estimators.baselines import critic, leave_one_out, none
+from totalprop.estimators.declarations import declared
 from totalprop.estimators.legs import biw, score
 
 F64 = torch.float64
@@ -54,7 +55,14 @@ def probe_of(n, d, dtype=F64, seed=30):
     return ParameterProbe(zeta, parameters, features)
 
 
-COMPOSITES = ("tp", "tps", "tpx", "tpx-unclipped", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar", "tpg")
+COMPOSITES = (
+    "tp", "tps", "tpx", "tpx-unclipped", "tpx-scalar", "tpx-ivw", "tpx-ivw-scalar", "tpg",
+    "tp-guarded", "tpx-guarded", "tpg-guarded",
+)  # fmt: skip
+JOINT = ("tpg", "tpg-guarded")  # one k per variable, all chosen together
+SEVERAL_LEGS = [
+    name for name in COMPOSITES if declared(estimators.make(name).weight, "several_legs")
+]
 
 
 def make_with_probe(name, n=16, d=3, dtype=F64, **changes):
@@ -91,7 +99,7 @@ def test_a_fixed_k_mixes_the_legs_linearly():
 
 
 @pytest.mark.parametrize("factor", [1e200, torch.inf, torch.nan])
-@pytest.mark.parametrize("name", [name for name in COMPOSITES if name != "tpg"])
+@pytest.mark.parametrize("name", SEVERAL_LEGS)
 def test_several_legs_share_what_an_exploded_rp_leaves(name, factor):
     """Where RP explodes, only the mixture of score and batch importance weighting is left."""
     n, d, both = 16, 3, (score, biw)
@@ -113,7 +121,7 @@ def test_several_legs_share_what_an_exploded_rp_leaves(name, factor):
         torch.testing.assert_close(share, expected)
 
 
-PER_COORDINATE = ("tpx", "tpx-unclipped", "tpx-ivw", "tpg")
+PER_COORDINATE = ("tpx", "tpx-unclipped", "tpx-ivw", "tpx-guarded", *JOINT)
 
 
 @pytest.mark.parametrize("factor", [1e200, torch.inf, torch.nan])
@@ -154,7 +162,7 @@ def test_k_is_one_and_the_gradient_is_lr_where_rp_explodes(name, dtype, factor):
     if name in PER_COORDINATE:
         *_, calm = single_node(estimator, dtype=dtype, **probe)
         assert ((calm > 0) & (calm < 1)).any(), "the calm problem must need a composite"
-        if name == "tpg":
+        if name in JOINT:
             assert (k[0, 1:] < 1).any()
         else:
             torch.testing.assert_close(k[0, 1:], calm[0, 1:])
@@ -333,7 +341,7 @@ def test_tap_without_probe_is_refused():
         estimators.make("rp")(mean, std, mean, torch.zeros(4), tap=torch.zeros(4, 2))
 
 
-@pytest.mark.parametrize("name", ["tp", "tps", "tpg"])
+@pytest.mark.parametrize("name", ["tp", "tps", "tpg", "tp-guarded", "tpg-guarded"])
 def test_a_rule_without_its_probe_says_so_in_one_sentence(name):
     with pytest.raises(ValueError, match=r"needs probe=.*'tpx', which needs none") as caught:
         single_node(estimators.make(name))

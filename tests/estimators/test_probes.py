@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.estimators.conftest import gram_by_hand
 from totalprop.estimators import ControlProbe, DenseJacobian, ParameterProbe
 from totalprop.estimators.probes import gram, restrict
 
@@ -74,9 +75,9 @@ class Problem:
         return torch.stack(rows)
 
     def explicit_gram(self):
-        b = [self.explicit(one) for one in zip(*self.cotangents, strict=True)]
-        b = torch.stack([one - one.mean(0) for one in b])
-        return torch.einsum("anp,bnp->ab", b, b)
+        return gram_by_hand(
+            torch.stack([self.explicit(one) for one in zip(*self.cotangents, strict=True)])
+        )
 
 
 @pytest.fixture(params=[1, 3], ids=["F=1", "F=3"])
@@ -122,8 +123,7 @@ def test_restricted_probe_is_the_probe_of_those_rows(problem, kind, rows):
 @pytest.mark.parametrize("rows", [slice(0, 3), slice(3, N)])
 def test_restricted_gram_has_the_mean_of_those_rows(problem, rows):
     b = [problem.explicit(one)[rows] for one in zip(*problem.cotangents, strict=True)]
-    b = torch.stack([one - one.mean(0) for one in b])
-    expected = torch.einsum("anp,bnp->ab", b, b)
+    expected = gram_by_hand(torch.stack(b))
     part = tuple(c[:, rows] for c in problem.cotangents)
     for probe in (problem.parameter_probe(), problem.control_probe(), problem.explicit):
         torch.testing.assert_close(gram(restrict(probe, rows, N), part), expected)
@@ -146,8 +146,7 @@ def test_counted_parameters_weigh_and_all_are_returned():
     probe = problem.control_probe(counted=lambda: DenseJacobian(everything[..., -3:]))  # the bias
     b = [problem.explicit(one)[:, -3:] for one in zip(*problem.cotangents, strict=True)]
     for rows in (slice(0, N), slice(2, N)):
-        part = torch.stack([one[rows] - one[rows].mean(0) for one in b])
-        expected = torch.einsum("anp,bnp->ab", part, part)
+        expected = gram_by_hand(torch.stack([one[rows] for one in b]))
         cotangents = tuple(c[:, rows] for c in problem.cotangents)
         torch.testing.assert_close(gram(restrict(probe, rows, N), cotangents), expected)
     torch.testing.assert_close(probe(problem.cotangent), problem.explicit(problem.cotangent))
@@ -161,9 +160,8 @@ def test_dense_jacobian_products():
     )
     torch.testing.assert_close(dense.per_sample(alpha[1]), explicit[1])
     for rows in (slice(None), slice(2, 4)):
-        part = explicit[:, rows]
-        part = (part - part.mean(1, keepdim=True)).flatten(1)
-        torch.testing.assert_close(dense.rows(rows).gram(alpha[:, rows]), part @ part.T)
+        expected = gram_by_hand(explicit[:, rows])
+        torch.testing.assert_close(dense.rows(rows).gram(alpha[:, rows]), expected)
 
 
 def test_parameter_probe_of_a_subset_has_only_its_columns():

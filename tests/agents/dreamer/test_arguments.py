@@ -331,3 +331,14 @@ def test_values_of_another_type_are_named(name, value):
 
 def test_numpys_numbers_are_numbers():
     assert make(horizon=np.int64(5), gamma=np.float64(0.9)).horizon == 5
+
+
+@pytest.mark.parametrize("name", ["tp-guarded", "tpx-guarded", "tpg-guarded"])
+def test_a_guard_with_a_blocked_state_is_a_warning(name, recwarn):
+    """The means then differ by design."""
+    with pytest.warns(UserWarning, match="pass stop_grad_actor_input=False"):
+        make(estimator=name)
+    recwarn.clear()
+    make(estimator=name, stop_grad_actor_input=False)
+    make(estimator=name.removesuffix("-guarded"))
+    assert not [w for w in recwarn if "stop_grad" in str(w.message)]

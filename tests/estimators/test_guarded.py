@@ -1,0 +1,195 @@
+"""The guarded rules: k by hand, a jump that RP does not see, and no alarm on a smooth cost."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from totalprop.estimators import ControlProbe, DenseJacobian, assign_credit, make, mixing
+
+F64 = torch.float64
+GUARDED = ("tp-guarded", "tpx-guarded", "tpg-guarded")
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed):
+    return torch.randn(*shape, dtype=F64, generator=generator(seed))
+
+
+def probe_of_the_mean(n, d):
+    """Parameters θ [D] that are added to the mean: the Jacobian of zeta is (1, 0)."""
+    one = torch.eye(d, dtype=F64).expand(n, d, d)
+    return ControlProbe([one, torch.zeros_like(one)], lambda: DenseJacobian(one))
+
+
+def legs_that_differ(n=40, d=3, seed=1):
+    """RP and LR of mean and std, whose means differ by 0.2, 2 and 0 of the spread, then 0, 0, 3."""
+    rp = [0.5 + 0.3 * randn(n, d, seed=seed + i) for i in range(2)]
+    lr = [g + 1.0 * randn(n, d, seed=seed + 10 + i) for i, g in enumerate(rp)]
+    lr[0] = lr[0] + torch.tensor([0.2, 2.0, 0.0], dtype=F64)
+    lr[1] = lr[1] + torch.tensor([0.0, 0.0, 3.0], dtype=F64)
+    return tuple(rp), tuple(lr)
+
+
+def moments(g_rp, g_lr):
+    """Variances, covariance, N d² and z of two columns [N], by numpy."""
+    rp, lr = np.asarray(g_rp), np.asarray(g_lr)
+    (v_rp, c), (_, v_lr) = np.cov(np.stack((rp, lr)))
+    delta = lr - rp
+    square = len(rp) * delta.mean() ** 2
+    return v_rp, v_lr, c, square, math.sqrt(square / delta.var(ddof=1))
+
+
+def test_k_of_tpx_guarded_is_that_of_least_mean_squared_error():
+    rp, lr = legs_that_differ()
+    (found,) = mixing.tpx_guarded(rp, [lr], None)
+    (plain,) = mixing.tpx(rp, [lr], None)
+    doubted = []
+    for member in range(2):
+        for d in range(3):
+            v_rp, v_lr, c, square, z = moments(rp[member][:, d], lr[member][:, d])
+            k = found[member][0, d].item()
+            if z <= mixing.GUARD:
+                assert k == plain[0, d].item()
+                continue
+            doubted.append((member, d))
+            b = square - (v_rp + v_lr - 2 * c)
+            assert k == pytest.approx((v_rp - c + b) / (v_lr + v_rp - 2 * c + b), rel=1e-9)
+
+            def error(k, v_rp=v_rp, v_lr=v_lr, c=c, b=b):
+                return k**2 * v_lr + (1 - k) ** 2 * (v_rp + b) + 2 * k * (1 - k) * c
+
+            assert error(k) < min(error(k + 1e-3), error(k - 1e-3))
+    assert doubted == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("z", [4.99, 5.01])
+def test_the_guard_is_a_number_of_standard_errors(z):
+    """A difference of the means that is z standard errors, exactly."""
+    rp, noise = randn(50, 1, seed=3), randn(50, 1, seed=4)
+    noise = noise - noise.mean()
+    lr = rp + noise + z * noise.std() / math.sqrt(50)
+    ((k, _),) = mixing.tpx_guarded((rp, rp), [(lr, lr)], None)
+    (plain,) = mixing.tpx((rp, rp), [(lr, lr)], None)
+    assert (k == plain).all() == (z < 5)
+
+
+def test_k_of_tp_guarded_by_hand():
+    rp, lr = legs_that_differ()
+    probe = probe_of_the_mean(40, 3)
+    (k,) = mixing.tp_guarded(rp, [lr], probe)
+    columns = [moments(rp[0][:, d], lr[0][:, d]) for d in range(3)]
+    v_rp, v_lr, c, square = (sum(column[i] for column in columns) for i in range(4))
+    b = square - (v_rp + v_lr - 2 * c)
+    assert k.item() == pytest.approx((v_rp + b) / (v_rp + v_lr + b), rel=1e-9)
+    same = tuple(g - (g - h).mean(0) for g, h in zip(lr, rp, strict=True))
+    assert torch.equal(mixing.tp_guarded(rp, [same], probe)[0], mixing.tp(rp, [same], probe)[0])
+
+
+def test_k_of_tpg_guarded_minimises_its_objective():
+    """Where a variable is in doubt, N |Σ_d (1 - k_d) d_d|² is added for the doubted ones."""
+    n, d = 60, 3
+    rp, lr = legs_that_differ(n)
+    jacobian = randn(n, d, 4, seed=30)
+    zero = torch.zeros(n, d, d, dtype=F64)
+    probe = ControlProbe(
+        [torch.eye(d, dtype=F64).expand(n, d, d), zero], lambda: DenseJacobian(jacobian)
+    )
+    (found,) = mixing.tpg_guarded(rp, [lr], probe)
+    b_rp, b_lr = (torch.einsum("nd,ndp->dnp", leg[0], jacobian) for leg in (rp, lr))
+    doubted = torch.tensor([False, True, True])  # the mean's leg of 1, the std's of 2
+    v_lr, v_rp = lr[0].var(0), rp[0].var(0)
+    tested = (lr[0] - rp[0]).mean(0).square() * n
+
+    def traces(b):
+        centred = (b - b.mean(1, keepdim=True)).flatten(1)
+        return centred @ centred.T
+
+    c_rp, c_lr = traces(b_rp), traces(b_lr)
+    unit = mixing.COTANGENT_SHARE * c_lr.trace() / v_lr.sum()
+    shift = (b_lr - b_rp).mean(1)[doubted]  # [doubted, P]
+
+    def objective(k):
+        rest = 1 - k
+        bias = n * (n - 1) * (rest[doubted] @ shift).square().sum()
+        spread = rest @ c_rp @ rest + k @ c_lr @ k + c_lr.diagonal() @ k.square()
+        own = v_lr @ k.square() + (v_rp + torch.where(doubted, tested, 0.0)) @ rest.square()
+        return bias + spread + unit * own
+
+    k = torch.zeros(d, dtype=F64, requires_grad=True)
+    hessian = torch.autograd.functional.hessian(objective, k)
+    slope = torch.autograd.grad(objective(k), k)[0]
+    best = torch.linalg.solve(hessian, -slope).clamp(0, 1)
+    torch.testing.assert_close(found[0], best, rtol=1e-6, atol=1e-8)
+    (plain,) = mixing.tpg(rp, [lr], probe)
+    assert (found - plain).abs().max() > 0.05
+
+
+# x² + 1[x > 0], x ~ N(-0.15, 0.3): its derivative in the mean is 2 m + φ(m / σ) / σ.
+
+MEAN, STD = -0.15, 0.3
+TRUTH = 2 * MEAN + math.exp(-0.5 * (MEAN / STD) ** 2) / math.sqrt(2 * math.pi) / STD
+
+
+def step_gradient(name, n, seed):
+    estimator = make(name)
+    mean = torch.full((n, 1), MEAN, dtype=F64, requires_grad=True)
+    probe = None if estimator.probe == "none" else probe_of_the_mean(n, 1)
+    sample, credit = estimator(
+        mean, torch.full_like(mean, STD), randn(n, 1, seed=seed), mean.new_zeros(n), probe=probe
+    )
+    x = sample.squeeze(-1)
+    loss = assign_credit(x.square() + (x > 0), credit).mean()
+    return torch.autograd.grad(loss, mean)[0].sum().item()
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_a_jump_is_found(name):
+    """N = 1000, 100 batches: within 4 SE (0.005) of the truth, 0.87, where the others give -0.3."""
+    found = np.array([step_gradient(name, 1000, seed) for seed in range(100)])
+    standard_error = found.std(ddof=1) / 10
+    assert standard_error < 0.007
+    assert abs(found.mean() - TRUTH) < 4 * standard_error
+    plain = np.array([step_gradient(name.removesuffix("-guarded"), 1000, s) for s in range(10)])
+    assert (plain < 0).all()
+
+
+def test_a_jump_that_only_the_std_feels_is_found():
+    """1[|x| < 1/2] is symmetric about the mean: LR and RP agree in the mean, not in the std."""
+    n, found = 1000, {"tpx": [], "tpx-guarded": []}
+    for name, gradients in found.items():
+        for seed in range(50):
+            std = torch.full((n, 1), STD, dtype=F64, requires_grad=True)
+            sample, credit = make(name)(
+                torch.zeros_like(std), std, randn(n, 1, seed=seed), std.new_zeros(n)
+            )
+            x = sample.squeeze(-1)
+            loss = assign_credit(x.square() + (x.abs() < 0.5), credit).mean()
+            gradients.append(torch.autograd.grad(loss, std)[0].sum().item())
+    u = 0.5 / STD  # d/dσ (σ² + 2 Φ(u) - 1) = 2 σ - 2 u φ(u) / σ
+    truth = 2 * STD - 2 * u * math.exp(-0.5 * u * u) / math.sqrt(2 * math.pi) / STD
+    guarded = np.array(found["tpx-guarded"])
+    assert abs(guarded.mean() - truth) < 4 * guarded.std(ddof=1) / math.sqrt(50)
+    assert np.mean(found["tpx"]) > truth + 0.3
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_a_smooth_cost_raises_no_alarm(name):
+    """sin, N = 300, seeds 0 to 199: the k of the unguarded rule, bit for bit."""
+    unguarded = name.removesuffix("-guarded")
+    n = 300
+    for seed in range(200):
+        mean, std = torch.zeros(n, 1, dtype=F64), torch.full((n, 1), STD, dtype=F64)
+        noise = randn(n, 1, seed=seed)
+        gradients = []
+        for one in (name, unguarded):
+            leaf = mean.clone().requires_grad_()
+            probe = None if make(one).probe == "none" else probe_of_the_mean(n, 1)
+            sample, credit = make(one)(leaf, std, noise, mean.new_zeros(n), probe=probe)
+            loss = assign_credit(sample.squeeze(-1).sin(), credit).mean()
+            gradients.append(torch.autograd.grad(loss, leaf)[0])
+        assert torch.equal(*gradients)
