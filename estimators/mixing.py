@@ -303,7 +303,7 @@ def _bias_of_variables(legs: Sequence[Zeta], means: Tensor, guard: float) -> tup
     square = means[:v, :v] + means[v:, v:] - means[:v, v:] - means[v:, :v]
     both = doubted & doubted.unsqueeze(1)
     mean = (lr[0] - rp[0]).mean(0).square()
-    of_cotangent = n * (mean if mean.ndim == 1 else mean.sum(-1).flatten())
+    of_cotangent = n * (mean if len(rp) == 2 else mean.sum(-1).flatten())
     return torch.where(both, (n - 1) * square, 0.0), torch.where(doubted, of_cotangent, 0.0)
 
 

@@ -366,3 +366,25 @@ def test_a_joint_node_takes_what_fits_it_only():
     with pytest.warns(UserWarning, match="not on the credit"):  # a loss without a credited cost
         loss.backward()
     assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_one_categorical_is_several_of_which_there_is_one(name):
+    """Logits [N, C] and [N, 1, C] give the same k and the same gradient."""
+    n, found = 30, []
+    for lead in ((), (1,)):
+        logits = randn(n, *lead, C, seed=180).requires_grad_()
+        noise = -torch.empty(n, *lead, C, dtype=F64).exponential_(generator=generator(181)).log()
+        meter = torch.zeros(*lead, C, dtype=F64, requires_grad=True)
+        probe = estimators.ParameterProbe(
+            lambda p, x: (p["b"] + x,), {"b": torch.zeros(*lead, C, dtype=F64)}, logits
+        )
+        sample, credit = estimators.make(name)(
+            logits, None, noise, logits.new_zeros(n), probe=probe, meter=meter
+        )
+        cost = joint_cost(torch.cat((sample.reshape(n, 1, C), torch.ones(n, 1, C, dtype=F64)), 1))
+        loss = assign_credit(cost, credit).mean()
+        g, k = torch.autograd.grad(loss, (logits, meter))
+        found.append((g.reshape(n, C), k.reshape(C)))
+    torch.testing.assert_close(*found)
+    assert (found[0][1] > 0).any()
