@@ -9,8 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from totalprop.estimators.declarations import has
 from totalprop.estimators.gauge import without_mixture
-from totalprop.estimators.mixing import likelihood_ratio, pathwise, whole_graph_ivw
+from totalprop.estimators.mixing import (
+    Context,
+    GraphContext,
+    Zeta,
+    likelihood_ratio,
+    pathwise,
+)
 from totalprop.estimators.node import Estimator
 
 RolloutLoss = Callable[[Estimator, "Tensor | None"], Tensor]
@@ -39,10 +46,10 @@ def gradient(
 ) -> PolicyGradient:
     """Compute the gradient of a rollout's loss w.r.t. the parameters.
 
-    Nodewise estimators take one backward pass. The naive `ivw` takes two with the same noise, RP at
-    every node and then LR at every node. It combines the two gradients once,
-    g = k g_LR + (1 - k) g_RP, with k = V_RP / (V_RP + V_LR) from the per-sample gradients.
-    Parmas et al. 2023, Sec. 3, Eq. 5.
+    Nodewise estimators take one backward pass. Whole-graph ones take two with the same noise, RP at
+    every node and then LR at every node. They combine the two gradients once,
+    g = k g_LR + (1 - k) g_RP, with a k from the per-sample gradients; that of `ivw` is
+    V_RP / (V_RP + V_LR) (Parmas et al. 2023, Sec. 3, Eq. 5).
 
     Args:
         rollout: (estimator, tap) -> loss []. It calls the estimator at its nodes, passes them the
@@ -52,11 +59,12 @@ def gradient(
         samples: N.
         per_sample: also return the per-sample gradients, which needs probes over all parameters.
             They sum to the gradient if the parameters act through the nodes only.
-        tap_size: number of parameters covered by the rollout's probes, if fewer than P. `ivw` then
-            chooses k from these alone.
+        tap_size: number of parameters covered by the rollout's probes, if fewer than P. A
+            whole-graph rule then chooses k from these alone.
         meter: zeros that require grad, which the rollout passes to its nodes to record k, or None.
         gauge: zeros [..., 4, 2] that require grad, which it passes to its nodes to measure their
-            legs, or None. For `ivw` the gradient at a node is no mixture, and has no ratio.
+            legs, or None. For whole-graph rules the gradient at a node is no mixture, and has no
+            ratio.
     Returns:
         The loss and its gradients; the per-sample gradients and k if they were asked for.
     """
@@ -74,10 +82,16 @@ def gradient(
 
     if not estimator.whole_graph:
         return backward(estimator, per_sample)
+    told: GraphContext | None = None
+    if has(estimator.weight, "takes_context"):
+        recorder = _Recorder()
+        backward(replace(estimator, weight=recorder, whole_graph=False), False)
+        told = recorder.context()
     rp = backward(replace(estimator, weight=pathwise, whole_graph=False), True)
     lr = backward(replace(estimator, weight=likelihood_ratio, whole_graph=False), True)
     assert rp.per_sample is not None and lr.per_sample is not None
-    k = whole_graph_ivw(rp.per_sample, lr.per_sample)
+    (found,) = estimator.weight((rp.per_sample,), [(lr.per_sample,)], told)
+    k = _one_weight(found)
 
     def mix(g_rp: Tensor, g_lr: Tensor) -> Tensor:
         return torch.where(k < 1, torch.lerp(g_rp, g_lr, k), g_lr)
@@ -88,3 +102,33 @@ def gradient(
     if legs is not None:
         legs = without_mixture(legs)
     return PolicyGradient(rp.loss, gradients, mix(rp.per_sample, lr.per_sample), used, legs)
+
+
+class _Recorder:
+    """The pathwise rule, which keeps what each node is told. The last node comes first."""
+
+    takes_context = True
+
+    def __init__(self) -> None:
+        self.nodes: list[Context] = []
+        self.pathwise: list[Zeta] = []
+
+    def __call__(self, rp: Zeta, legs: Sequence[Zeta], context: Context) -> list[Tensor]:
+        self.nodes.append(context)
+        self.pathwise.append(rp)
+        return pathwise(rp, legs, context.probe)
+
+    def context(self) -> GraphContext:
+        """All nodes, in the order in which they were drawn."""
+        return GraphContext(self.nodes[::-1], self.pathwise[::-1])
+
+
+def _one_weight(k: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The single k [] of a whole-graph rule; 1 where it is not a number."""
+    if isinstance(k, tuple) or k.numel() != 1:
+        raise ValueError(
+            "a whole-graph rule returns one k for all parameters, got "
+            f"{[list(x.shape) for x in k] if isinstance(k, tuple) else list(k.shape)}; use it "
+            "without whole_graph=True, at every node"
+        )
+    return k.reshape(()).nan_to_num(nan=1.0)

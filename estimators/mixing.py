@@ -58,6 +58,18 @@ class Context(NamedTuple):
     value: Tensor | None
 
 
+class GraphContext(NamedTuple):
+    """What a whole-graph rule marked with "takes_context" is told, in the probe's place.
+
+    Attributes:
+        nodes: the contexts of all Gaussian nodes, in the order in which they were drawn.
+        pathwise: the pathwise cotangent of each node's zeta, in the RP pass.
+    """
+
+    nodes: Sequence[Context]
+    pathwise: Sequence[Zeta]
+
+
 @without("needs_score")
 def pathwise(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     """k = 0: RP, plain backpropagation."""
@@ -336,9 +348,79 @@ def _solve(system: Tensor, size: Tensor, target: Tensor, usable: Tensor) -> Tens
     return torch.linalg.solve_ex(scaled + (1 + RIDGE) * eye, target)[0] / size
 
 
-def whole_graph_ivw(rp: Tensor, lr: Tensor) -> Tensor:
-    """One k = V_RP / (V_RP + V_LR) from per-sample gradients [N, P]. Parmas et al. 2023, Eq. 5."""
-    return _inverse_variance(rp, [lr], summed=True)[0].squeeze().nan_to_num(nan=1.0)
+# Rules of whole-graph estimators: zeta has one member, the parameters, and the cotangents are the
+# per-sample gradients [N, P] of RP and of LR. Any other rule that chooses one k is one, too: `ivw`
+# is `tpx_ivw_scalar`.
+
+
+def aobg(
+    rp: Zeta,
+    legs: Sequence[Zeta],
+    probe: Probe | None,
+    *,
+    gamma: float = 1.0,
+    confidence: float = 0.95,
+) -> list[Tensor]:
+    """Alpha-order batched gradient: inverse variances, as long as the bias stays below `gamma`.
+
+    With the mean gradients g and l of RP and LR, their variances s1² and s0² and B = |g - l|,
+
+        1 - k = α = s0² / (s0² + s1²),  if  α B <= γ - ε,  else (γ - ε) / B,  and 0 if ε > γ.
+
+    ε bounds the error of l by the vector Bernstein inequality. Suh et al. 2022, Eq. 4, Lemma 4.4.
+    Differs from the paper: the largest |l_i - l| stands for its almost sure bound.
+
+    Args:
+        rp: per-sample gradients ([N, P],) of RP, in the scale of the loss.
+        legs: those of LR.
+        probe: not used.
+        gamma: tolerated bias γ, in units of the gradient.
+        confidence: of the bound, 1 - δ.
+    """
+    (g,), (lr,) = rp, legs[0]
+    n, d = lr.shape
+    centred = n * (lr - lr.mean(0))
+    v_lr = centred.square().sum() / max(n - 1, 1)
+    bound = torch.linalg.vector_norm(centred, dim=1).amax()
+    log = math.log((d + 1) / (1 - confidence))
+    epsilon = (2 * v_lr * log / n).sqrt() + 2 * bound * log / (3 * n)
+    alpha = 1 - _inverse_variance(g, [lr], summed=True)[0]
+    bias = torch.linalg.vector_norm((g - lr).sum(0))
+    allowed = (gamma - epsilon).clamp_min(0.0) / bias.clamp_min(_tiny(bias))
+    return [1 - torch.minimum(alpha, allowed)]
+
+
+@having("takes_context")
+@without("categorical_nodes")
+def ddcg(
+    rp: Zeta, legs: Sequence[Zeta], context: GraphContext, *, slack: float = 0.3
+) -> list[Tensor]:
+    """Inverse variances, unless the return varies more than a smooth one with these gradients can.
+
+    Expand a smooth R(x + σ ε) in Hermite polynomials of ε: its variance, less what is linear in ε,
+    is at most half of σ² Var(R'). So k = 1 if
+
+        Σ σ² Var(g) < 2 (1 - c) Var(R) - 2 Σ σ² mean(g)²,
+
+    summed over all coordinates of all nodes, with the pathwise gradient g of the return in a
+    coordinate. Onoda et al. 2026 (DDCG), Eq. 8 and 14, c = 0.3, for one node whose mean is the
+    parameter; as reported by others, the paper's text was not at hand. What varies between the
+    starts counts as a jump.
+
+    Args:
+        rp: per-sample gradients ([N, P],) of RP.
+        legs: those of LR.
+        context: of the graph.
+        slack: c.
+    """
+    k = _inverse_variance(rp[0], [legs[0][0]], summed=True)[0]
+    spread, linear = torch.zeros_like(k), torch.zeros_like(k)
+    for cotangent, node in zip(context.pathwise, context.nodes, strict=True):
+        scaled = cotangent[0] * node.zeta[1]
+        spread = spread + scaled.var(0).sum()
+        linear = linear + scaled.mean(0).square().sum()
+    variance = context.nodes[0].returns.var()
+    return [torch.where(spread < 2 * (1 - slack) * variance - 2 * linear, 1.0, k)]
 
 
 def _regress(rp: Tensor, legs: list[Tensor], *, summed: bool, clip: bool = True) -> list[Tensor]:

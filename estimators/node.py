@@ -100,7 +100,8 @@ class Estimator:
             A half whose own pathwise leg explodes uses its own k.
         probe: the parameters over which the rule needs a probe: "none", "all", or a "subset" (in
             Dreamer and PIPPS the policy's last layer). The caller builds the probe.
-        whole_graph: combine once, over the whole graph, with `estimators.gradient` (only `ivw`).
+        whole_graph: the rule chooses one k for the gradients of the whole graph, which
+            `estimators.gradient` combines.
         source: paper and equation.
 
     Raises:

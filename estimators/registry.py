@@ -16,6 +16,8 @@ from totalprop.estimators.baselines import baseline_named
 from totalprop.estimators.declarations import unknown_name
 from totalprop.estimators.legs import legs_named
 from totalprop.estimators.mixing import (
+    aobg,
+    ddcg,
     likelihood_ratio,
     pathwise,
     tp,
@@ -47,7 +49,13 @@ _REGISTRY: dict[str, Estimator] = {
     "tpx-scalar": Estimator(tpx_scalar, source="Parmas et al. 2023, App. D"),
     "tpx-ivw": Estimator(tpx_ivw, source="Parmas et al. 2023, App. D"),
     "tpx-ivw-scalar": Estimator(tpx_ivw_scalar, source="Parmas et al. 2023, App. D"),
-    "ivw": Estimator(pathwise, probe="all", whole_graph=True, source="Parmas et al. 2023, Sec. 3"),
+    "ivw": Estimator(
+        tpx_ivw_scalar, probe="all", whole_graph=True, source="Parmas et al. 2023, Sec. 3, Eq. 5"
+    ),
+    "aobg": Estimator(
+        aobg, probe="all", whole_graph=True, source="Suh et al. 2022, Eq. 4, Lemma 4.4"
+    ),
+    "ddcg": Estimator(ddcg, probe="all", whole_graph=True, source="Onoda et al. 2026, Eq. 8, 14"),
     "tpg": Estimator(tpg, probe="all", source="this project"),
     "tpg-guarded": Estimator(tpg_guarded, probe="all", source="this project"),
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 from totalprop.agents.core.spaces import refuse_whole_numbers
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.estimators import ControlProbe, DenseJacobian, Estimator, assign_credit
+from totalprop.estimators.declarations import declared
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,8 @@ def try_estimator(
         ValueError: the estimator's parts do not work together, or not with so few samples.
     """
     if estimator.whole_graph:
+        if is_categorical and not declared(estimator.weight, "categorical_nodes"):
+            raise ValueError("the estimator needs Gaussian nodes, got categorical ones; use estimator 'tpx'")
         return
     samples = [min(n, 100) for n in samples]
     shape = (*samples, 2, 2) if is_categorical else (*samples, 2)

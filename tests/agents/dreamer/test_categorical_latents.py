@@ -261,7 +261,7 @@ def test_lr_is_the_score_of_the_logits_and_the_paths_around_them():
 
 
 @pytest.mark.parametrize("discount_head", [False, True])
-@pytest.mark.parametrize("name", estimators.names())
+@pytest.mark.parametrize("name", [name for name in estimators.names() if name != "ddcg"])
 def test_every_estimator_imagines_with_a_meter(name, discount_head):
     policy = make_policy(discount_head=discount_head)
     start, noise = starts(policy), draw(policy)
@@ -279,7 +279,8 @@ def test_every_estimator_imagines_with_a_meter(name, discount_head):
     if name in ("rp", "lr"):
         assert torch.equal(found.k, torch.full_like(found.k, float(name == "lr")))
     elif name != "tpx-unclipped":
-        assert ((found.k >= 0) & (found.k <= 1)).all() and ((found.k > 0) & (found.k < 1)).any()
+        assert ((found.k >= 0) & (found.k <= 1)).all()
+        assert ((found.k > 0) & (found.k < 1)).any() or name == "aobg"  # its bias is unknown: LR
 
 
 def test_the_probe_is_the_gradient_of_the_last_layer():
@@ -350,6 +351,10 @@ def make_agent(**changes):
 
 @pytest.mark.parametrize("name", estimators.names())
 def test_every_estimator_learns(name):
+    if name == "ddcg":
+        with pytest.raises(ValueError, match="needs Gaussian nodes, got categorical ones; use"):
+            make_agent(estimator=name)
+        return
     agent = make_agent(estimator=name, free_nats=0.0, representation_scale=0.2)
     before = {n: p.clone() for n, p in agent.policy.named_parameters()}
     agent.learn(40)

@@ -516,8 +516,8 @@ def test_estimators_agree_in_mean(name, references):
     estimator = estimators.make(key, cross_fit="cross-fit" in options, **changes)
     found = gradients_of_draws(policy, estimator, settings)
     assert t_statistics(found - rp).abs().max() <= 4
-    # The test can tell 0.9 of the gradient from all of it.
-    assert t_statistics(found - 0.9 * rp).abs().max() > (3 if key == "lr" else 8)
+    # The test can tell 0.9 of the gradient from all of it. (ddcg counts different starts as jumps.)
+    assert t_statistics(found - 0.9 * rp).abs().max() > (3 if key in ("lr", "ddcg") else 8)
 
 
 def test_with_the_stop_gradient_the_means_differ(references):
