@@ -264,7 +264,9 @@ def try_estimator(
     """
     if estimator.whole_graph:
         if is_categorical and not declared(estimator.weight, "categorical_nodes"):
-            raise ValueError("the estimator needs Gaussian nodes, got categorical ones; use estimator 'tpx'")
+            raise ValueError(
+                "the estimator needs Gaussian nodes, got categorical ones; use estimator 'tpx'"
+            )
         return
     samples = [min(n, 100) for n in samples]
     shape = (*samples, 2, 2) if is_categorical else (*samples, 2)
