@@ -46,8 +46,8 @@ def gradient(
 ) -> PolicyGradient:
     """Compute the gradient of a rollout's loss w.r.t. the parameters.
 
-    Nodewise estimators take one backward pass. Whole-graph ones take two with the same noise, RP at
-    every node and then LR at every node. They combine the two gradients once,
+    Nodewise estimators take one backward pass. Whole-graph ones take two with the same noise, RP
+    (or their `base`) at every node and then LR at every node. They combine the two gradients once,
     g = k g_LR + (1 - k) g_RP, with a k from the per-sample gradients; that of `ivw` is
     V_RP / (V_RP + V_LR) (Parmas et al. 2023, Sec. 3, Eq. 5).
 
@@ -85,10 +85,11 @@ def gradient(
     told: GraphContext | None = None
     if has(estimator.weight, "takes_context"):
         recorder = _Recorder()
-        backward(replace(estimator, weight=recorder, whole_graph=False), False)
+        backward(replace(estimator, weight=recorder, whole_graph=False, base=None), False)
         told = recorder.context()
-    rp = backward(replace(estimator, weight=pathwise, whole_graph=False), True)
-    lr = backward(replace(estimator, weight=likelihood_ratio, whole_graph=False), True)
+    nodewise = replace(estimator, whole_graph=False, base=None)
+    rp = backward(estimator.base or replace(nodewise, weight=pathwise), True)
+    lr = backward(replace(nodewise, weight=likelihood_ratio), True)
     assert rp.per_sample is not None and lr.per_sample is not None
     (found,) = estimator.weight((rp.per_sample,), [(lr.per_sample,)], told)
     k = _one_weight(found)

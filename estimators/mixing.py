@@ -14,8 +14,11 @@ its own space.
 
 A rule of least variance follows RP wherever RP is precise, even where it is wrong: a jump that a
 sample may or may not cross has no derivative. The guarded rules minimise an estimate of the mean
-squared error instead. Their bias B of RP is the difference of the legs' means, unless that is at
-most GUARD of its standard errors, which is taken for noise.
+squared error instead. Their bias of RP is the difference of the legs' means, where that is z of its
+standard errors with z² > min(CERTAIN², 2 log(1 + DOUBT V_LR / V_RP)); less is taken for noise. A
+false alarm costs LR's variance, so the larger that is the rarer it is made: with normal noise its
+probability is about exp(-z² / 2) / z, and its average cost below V_RP / DOUBT, up to a ratio of the
+variances of 10⁶.
 """
 
 from __future__ import annotations
@@ -36,7 +39,10 @@ K = Tensor | tuple[Tensor, ...]  # one for all members of zeta, or one for each
 Weight = Callable[[Zeta, Sequence[Zeta], Any], Sequence[K]]
 
 COTANGENT_SHARE = 1e-2  # weight of `tpx-ivw`'s objective in that of `tpg`
-GUARD = 5.0  # standard errors between the legs' means above which RP counts as biased
+CERTAIN = 6.0  # standard errors between the legs' means above which RP always counts as biased
+DOUBT = (
+    100.0  # the average cost of false alarms, as a fraction of RP's variance, is below 1 / DOUBT
+)
 RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
 
 
@@ -123,46 +129,60 @@ def tpx_ivw_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[
 
 @having("compares_means")
 @without("several_legs")
-def tpx_guarded(
-    rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, guard: float = GUARD
-) -> list[K]:
+def tpx_guarded(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[K]:
     """`tpx` of least mean squared error, where the means of the legs differ too much for chance.
 
     With variances V and covariance C of single samples, N samples and the mean d of LR - RP,
 
-        k = (V_RP - C + b) / (V_LR + V_RP - 2 C + b),  b = N d² - Var(LR - RP)  if  z² > guard²,
+        k = (V_RP - C + b) / (V_LR + V_RP - 2 C + b),  b = N d² - Var(LR - RP)
 
-    where z² = N d² / Var(LR - RP); otherwise b = 0, and k is that of `tpx`. Mean and std are tested
-    each by itself. This project; no paper.
+    where the legs differ (see above); elsewhere b = 0, and k is that of `tpx`. Mean and std are
+    tested each by itself. This project; no paper.
     """
     (leg,) = legs
     shared = _regress(rp[0], [leg[0]], summed=False)[0]
     members: list[Tensor] = []
-    for g_rp, g_lr in zip(rp, leg, strict=True):
-        pathwise, difference, square = _moments(g_rp, g_lr)
-        bias = square - difference
-        k = ((pathwise + bias) / (difference + bias).clamp_min(_tiny(bias))).clamp(0.0, 1.0)
-        members.append(torch.where(square > guard**2 * difference, k, shared))
+    for pair in zip(rp, leg, strict=True):
+        found = _compare(*pair)
+        bias = found.square - found.difference
+        k = (found.gain + bias) / (found.difference + bias).clamp_min(_tiny(bias))
+        members.append(torch.where(found.differs, k.clamp(0.0, 1.0), shared))
     return [tuple(members)]
 
 
-def _moments(rp: Tensor, lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """V_RP - C, Var(LR - RP) and N d², per coordinate, each in units of the largest |LR - RP|²."""
+class _Comparison(NamedTuple):
+    """Two legs [N, ...], along their samples; squares in units of the largest |LR - RP|²."""
+
+    gain: Tensor  # V_RP - C
+    difference: Tensor  # Var(LR - RP)
+    square: Tensor  # N d²
+    differs: Tensor  # whether chance does not explain d
+
+
+def _compare(rp: Tensor, lr: Tensor, *, summed: bool = False) -> _Comparison:
+    """Compare RP and LR per coordinate, or all coordinates of the last axis together."""
     delta, n = lr - rp, len(rp)
-    scale = torch.linalg.vector_norm(delta, math.inf, dim=0, keepdim=True).clamp_min(_tiny(delta))
-    rp, delta = rp / scale, delta / scale
+    dims = (0, -1) if summed else (0,)
+    scale = torch.linalg.vector_norm(delta, math.inf, dim=dims, keepdim=True)
+    scale = scale.clamp_min(_tiny(delta))
+    rp, lr, delta = rp / scale, lr / scale, delta / scale
     mean = delta.mean(0, keepdim=True)
-    centred, n_free = delta - mean, max(n - 1, 1)
-    covariance = (centred * (rp - rp.mean(0, keepdim=True))).sum(0, keepdim=True)
-    return (
-        -covariance / n_free,
-        centred.square().sum(0, keepdim=True) / n_free,
-        n * mean.square(),
-    )
+    centred = [x - x.mean(0, keepdim=True) for x in (rp, lr)]
+    centred.append(delta - mean)
+
+    def spread(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(dims, keepdim=True) / max(n - 1, 1)
+
+    v_rp, v_lr, difference = (spread(x, x) for x in centred)
+    square = n * (mean.square().sum(-1, keepdim=True) if summed else mean.square())
+    ratio = v_lr / v_rp.clamp_min(_tiny(v_rp))
+    evidence = (2 * torch.log1p(DOUBT * ratio)).clamp(max=CERTAIN**2)
+    gain = -spread(centred[2], centred[0])
+    return _Comparison(gain, difference, square, square > evidence * difference)
 
 
 def tp(
-    rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, guard: float = math.inf
+    rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, guarded: bool = False
 ) -> list[Tensor]:
     """One scalar k per node, from the variances of the per-sample policy-parameter gradients.
 
@@ -172,9 +192,9 @@ def tp(
 
     Args:
         rp: pathwise cotangents of zeta.
-        legs: cotangents of the score legs; one if there is a guard.
+        legs: cotangents of the score legs; one if it is guarded.
         probe: a probe over the policy's parameters; required.
-        guard: see `tp_guarded`.
+        guarded: see `tp_guarded`.
     """
     fields = [torch.stack(member) for member in zip(rp, *legs, strict=True)]  # [1 + L, N, ..., D]
     if len(legs) == 1:
@@ -187,8 +207,8 @@ def tp(
     variances = products.covariance.diagonal().clamp_min(0.0)
     if len(legs) == 1:
         v_rp, v_lr = variances.unbind()
-        if guard < math.inf:
-            doubted = torch.stack([x.any() for x in _doubted(rp, legs[0], guard)]).any()
+        if guarded:
+            doubted = torch.stack([x.any() for x in _doubted(rp, legs[0])]).any()
             square, variance = (m[0, 0] + m[1, 1] - 2 * m[0, 1] for m in reversed(products))
             bias = (square * (len(rp[0]) - 1) - variance).clamp_min(0.0)
             v_rp = v_rp + torch.where(doubted, bias, 0.0)
@@ -201,10 +221,10 @@ def tp(
 def tp_guarded(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     """`tp` with the squared bias of RP added to its variance.
 
-    If the means of the legs differ by more than GUARD of their standard errors at any coordinate,
-    the bias is the difference of their mean parameter gradients. This project; no paper.
+    If the means of the legs differ too much for chance at any coordinate, the bias is the
+    difference of their mean parameter gradients. This project; no paper.
     """
-    return tp(rp, legs, probe, guard=GUARD)
+    return tp(rp, legs, probe, guarded=True)
 
 
 @without("more_axes", "several_legs")
@@ -214,7 +234,7 @@ def tpg(
     probe: Probe | None,
     *,
     carried: float = 1.0,
-    guard: float = math.inf,
+    guarded: bool = False,
 ) -> list[Tensor]:
     """One k per variable, chosen jointly to minimise the variance in policy-parameter space.
 
@@ -245,7 +265,7 @@ def tpg(
         legs: exactly one score leg, cotangents like `rp`.
         probe: a probe over the policy's parameters; required.
         carried: extra weight of LR's own variance, >= 0.
-        guard: see `tpg_guarded`.
+        guarded: see `tpg_guarded`.
     Raises:
         ValueError: several legs, a Gaussian node that is not [N, D], or no probe.
     """
@@ -273,8 +293,8 @@ def tpg(
     c_rp, c_lr = covariance[:d, :d], covariance[d:, d:]
     penalty = carried * c_lr.diagonal()
     v_rp, v_lr = (spread_rp / scale).square(), (spread_lr / scale).square()
-    if guard < math.inf:
-        b, b_cotangent = _bias_of_variables(scaled, means, guard)
+    if guarded:
+        b, b_cotangent = _bias_of_variables(scaled, means)
         c_rp, v_rp = c_rp + b, v_rp + b_cotangent
     unit = COTANGENT_SHARE * c_lr.trace() / v_lr.sum().clamp_min(_tiny(scale))
     penalty = penalty + unit * v_lr
@@ -292,14 +312,14 @@ def tpg_guarded(
 ) -> list[Tensor]:
     """`tpg` of least mean squared error.
 
-    With N d_d the sum over the samples of J_id (LR - RP) of variable d, for the variables whose
-    legs differ in mean by more than GUARD of their standard errors, N |Σ_d (1 - k_d) d_d|² is added
-    to the objective. This project; no paper.
+    With N d_d the sum over the samples of J_id (LR - RP) of variable d, N |Σ_d (1 - k_d) d_d|² is
+    added to the objective, for the variables whose legs differ in mean too much for chance. This
+    project; no paper.
     """
-    return tpg(rp, legs, probe, carried=carried, guard=GUARD)
+    return tpg(rp, legs, probe, carried=carried, guarded=True)
 
 
-def _bias_of_variables(legs: Sequence[Zeta], means: Tensor, guard: float) -> tuple[Tensor, Tensor]:
+def _bias_of_variables(legs: Sequence[Zeta], means: Tensor) -> tuple[Tensor, Tensor]:
     """The squared bias of RP [V, V] in the scale of `Gram.covariance`, and that of cotangents [V].
 
     Both are 0 for variables whose means do not differ more than noise explains.
@@ -307,11 +327,10 @@ def _bias_of_variables(legs: Sequence[Zeta], means: Tensor, guard: float) -> tup
     Args:
         legs: cotangents of RP and LR.
         means: [2 V, 2 V] `Gram.mean` of the variables of both.
-        guard: see `tpg_guarded`.
     """
     rp, lr = legs
     v, n = len(means) // 2, len(rp[0])
-    doubted = torch.stack([_by_variable(x, v) for x in _doubted(rp, lr, guard)]).any(0)
+    doubted = torch.stack([_by_variable(x, v) for x in _doubted(rp, lr)]).any(0)
     square = means[:v, :v] + means[v:, v:] - means[:v, v:] - means[v:, :v]
     both = doubted & doubted.unsqueeze(1)
     mean = (lr[0] - rp[0]).mean(0).square()
@@ -319,13 +338,9 @@ def _bias_of_variables(legs: Sequence[Zeta], means: Tensor, guard: float) -> tup
     return torch.where(both, (n - 1) * square, 0.0), torch.where(doubted, of_cotangent, 0.0)
 
 
-def _doubted(rp: Zeta, lr: Zeta, guard: float) -> list[Tensor]:
-    """Where the means of the legs differ by more than `guard` standard errors, [1, ..., D] each."""
-    found = []
-    for pair in zip(rp, lr, strict=True):
-        _, variance, square = _moments(*pair)
-        found.append(square > guard**2 * variance)
-    return found
+def _doubted(rp: Zeta, lr: Zeta) -> list[Tensor]:
+    """Where the means of the legs differ by more than chance explains, [1, ..., D] each."""
+    return [_compare(*pair).differs for pair in zip(rp, lr, strict=True)]
 
 
 def _by_variable(doubted: Tensor, variables: int) -> Tensor:
@@ -388,6 +403,20 @@ def aobg(
     bias = torch.linalg.vector_norm((g - lr).sum(0))
     allowed = (gamma - epsilon).clamp_min(0.0) / bias.clamp_min(_tiny(bias))
     return [1 - torch.minimum(alpha, allowed)]
+
+
+@having("compares_means")
+def guard(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+    """k of least mean squared error where the means differ too much for chance; else k = 0.
+
+    With a biased but precise first gradient and LR, k is that of `tpx_guarded`, with variances and
+    squares summed over the parameters. Over a long chain a bias that no single node can tell from
+    noise adds up, and is seen here. This project; no paper.
+    """
+    found = _compare(rp[0], legs[0][0], summed=True)
+    bias = (found.square - found.difference).clamp_min(0.0)
+    k = (found.gain + bias) / (found.difference + bias).clamp_min(_tiny(bias))
+    return [torch.where(found.differs, k.clamp(0.0, 1.0), 0.0)]
 
 
 @having("takes_context")

@@ -102,6 +102,7 @@ class Estimator:
             Dreamer and PIPPS the policy's last layer). The caller builds the probe.
         whole_graph: the rule chooses one k for the gradients of the whole graph, which
             `estimators.gradient` combines.
+        base: of a whole-graph rule, the estimator whose gradient it mixes with LR; None for RP.
         source: paper and equation.
 
     Raises:
@@ -114,6 +115,7 @@ class Estimator:
     cross_fit: bool = False
     probe: Literal["none", "all", "subset"] = "none"
     whole_graph: bool = False
+    base: Estimator | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -130,6 +132,11 @@ class Estimator:
         if len(self.legs) > 1 and not declared(self.weight, "several_legs"):
             raise ValueError(
                 f"the weight rule takes one score leg, got {len(self.legs)}; use estimator 'tpx'"
+            )
+        if self.base is not None and (not self.whole_graph or self.base.whole_graph):
+            raise ValueError(
+                "base=... is a nodewise estimator, which an estimator with whole_graph=True mixes "
+                "with LR"
             )
         if self.whole_graph and self.cross_fit:
             raise ValueError(

@@ -18,6 +18,7 @@ from totalprop.estimators.legs import legs_named
 from totalprop.estimators.mixing import (
     aobg,
     ddcg,
+    guard,
     likelihood_ratio,
     pathwise,
     tp,
@@ -49,6 +50,9 @@ _REGISTRY: dict[str, Estimator] = {
     "tpx-scalar": Estimator(tpx_scalar, source="Parmas et al. 2023, App. D"),
     "tpx-ivw": Estimator(tpx_ivw, source="Parmas et al. 2023, App. D"),
     "tpx-ivw-scalar": Estimator(tpx_ivw_scalar, source="Parmas et al. 2023, App. D"),
+    "tpx-safe": Estimator(
+        guard, probe="all", whole_graph=True, base=Estimator(tpx_guarded), source="this project"
+    ),
     "ivw": Estimator(
         tpx_ivw_scalar, probe="all", whole_graph=True, source="Parmas et al. 2023, Sec. 3, Eq. 5"
     ),

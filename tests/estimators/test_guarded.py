@@ -1,4 +1,4 @@
-"""The guarded rules: k by hand, a jump that RP does not see, and no alarm on a smooth cost."""
+"""The guarded rules: k by hand, a jump that RP does not see, and rare alarms on a smooth cost."""
 
 import math
 
@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from totalprop.estimators import ControlProbe, DenseJacobian, assign_credit, make, mixing
+from totalprop import estimators
+from totalprop.estimators import (
+    ControlProbe,
+    DenseJacobian,
+    assign_credit,
+    gradient,
+    make,
+    mixing,
+)
 
 F64 = torch.float64
 GUARDED = ("tp-guarded", "tpx-guarded", "tpg-guarded")
@@ -44,6 +52,11 @@ def moments(g_rp, g_lr):
     return v_rp, v_lr, c, square, math.sqrt(square / delta.var(ddof=1))
 
 
+def threshold(v_rp, v_lr):
+    """Standard errors above which chance does not explain a difference of the means."""
+    return min(6, math.sqrt(2 * math.log(1 + 100 * v_lr / v_rp)))
+
+
 def test_k_of_tpx_guarded_is_that_of_least_mean_squared_error():
     rp, lr = legs_that_differ()
     (found,) = mixing.tpx_guarded(rp, [lr], None)
@@ -53,7 +66,7 @@ def test_k_of_tpx_guarded_is_that_of_least_mean_squared_error():
         for d in range(3):
             v_rp, v_lr, c, square, z = moments(rp[member][:, d], lr[member][:, d])
             k = found[member][0, d].item()
-            if z <= mixing.GUARD:
+            if z <= threshold(v_rp, v_lr):
                 assert k == plain[0, d].item()
                 continue
             doubted.append((member, d))
@@ -67,15 +80,18 @@ def test_k_of_tpx_guarded_is_that_of_least_mean_squared_error():
     assert doubted == [(0, 1), (1, 2)]
 
 
-@pytest.mark.parametrize("z", [4.99, 5.01])
-def test_the_guard_is_a_number_of_standard_errors(z):
-    """A difference of the means that is z standard errors, exactly."""
-    rp, noise = randn(50, 1, seed=3), randn(50, 1, seed=4)
+@pytest.mark.parametrize("spread", [0.1, 1.0, 30.0, 1e4])
+def test_more_variance_of_lr_asks_for_more_evidence(spread):
+    """A difference of the means that is z standard errors, exactly: z just below, just above."""
+    rp, noise = randn(50, 1, seed=3), spread * randn(50, 1, seed=4)
     noise = noise - noise.mean()
-    lr = rp + noise + z * noise.std() / math.sqrt(50)
-    ((k, _),) = mixing.tpx_guarded((rp, rp), [(lr, lr)], None)
-    (plain,) = mixing.tpx((rp, rp), [(lr, lr)], None)
-    assert (k == plain).all() == (z < 5)
+    limit = threshold(rp.var().item(), (rp + noise).var().item())
+    assert limit == 6 if spread == 1e4 else 3 < limit < 5.5
+    for z in (limit - 1e-3, limit + 1e-3):
+        lr = rp + noise + z * noise.std() / math.sqrt(50)
+        ((k, _),) = mixing.tpx_guarded((rp, rp), [(lr, lr)], None)
+        (plain,) = mixing.tpx((rp, rp), [(lr, lr)], None)
+        assert (k == plain).all() == (z < limit)
 
 
 def test_k_of_tp_guarded_by_hand():
@@ -178,18 +194,113 @@ def test_a_jump_that_only_the_std_feels_is_found():
 
 
 @pytest.mark.parametrize("name", GUARDED)
-def test_a_smooth_cost_raises_no_alarm(name):
-    """sin, N = 300, seeds 0 to 199: the k of the unguarded rule, bit for bit."""
-    unguarded = name.removesuffix("-guarded")
-    n = 300
+@pytest.mark.parametrize("cost", [torch.sin, torch.square], ids=["sin", "square"])
+def test_a_smooth_cost_rarely_raises_an_alarm(name, cost):
+    """N = 300, seeds 0 to 199: in at most 2 % of the batches, k is not that of the unguarded rule.
+
+    What the alarms add to the variance is below 5 % of it.
+    """
+    n, unguarded = 300, name.removesuffix("-guarded")
+    found = {name: [], unguarded: []}
     for seed in range(200):
-        mean, std = torch.zeros(n, 1, dtype=F64), torch.full((n, 1), STD, dtype=F64)
         noise = randn(n, 1, seed=seed)
-        gradients = []
-        for one in (name, unguarded):
-            leaf = mean.clone().requires_grad_()
+        for one, gradients in found.items():
+            leaf = torch.full((n, 1), 0.2, dtype=F64, requires_grad=True)
             probe = None if make(one).probe == "none" else probe_of_the_mean(n, 1)
-            sample, credit = make(one)(leaf, std, noise, mean.new_zeros(n), probe=probe)
-            loss = assign_credit(sample.squeeze(-1).sin(), credit).mean()
-            gradients.append(torch.autograd.grad(loss, leaf)[0])
-        assert torch.equal(*gradients)
+            sample, credit = make(one)(
+                leaf, torch.full_like(leaf, STD), noise, leaf.new_zeros(n), probe=probe
+            )
+            loss = assign_credit(cost(sample.squeeze(-1)), credit).mean()
+            gradients.append(torch.autograd.grad(loss, leaf)[0].sum().item())
+    guarded, plain = np.array(found[name]), np.array(found[unguarded])
+    assert (guarded != plain).mean() <= 0.02
+    assert guarded.var() < 1.05 * plain.var()
+
+
+# tpx-safe: the graph of a chain as a whole.
+
+
+def walk_gradient(name, n, seed, horizon=50):
+    """A walk x' = x + θ - 0.3 x + 0.3 ε that dies where |x| > 1; every step alive earns 1."""
+    theta = torch.tensor([0.1], dtype=F64, requires_grad=True)
+    one = torch.ones(n, 1, 1, dtype=F64)
+    noise = randn(horizon, n, 1, seed=seed)
+
+    def rollout(estimator, tap):
+        x, alive, credit = (
+            torch.zeros(n, 1, dtype=F64),
+            torch.ones(n, dtype=F64),
+            noise.new_zeros(n),
+        )
+        loss = noise.new_zeros(())
+        for z in noise:
+            probe = ControlProbe([one, 0 * one], lambda: DenseJacobian(one))
+            mean = 0.7 * x + theta
+            x, credit = estimator(mean, torch.full_like(mean, 0.3), z, credit, probe=probe, tap=tap)
+            alive = alive * (x.squeeze(-1).abs() < 1)
+            loss = loss - assign_credit(alive, credit).mean()
+        return loss
+
+    return gradient(rollout, [theta], make(name), samples=n, tap_size=1).gradients[0].item()
+
+
+def test_a_bias_that_no_node_can_see_is_seen_in_the_graph():
+    """N = 300, 30 batches: RP is 0 at every node, and LR so noisy at each that none objects."""
+    found = {
+        name: np.array([walk_gradient(name, 300, seed) for seed in range(30)])
+        for name in ("rp", "lr", "tpx-guarded", "tpx-safe")
+    }
+    truth = found["lr"].mean()
+    assert (found["rp"] == 0).all() and truth > 10
+    errors = {name: np.sqrt(np.mean((g - truth) ** 2)) for name, g in found.items()}
+    assert errors["tpx-guarded"] > 0.5 * truth
+    assert errors["tpx-safe"] < 1.2 * errors["lr"]
+
+
+def test_k_of_the_graph_by_hand():
+    n, p = 100, 3
+    base, lr = (1 + 0.2 * randn(n, p, seed=40)) / n, (2 + randn(n, p, seed=41)) / n
+    (k,) = mixing.guard((base,), [(lr,)], None)
+    columns = [moments(n * base[:, i], n * lr[:, i]) for i in range(p)]
+    v_base, v_lr, c, square = (sum(column[i] for column in columns) for i in range(4))
+    difference = v_base + v_lr - 2 * c
+    assert math.sqrt(square / difference) > threshold(v_base, v_lr)
+    b = square - difference
+    assert k.item() == pytest.approx((v_base - c + b) / (difference + b))
+    (none,) = mixing.guard((base,), [(lr - (lr - base).mean(0),)], None)
+    assert none.item() == 0
+
+
+def test_tpx_safe_is_tpx_where_nothing_jumps():
+    """A regulator without jumps, N = 300, seeds 0 to 29."""
+    for seed in range(30):
+        noise, gain = randn(10, 300, 1, seed=seed), {}
+        for name in ("tpx", "tpx-safe"):
+            theta = torch.tensor([0.5], dtype=F64, requires_grad=True)
+
+            def rollout(estimator, tap, theta=theta, noise=noise):
+                x = torch.ones(300, 1, dtype=F64)
+                credit, loss = x.new_zeros(300), 0.0
+                for z in noise:
+                    state = x.detach()
+                    probe = ControlProbe(
+                        [-state.unsqueeze(-1), torch.zeros(300, 1, 1, dtype=F64)],
+                        lambda: DenseJacobian(torch.ones(300, 1, 1, dtype=F64)),
+                    )
+                    x, credit = estimator(
+                        x - theta * x, torch.full_like(x, 0.1), z, credit, probe=probe, tap=tap
+                    )
+                    loss = loss + assign_credit(x.square().squeeze(-1), credit).mean()
+                return loss
+
+            gain[name] = gradient(rollout, [theta], make(name), samples=300, tap_size=1).gradients
+        torch.testing.assert_close(gain["tpx-safe"], gain["tpx"])
+
+
+def test_a_base_is_nodewise_and_of_a_whole_graph_rule():
+    for wrong in (
+        {"base": make("tpx")},
+        {"base": make("ivw"), "whole_graph": True},
+    ):
+        with pytest.raises(ValueError, match="is a nodewise estimator, which"):
+            estimators.Estimator(mixing.guard, **wrong)
