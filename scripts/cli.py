@@ -14,10 +14,12 @@ from importlib import import_module
 from totalprop.scripts.commands import COMMANDS, parser_of, train_usage
 from totalprop.scripts.run.threads import wait_passively
 
+STUDY = "study"  # the first word of commands that have two
+
 
 def usage() -> str:
     """The text of `totalprop --help`."""
-    lines = [f"  {name:<11} {command.text}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<16} {command.text}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: totalprop COMMAND [...]",
@@ -28,6 +30,23 @@ def usage() -> str:
             "",
             "totalprop COMMAND --help lists a command's options.",
             "To get started: totalprop train pipps",
+        ]
+    )
+
+
+def studies() -> str:
+    """The text of `totalprop study --help`."""
+    own = {name: c.text for name, c in COMMANDS.items() if name.startswith(f"{STUDY} ")}
+    lines = [f"  {name.removeprefix(STUDY):<12} {text}" for name, text in own.items()]
+    return "\n".join(
+        [
+            "usage: totalprop study NAME [...]",
+            "",
+            "Studies of several runs or measurements, each with a table and figures of its own.",
+            "",
+            *lines,
+            "",
+            "totalprop study NAME --help lists a study's options.",
         ]
     )
 
@@ -44,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"totalprop {version('totalprop')}")
         return
+    if name == STUDY and not (arguments[1:] and arguments[1] not in ("-h", "--help")):
+        print(studies())
+        raise SystemExit(0 if arguments[1:] else 2)
+    if name == STUDY:
+        name, arguments = " ".join(arguments[:2]), arguments[1:]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean '{near[0]}'? " if near else ""

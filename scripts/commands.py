@@ -272,6 +272,54 @@ def _sweep(parser: ArgumentParser) -> None:
 
 
 def _gradients(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--problems",
+        nargs="+",
+        metavar="NAME",
+        help="problems to measure, or kinds of them: smooth, stiff, jump, chaos (default: all)",
+    )
+    add(
+        "--estimators",
+        nargs="+",
+        metavar="NAME",
+        help="estimators to measure (default: all that are registered)",
+    )
+    add(
+        "--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="module that registers estimators of yours",
+    )  # fmt: skip
+    add(
+        "--samples",
+        nargs="+",
+        type=int,
+        default=[50, 300, 1000, 5000],
+        metavar="N",
+        help="samples per gradient (default: 50 300 1000 5000)",
+    )
+    add(
+        "--repeats",
+        type=int,
+        default=40,
+        help="gradients per point, half of them from 5000 samples on (default: 40)",
+    )
+    add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/gradients"),
+        help="folder of the results (default: results/gradients)",
+    )
+    add(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="points at the same time, one thread each (default: one per core)",
+    )
+    add("--report-only", action="store_true", help="only write the figure and the table")
+
+
+def _study_dreamer(parser: ArgumentParser) -> None:
     names = {
         "tasks": ["pendulum", "balance", "swingup"],
         "gates": ["blocked", "open"],
@@ -540,8 +588,11 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command(
         "studies.sweep", "train estimators x seeds; write a table and learning curves", _sweep
     ),
-    "gradients": Command(
-        "studies.gradients", "train every gradient at every node of a Dreamer", _gradients
+    "study gradients": Command(
+        "studies.gradients", "measure every estimator's error on more than 100 problems", _gradients
+    ),
+    "study dreamer": Command(
+        "studies.dreamer", "train every gradient at every node of a Dreamer", _study_dreamer
     ),
     "peer": Command(
         "studies.peer", "train SAC or TD3 of stable-baselines3 where our agents learn", _peer

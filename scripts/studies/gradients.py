@@ -1,243 +1,449 @@
-r"""Which gradient does a Dreamer need? Train each, at each node, at short and long horizons.
+r"""Which estimator is nearest to the true gradient? Measure all of them on more than 100 points.
 
-    totalprop gradients --out results/dreamer/gradients --seeds 0 1 2
-    totalprop gradients --out results/dreamer/gradients --seeds 0 1 2 --tasks pendulum --horizons 15
-    totalprop gradients --out results/dreamer/gradients --seeds 0 1 2 --report-only
+    totalprop study gradients                                   # all of it, 30 minutes on 2 cores
+    totalprop study gradients --problems jump --samples 300 --out runs/gradients
+    totalprop study gradients --estimators rp lr tpx mine --import my_module --out runs/gradients
 
-Every task x horizon x (blocked or open) x gradient x seed is a `totalprop train` with the preset
-`recommended`. "Blocked" is DreamerV1's block of the gradient into the state that an action was
-chosen in, "open" is without it. After a kill, the same command goes on. The report has one number
-per run, the mean return over the last third of its evaluations, scaled to 0 for random actions and
-1 for the task's best known return. It shows their interquartile mean and performance profiles, with
-intervals of a bootstrap over the seeds of each task (Agarwal et al. 2021).
+A point is a problem (`scripts/studies/problems.py`: smooth, stiff, with a jump, or chaotic) with a
+horizon H and a number of samples N. There every estimator computes R gradients, all from the same
+noise, and its error is their root mean square distance from the true gradient. The truth is a
+closed form, or the mean of a million samples of an estimator that is right there, LR where
+something jumps. Truths are kept in truths.json and measured once.
+
+--out gets gradients.csv with every gradient, table.md and errors.png. A stopped study goes on with
+the same command: points that are in the file are not measured again.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
+import csv
+import functools
+import importlib
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from scipy.stats import trim_mean
 
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
+from totalprop.estimators import Estimator, make, mixing, names
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, read_json
-from totalprop.scripts.studies.sweep import train_runs
+from totalprop.scripts.run.folder import current_commit, read_json
+from totalprop.scripts.run.progress import counted
+from totalprop.scripts.studies.problems import KINDS, PROBLEMS, draw_noise
+
+GAMMAS = (0.03, 0.3, 3.0, 30.0)  # of aobg, whose tolerated bias is in units of the gradient
+MANY = 5000  # samples of a point that has half of the repeats, and of a part of the truth
+PARTS = 200  # of the truth
+OURS = "tpx-safe"
+RIVALS = ("rp", "lr", "tp", "tpx", "ddcg", *(f"aobg-{gamma:g}" for gamma in GAMMAS))
+LIMIT = 1.1  # times the least error of a rival
+DRAWS = 1000  # of the bootstrap
+COLUMNS = ("problem", "horizon", "samples", "estimator", "ms", "run", "gradients")
 
 
-class Task(NamedTuple):
-    """A task of the study.
+class Point(NamedTuple):
+    """Where estimators are compared."""
 
-    Attributes:
-        flags: of `totalprop train`.
-        random: return of uniformly random actions, mean of 30 episodes.
-        best: the best known return.
-    """
-
-    flags: tuple[str, ...]
-    random: float
-    best: float
-
-
-def _suite(name: str, steps: int) -> tuple[str, ...]:
-    return (
-        "--env-id", f"dmc/cartpole-{name}-v0", "--env-arg", "action_repeat=8",
-        "--total-timesteps", str(steps),
-    )  # fmt: skip
-
-
-TASKS = {
-    "pendulum": Task(
-        ("--env-id", "Pendulum-v1", "--total-timesteps", "4000"), random=-1240.0, best=-150.0
-    ),
-    "balance": Task(_suite("balance", 5000), random=260.0, best=1000.0),
-    "swingup": Task(_suite("swingup", 10_000), random=120.0, best=880.0),
-}
-GRADIENTS: dict[str, tuple[str, ...]] = {
-    "rp": ("--estimator", "rp", "--node", "latent"),
-    "lr, latent": ("--estimator", "lr", "--node", "latent"),
-    "lr, action": (  # the actor of DreamerV2 and V3
-        "--estimator", "lr", "--node", "action", "--credit", "own", "--baseline", "critic",
-    ),
-    "tpx": ("--estimator", "tpx", "--node", "latent"),
-    "tpg": ("--estimator", "tpg", "--node", "latent"),
-}  # fmt: skip
-GATES = {"blocked": "--stop-grad-actor-input", "open": "--no-stop-grad-actor-input"}
-UNGATED = {"lr, action"}  # no path bypasses its nodes: blocked and open are one and the same run
-# At any horizon as many imagined steps as the preset has at 15: 256 starts.
-IMAGINED = 256 * 15
-DRAWS = 2000  # of the bootstrap
-
-
-class Cell(NamedTuple):
-    """What is compared with its like."""
-
-    task: str
+    problem: str
     horizon: int
-    gate: str
-    gradient: str
+    samples: int
 
-    def name(self, seed: int) -> str:
-        """Name of a run."""
-        gradient = self.gradient.replace(", ", "-")
-        gate = "" if self.gradient in UNGATED else f"_{self.gate}"
-        return f"{self.task}_h{self.horizon}{gate}_{gradient}_seed{seed}"
 
-    def command(self, seed: int, extra: Sequence[str]) -> list[str]:
-        """Arguments of `totalprop train`."""
-        gate = "blocked" if self.gradient in UNGATED else self.gate
-        return [
-            "dreamer", "--preset", "recommended", "--seed", str(seed), *TASKS[self.task].flags,
-            "--horizon", str(self.horizon), "--imagination-starts", str(IMAGINED // self.horizon),
-            GATES[gate], *GRADIENTS[self.gradient], "--eval-every", "500",
-            "--eval-episodes", "5", *extra,
-        ]  # fmt: skip
+class Truth(NamedTuple):
+    """The true gradient, its standard error (both [P]) and where it is from."""
+
+    gradient: np.ndarray
+    error: np.ndarray
+    source: str
+
+
+Measured = dict[Point, dict[str, np.ndarray]]  # gradients [R, P] of each estimator
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = parser_of("gradients")
-    options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    for name, known in (("tasks", TASKS), ("gates", GATES), ("gradients", GRADIENTS)):
-        if unknown := set(getattr(options, name)) - set(known):
-            parser.error(f"--{name} are {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    cells = [
-        Cell(*parts)
-        for parts in itertools.product(
-            options.tasks, options.horizons, options.gates, options.gradients
-        )
+    options = parse(arguments)
+    try:
+        with ending_with_a_sentence():
+            if not options.report_only:
+                measure(options, arguments)
+            report(options.out)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to continue", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; on wrong usage, exit with code 2."""
+    parser = parser_of("study gradients")
+    options = parser.parse_args(arguments)
+    for module in options.imports:
+        importlib.import_module(module)
+    chosen = options.problems or list(PROBLEMS)
+    if unknown := set(chosen) - set(PROBLEMS) - set(KINDS):
+        known = ", ".join((*KINDS, *PROBLEMS))
+        parser.error(f"--problems are {known}, got {', '.join(sorted(unknown))}")
+    options.problems = [
+        name for name, problem in PROBLEMS.items() if name in chosen or problem.kind in chosen
     ]
-    runs = options.runs or Path("runs") / options.out.resolve().name
-    with ending_with_a_sentence():
-        failed = 0
-        if not options.report_only:
-            jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
-            failed = train_runs(jobs, runs, options.jobs)
-        report(options.out, runs, cells, options.seeds, extra)
-    if failed:
-        raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
+    options.estimators = options.estimators or [*names(), *RIVALS[-len(GAMMAS) :]]
+    for name in options.estimators:
+        try:
+            estimator_named(name)
+        except ValueError as error:
+            parser.error(str(error))
+    least = {"repeats": options.repeats // 2 - 1, "samples": min(options.samples) - 5}
+    for name, spare in (*least.items(), ("jobs", options.jobs - 1), ("seed", options.seed)):
+        if spare < 0:
+            parser.error(f"--{name} must be larger, got {getattr(options, name)}")
+    return options
 
 
-def report(
-    out: Path, runs: Path, cells: Sequence[Cell], seeds: Sequence[int], extra: Sequence[str]
-) -> None:
-    """Write results.json, table.md and profiles.png from the runs that are finished."""
-    rows: list[dict[str, Any]] = []
-    for cell, seed in itertools.product(cells, seeds):
-        folder = RunFolder(runs / cell.name(seed))
-        if folder.summary.exists():
-            steps, returns = folder.read_evaluations()
-            means = returns.mean(1)
-            rows.append({
-                **cell._asdict(), "seed": seed, "score": round(score(cell.task, means), 4),
-                "timesteps": list(steps), "returns": means.round(2).tolist(),
-                "commit": str(read_json(folder.config).get("commit", "unknown")),
-            })  # fmt: skip
-    if not rows:
-        raise UserError(f"no finished run in {runs}; see the .log files there")
-    out.mkdir(parents=True, exist_ok=True)
-    record = {"flags": list(extra), "runs": rows}
-    write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
-    table = _table(rows)
-    write_text(out / "table.md", table)
-    figures.save(_profiles(rows), out / "profiles.png", dpi=150)
-    print(f"{table}\nwritten to {out}: results.json, table.md, profiles.png")
+def estimator_named(name: str) -> Estimator:
+    """A registered estimator, or aobg with a tolerated bias, such as aobg-0.3."""
+    kind, _, gamma = name.partition("aobg-")
+    if kind == "" and gamma:
+        return make("aobg", weight=functools.partial(mixing.aobg, gamma=float(gamma)))
+    return make(name)
 
 
-def score(task: str, returns: np.ndarray) -> float:
-    """Mean of the last third of [evaluations] returns; 0 for random actions, 1 for the best."""
-    _, random, best = TASKS[task]
-    last = returns[-max(1, len(returns) // 3) :]
-    return float((last.mean() - random) / (best - random))
+# ---------------------------------------------------------------------------- measuring
 
 
-def iqm(scores: np.ndarray) -> float:
-    """Interquartile mean: the mean of the middle half (Agarwal et al. 2021, Sec. 4.3)."""
-    return float(trim_mean(scores, 0.25))
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Measure what is missing in the files, and rewrite them after each point."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "gradients.csv"
+    settings: dict[str, Any] = {"repeats": options.repeats, "seed": options.seed}
+    runs: list[dict[str, str]] = []
+    rows: dict[tuple[Point, str], list[str]] = {}
+    if path.exists():
+        found, rows = read_rows(path)
+        runs = found["runs"]
+        for key, value in settings.items():
+            if found[key] != value:
+                raise UserError(
+                    f"{path} was measured with --{key} {found[key]}, not {value}; choose another "
+                    "--out, or delete the file"
+                )
+    own = {"command": " ".join(["totalprop study gradients", *arguments])}
+    own |= {"commit": current_commit(), "torch": torch.__version__}
+    runs = runs if own in runs else [*runs, own]
+    points = [
+        Point(name, horizon, n)
+        for name in options.problems
+        for horizon in PROBLEMS[name].horizons
+        for n in options.samples
+    ]
+    todo = {p: [e for e in options.estimators if (p, e) not in rows] for p in points}
+    todo = {p: missing for p, missing in todo.items() if missing}
+    truths = read_truths(options.out)
+    unknown = {(p.problem, p.horizon) for p in points} - truths.keys()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        options.jobs, mp_context=context, initializer=_prepare, initargs=(options.imports,)
+    ) as pool:
+        with counted(len(unknown), "truths") as advance:
+            jobs = {pool.submit(true_gradient, *key): key for key in sorted(unknown)}
+            for job in as_completed(jobs):
+                truths[jobs[job]] = job.result()
+                write_truths(options.out, truths)
+                advance()
+        with counted(len(todo), "points") as advance:
+            pending = {
+                pool.submit(gradients_at, p, missing, options.repeats, options.seed): p
+                for p, missing in todo.items()
+            }
+            for done in as_completed(pending):
+                for name, (g, ms) in done.result().items():
+                    numbers = " ".join(f"{x:.6g}" for x in g.flatten())
+                    rows[pending[done], name] = [f"{ms:.3g}", str(runs.index(own)), numbers]
+                write_rows(path, {**settings, "runs": runs}, rows)
+                advance()
 
 
-def bootstrap(
-    scores: Sequence[np.ndarray], statistic: Callable[[np.ndarray], Any], draws: int = DRAWS
-) -> np.ndarray:
-    """The statistic of resampled scores: seeds are drawn with replacement within each task.
+def _prepare(imports: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    for module in imports:
+        importlib.import_module(module)
 
-    Args:
-        scores: [seeds] of each task.
-        statistic: of the scores of all tasks together.
-        draws: number of resamples.
-    """
-    generator = np.random.default_rng(0)
-    return np.array([
-        statistic(np.concatenate([generator.choice(own, len(own)) for own in scores]))
-        for _ in range(draws)
+
+def repeats_at(point: Point, repeats: int) -> int:
+    """Number of gradients of each estimator."""
+    return repeats if point.samples < MANY else repeats // 2
+
+
+def gradients_at(
+    point: Point, estimators: Sequence[str], repeats: int, seed: int
+) -> dict[str, tuple[np.ndarray, float]]:
+    """The gradients [R, P] of each estimator, and milliseconds of processor time of one."""
+    problem = PROBLEMS[point.problem]
+    found: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
+    seconds = dict.fromkeys(estimators, 0.0)
+    for r in range(repeats_at(point, repeats)):
+        noise = draw_noise(problem, point.horizon, point.samples, _seed_of(point, seed, r))
+        for name in estimators:
+            began = time.process_time()
+            found[name].append(problem.gradient(estimator_named(name), noise).numpy())
+            seconds[name] += time.process_time() - began
+    return {n: (np.stack(g), 1000 * seconds[n] / len(g)) for n, g in found.items()}
+
+
+def _seed_of(point: Point, seed: int, repeat: int) -> int:
+    """Different for each point and repeat."""
+    key = [seed, repeat, point.horizon, point.samples, *point.problem.encode()]
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def true_gradient(name: str, horizon: int) -> Truth:
+    """The closed form, or the mean over PARTS batches of an estimator that is right."""
+    problem = PROBLEMS[name]
+    if problem.exact is not None:
+        gradient = problem.exact(horizon).numpy()
+        return Truth(gradient, np.zeros_like(gradient), "closed form")
+    # Without jumps all estimators are right, and tpx has far less variance than LR.
+    source = "tpx" if problem.kind in ("smooth", "chaos") else "lr"
+    estimator = make(source, cross_fit=True)
+    parts = np.stack([
+        problem.gradient(estimator, draw_noise(problem, horizon, MANY, seed)).numpy()
+        for seed in range(10**6, 10**6 + PARTS)
     ])  # fmt: skip
+    return Truth(
+        parts.mean(0), parts.std(0, ddof=1) / PARTS**0.5, f"{source}, {MANY * PARTS:,} samples"
+    )
 
 
-def _of_tasks(rows: Sequence[dict[str, Any]], **wanted: Any) -> list[np.ndarray]:
-    """Scores [seeds] of each task that has some."""
-    chosen = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-    by_task = [[row["score"] for row in chosen if row["task"] == task] for task in TASKS]
-    return [np.array(own) for own in by_task if own]
+# ---------------------------------------------------------------------------- files
 
 
-def _settings(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
-    return sorted({(row["horizon"], row["gate"]) for row in rows})
+def write_rows(
+    path: Path, settings: dict[str, Any], rows: dict[tuple[Point, str], list[str]]
+) -> None:
+    """Write the settings (JSON in a comment) and the rows; replaces the file atomically."""
+    order = {name: i for i, name in enumerate(PROBLEMS)}
+    new = path.with_suffix(".tmp")
+    with open(new, "w", newline="") as file:
+        file.write(f"# {json.dumps(settings)}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for point, name in sorted(rows, key=lambda key: (order.get(key[0].problem, 0), key)):
+            writer.writerow([*point, name, *rows[point, name]])
+    os.replace(new, path)
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
-    lines = [f"| horizon | gradient into the actor's input | gradient | {' | '.join(tasks)} "
-             "| interquartile mean | 95 % interval |"]  # fmt: skip
-    lines.append("|---" * (5 + len(tasks)) + "|")
-    for horizon, gate in _settings(rows):
-        for gradient in GRADIENTS:
-            own = _of_tasks(rows, horizon=horizon, gate=gate, gradient=gradient)
-            if not own:
-                continue
-            cells = []
-            for task in tasks:
-                found = _of_tasks(rows, horizon=horizon, gate=gate, gradient=gradient, task=task)
-                cells.append(", ".join(f"{x:.2f}" for x in found[0]) if found else "")
-            low, high = np.quantile(bootstrap(own, iqm), [0.025, 0.975])
-            lines.append(
-                f"| {horizon} | {gate} | `{gradient}` | {' | '.join(cells)} "
-                f"| {iqm(np.concatenate(own)):.2f} | {low:.2f} to {high:.2f} |"
-            )
+def read_rows(path: Path) -> tuple[dict[str, Any], dict[tuple[Point, str], list[str]]]:
+    """The settings and rows of gradients.csv."""
+    try:
+        with open(path, newline="") as file:
+            settings = json.loads(file.readline().removeprefix("#"))
+            rows = {
+                (Point(r["problem"], int(r["horizon"]), int(r["samples"])), r["estimator"]):
+                [r["ms"], r["run"], r["gradients"]]
+                for r in csv.DictReader(file)
+            }  # fmt: skip
+        settings["repeats"], settings["seed"], settings["runs"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error!r}; delete it to measure again") from error
+    return settings, rows
+
+
+def read_truths(out: Path) -> dict[tuple[str, int], Truth]:
+    """What truths.json holds."""
+    path = out / "truths.json"
+    if not path.exists():
+        return {}
+    return {
+        (record["problem"], record["horizon"]): Truth(
+            np.array(record["gradient"]), np.array(record["standard_error"]), record["source"]
+        )
+        for record in read_json(path)["truths"]
+    }
+
+
+def write_truths(out: Path, truths: dict[tuple[str, int], Truth]) -> None:
+    """Write truths.json."""
+    records = [
+        {
+            "problem": name, "horizon": horizon, "gradient": truth.gradient.tolist(),
+            "standard_error": truth.error.tolist(), "source": truth.source,
+        }
+        for (name, horizon), truth in sorted(truths.items())
+    ]  # fmt: skip
+    write_text(out / "truths.json", json.dumps({"truths": records}, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------- report
+
+
+class Errors(NamedTuple):
+    """What one point says of its estimators."""
+
+    point: Point
+    rmse: dict[str, float]
+    rival: str  # with the least error
+    ratio: tuple[float, float, float]  # of ours to it: estimate and ends of the 95 % interval
+    wrong_sign: list[str]  # estimators whose mean has a sign that the truth has not, by 3 SE
+
+
+def report(out: Path) -> None:
+    """Write table.md and errors.png from the files."""
+    path = out / "gradients.csv"
+    if not path.exists():
+        raise UserError(f"no gradients.csv in {out}; run without --report-only first")
+    settings, rows = read_rows(path)
+    truths, measured, ms = read_truths(out), {}, {}  # type: ignore[var-annotated]
+    for (point, name), (time_ms, _, numbers) in rows.items():
+        truth = truths.get((point.problem, point.horizon))
+        if truth is not None and point.problem in PROBLEMS:
+            g = np.array(numbers.split(), float).reshape(-1, len(truth.gradient))
+            measured.setdefault(point, {})[name] = g
+            ms.setdefault(name, {})[point] = float(time_ms)
+    found = [
+        errors_at(point, own, truths[point.problem, point.horizon])
+        for point, own in measured.items()
+    ]
+    text = table(found, ms, settings)
+    write_text(out / "table.md", text)
+    figures.save(heat_map(found), out / "errors.png", dpi=150)
+    print(f"{text}\nwritten to {out}: gradients.csv, truths.json, table.md, errors.png")
+
+
+def errors_at(point: Point, gradients: dict[str, np.ndarray], truth: Truth) -> Errors:
+    """Errors of all estimators at a point."""
+    distances = {name: squared_errors(g, truth) for name, g in gradients.items()}
+    rmse = {name: float(d.mean() ** 0.5) for name, d in distances.items()}
+    rivals = [name for name in RIVALS if name in rmse] or list(rmse)
+    rival = min(rivals, key=lambda name: rmse[name])
+    ratio = (np.nan, np.nan, np.nan)
+    if OURS in distances:
+        ratio = ratio_of(distances[OURS], distances[rival])
+    wrong = [name for name, g in gradients.items() if has_wrong_sign(g, truth)]
+    return Errors(point, rmse, rival, ratio, wrong)
+
+
+def squared_errors(g: np.ndarray, truth: Truth) -> np.ndarray:
+    """[R] squared distances from the truth, less what the truth's own error adds on average."""
+    distances: np.ndarray = np.square(np.nan_to_num(g, nan=np.inf) - truth.gradient).sum(1)
+    spread = g.var(0, ddof=1).sum()
+    excess = min(float(np.square(truth.error).sum()), max(float(distances.mean() - spread), 0.0))
+    return distances - excess
+
+
+def ratio_of(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """RMSE of ours over theirs, with a bootstrap over the repeats, which have the same noise."""
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, len(ours), (DRAWS, len(ours)))
+    tiny = np.finfo(float).tiny
+    draws = np.sqrt(np.maximum(ours[rows].mean(1), 0) / np.maximum(theirs[rows].mean(1), tiny))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(np.sqrt(ours.mean() / max(theirs.mean(), tiny))), float(low), float(high)
+
+
+def has_wrong_sign(g: np.ndarray, truth: Truth) -> bool:
+    """Whether a mean gradient has the wrong sign by more than 3 standard errors, of both."""
+    mean, error = g.mean(0), g.std(0, ddof=1) / len(g) ** 0.5
+    wrong = (np.sign(mean) != np.sign(truth.gradient)) & (np.abs(mean) > 3 * error)
+    return bool((wrong & (np.abs(truth.gradient) > 3 * truth.error)).any())
+
+
+def _order(names: Iterable[str]) -> list[str]:
+    """Ours, then the rivals, then all others."""
+    first = {name: i for i, name in enumerate((OURS, *RIVALS))}
+    return sorted(names, key=lambda name: (first.get(name, len(first)), name))
+
+
+def table(
+    found: Sequence[Errors], ms: dict[str, dict[Point, float]], settings: dict[str, Any]
+) -> str:
+    """table.md."""
+    names = _order({name for errors in found for name in errors.rmse})
+    lines = [
+        "# Errors of gradient estimators", "",
+        f"{len(found)} points. An estimator's error is its root mean square distance from the true "
+        f"gradient, here in units of the least error of {', '.join(RIVALS)} at the point. "
+        f"{settings['repeats']} gradients per point and estimator (half of that from {MANY} "
+        "samples on), so a ratio is known to some 10 to 20 %. "
+        "A wrong sign is that of a mean over all gradients, by 3 standard errors.", "",
+        f"| estimator | within {LIMIT} | median | 90 % below | largest | wrong signs | time / rp |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name in names:
+        own = [e for e in found if name in e.rmse]
+        ratios = np.array([e.rmse[name] / max(e.rmse[e.rival], 1e-300) for e in own])
+        slower = [t / ms["rp"][p] for p, t in ms[name].items() if p in ms.get("rp", {})]
+        wrong = sum(name in e.wrong_sign for e in own)
+        lines.append(
+            f"| `{name}` | {np.mean(ratios <= LIMIT):.0%} | {np.median(ratios):.2f} | "
+            f"{np.quantile(ratios, 0.9):.3g} | {ratios.max():.3g} | {wrong} | "
+            f"{np.median(slower) if slower else np.nan:.1f} |"
+        )
+    misses = [e for e in found if e.ratio[1] > LIMIT]
+    judged = [e for e in found if not np.isnan(e.ratio[0])]
+    if judged:
+        lines += [
+            "",
+            f"`{OURS}` is above {LIMIT} times the best of the others, beyond the noise of the "
+            f"repeats, at {len(misses)} of {len(judged)} points{':' if misses else '.'}",
+        ]
+    if misses:
+        lines += [
+            "",
+            "| problem | H | N | ratio | 95 % interval | best |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {e.point.problem} | {e.point.horizon} | {e.point.samples} | {e.ratio[0]:.2f} | "
+            f"{e.ratio[1]:.2f} to {e.ratio[2]:.2f} | `{e.rival}` |"
+            for e in sorted(misses, key=lambda e: -e.ratio[0])
+        ]
     return "\n".join(lines) + "\n"
 
 
-def _profiles(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Performance profiles: the share of runs above each score (Agarwal et al. 2021, Sec. 4.2)."""
-    settings = _settings(rows)
-    figure = Figure(figsize=(4 * len(settings), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
-    thresholds = np.linspace(0, 1, 101)
-
-    def above(scores: np.ndarray) -> np.ndarray:
-        return (scores[:, None] > thresholds).mean(0)
-
-    for axis, (horizon, gate) in zip(axes, settings):
-        for i, gradient in enumerate(GRADIENTS):
-            own = _of_tasks(rows, horizon=horizon, gate=gate, gradient=gradient)
-            if not own:
-                continue
-            low, high = np.quantile(bootstrap(own, above), [0.025, 0.975], axis=0)
-            axis.fill_between(thresholds, low, high, color=f"C{i}", alpha=0.12, lw=0)
-            scores = np.concatenate(own)
-            axis.plot(thresholds, above(scores), color=f"C{i}", label=f"{gradient} ({len(scores)})")
-        axis.set(title=f"H = {horizon}, {gate}", xlabel="score τ", xlim=(0, 1), ylim=(0, 1.02))
-        axis.legend(frameon=False, fontsize="small", title="gradient (runs)")
-    axes[0].set_ylabel("share of runs with a score above τ")
+def heat_map(found: Sequence[Errors]) -> Figure:
+    """Every estimator at every point: the darker, the further from the best."""
+    names = _order({name for errors in found for name in errors.rmse})
+    kinds = [PROBLEMS[errors.point.problem].kind for errors in found]
+    order = sorted(range(len(found)), key=lambda i: (KINDS.index(kinds[i]), found[i].point))
+    ratios = np.full((len(names), len(found)), np.nan)
+    for column, i in enumerate(order):
+        for row, name in enumerate(names):
+            if name in found[i].rmse:
+                ratios[row, column] = found[i].rmse[name] / found[i].rmse[found[i].rival]
+    figure = Figure(figsize=(11, 0.28 * len(names) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        np.clip(np.nan_to_num(ratios, nan=1.0, posinf=100), 1, 100), aspect="auto",
+        cmap="Reds", norm=LogNorm(1, 100), interpolation="none",
+    )  # fmt: skip
+    axes.set_yticks(range(len(names)), names, fontsize="small")
+    edges, ticks = [0], []
+    for kind in KINDS:
+        own = kinds.count(kind)
+        if own:
+            ticks.append((edges[-1] + (own - 1) / 2, f"{kind}\n({own} points)"))
+            edges.append(edges[-1] + own)
+    axes.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
+    for edge in edges[1:-1]:
+        axes.axvline(edge - 0.5, color="black", lw=0.8)
+    axes.set_title(
+        "Error of the gradient, in units of the best rival's: white is best", fontsize=10
+    )
+    bar = figure.colorbar(image, ax=axes, ticks=[1, 2, 5, 10, 100], pad=0.01)
+    bar.ax.set_yticklabels(["1", "2", "5", "10", "≥ 100"])
     return figure
 
 

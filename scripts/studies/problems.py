@@ -120,7 +120,7 @@ def _regulator() -> Problem:
     def exact(horizon: int) -> Tensor:
         theta = torch.tensor((1.0, 1.2), dtype=F64, requires_grad=True)
         closed = LINEAR - PUSH.unsqueeze(1) * theta
-        start = torch.tensor((1.0, 0.0), dtype=F64)
+        start = torch.tensor((1.0, 0.5), dtype=F64)
         second, total = torch.outer(start, start), torch.zeros((), dtype=F64)
         for _ in range(horizon):
             second = closed @ second @ closed.T + 0.05**2 * torch.eye(2, dtype=F64)
@@ -128,7 +128,7 @@ def _regulator() -> Problem:
         return torch.autograd.grad(total, theta)[0]
 
     return Problem(
-        "regulator", "smooth", (1.0, 1.2), (1.0, 0.0), node, _take,
+        "regulator", "smooth", (1.0, 1.2), (1.0, 0.5), node, _take,
         lambda s, z, t, h: s.square().sum(-1), (1, 20, 100), exact,
     )  # fmt: skip
 
@@ -162,7 +162,7 @@ def _pendulum() -> Problem:
         return torch.cat((state[:, :1] + 0.1 * z, z), -1)
 
     return Problem(
-        "pendulum", "smooth", (2.0, 0.5), (1.0, 0.0), node, advance,
+        "pendulum", "smooth", (2.0, 0.5), (1.0, 0.5), node, advance,
         lambda s, z, t, h: 1 - s[:, 0].cos() + 0.1 * s[:, 1].square(), (1, 20, 100),
     )  # fmt: skip
 

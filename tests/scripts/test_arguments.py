@@ -77,7 +77,7 @@ def test_every_flag_of_every_command_has_a_help(command, monkeypatch, capsys):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", note)
     monkeypatch.setattr(sys, "argv", ["totalprop"])
     with pytest.raises(SystemExit):
-        cli.main([command])
+        cli.main(command.split())
     assert parsers and parsers[0].description
     bare = [action.dest for action in parsers[0]._actions if not (action.help or "").strip()]
     assert bare == []

@@ -16,11 +16,11 @@ from totalprop.scripts import cli
 def test_every_command_has_a_help(command, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["totalprop"])
     with pytest.raises(SystemExit, match=r"^0$"):
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert len(capsys.readouterr().out) > 200
 
 
-HELPS = [["--help"], *([name, "--help"] for name in cli.COMMANDS)]
+HELPS = [["--help"], ["study", "--help"], *([*name.split(), "--help"] for name in cli.COMMANDS)]
 
 
 @pytest.mark.parametrize("arguments", HELPS, ids=" ".join)
@@ -39,7 +39,7 @@ def test_a_help_is_that_of_the_command_itself(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"totalprop {name}"])
     module = importlib.import_module(f"totalprop.scripts.{cli.COMMANDS[name].module}")
     texts = []
-    for main in (lambda a: cli.main([name, *a]), module.main):
+    for main in (lambda a: cli.main([*name.split(), *a]), module.main):
         with pytest.raises(SystemExit, match=r"^0$"):
             main(["--help"])
         texts.append(capsys.readouterr().out)
@@ -51,6 +51,21 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     out = capsys.readouterr().out
     assert all(f"  {name} " in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["study"], ["study", "--help"]], ids=" ".join)
+def test_studies_are_listed(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == (0 if arguments[1:] else 2)
+    own = [name for name in cli.COMMANDS if name.startswith("study ")]
+    assert own and all(f" {name.split()[1]} " in capsys.readouterr().out for name in own[:1])
+
+
+def test_an_unknown_study_suggests_the_nearest(capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main(["study", "dreamr"])
+    assert "did you mean 'study dreamer'?" in capsys.readouterr().err
 
 
 def test_an_unknown_command_suggests_the_nearest(capsys):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from totalprop.scripts.run.arguments import parse
-from totalprop.scripts.studies import gradients
-from totalprop.scripts.studies.gradients import GATES, GRADIENTS, TASKS, Cell
+from totalprop.scripts.studies import dreamer
+from totalprop.scripts.studies.dreamer import GATES, GRADIENTS, TASKS, Cell
 
 ALL = [
     Cell(task, horizon, gate, gradient)
@@ -42,23 +42,23 @@ def test_names_are_names_of_folders_and_differ():
 def test_a_score_is_the_last_third_between_random_and_best():
     _, random, best = TASKS["balance"]
     half = (random + best) / 2
-    assert gradients.score("balance", np.array([0.0, 0, 0, 0, half, half])) == pytest.approx(0.5)
-    assert gradients.score("balance", np.array([best])) == 1
-    assert gradients.score("balance", np.full(9, random)) == 0
+    assert dreamer.score("balance", np.array([0.0, 0, 0, 0, half, half])) == pytest.approx(0.5)
+    assert dreamer.score("balance", np.array([best])) == 1
+    assert dreamer.score("balance", np.full(9, random)) == 0
 
 
 def test_the_interquartile_mean_is_that_of_the_middle_half():
-    assert gradients.iqm(np.array([-100.0, 1, 2, 3, 4, 5, 6, 100])) == 3.5
+    assert dreamer.iqm(np.array([-100.0, 1, 2, 3, 4, 5, 6, 100])) == 3.5
 
 
 def test_the_bootstrap_draws_seeds_within_each_task():
     """Two tasks of constant scores have no spread, however different the tasks are."""
     constant = [np.full(3, 0.1), np.full(3, 0.9)]
-    assert np.ptp(gradients.bootstrap(constant, np.mean)) == pytest.approx(0, abs=1e-12)
+    assert np.ptp(dreamer.bootstrap(constant, np.mean)) == pytest.approx(0, abs=1e-12)
     scores = [np.random.default_rng(0).normal(size=20), np.random.default_rng(1).normal(size=20)]
-    spread = gradients.bootstrap(scores, np.mean).std()
+    spread = dreamer.bootstrap(scores, np.mean).std()
     expected = np.sqrt(sum(own.var() for own in scores) / 20) / 2  # of the mean of both
-    assert spread == pytest.approx(expected, rel=4 / np.sqrt(2 * gradients.DRAWS))
+    assert spread == pytest.approx(expected, rel=4 / np.sqrt(2 * dreamer.DRAWS))
 
 
 def test_the_report_covers_what_is_finished(tmp_path, capsys):
@@ -75,7 +75,7 @@ def test_the_report_covers_what_is_finished(tmp_path, capsys):
         if (gradient, seed) != ("tpx", 1):
             (folder / "summary.json").write_text("{}")
     command = ["--out", str(out), "--runs", str(runs), "--seeds", "0", "1", "--report-only"]
-    gradients.main(command)
+    dreamer.main(command)
     rows = json.loads((out / "results.json").read_text())["runs"]
     assert [(row["gradient"], row["seed"], row["score"]) for row in rows] == [
         ("rp", 0, pytest.approx(0.2)), ("rp", 1, pytest.approx(0.4)), ("tpx", 0, pytest.approx(1)),
@@ -89,11 +89,11 @@ def test_the_report_covers_what_is_finished(tmp_path, capsys):
 @pytest.mark.parametrize("flag", ["--tasks", "--gates", "--gradients"])
 def test_unknown_names_are_refused(flag, capsys):
     with pytest.raises(SystemExit) as error:
-        gradients.main(["--out", "x", "--seeds", "0", flag, "chess"])
+        dreamer.main(["--out", "x", "--seeds", "0", flag, "chess"])
     assert error.value.code == 2 and "got chess" in capsys.readouterr().err
 
 
 def test_the_defaults_of_the_flags_are_all_there_is():
-    options = gradients.parser_of("gradients").parse_args(["--out", "x", "--seeds", "0"])
+    options = dreamer.parser_of("study dreamer").parse_args(["--out", "x", "--seeds", "0"])
     assert options.tasks == list(TASKS) and options.gates == list(GATES)
     assert options.gradients == list(GRADIENTS)

@@ -1,0 +1,245 @@
+r"""Which gradient does a Dreamer need? Train each, at each node, at short and long horizons.
+
+    totalprop study dreamer --out results/dreamer/gradients --seeds 0 1 2
+    totalprop study dreamer --out results/dreamer/gradients --seeds 0 1 2 --tasks pendulum
+    totalprop study dreamer --out results/dreamer/gradients --seeds 0 1 2 --report-only
+
+Every task x horizon x (blocked or open) x gradient x seed is a `totalprop train` with the preset
+`recommended`. "Blocked" is DreamerV1's block of the gradient into the state that an action was
+chosen in, "open" is without it. After a kill, the same command goes on. The report has one number
+per run, the mean return over the last third of its evaluations, scaled to 0 for random actions and
+1 for the task's best known return. It shows their interquartile mean and performance profiles, with
+intervals of a bootstrap over the seeds of each task (Agarwal et al. 2021).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import trim_mean
+
+from totalprop.agents.core import figures
+from totalprop.agents.persistence.safe_file import write_text
+from totalprop.scripts.commands import parser_of
+from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.folder import RunFolder, read_json
+from totalprop.scripts.studies.sweep import train_runs
+
+
+class Task(NamedTuple):
+    """A task of the study.
+
+    Attributes:
+        flags: of `totalprop train`.
+        random: return of uniformly random actions, mean of 30 episodes.
+        best: the best known return.
+    """
+
+    flags: tuple[str, ...]
+    random: float
+    best: float
+
+
+def _suite(name: str, steps: int) -> tuple[str, ...]:
+    return (
+        "--env-id", f"dmc/cartpole-{name}-v0", "--env-arg", "action_repeat=8",
+        "--total-timesteps", str(steps),
+    )  # fmt: skip
+
+
+TASKS = {
+    "pendulum": Task(
+        ("--env-id", "Pendulum-v1", "--total-timesteps", "4000"), random=-1240.0, best=-150.0
+    ),
+    "balance": Task(_suite("balance", 5000), random=260.0, best=1000.0),
+    "swingup": Task(_suite("swingup", 10_000), random=120.0, best=880.0),
+}
+GRADIENTS: dict[str, tuple[str, ...]] = {
+    "rp": ("--estimator", "rp", "--node", "latent"),
+    "lr, latent": ("--estimator", "lr", "--node", "latent"),
+    "lr, action": (  # the actor of DreamerV2 and V3
+        "--estimator", "lr", "--node", "action", "--credit", "own", "--baseline", "critic",
+    ),
+    "tpx": ("--estimator", "tpx", "--node", "latent"),
+    "tpg": ("--estimator", "tpg", "--node", "latent"),
+}  # fmt: skip
+GATES = {"blocked": "--stop-grad-actor-input", "open": "--no-stop-grad-actor-input"}
+UNGATED = {"lr, action"}  # no path bypasses its nodes: blocked and open are one and the same run
+# At any horizon as many imagined steps as the preset has at 15: 256 starts.
+IMAGINED = 256 * 15
+DRAWS = 2000  # of the bootstrap
+
+
+class Cell(NamedTuple):
+    """What is compared with its like."""
+
+    task: str
+    horizon: int
+    gate: str
+    gradient: str
+
+    def name(self, seed: int) -> str:
+        """Name of a run."""
+        gradient = self.gradient.replace(", ", "-")
+        gate = "" if self.gradient in UNGATED else f"_{self.gate}"
+        return f"{self.task}_h{self.horizon}{gate}_{gradient}_seed{seed}"
+
+    def command(self, seed: int, extra: Sequence[str]) -> list[str]:
+        """Arguments of `totalprop train`."""
+        gate = "blocked" if self.gradient in UNGATED else self.gate
+        return [
+            "dreamer", "--preset", "recommended", "--seed", str(seed), *TASKS[self.task].flags,
+            "--horizon", str(self.horizon), "--imagination-starts", str(IMAGINED // self.horizon),
+            GATES[gate], *GRADIENTS[self.gradient], "--eval-every", "500",
+            "--eval-episodes", "5", *extra,
+        ]  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = parser_of("study dreamer")
+    options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    for name, known in (("tasks", TASKS), ("gates", GATES), ("gradients", GRADIENTS)):
+        if unknown := set(getattr(options, name)) - set(known):
+            parser.error(f"--{name} are {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    cells = [
+        Cell(*parts)
+        for parts in itertools.product(
+            options.tasks, options.horizons, options.gates, options.gradients
+        )
+    ]
+    runs = options.runs or Path("runs") / options.out.resolve().name
+    with ending_with_a_sentence():
+        failed = 0
+        if not options.report_only:
+            jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
+            failed = train_runs(jobs, runs, options.jobs)
+        report(options.out, runs, cells, options.seeds, extra)
+    if failed:
+        raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
+
+
+def report(
+    out: Path, runs: Path, cells: Sequence[Cell], seeds: Sequence[int], extra: Sequence[str]
+) -> None:
+    """Write results.json, table.md and profiles.png from the runs that are finished."""
+    rows: list[dict[str, Any]] = []
+    for cell, seed in itertools.product(cells, seeds):
+        folder = RunFolder(runs / cell.name(seed))
+        if folder.summary.exists():
+            steps, returns = folder.read_evaluations()
+            means = returns.mean(1)
+            rows.append({
+                **cell._asdict(), "seed": seed, "score": round(score(cell.task, means), 4),
+                "timesteps": list(steps), "returns": means.round(2).tolist(),
+                "commit": str(read_json(folder.config).get("commit", "unknown")),
+            })  # fmt: skip
+    if not rows:
+        raise UserError(f"no finished run in {runs}; see the .log files there")
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"flags": list(extra), "runs": rows}
+    write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
+    table = _table(rows)
+    write_text(out / "table.md", table)
+    figures.save(_profiles(rows), out / "profiles.png", dpi=150)
+    print(f"{table}\nwritten to {out}: results.json, table.md, profiles.png")
+
+
+def score(task: str, returns: np.ndarray) -> float:
+    """Mean of the last third of [evaluations] returns; 0 for random actions, 1 for the best."""
+    _, random, best = TASKS[task]
+    last = returns[-max(1, len(returns) // 3) :]
+    return float((last.mean() - random) / (best - random))
+
+
+def iqm(scores: np.ndarray) -> float:
+    """Interquartile mean: the mean of the middle half (Agarwal et al. 2021, Sec. 4.3)."""
+    return float(trim_mean(scores, 0.25))
+
+
+def bootstrap(
+    scores: Sequence[np.ndarray], statistic: Callable[[np.ndarray], Any], draws: int = DRAWS
+) -> np.ndarray:
+    """The statistic of resampled scores: seeds are drawn with replacement within each task.
+
+    Args:
+        scores: [seeds] of each task.
+        statistic: of the scores of all tasks together.
+        draws: number of resamples.
+    """
+    generator = np.random.default_rng(0)
+    return np.array([
+        statistic(np.concatenate([generator.choice(own, len(own)) for own in scores]))
+        for _ in range(draws)
+    ])  # fmt: skip
+
+
+def _of_tasks(rows: Sequence[dict[str, Any]], **wanted: Any) -> list[np.ndarray]:
+    """Scores [seeds] of each task that has some."""
+    chosen = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    by_task = [[row["score"] for row in chosen if row["task"] == task] for task in TASKS]
+    return [np.array(own) for own in by_task if own]
+
+
+def _settings(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
+    return sorted({(row["horizon"], row["gate"]) for row in rows})
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    lines = [f"| horizon | gradient into the actor's input | gradient | {' | '.join(tasks)} "
+             "| interquartile mean | 95 % interval |"]  # fmt: skip
+    lines.append("|---" * (5 + len(tasks)) + "|")
+    for horizon, gate in _settings(rows):
+        for gradient in GRADIENTS:
+            own = _of_tasks(rows, horizon=horizon, gate=gate, gradient=gradient)
+            if not own:
+                continue
+            cells = []
+            for task in tasks:
+                found = _of_tasks(rows, horizon=horizon, gate=gate, gradient=gradient, task=task)
+                cells.append(", ".join(f"{x:.2f}" for x in found[0]) if found else "")
+            low, high = np.quantile(bootstrap(own, iqm), [0.025, 0.975])
+            lines.append(
+                f"| {horizon} | {gate} | `{gradient}` | {' | '.join(cells)} "
+                f"| {iqm(np.concatenate(own)):.2f} | {low:.2f} to {high:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _profiles(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Performance profiles: the share of runs above each score (Agarwal et al. 2021, Sec. 4.2)."""
+    settings = _settings(rows)
+    figure = Figure(figsize=(4 * len(settings), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+    thresholds = np.linspace(0, 1, 101)
+
+    def above(scores: np.ndarray) -> np.ndarray:
+        return (scores[:, None] > thresholds).mean(0)
+
+    for axis, (horizon, gate) in zip(axes, settings):
+        for i, gradient in enumerate(GRADIENTS):
+            own = _of_tasks(rows, horizon=horizon, gate=gate, gradient=gradient)
+            if not own:
+                continue
+            low, high = np.quantile(bootstrap(own, above), [0.025, 0.975], axis=0)
+            axis.fill_between(thresholds, low, high, color=f"C{i}", alpha=0.12, lw=0)
+            scores = np.concatenate(own)
+            axis.plot(thresholds, above(scores), color=f"C{i}", label=f"{gradient} ({len(scores)})")
+        axis.set(title=f"H = {horizon}, {gate}", xlabel="score τ", xlim=(0, 1), ylim=(0, 1.02))
+        axis.legend(frameon=False, fontsize="small", title="gradient (runs)")
+    axes[0].set_ylabel("share of runs with a score above τ")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The benchmark of gradients: its problems against closed forms, and its statistics by hand."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from totalprop import estimators
+from totalprop.estimators import make
+from totalprop.scripts.studies import gradients
+from totalprop.scripts.studies.gradients import Point, Truth
+from totalprop.scripts.studies.problems import KINDS, PROBLEMS, draw_noise
+
+CASES = [(name, horizon) for name, problem in PROBLEMS.items() for horizon in problem.horizons]
+
+
+def test_there_are_more_than_100_points_of_every_kind():
+    assert 4 * len(CASES) >= 100
+    assert {problem.kind for problem in PROBLEMS.values()} == set(KINDS)
+
+
+@pytest.mark.parametrize(("name", "horizon"), CASES)
+def test_every_estimator_computes_a_finite_gradient(name, horizon):
+    problem, noise = PROBLEMS[name], draw_noise(PROBLEMS[name], min(horizon, 20), 30, 0)
+    for one in estimators.names():
+        g = problem.gradient(make(one), noise)
+        assert g.shape == (len(problem.theta),) and g.isfinite().all(), one
+
+
+@pytest.mark.parametrize(("name", "horizon"), [c for c in CASES if PROBLEMS[c[0]].exact])
+def test_closed_forms_are_the_means_of_lr(name, horizon):
+    """40 batches of 1000 samples, within 4 SE."""
+    problem = PROBLEMS[name]
+    g = torch.stack(
+        [problem.gradient(make("lr"), draw_noise(problem, horizon, 1000, s)) for s in range(40)]
+    )
+    assert ((g.mean(0) - problem.exact(horizon)).abs() < 4 * g.std(0) / 40**0.5).all()
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_rp_is_right_where_nothing_jumps_and_wrong_where_something_does(name):
+    """20 batches of 2000 samples at the shorter horizon of each problem, beside LR."""
+    problem = PROBLEMS[name]
+    horizon = sorted(problem.horizons)[min(1, len(problem.horizons) - 1)]
+    horizon = min(horizon, 20)
+    if problem.kind == "stiff":
+        pytest.skip("RP is right in the mean, over more samples than there are here")
+    noise = [draw_noise(problem, horizon, 2000, seed) for seed in range(20)]
+    rp, lr = (torch.stack([problem.gradient(make(e), z) for z in noise]) for e in ("rp", "lr"))
+    difference = rp - lr
+    z = difference.mean(0) / (difference.std(0) / 20**0.5)
+    if problem.kind == "jump":
+        assert z.abs().max() > 5
+    else:
+        assert z.abs().max() < 4
+
+
+def test_the_probes_are_per_sample_gradients_of_the_parameters():
+    """`tp` weighs what the probe says: k by hand from per-sample gradients of RP and LR."""
+    problem, noise = PROBLEMS["quadratic"], draw_noise(PROBLEMS["quadratic"], 1, 50, 3)
+    found = problem.gradient(make("tp"), noise)
+    mean, std = torch.tensor(problem.theta[:4]).double(), math.exp(problem.theta[4])
+    x, cost = mean + std * noise[0], None
+    cost = 0.5 * x.square().sum(1)
+    advantage = (cost - (cost.sum() - cost) / 49).unsqueeze(1)
+    rp = torch.cat((x, (x * noise[0] * std).sum(1, keepdim=True)), 1)
+    score = torch.cat((noise[0] / std, (noise[0].square() - 1).sum(1, keepdim=True)), 1)
+    lr = advantage * score
+    v_rp, v_lr = rp.var(0).sum(), lr.var(0).sum()
+    k = v_rp / (v_rp + v_lr)
+    torch.testing.assert_close(found, (k * lr + (1 - k) * rp).mean(0))
+
+
+def run(tmp_path, *flags):
+    gradients.main([
+        "--out", str(tmp_path), "--jobs", "1", "--problems", "quadratic", "step-cost",
+        "--samples", "50", "100", "--repeats", "4", "--estimators", "rp", "lr", "tpx-safe",
+        *flags,
+    ])  # fmt: skip
+    with open(tmp_path / "gradients.csv") as file:
+        settings = json.loads(file.readline()[1:])
+        return settings, list(csv.DictReader(file))
+
+
+def test_a_study_measures_what_is_missing_and_reports(tmp_path, capsys):
+    settings, rows = run(tmp_path)
+    assert len(rows) == (1 + 3) * 2 * 3
+    assert {len(row["gradients"].split()) for row in rows} == {4 * 5, 4 * 1}
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out and "| `tpx-safe` |" in table
+    assert (tmp_path / "errors.png").stat().st_size > 10_000
+    truths = json.loads((tmp_path / "truths.json").read_text())["truths"]
+    assert {record["source"] for record in truths} == {"closed form"}
+    again, same = run(tmp_path)
+    assert (again, same) == (settings, rows)
+    settings, more = run(tmp_path, "--estimators", "tp", "aobg-0.3")
+    assert len(settings["runs"]) == 2 and [r for r in more if r["run"] == "0"] == rows
+    assert {r["estimator"] for r in more if r["run"] == "1"} == {"tp", "aobg-0.3"}
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--repeats", "6")
+    assert "was measured with --repeats 4, not 6" in capsys.readouterr().err
+
+
+def test_points_have_the_same_noise_for_all_estimators_and_their_own():
+    point = Point("quadratic", 1, 50)
+    first = gradients.gradients_at(point, ["rp", "lr"], 4, 0)
+    alone = gradients.gradients_at(point, ["lr"], 4, 0)
+    np.testing.assert_array_equal(first["lr"][0], alone["lr"][0])
+    other = gradients.gradients_at(point, ["lr"], 4, 1)
+    assert (other["lr"][0] != alone["lr"][0]).all()
+    assert len(np.unique(alone["lr"][0][:, 0])) == 4
+
+
+def test_the_truth_of_a_jump_is_of_lr_and_of_a_smooth_problem_of_tpx(monkeypatch):
+    monkeypatch.setattr(gradients, "PARTS", 3)
+    monkeypatch.setattr(gradients, "MANY", 100)
+    for name, source in (("inventory", "lr"), ("pendulum", "tpx"), ("ramp-1e4", "lr")):
+        horizon = PROBLEMS[name].horizons[0]
+        truth = gradients.true_gradient(name, horizon)
+        assert truth.source == f"{source}, 300 samples" and (truth.error > 0).all()
+        noise = [draw_noise(PROBLEMS[name], horizon, 100, 10**6 + i) for i in range(3)]
+        parts = [PROBLEMS[name].gradient(make(source, cross_fit=True), z).numpy() for z in noise]
+        np.testing.assert_allclose(truth.gradient, np.mean(parts, 0))
+
+
+def test_errors_by_hand():
+    truth = Truth(np.array([1.0, -2.0]), np.array([0.0, 0.0]), "closed form")
+    g = {
+        "rp": np.array([[1.0, -2.5], [1.0, -1.5]]),
+        "lr": np.array([[2.0, -2.0], [0.0, -2.0]]),
+        "tpx-safe": np.array([[1.0, -2.0], [1.0, 0.0]]),
+        "tp": np.array([[1.0, 2.0], [1.0, 2.1]]),
+    }
+    found = gradients.errors_at(Point("quadratic", 1, 50), g, truth)
+    expected = {"rp": 0.5, "lr": 1.0, "tpx-safe": math.sqrt(2), "tp": math.sqrt(16.405)}
+    assert found.rmse == pytest.approx(expected)
+    assert found.rival == "rp" and found.ratio[0] == pytest.approx(math.sqrt(2) / 0.5)
+    assert found.ratio[1] <= found.ratio[0] <= found.ratio[2]
+    assert found.wrong_sign == ["tp"]
+
+
+def test_an_error_of_the_truth_is_taken_off_but_never_variance():
+    truth = Truth(np.array([0.0]), np.array([0.3]), "lr")
+    g = np.array([[1.0], [-1.0], [1.0], [-1.0]])
+    assert gradients.squared_errors(g, truth).mean() == pytest.approx(1.0)
+    biased = g + 2
+    spread = g.var(ddof=1)
+    expected = 5.0 - min(0.09, 5.0 - spread)
+    assert gradients.squared_errors(biased, truth).mean() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--problems", "chess"], "got chess"),
+        (["--estimators", "tqx"], "did you mean 'tpx'"),
+        (["--repeats", "1"], "--repeats must be larger, got 1"),
+        (["--jobs", "0"], "--jobs must be larger, got 0"),
+    ],
+)
+def test_wrong_flags_are_refused(flags, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as left:
+        gradients.main(["--out", str(tmp_path), *flags])
+    assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_kind_stands_for_its_problems():
+    chosen = gradients.parse(["--problems", "chaos", "queue"]).problems
+    assert chosen == [n for n, p in PROBLEMS.items() if p.kind == "chaos" or n == "queue"]
