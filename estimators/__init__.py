@@ -15,7 +15,7 @@ import totalprop.estimators.surrogates as surrogates
 from totalprop.estimators.analysis.check import Report, check
 from totalprop.estimators.declarations import unknown_name
 from totalprop.estimators.gradient import PolicyGradient, gradient
-from totalprop.estimators.node import Estimator, assign_credit, infer_noise
+from totalprop.estimators.node import Estimator, assign_credit, infer_noise, own_and_carried
 from totalprop.estimators.probes import ControlProbe, DenseJacobian, ParameterProbe
 from totalprop.estimators.registry import make, names, register
 from totalprop.estimators.rollout import Rollout
@@ -38,6 +38,7 @@ __all__ = [
     "make",
     "mixing",
     "names",
+    "own_and_carried",
     "register",
     "surrogates",
     "unknown_name",

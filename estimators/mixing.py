@@ -122,6 +122,19 @@ def tpx_ivw(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]
     return _inverse_variance(rp[0], [leg[0] for leg in legs], summed=False)
 
 
+def ivw_h(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[K]:
+    """Inverse-variance weighting of each coordinate of mean and std by itself.
+
+    Onoda et al. 2026 (IVW-H), App. E, Alg. 1, Eq. 16-18, as reported by others; the paper's text
+    was not at hand. There the nodes are actions, the score leg's baseline is a critic, and earlier
+    states receive the pathwise signal (`Estimator.carry`).
+    """
+    members = [
+        _inverse_variance(g, [leg[i] for leg in legs], summed=False) for i, g in enumerate(rp)
+    ]
+    return [tuple(own) for own in zip(*members, strict=True)]
+
+
 def tpx_ivw_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     """`tpx-ivw` with the variances summed over the coordinates. Parmas et al. 2023, App. D."""
     return _inverse_variance(rp[0], [leg[0] for leg in legs], summed=True)

@@ -15,7 +15,7 @@ Schulman et al. 2015 (stochastic computation graphs); Parmas 2018 (total propaga
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,6 +102,9 @@ class Estimator:
             Dreamer and PIPPS the policy's last layer). The caller builds the probe.
         whole_graph: the rule chooses one k for the gradients of the whole graph, which
             `estimators.gradient` combines.
+        carry: what earlier nodes receive: the "mixture" that the parameters receive, or the
+            "pathwise" signal alone, so that the score legs reach the parameters only. "pathwise"
+            needs the node's `carried`; without it, earlier nodes receive the mixture.
         base: of a whole-graph rule, the estimator whose gradient it mixes with LR; None for RP.
         source: paper and equation.
 
@@ -115,6 +118,7 @@ class Estimator:
     cross_fit: bool = False
     probe: Literal["none", "all", "subset"] = "none"
     whole_graph: bool = False
+    carry: Literal["mixture", "pathwise"] = "mixture"
     base: Estimator | None = None
     source: str = ""
 
@@ -133,6 +137,8 @@ class Estimator:
             raise ValueError(
                 f"the weight rule takes one score leg, got {len(self.legs)}; use estimator 'tpx'"
             )
+        if self.carry not in ("mixture", "pathwise"):
+            raise ValueError(f"carry is 'mixture' or 'pathwise', got {self.carry!r}")
         if self.base is not None and (not self.whole_graph or self.base.whole_graph):
             raise ValueError(
                 "base=... is a nodewise estimator, which an estimator with whole_graph=True mixes "
@@ -171,6 +177,7 @@ class Estimator:
         meter: Tensor | None = None,
         gauge: Tensor | None = None,
         tap: Tensor | None = None,
+        carried: Zeta | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sample the node; its backward pass mixes the legs.
 
@@ -190,6 +197,8 @@ class Estimator:
                 they are, see `estimators.gauge`.
             tap: [N, P] zeros; the gradient w.r.t. it accumulates the per-sample parameter
                 gradients. Requires `probe`.
+            carried: the same mean and std as functions of the earlier nodes alone, while `mean` and
+                `std` are functions of the parameters alone, see `own_and_carried`.
         Returns:
             The sample [N, ..., D], and the credit for every cost and node downstream.
         Raises:
@@ -203,8 +212,25 @@ class Estimator:
         zeta = (mean,) if std is None else (mean, std)
         return stochastic_node(
             self, zeta, noise, credit,
-            probe=probe, value=value, meter=meter, gauge=gauge, tap=tap,
+            probe=probe, value=value, meter=meter, gauge=gauge, tap=tap, carried=carried,
         )  # fmt: skip
+
+
+def own_and_carried(
+    function: Callable[..., Zeta], parameters: Mapping[str, Tensor], *inputs: Tensor
+) -> tuple[Zeta, Zeta]:
+    """A node's zeta twice: with a gradient to the parameters alone, and to the inputs alone.
+
+    >>> own, carried = own_and_carried(policy, parameters, state)
+    >>> action, credit = estimator(*own, noise, credit, carried=carried)
+
+    Args:
+        function: (parameters, *inputs) -> (mean, std) or (logits, None).
+        parameters: name -> tensor.
+        inputs: tensors [N, ...] that earlier nodes have an influence on.
+    """
+    own = function(parameters, *(x.detach() for x in inputs))
+    return own, function({name: p.detach() for name, p in parameters.items()}, *inputs)
 
 
 def stochastic_node(
@@ -218,9 +244,16 @@ def stochastic_node(
     meter: Tensor | None = None,
     gauge: Tensor | None = None,
     tap: Tensor | None = None,
+    carried: Zeta | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a node whose backward pass mixes the estimator's legs. See `Estimator.__call__`."""
     _check_shapes(zeta, noise, credit, value)
+    carried = tuple(x for x in carried or () if x is not None)
+    if carried and [x.shape for x in carried] != [x.shape for x in zeta]:
+        raise ValueError(
+            f"carried must be like mean and std, {[list(x.shape) for x in zeta]}, got "
+            f"{[list(x.shape) for x in carried]}"
+        )
     _check_values(zeta, noise)
     if tap is not None and probe is None:
         raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
@@ -231,7 +264,9 @@ def stochastic_node(
             f"gauge must be zeros {list(SHAPE)}, got {_shown(gauge)}; each node takes its own"
         )
     node = _TransformedNode if _is_transformed() else _Node
-    sample, credit = node.apply(estimator, probe, noise, credit, value, meter, gauge, tap, *zeta)
+    sample, credit = node.apply(
+        estimator, probe, noise, credit, value, meter, gauge, tap, len(zeta), *zeta, *carried
+    )
     return sample, credit
 
 
@@ -348,19 +383,21 @@ def _forward(
     meter: Tensor | None,
     gauge: Tensor | None,
     tap: Tensor | None,
+    members: int,
     *zeta: Tensor,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(credit.dtype, torch.float32)
-    return draw(zeta, noise), credit.to(dtype, copy=True)
+    return draw(zeta[:members], noise), credit.to(dtype, copy=True)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    estimator, probe, noise, credit, value, meter, gauge, tap, *zeta = inputs
+    estimator, probe, noise, credit, value, meter, gauge, tap, members, *zeta = inputs
     ctx.estimator, ctx.probe, ctx.credit_shape = estimator, probe, credit.shape
     ctx.meter_shape = None if meter is None else meter.shape
     ctx.has_gauge, ctx.has_tap = gauge is not None, tap is not None
     ctx.set_materialize_grads(False)  # to tell a credit without gradient
-    ctx.save_for_backward(noise, value, *zeta)
+    ctx.is_split = len(zeta) > members
+    ctx.save_for_backward(noise, value, *zeta[:members])
 
 
 class _Node(torch.autograd.Function):
@@ -393,7 +430,11 @@ class _Node(torch.autograd.Function):
             parts = _score_parts(ctx.estimator)
             g_gauge = measure(tuple(zeta), noise, *received, value, g_zeta, *parts)
         g_tap = ctx.probe(g_zeta) if ctx.has_tap else None
-        return (None, None, None, returns, None, g_meter, g_gauge, g_tap, *g_zeta)
+        g_carried: Zeta = ()
+        if ctx.is_split:
+            is_pathwise = ctx.estimator.carry == "pathwise"
+            g_carried = pathwise(tuple(zeta), noise, g_sample) if is_pathwise else g_zeta
+        return (None, None, None, returns, None, g_meter, g_gauge, g_tap, None, *g_zeta, *g_carried)
 
 
 def _score_parts(estimator: Estimator) -> tuple[tuple[Leg, ...], Baseline]:

@@ -19,6 +19,7 @@ from totalprop.estimators.mixing import (
     aobg,
     ddcg,
     guard,
+    ivw_h,
     likelihood_ratio,
     pathwise,
     tp,
@@ -56,6 +57,7 @@ _REGISTRY: dict[str, Estimator] = {
     "ivw": Estimator(
         tpx_ivw_scalar, probe="all", whole_graph=True, source="Parmas et al. 2023, Sec. 3, Eq. 5"
     ),
+    "ivw-h": Estimator(ivw_h, carry="pathwise", source="Onoda et al. 2026, App. E"),
     "aobg": Estimator(
         aobg, probe="all", whole_graph=True, source="Suh et al. 2022, Eq. 4, Lemma 4.4"
     ),

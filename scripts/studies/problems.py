@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from totalprop.estimators import ControlProbe, DenseJacobian, Estimator, assign_credit, gradient
+from totalprop.estimators import (
+    ControlProbe,
+    DenseJacobian,
+    Estimator,
+    assign_credit,
+    gradient,
+    own_and_carried,
+)
 from totalprop.scripts.studies.chaotic_rnn import START, STD, W
 
 KINDS = ("smooth", "stiff", "jump", "chaos")
@@ -72,11 +79,17 @@ class Problem:
             state = torch.tensor(self.start, dtype=F64).expand(n, -1)
             credit, total = state.new_zeros(n), state.new_zeros(())
             for t, noise_t in enumerate(noise, 1):
-                mean, std = self.node(state, theta)
+                (mean, std), carried = self.node(state, theta), None
+                if estimator.carry == "pathwise":
+                    (mean, std), carried = own_and_carried(
+                        lambda p, s: self.node(s, p["theta"]), {"theta": theta}, state
+                    )
                 probe = None
                 if estimator.probe != "none" or tap is not None:
                     probe = self._probe(state, theta, eye)
-                z, credit = estimator(mean, std, noise_t, credit, probe=probe, tap=tap)
+                z, credit = estimator(
+                    mean, std, noise_t, credit, probe=probe, tap=tap, carried=carried
+                )
                 state = self.advance(state, z)
                 total = total + assign_credit(self.cost(state, z, t, horizon), credit).mean()
             return total

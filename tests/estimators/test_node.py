@@ -5,7 +5,7 @@ import torch
 from torch.func import jacrev, vmap
 
 from totalprop import estimators
-from totalprop.estimators import Estimator, ParameterProbe, assign_credit, mixing
+from totalprop.estimators import Estimator, ParameterProbe, assign_credit, make, mixing
 from totalprop.estimators.baselines import leave_one_out, none
 
 F64 = torch.float64
@@ -285,3 +285,72 @@ def test_the_rules_differ_on_the_chain():
     ks = [chain.reverse_loop(rule)[1] for rule in RULES.values()]
     for i, one in enumerate(ks):
         assert all((one - other).abs().max() > 1e-3 for other in ks[:i])
+
+
+# carry: what earlier nodes receive
+
+
+def two_steps(estimator, *, split, seed=0, n=40):
+    """x_1 ~ N(θ, s), x_2 ~ N(sin(x_1) θ, s): dL/dθ, and dL/dx_1 through the second node's mean."""
+    theta = torch.tensor([0.7], dtype=F64, requires_grad=True)
+    noise = torch.randn(2, n, 1, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    credit, x = noise.new_zeros(n), torch.zeros(n, 1, dtype=F64)
+    states = []
+    for z in noise:
+
+        def zeta(p, x):
+            mean = p["theta"] * (1 + x.sin())
+            return mean, torch.full_like(mean, 0.5)
+
+        (mean, std), carried = zeta({"theta": theta}, x), None
+        if split:
+            (mean, std), carried = estimators.own_and_carried(zeta, {"theta": theta}, x)
+        x, credit = estimator(mean, std, z, credit, carried=carried)
+        states.append(x)
+    loss = estimators.assign_credit((x.squeeze(-1) ** 3).cos(), credit).mean()
+    return torch.autograd.grad(loss, [theta, states[0]])
+
+
+@pytest.mark.parametrize("name", [n for n in estimators.names() if not make(n).whole_graph])
+def test_splitting_a_node_changes_nothing_but_what_carry_says(name):
+    if make(name).probe != "none":
+        pytest.skip("the nodes have no probe")
+    mixture = make(name, carry="mixture")
+    for found, expected in zip(
+        two_steps(mixture, split=True), two_steps(mixture, split=False), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+    pathwise, rp = make(name, carry="pathwise"), two_steps(make("rp"), split=False)
+    theta, state = two_steps(pathwise, split=True)
+    torch.testing.assert_close(state, rp[1])
+    if name not in ("rp",):
+        assert (two_steps(mixture, split=True)[1] - rp[1]).abs().max() > 1e-6
+    assert theta.isfinite().all()
+
+
+def test_a_pathwise_carry_changes_nothing_for_lr():
+    """No node of LR passes on what it receives from later states."""
+    found = [two_steps(make("lr", carry=c), split=True)[0] for c in ("pathwise", "mixture")]
+    torch.testing.assert_close(*found)
+
+
+def test_ivw_h_weighs_mean_and_std_by_their_own_variances():
+    rp, lr = (
+        tuple(
+            scale * torch.randn(30, 2, dtype=F64, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        )
+        for scale, seeds in ((1, (1, 2)), (3, (3, 4)))
+    )
+    (members,) = mixing.ivw_h(rp, [lr], None)
+    for k, g, other in zip(members, rp, lr, strict=True):
+        torch.testing.assert_close(k[0], g.var(0) / (g.var(0) + other.var(0)))
+    assert make("ivw-h").carry == "pathwise"
+
+
+def test_what_is_carried_has_the_node_s_shape():
+    mean = torch.zeros(5, 2, dtype=F64)
+    with pytest.raises(ValueError, match=r"carried must be like mean and std.*got \[\[5, 1\]"):
+        make("tpx")(mean, mean + 1, mean, mean.new_zeros(5), carried=(mean[:, :1], mean[:, :1]))
+    with pytest.raises(ValueError, match="carry is 'mixture' or 'pathwise', got 'both'"):
+        make("tpx", carry="both")
