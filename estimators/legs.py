@@ -9,6 +9,7 @@ of each leg is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -104,6 +105,112 @@ def biw(
     g_mean = torch.einsum("ij,ijd->id", weighted, z) / std
     second_moment = torch.einsum("ij,ijd->id", weighted, z.square())
     return g_mean, (second_moment - weighted.sum(1, keepdim=True)) / std
+
+
+@without("needs_value")
+def nothing(
+    zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
+) -> Zeta:
+    """No gradient at all: what a rule mixes with RP to shrink it, see `mixing.cut`."""
+    return tuple(torch.zeros_like(member) for member in zeta)
+
+
+def lax(critic: Callable[[Tensor], Tensor]) -> Leg:
+    """Likelihood-ratio leg with a critic of the sample as its control variate.
+
+    mean: (R - a c(x) - b) noise / std + a c'(x)
+    std: (R - a c(x) - b) (noise² - 1) / std + a c'(x) noise
+
+    Grathwohl et al. 2018 (LAX), Eq. 5. The leg is unbiased for any critic, and the better the
+    critic predicts the return-to-go, the less variance it has. Differs from the paper: a and b are
+    a regression of the returns on the critic that leaves out the sample itself, which keeps the leg
+    unbiased, instead of b = 0 and a trained critic in the returns' units.
+
+    Args:
+        critic: samples [N, ..., D] -> [N, ...], differentiable; of any scale and sign. It must not
+            depend on the noise in another way.
+    """
+
+    @without("categorical_nodes")
+    def leg(
+        zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
+    ) -> Zeta:
+        with torch.enable_grad():
+            x = draw(zeta, noise).detach().requires_grad_()
+            c = critic(x)
+            (slope_of_c,) = torch.autograd.grad(c.sum(), x)
+        c = c.detach()
+        a, b = _left_out_line(c, returns)
+        rest = ((returns - a * c - b).unsqueeze(-1)) / zeta[1]
+        pathwise_part = a.unsqueeze(-1) * slope_of_c
+        g_mean = rest * noise + pathwise_part
+        return g_mean, rest * (noise.square() - 1) + pathwise_part * noise
+
+    return leg
+
+
+def _left_out_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and intercept [N, ...] of y on x along axis 0, for each sample from all others."""
+    n = len(x)
+    if n < 4:
+        raise ValueError(f"leg 'lax' needs at least 4 samples on axis 0, got {n}")
+    dx, dy = x - x.mean(0), y - y.mean(0)
+    share = n / (n - 1)
+    square = (dx.square().sum(0) - share * dx.square()).clamp_min(torch.finfo(x.dtype).tiny)
+    slope = ((dx * dy).sum(0) - share * dx * dy) / square
+    mean_x, mean_y = ((z.sum(0) - z) / (n - 1) for z in (x, y))
+    return slope, mean_y - slope * mean_x
+
+
+def mvd(critic: Callable[[Tensor], Tensor]) -> Leg:
+    """Measure-valued derivative of a critic's mean: it needs no derivative, only differences.
+
+    d/dmean_d E c = E [c(x | x_d = m_d + s_d W) - c(x | x_d = m_d - s_d W)] / (s_d √(2π)),
+    d/dstd_d E c = E [c(x | x_d = m_d + s_d M) - c(x)] / s_d
+
+    with Rayleigh W and M of the double-sided Maxwell distribution; all other coordinates are those
+    of the sample. Mohamed et al. 2020, Sec. 6.2, Table 1; Carvalho et al. 2021 for critics. As a
+    function of the critic it is unbiased; the returns are used for its scale alone, so that an
+    error in the critic is one in the gradient.
+
+    Args:
+        critic: samples [N, D] -> [N]; of any scale and sign, since a regression of the returns on
+            it fits both.
+    """
+
+    @without("categorical_nodes", "more_axes")
+    def leg(
+        zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
+    ) -> Zeta:
+        (mean, std), x = zeta, draw(zeta, noise)
+        c = critic(x)
+        slope, _ = _left_out_line(c, returns)
+        # Nothing is drawn here: both are functions of the noise, by their distribution functions.
+        rank = torch.special.ndtr(noise).clamp(1e-12, 1 - 1e-12)
+        rayleigh = (-2 * torch.log1p(-rank)).sqrt()
+        maxwell = _maxwell(2 * (rank - 0.5).abs()) * (rank - 0.5).sign()
+        by_mean, by_std = [], []
+        for d in range(x.shape[-1]):
+            at = [x.clone() for _ in range(3)]
+            for moved, z in zip(at, (rayleigh, -rayleigh, maxwell), strict=True):
+                moved[:, d] = mean[:, d] + std[:, d] * z[:, d]
+            up, down, wide = (critic(moved) for moved in at)
+            by_mean.append((up - down) / (std[:, d] * math.sqrt(2 * math.pi)))
+            by_std.append((wide - c) / std[:, d])
+        scale = slope.unsqueeze(-1)
+        return scale * torch.stack(by_mean, -1), scale * torch.stack(by_std, -1)
+
+    return leg
+
+
+def _maxwell(rank: Tensor) -> Tensor:
+    """Quantiles of the Maxwell distribution, by bisection of erf(x/√2) - x √(2/π) exp(-x²/2)."""
+    low, high = torch.zeros_like(rank), torch.full_like(rank, 12.0)
+    for _ in range(60):
+        x = (low + high) / 2
+        below = torch.erf(x / 2**0.5) - x * (2 / math.pi) ** 0.5 * (-0.5 * x * x).exp() < rank
+        low, high = torch.where(below, x, low), torch.where(below, high, x)
+    return (low + high) / 2
 
 
 LEGS: dict[str, Leg] = {"score": score, "biw": biw}

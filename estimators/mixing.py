@@ -135,6 +135,25 @@ def ivw_h(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[K]:
     return [tuple(own) for own in zip(*members, strict=True)]
 
 
+def cut(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, limit: float = 4.0) -> list[Tensor]:
+    """Clip the pathwise gradient of each sample: with the leg `nothing`, the estimator `rp-cut`.
+
+    A sample whose cotangent of the mean is longer than `limit` medians is scaled down to that. This
+    ends explosions and is biased, more the heavier the tails are. The practice of clipping the
+    gradient through time at every step, as in Metz et al. 2021, Sec. 4.
+
+    Args:
+        rp: pathwise cotangents of zeta.
+        legs: of which the first is `legs.nothing`.
+        probe: not used.
+        limit: in medians of the length, over the samples.
+    """
+    length = torch.linalg.vector_norm(rp[0], dim=-1, keepdim=True)
+    length = length.nan_to_num(nan=math.inf)
+    bound = limit * length.median(0, keepdim=True).values
+    return [1 - (bound / length.clamp_min(_tiny(length))).clamp(max=1.0)]
+
+
 def tpx_ivw_scalar(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     """`tpx-ivw` with the variances summed over the coordinates. Parmas et al. 2023, App. D."""
     return _inverse_variance(rp[0], [leg[0] for leg in legs], summed=True)

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import functional_call, jvp, vmap
 
 from totalprop.agents.dreamer.categorical_actor import ActionNode, CategoricalActor
 from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
@@ -140,6 +140,8 @@ def imagine(
     rssm, actor = policy.model.rssm, policy.actor
     at_action, at_latent = settings.node != "latent", settings.node != "action"
     own = settings.credit == "own"
+    # The action's distribution then is needed twice, see `Estimator.carry`.
+    is_split = at_action and estimator.carry == "pathwise" and not settings.stop_grad_actor_input
     latent_estimator = estimator if at_latent else REPARAMETERISED
     # At the latent too, the tap would count the action twice.
     needs_probe = at_latent and (estimator.probe != "none" or (tap is not None and not at_action))
@@ -152,7 +154,11 @@ def imagine(
         zip(noise.action, noise.latent, meters, gauges)
     ):
         seen, step_tap, factor = state.features, tap, settings.lam**-t if own else 1.0
-        if settings.stop_grad_actor_input:
+        carried = None
+        if is_split:
+            frozen = {name: p.detach() for name, p in actor.named_parameters()}
+            carried = functional_call(actor, frozen, (seen,))
+        if settings.stop_grad_actor_input or is_split:
             seen = seen.detach()
         hidden = actor.hidden(_with_gradient_times(seen, 1 / factor))
         plain = actor.output(hidden)
@@ -162,7 +168,7 @@ def imagine(
         if at_action:
             size = action_noise.shape[-1]
             node = _action_node(
-                policy, estimator, state, hidden, raw, tap=step_tap,
+                policy, estimator, state, hidden, raw, carried, tap=step_tap,
                 meter=None if step_meter is None else step_meter[:size], gauge=step_gauge,
             )  # fmt: skip
             action, entropy, credit = actor.act_at(node, raw, action_noise, credit)
@@ -234,12 +240,16 @@ def _action_node(
     state: State,
     hidden: Tensor,
     raw: Tensor,
+    carried: Tensor | None,
     *,
     tap: Tensor | None,
     meter: Tensor | None,
     gauge: Tensor | None,
 ) -> ActionNode:
-    """The estimator at the action, for `Actor.act_at`."""
+    """The estimator at the action, for `Actor.act_at`.
+
+    `carried` is `raw` as a function of the state alone, or None if `raw` is one of both.
+    """
     value = None
     if estimator.needs_value:
         # V(s) includes r(s), which the action has no influence on.
@@ -253,9 +263,12 @@ def _action_node(
         if estimator.probe != "none" or tap is not None:
             probe = _action_probe(policy.actor, hidden, raw, own)
         part = None if meter is None else meter[own]
+        of_state = None
+        if carried is not None:
+            of_state = tuple(member[:, own] for member in policy.actor.zeta(carried))
         return estimator(
             mean, std, noise, credit,
-            probe=probe, value=value, tap=tap, meter=part, gauge=gauge,
+            probe=probe, value=value, tap=tap, meter=part, gauge=gauge, carried=of_state,
         )  # fmt: skip
 
     return node

@@ -1,10 +1,17 @@
 """Legs: score and batch importance weighting against explicit references; more than one leg."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from scipy.stats import chi
 from torch.distributions import Normal
 
+from totalprop import estimators
 from totalprop.estimators import baselines, legs, make, mixing
+from totalprop.estimators.baselines import leave_one_out, none
+from totalprop.estimators.legs import draw
 
 F64 = torch.float64
 
@@ -279,3 +286,114 @@ def test_collinear_legs_share_the_weight():
     assert ((once[0] > 0) & (once[0] < 1)).any()
     torch.testing.assert_close(sum(twice), once[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(twice[0], twice[1], rtol=1e-6, atol=1e-6)
+
+
+# Legs with a critic.
+
+
+def critics_leg(leg, n, repeats, critic=None, cost=None, seed=0):
+    """[repeats, 2] mean gradients in the mean and std of x ~ N(0.4, 0.6), of x³ by default."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    for _ in range(repeats):
+        noise = torch.randn(n, 1, dtype=F64, generator=generator)
+        zeta = (torch.full_like(noise, 0.4), torch.full_like(noise, 0.6))
+        x = draw(zeta, noise)
+        returns = (cost or (lambda x: x.pow(3)))(x).squeeze(-1)
+        found.append(torch.stack([g.mean() for g in leg(zeta, noise, returns, None, none)]))
+    return torch.stack(found)
+
+
+EXACT = torch.tensor([3 * (0.4**2 + 0.6**2), 6 * 0.4 * 0.6], dtype=F64)  # of E x³
+
+
+@pytest.mark.parametrize(
+    "critic",
+    [lambda x: x.squeeze(-1), lambda x: -7 * x.squeeze(-1).pow(2), lambda x: x.squeeze(-1).sin()],
+    ids=["line", "square", "sine"],
+)
+def test_lax_is_unbiased_for_any_critic(critic):
+    """2000 batches of 20 samples, within 4 SE."""
+    found = critics_leg(legs.lax(critic), 20, 2000)
+    assert ((found.mean(0) - EXACT).abs() < 4 * found.std(0) / 2000**0.5).all()
+
+
+def test_a_critic_that_is_nearly_right_halves_the_variance():
+    """x³ + x of a cost x³, beside `score` with its leave-one-out baseline."""
+
+    def plain(zeta, noise, returns, value, baseline):
+        return legs.score(zeta, noise, returns, value, leave_one_out)
+
+    close = legs.lax(lambda x: (x.pow(3) + x).squeeze(-1))
+    found, without = (critics_leg(leg, 20, 2000).var(0) for leg in (close, plain))
+    assert (found < 0.5 * without).all()
+
+
+def test_lax_with_the_return_itself_as_critic_is_the_pathwise_leg():
+    noise = torch.randn(30, 1, dtype=F64, generator=torch.Generator().manual_seed(3))
+    zeta = (torch.full_like(noise, 0.4), torch.full_like(noise, 0.6))
+    x = draw(zeta, noise)
+    leg = legs.lax(lambda x: 5 - 2 * x.squeeze(-1).pow(3))  # of another scale and sign
+    found = leg(zeta, noise, x.squeeze(-1).pow(3), None, none)
+    for g, expected in zip(found, legs.pathwise(zeta, noise, 3 * x**2), strict=True):
+        torch.testing.assert_close(g, expected)
+
+
+def test_lax_leaves_the_sample_out():
+    """Slope and intercept of each sample by numpy's regression on the others."""
+    x, y = torch.randn(2, 9, dtype=F64, generator=torch.Generator().manual_seed(4))
+    slope, intercept = legs._left_out_line(x, y)
+    for i in range(9):
+        others = [j for j in range(9) if j != i]
+        expected = np.polyfit(x[others].numpy(), y[others].numpy(), 1)
+        assert (slope[i].item(), intercept[i].item()) == pytest.approx(tuple(expected))
+
+
+def test_mvd_is_unbiased_as_a_function_of_its_critic():
+    """The critic is the cost up to scale. 400 batches of 500 samples, within 4 SE."""
+    found = critics_leg(legs.mvd(lambda x: -2 * x.squeeze(-1).pow(3)), 500, 400)
+    error = found.std(0) / 400**0.5
+    assert ((found.mean(0) - EXACT).abs() < 4 * error).all()
+    assert (error < 0.05 * EXACT).all()
+
+
+def test_mvd_needs_no_derivative():
+    """A step 1[x > 0.5], N = 20000: d/dmean is the density there, d/dstd that times 0.1 / 0.6."""
+    step = lambda x: (x.squeeze(-1) > 0.5).double()  # noqa: E731
+    found = critics_leg(legs.mvd(step), 20_000, 30, cost=step)
+    density = math.exp(-0.5 * (0.1 / 0.6) ** 2) / (0.6 * math.sqrt(2 * math.pi))
+    exact = torch.tensor([density, density * 0.1 / 0.6], dtype=F64)
+    assert ((found.mean(0) - exact).abs() < 4 * found.std(0) / 30**0.5).all()
+
+
+def test_mvd_moves_one_coordinate_at_a_time():
+    """x_1 x_2², whose derivative in the second mean is 2 m_1 m_2, in the second std 2 m_1 s_2."""
+    generator, found = torch.Generator().manual_seed(5), []
+    mean, std = torch.tensor([0.5, -0.8], dtype=F64), torch.tensor([0.3, 0.7], dtype=F64)
+    product = lambda x: x[:, 0] * x[:, 1].square()  # noqa: E731
+    for _ in range(200):
+        noise = torch.randn(500, 2, dtype=F64, generator=generator)
+        zeta = (mean.expand(500, 2), std.expand(500, 2))
+        both = legs.mvd(product)(zeta, noise, product(draw(zeta, noise)), None, none)
+        found.append(torch.cat([g.mean(0) for g in both]))
+    found = torch.stack(found)
+    exact = torch.tensor([0.64 + 0.49, 2 * 0.5 * -0.8, 0.0, 2 * 0.5 * 0.7], dtype=F64)
+    assert ((found.mean(0) - exact).abs() < 4 * found.std(0) / 200**0.5).all()
+
+
+def test_maxwell_quantiles_are_those_of_the_norm_of_three_normals():
+    rank = torch.tensor([0.05, 0.5, 0.95], dtype=F64)
+    expected = chi.ppf(rank.numpy(), 3)
+    np.testing.assert_allclose(legs._maxwell(rank).numpy(), expected, rtol=1e-9)
+
+
+def test_cut_shortens_long_samples_and_drops_those_that_are_not_finite():
+    g = torch.tensor([[1.0], [-1.0], [1.0], [2.0], [10.0], [float("nan")], [1.0]], dtype=F64)
+    (k,) = mixing.cut((g, g), [(0 * g, 0 * g)], None, limit=4.0)
+    kept = torch.tensor([1, 1, 1, 1, 0.4, 0.0, 1], dtype=F64).unsqueeze(1)
+    torch.testing.assert_close(1 - k, kept)
+    estimator = make("rp-cut")
+    mean = torch.zeros(7, 1, dtype=F64, requires_grad=True)
+    sample, credit = estimator(mean, torch.ones_like(mean), 0 * mean.detach(), mean.new_zeros(7))
+    sample.register_hook(lambda _: g)
+    (found,) = torch.autograd.grad(estimators.assign_credit(sample.sum(-1), credit).sum(), mean)
+    torch.testing.assert_close(found, torch.where(kept > 0, g * kept, 0.0))

@@ -509,3 +509,45 @@ def test_every_estimator_has_the_same_loss_at_every_node():
             settings = replace(BLOCKED, node=node)
             found = estimated(policy, starts(), noise, estimators.make(name), settings)
             torch.testing.assert_close(found.loss, expected)
+
+
+# carry
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("name", ["rp", "lr"])
+def test_a_pathwise_carry_changes_neither_rp_nor_lr(name, node, form):
+    """RP passes it on anyway, and LR drops all that it receives."""
+    policy, noise = of_form(form)
+    settings = replace(UNBLOCKED, node=node)
+    found = [
+        actor_gradient(
+            imagine(
+                policy, starts(), noise, estimators.make(name, carry=carry), settings
+            ).actor_loss,
+            policy,
+        )
+        for carry in ("mixture", "pathwise")
+    ]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_with_a_pathwise_carry_earlier_states_receive_rp():
+    """A rule of fixed k: θ gets the mixture of each step, whose RP leg is that of RP alone."""
+    policy, noise = make(), draw()
+    settings = replace(UNBLOCKED, node="action")
+
+    def half(rp, legs, probe):
+        return [torch.full_like(rp[0][:1], 0.5)]
+
+    def gradient(estimator):
+        loss = imagine(policy, starts(), noise, estimator, settings).actor_loss
+        return actor_gradient(loss, policy)
+
+    mixed = gradient(estimators.Estimator(half, baseline=baselines.none, carry="pathwise"))
+    rp = gradient(estimators.make("rp"))
+    lr = gradient(estimators.make("lr", baseline=baselines.none))
+    torch.testing.assert_close(mixed, 0.5 * rp + 0.5 * lr, rtol=1e-9, atol=1e-12)
+    carried = gradient(estimators.Estimator(half, baseline=baselines.none))
+    assert (carried - mixed).norm() > 1e-3 * mixed.norm()
