@@ -25,7 +25,7 @@ from torch import Tensor
 from totalprop.estimators.baselines import Baseline, leave_one_out
 from totalprop.estimators.declarations import declared, has
 from totalprop.estimators.gauge import SHAPE, measure
-from totalprop.estimators.legs import Leg, Zeta, draw, pathwise, score
+from totalprop.estimators.legs import Leg, Zeta, draw, nothing, pathwise, score
 from totalprop.estimators.mixing import Context, K, Weight, largest_usable
 from totalprop.estimators.probes import Probe, restrict
 
@@ -439,7 +439,7 @@ class _Node(torch.autograd.Function):
 
 def _score_parts(estimator: Estimator) -> tuple[tuple[Leg, ...], Baseline]:
     """Score legs and baseline; the plain ones for a rule that uses none, which may not fit."""
-    if estimator.needs_score:
+    if estimator.needs_score and estimator.legs != (nothing,):
         return estimator.legs, estimator.baseline
     return (score,), leave_one_out
 

@@ -107,6 +107,9 @@ class DreamerTPX(Algorithm):
         slow_critic_rate: rate at which a slow copy follows the critic at each update. The copy
             bootstraps the returns and regularises the critic (0.02 in DreamerV3). 0 keeps none, as
             in DreamerV1.
+        slow_actor_rate: rate at which a slow copy follows the actor at each update. The copy acts,
+            in the environment and in `predict`, while imagination improves the actor itself. It
+            averages out how the actor changes from update to update. 0 keeps none, as in DreamerV1.
         model_learning_rate: step size of the world model.
         adam_eps: Adam's epsilon.
         max_grad_norm: global-norm clip of each of the three optimizers.
@@ -160,7 +163,8 @@ class DreamerTPX(Algorithm):
         "changing; pass the environment without VecNormalize"
     )
     fixed_arguments: ClassVar[tuple[str, ...]] = (
-        "policy_kwargs", "discount_head", "slow_critic_rate", "buffer_size", "storage",
+        "policy_kwargs", "discount_head", "slow_critic_rate", "slow_actor_rate", "buffer_size",
+        "storage",
         "pretrained_world_model",
     )  # fmt: skip
     policy: DreamerPolicy
@@ -183,6 +187,7 @@ class DreamerTPX(Algorithm):
         entropy_scale: Annotated[float, AtLeast(0)] = 0.0,
         scale_returns: bool = False,
         slow_critic_rate: Annotated[float, Within(0, 1)] = 0.0,
+        slow_actor_rate: Annotated[float, Within(0, 1)] = 0.0,
         model_learning_rate: Annotated[float, Above(0)] = 6e-4,
         adam_eps: Annotated[float, Above(0)] = 1e-7,
         max_grad_norm: Annotated[float, Above(0)] = 100.0,
@@ -232,7 +237,8 @@ class DreamerTPX(Algorithm):
         self.horizon, self.stop_grad_actor_input = horizon, stop_grad_actor_input
         self.gamma, self.lam, self.discount_weights = gamma, lam, discount_weights
         self.entropy_scale, self.scale_returns = entropy_scale, scale_returns
-        self.slow_critic_rate, self.representation_scale = slow_critic_rate, representation_scale
+        self.slow_critic_rate, self.slow_actor_rate = slow_critic_rate, slow_actor_rate
+        self.representation_scale = representation_scale
         self.model_learning_rate, self.adam_eps = model_learning_rate, adam_eps
         self.max_grad_norm = max_grad_norm
         self.batch_size, self.sequence_length = batch_size, sequence_length
@@ -272,6 +278,7 @@ class DreamerTPX(Algorithm):
         kwargs = {
             "discount_head": self.discount_head,
             "slow_critic": self.slow_critic_rate > 0,
+            "slow_actor": self.slow_actor_rate > 0,
             **self.policy_kwargs,
         }
         self.policy = self.policy_class(  # type: ignore[assignment]
@@ -585,7 +592,11 @@ class DreamerTPX(Algorithm):
     def _check_arguments(self) -> None:
         """One sentence per wrong value, before any work is done."""
         check_arguments(self)
-        for name, own in (("discount_head", "discount_head"), ("slow_critic", "slow_critic_rate")):
+        for name, own in (
+            ("discount_head", "discount_head"),
+            ("slow_critic", "slow_critic_rate"),
+            ("slow_actor", "slow_actor_rate"),
+        ):
             if name in self.policy_kwargs:
                 raise ValueError(f"pass {own} to DreamerTPX, not {name} in policy_kwargs")
         self._check_estimator()
@@ -689,6 +700,7 @@ class DreamerTPX(Algorithm):
             adam_eps=self.adam_eps,
             max_grad_norm=self.max_grad_norm,
             slow_critic_rate=self.slow_critic_rate,
+            slow_actor_rate=self.slow_actor_rate,
             bf16=self.bf16,
             compile=self.compile,
             cuda_graph=self.cuda_graph and self.device.type == "cuda",  # or a model could not move

@@ -145,6 +145,7 @@ class DreamerPolicy(BasePolicy):
         critic_head: the same for the critic.
         discount_head: predict where episodes end.
         slow_critic: keep a slow copy of the critic, see DreamerTPX's slow_critic_rate.
+        slow_actor: keep a slow copy of the actor, which acts, see DreamerTPX's slow_actor_rate.
     """
 
     OPTIONAL_BUFFERS: ClassVar[tuple[str, ...]] = (
@@ -177,6 +178,7 @@ class DreamerPolicy(BasePolicy):
         critic_head: HeadKind = "gaussian",
         discount_head: bool = False,
         slow_critic: bool = False,
+        slow_actor: bool = False,
     ) -> None:
         is_box = isinstance(action_space, spaces.Box)
         super().__init__(observation_space, action_space, squash_output=is_box)
@@ -201,7 +203,8 @@ class DreamerPolicy(BasePolicy):
             "discount_head": discount_head,
         }
         self.own_sizes = {
-            "init_std": init_std, "critic_head": critic_head, "slow_critic": slow_critic
+            "init_std": init_std, "critic_head": critic_head, "slow_critic": slow_critic,
+            "slow_actor": slow_actor,
         }  # fmt: skip
         check_values(DreamerPolicy, **self.sizes, **self.own_sizes)
         self.to_model = ObservationForm(observation_space)
@@ -223,6 +226,7 @@ class DreamerPolicy(BasePolicy):
         initialise(self.critic)
         self.critic.zero_last_layer()
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False) if slow_critic else None
+        self.slow_actor = copy.deepcopy(self.actor).requires_grad_(False) if slow_actor else None
         self.register_buffer("return_range", torch.zeros(()))
         # On the device from the start: a CUDA graph cannot copy numbers from the host.
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
@@ -236,12 +240,22 @@ class DreamerPolicy(BasePolicy):
         critic = self.critic if self.slow_critic is None else self.slow_critic
         return critic.mean(critic(features))
 
+    @property
+    def acting(self) -> Actor | CategoricalActor:
+        """The actor that acts outside of imagination: the slow one, if there is one."""
+        return self.actor if self.slow_actor is None else self.slow_actor
+
     @torch.no_grad()
-    def follow(self, rate: float) -> None:
-        """Move the slow critic towards the critic."""
-        if self.slow_critic is not None:
-            for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
-                slow.lerp_(fast, rate)
+    def follow(self, critic_rate: float, actor_rate: float) -> None:
+        """Move the slow critic towards the critic, and the slow actor towards the actor."""
+        pairs = (
+            (self.slow_critic, self.critic, critic_rate),
+            (self.slow_actor, self.actor, actor_rate),
+        )
+        for slow, fast, rate in pairs:
+            if slow is not None:
+                for own, other in zip(slow.parameters(), fast.parameters()):
+                    own.lerp_(other, rate)
 
     @torch.no_grad()
     def follow_returns(self, returns: Tensor) -> None:
@@ -294,7 +308,7 @@ class DreamerPolicy(BasePolicy):
             latent_noise = self.model.rssm.latents.noise(len(action), **shared)
             action_noise = self.actor.noise(len(action), **shared)
         state = self.model.filter(state, action, observations, latent_noise)
-        action, _ = self.actor.act(self.actor(state.features), action_noise)
+        action, _ = self.acting.act(self.acting(state.features), action_noise)
         return action, state
 
     def predict(

@@ -87,12 +87,13 @@ PRESETS["tpx2023-urakami"] = {
 # seed 100 (results/dreamer/recommended/); not final.
 PRESETS["recommended"] = {
     "estimator": "tpx",
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-3,  # with less, values lag behind the policy for 10,000 decisions
     "model_learning_rate": 1e-3,
     "adam_eps": 1e-5,
     "scale_returns": True,  # Hafner et al. 2023 (DreamerV3), Eq. 12
     "entropy_scale": 3e-3,  # of scaled returns: with 1e-3 the actor exploits an early model
-    "slow_critic_rate": 0.02,  # DreamerV3: an EMA of decay 0.98
+    "slow_critic_rate": 0.05,  # DreamerV3: 0.02
+    "slow_actor_rate": 0.01,  # ours: the actor changes a lot from update to update
     "free_nats": 0.0,  # or the prior of a task with little to observe would hardly be trained
     "batch_size": 16,
     "sequence_length": 32,

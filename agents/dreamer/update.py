@@ -49,6 +49,7 @@ class UpdateSettings:
     adam_eps: float
     max_grad_norm: float
     slow_critic_rate: float
+    slow_actor_rate: float
     bf16: bool
     compile: bool
     cuda_graph: bool
@@ -194,7 +195,7 @@ class DreamerUpdate:
             ),
             "critic": self._apply(self.critic_optimizer, critic_parameters, critic_gradient),
         }
-        policy.follow(settings.slow_critic_rate)
+        policy.follow(settings.slow_critic_rate, settings.slow_actor_rate)
         if settings.imagination.scale_returns:
             policy.follow_returns(imagined.returns)
         scalars = {

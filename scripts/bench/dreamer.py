@@ -147,6 +147,7 @@ def _settings(name: str, horizon: int) -> UpdateSettings:
         adam_eps=v1["adam_eps"],
         max_grad_norm=v1["max_grad_norm"],
         slow_critic_rate=0.0,
+        slow_actor_rate=0.0,
         bf16=False,
         compile=False,
         cuda_graph=False,

@@ -81,7 +81,7 @@ _CATEGORICAL = {
 }  # fmt: skip
 # What the preset switches on; its sizes would take minutes.
 _RECOMMENDED: dict[str, Any] = {
-    "slow_critic_rate": 0.02, "scale_returns": True, "replay_ratio": 2.0,
+    "slow_critic_rate": 0.02, "slow_actor_rate": 0.02, "scale_returns": True, "replay_ratio": 2.0,
     "policy_kwargs": {
         "stoch": 4, "deter": 8, "hidden": 8, "width": 8, "layer_norm": True, "init_std": 1.0,
         "reward_head": "two-hot", "critic_head": "two-hot",

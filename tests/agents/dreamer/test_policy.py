@@ -372,7 +372,7 @@ def test_the_slow_critic_follows_at_its_rate():
             for p in policy.critic.parameters():
                 p.add_(torch.randn_like(p))
             moved.append([p.clone() for p in policy.critic.parameters()])
-            policy.follow(0.1)
+            policy.follow(0.1, 0.5)
     for slow, s, f, g in zip(policy.slow_critic.parameters(), first, *moved, strict=True):
         torch.testing.assert_close(slow, 0.9 * (0.9 * s + 0.1 * f) + 0.1 * g)
     features = torch.randn(5, 12)
@@ -385,7 +385,29 @@ def test_without_a_slow_critic_returns_are_bootstrapped_with_the_critic():
     policy, features = make(), torch.randn(5, 12)
     assert policy.slow_critic is None
     assert torch.equal(policy.target_value(features), policy.value(features))
-    policy.follow(0.1)  # nothing to move
+    policy.follow(0.1, 0.1)  # nothing to move
+
+
+def test_the_slow_actor_follows_at_its_rate_and_acts():
+    """A slow actor that is still the first one predicts what the first one did."""
+    policy, observation = make(slow_actor=True), np.ones((2, 3), np.float32)
+    assert all(not p.requires_grad for p in policy.slow_actor.parameters())
+    before, _ = policy.predict(observation, deterministic=True)
+    first = [p.clone() for p in policy.slow_actor.parameters()]
+    with torch.no_grad():
+        for p in policy.actor.parameters():
+            p.add_(torch.randn_like(p))
+    assert np.array_equal(policy.predict(observation, deterministic=True)[0], before)
+    policy.follow(0.5, 0.1)
+    for slow, s, fast in zip(
+        policy.slow_actor.parameters(), first, policy.actor.parameters(), strict=True
+    ):
+        torch.testing.assert_close(slow, 0.9 * s + 0.1 * fast)
+    policy.follow(0.5, 1.0)
+    copied, _ = policy.predict(observation, deterministic=True)
+    policy.slow_actor = None
+    assert np.array_equal(policy.predict(observation, deterministic=True)[0], copied)
+    assert not np.allclose(copied, before)
 
 
 def test_the_return_range_averages_percentiles():

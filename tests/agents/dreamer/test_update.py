@@ -53,6 +53,7 @@ SETTINGS = UpdateSettings(
     adam_eps=1e-3,  # large: a step is then a smooth function of the gradient
     max_grad_norm=100.0,
     slow_critic_rate=0.0,
+    slow_actor_rate=0.0,
     bf16=False,
     compile=False,
     cuda_graph=False,
@@ -570,6 +571,7 @@ def test_bf16_updates_float32_weights_with_float32_losses(name):
 # What the presets switch on, together: networks, and settings of an update.
 REMEDIES = {
     "layer_norm": True, "reward_head": "two-hot", "critic_head": "two-hot", "slow_critic": True,
+    "slow_actor": True,
 }  # fmt: skip
 REMEDIED = replace(
     SETTINGS,
@@ -577,6 +579,7 @@ REMEDIED = replace(
     model=SETTINGS.model._replace(representation_scale=0.2),
     imagination_starts=7,
     slow_critic_rate=0.25,
+    slow_actor_rate=0.25,
 )
 
 
@@ -793,7 +796,11 @@ def updated(kind, device, noise=0.0, **changes):
         if i == EAGER_CALLS + 3:
             imagination = replace(settings.imagination, gamma=0.5)
             rate = settings.slow_critic_rate / 2
-            update.configure(replace(settings, imagination=imagination, slow_critic_rate=rate))
+            update.configure(
+                replace(
+                    settings, imagination=imagination, slow_critic_rate=rate, slow_actor_rate=rate
+                )
+            )
         data = batch_of(kind, 10 * i)
         data = data._replace(reward=(1 + noise) * data.reward)
         records.append(update(tree_map(lambda x: x.to(device), data), source))
@@ -817,8 +824,9 @@ def test_round_off_does_not_grow_over_those_updates(kind):
     """So that the tolerance of the comparison on a GPU is one of round-off."""
     plain = updated(kind, "cpu")
     assert_alike(plain, updated(kind, "cpu", noise=1e-6))
-    with pytest.raises(AssertionError, match="slow_critic"):  # a stale rate would be found
-        assert_alike(plain, updated(kind, "cpu", slow_critic_rate=0.3))
+    for name in ("slow_critic", "slow_actor"):  # a stale rate would be found
+        with pytest.raises(AssertionError, match=name):
+            assert_alike(plain, updated(kind, "cpu", **{f"{name}_rate": 0.3}))
 
 
 def test_an_update_moves_the_slow_critic_and_the_range_of_returns():
