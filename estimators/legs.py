@@ -121,7 +121,7 @@ def lax(critic: Callable[[Tensor], Tensor]) -> Leg:
     mean: (R - a c(x) - b) noise / std + a c'(x)
     std: (R - a c(x) - b) (noise² - 1) / std + a c'(x) noise
 
-    Grathwohl et al. 2018 (LAX), Eq. 5. The leg is unbiased for any critic, and the better the
+    Grathwohl et al. 2018 (LAX), Sec. 3.1. The leg is unbiased for any critic, and the better the
     critic predicts the return-to-go, the less variance it has. Differs from the paper: a and b are
     a regression of the returns on the critic that leaves out the sample itself, which keeps the leg
     unbiased, instead of b = 0 and a trained critic in the returns' units.
@@ -169,7 +169,7 @@ def mvd(critic: Callable[[Tensor], Tensor]) -> Leg:
     d/dstd_d E c = E [c(x | x_d = m_d + s_d M) - c(x)] / s_d
 
     with Rayleigh W and M of the double-sided Maxwell distribution; all other coordinates are those
-    of the sample. Mohamed et al. 2020, Sec. 6.2, Table 1; Carvalho et al. 2021 for critics. As a
+    of the sample. Mohamed et al. 2020, Sec. 6, Table 1; Carvalho et al. 2021 for critics. As a
     function of the critic it is unbiased; the returns are used for its scale alone, so that an
     error in the critic is one in the gradient.
 

@@ -139,8 +139,8 @@ def cut(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, limit: float = 4
     """Clip the pathwise gradient of each sample: with the leg `nothing`, the estimator `rp-cut`.
 
     A sample whose cotangent of the mean is longer than `limit` medians is scaled down to that. This
-    ends explosions and is biased, more the heavier the tails are. The practice of clipping the
-    gradient through time at every step, as in Metz et al. 2021, Sec. 4.
+    ends explosions and is biased, the more the heavier the tails are (on clipping through time, see
+    Metz et al. 2021).
 
     Args:
         rp: pathwise cotangents of zeta.

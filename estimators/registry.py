@@ -59,7 +59,7 @@ _REGISTRY: dict[str, Estimator] = {
         tpx_ivw_scalar, probe="all", whole_graph=True, source="Parmas et al. 2023, Sec. 3, Eq. 5"
     ),
     "ivw-h": Estimator(ivw_h, carry="pathwise", source="Onoda et al. 2026, App. E"),
-    "rp-cut": Estimator(cut, legs=(nothing,), source="Metz et al. 2021, Sec. 4"),
+    "rp-cut": Estimator(cut, legs=(nothing,), source="common practice; Metz et al. 2021"),
     "aobg": Estimator(
         aobg, probe="all", whole_graph=True, source="Suh et al. 2022, Eq. 4, Lemma 4.4"
     ),
