@@ -135,6 +135,7 @@ def ivw_h(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[K]:
     return [tuple(own) for own in zip(*members, strict=True)]
 
 
+@without("cross_fit")
 def cut(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, limit: float = 4.0) -> list[Tensor]:
     """Clip the pathwise gradient of each sample: with the leg `nothing`, the estimator `rp-cut`.
 

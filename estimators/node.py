@@ -144,6 +144,11 @@ class Estimator:
                 "base=... is a nodewise estimator, which an estimator with whole_graph=True mixes "
                 "with LR"
             )
+        if self.cross_fit and not declared(self.weight, "cross_fit"):
+            raise ValueError(
+                "the weight rule chooses k for each sample from that sample alone, so there is no "
+                "k to take from the other half: set cross_fit=False"
+            )
         if self.whole_graph and self.cross_fit:
             raise ValueError(
                 "a whole-graph estimator combines once, with one k for all samples: set "

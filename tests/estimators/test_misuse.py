@@ -98,7 +98,7 @@ def test_a_leg_that_cannot_work_on_the_node_is_refused_before_the_backward(name)
 
 
 @pytest.mark.parametrize("leg", ["score", "biw"])
-@pytest.mark.parametrize("name", NODEWISE)
+@pytest.mark.parametrize("name", [name for name in NODEWISE if name != "rp-cut"])
 def test_cross_fit_needs_halves_of_two(name, leg):
     """With one sample a half has no variance, k is 0, and an exploded RP would pass."""
     if not make(name).needs_score:
@@ -314,3 +314,8 @@ def test_a_rule_of_ones_own_is_called_with_the_nodes_shapes():
 
     vmap(grad(loss))(randn(4, D, seed=15), noise)
     assert set(seen) == {torch.Size([N, D])}
+
+
+def test_a_rule_that_weighs_each_sample_alone_cannot_be_cross_fitted():
+    with pytest.raises(ValueError, match=r"k for each sample .* set cross_fit=False"):
+        make("rp-cut", cross_fit=True)

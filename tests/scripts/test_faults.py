@@ -10,6 +10,7 @@ import torch
 
 from tests.scripts import forked
 from totalprop.agents import DAAPPO, DreamerTPX
+from totalprop.agents.dreamer.presets import PRESETS
 from totalprop.scripts import train
 from totalprop.scripts.reliability import kill_test
 from totalprop.scripts.run.folder import make_env
@@ -136,7 +137,8 @@ def test_a_falling_step_size_is_logged(quiet_run):
     with open(quiet_run / "progress.csv", newline="") as file:
         rates = [row["train/learning_rate"] for row in csv.DictReader(file)]
     rates = [float(rate) for rate in rates if rate]  # evaluations have separate rows
-    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < rates[0] == 3e-4
+    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < rates[0]
+    assert rates[0] == PRESETS["recommended"]["learning_rate"]
 
 
 @pytest.mark.parametrize(
