@@ -311,10 +311,8 @@ def two_steps(estimator, *, split, seed=0, n=40):
     return torch.autograd.grad(loss, [theta, states[0]])
 
 
-@pytest.mark.parametrize("name", [n for n in estimators.names() if not make(n).whole_graph])
+@pytest.mark.parametrize("name", [n for n in estimators.names() if make(n).probe == "none"])
 def test_splitting_a_node_changes_nothing_but_what_carry_says(name):
-    if make(name).probe != "none":
-        pytest.skip("the nodes have no probe")
     mixture = make(name, carry="mixture")
     for found, expected in zip(
         two_steps(mixture, split=True), two_steps(mixture, split=False), strict=True

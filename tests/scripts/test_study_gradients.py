@@ -40,14 +40,15 @@ def test_closed_forms_are_the_means_of_lr(name, horizon):
     assert ((g.mean(0) - problem.exact(horizon)).abs() < 4 * g.std(0) / 40**0.5).all()
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", [n for n, p in PROBLEMS.items() if p.kind != "stiff"])
 def test_rp_is_right_where_nothing_jumps_and_wrong_where_something_does(name):
-    """20 batches of 2000 samples at the shorter horizon of each problem, beside LR."""
+    """20 batches of 2000 samples at a short horizon of each problem, beside LR.
+
+    On the stiff ones RP is right in the mean, over more samples than there are here.
+    """
     problem = PROBLEMS[name]
     horizon = sorted(problem.horizons)[min(1, len(problem.horizons) - 1)]
     horizon = min(horizon, 20)
-    if problem.kind == "stiff":
-        pytest.skip("RP is right in the mean, over more samples than there are here")
     noise = [draw_noise(problem, horizon, 2000, seed) for seed in range(20)]
     rp, lr = (torch.stack([problem.gradient(make(e), z) for z in noise]) for e in ("rp", "lr"))
     difference = rp - lr
