@@ -82,13 +82,13 @@ def gradient(
 
     if not estimator.whole_graph:
         return backward(estimator, per_sample)
-    told: GraphContext | None = None
-    if has(estimator.weight, "takes_context"):
-        recorder = _Recorder()
-        backward(replace(estimator, weight=recorder, whole_graph=False, base=None), False)
-        told = recorder.context()
     nodewise = replace(estimator, whole_graph=False, base=None)
-    rp = backward(estimator.base or replace(nodewise, weight=pathwise), True)
+    recorder = _Recorder() if has(estimator.weight, "takes_context") else None
+    plain = replace(nodewise, weight=recorder or pathwise)
+    if recorder and estimator.base:
+        backward(plain, False)
+    rp = backward(estimator.base or plain, True)
+    told = recorder and recorder.context()
     lr = backward(replace(nodewise, weight=likelihood_ratio), True)
     assert rp.per_sample is not None and lr.per_sample is not None
     (found,) = estimator.weight((rp.per_sample,), [(lr.per_sample,)], told)

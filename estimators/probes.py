@@ -44,7 +44,7 @@ def gram(probe: Probe, cotangents: Zeta) -> Gram:
     b = torch.stack([probe(one) for one in zip(*cotangents, strict=True)])  # [M, N, P]
     b = b.to(torch.promote_types(b.dtype, torch.float32))
     mean = b.mean(1)
-    centred = (b - b.mean(1, keepdim=True)).flatten(1)
+    centred = (b - mean.unsqueeze(1)).flatten(1)
     return Gram(centred @ centred.T, mean @ mean.T * b.shape[1])
 
 

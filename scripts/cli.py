@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 
 from totalprop.scripts.commands import COMMANDS, parser_of, train_usage
@@ -19,36 +19,34 @@ STUDY = "study"  # the first word of commands that have two
 
 def usage() -> str:
     """The text of `totalprop --help`."""
-    lines = [f"  {name:<16} {command.text}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: totalprop COMMAND [...]",
-            "",
-            "Reinforcement-learning agents with interchangeable policy-gradient estimators.",
-            "",
-            *lines,
-            "",
-            "totalprop COMMAND --help lists a command's options.",
-            "To get started: totalprop train pipps",
-        ]
+    return _listing(
+        "totalprop COMMAND",
+        "Reinforcement-learning agents with interchangeable policy-gradient estimators.",
+        {name: command.text for name, command in COMMANDS.items()},
+        "totalprop COMMAND --help lists a command's options.\n"
+        "To get started: totalprop train pipps",
     )
 
 
 def studies() -> str:
     """The text of `totalprop study --help`."""
-    own = {name: c.text for name, c in COMMANDS.items() if name.startswith(f"{STUDY} ")}
-    lines = [f"  {name.removeprefix(STUDY):<12} {text}" for name, text in own.items()]
-    return "\n".join(
-        [
-            "usage: totalprop study NAME [...]",
-            "",
-            "Studies of several runs or measurements, each with a table and figures of its own.",
-            "",
-            *lines,
-            "",
-            "totalprop study NAME --help lists a study's options.",
-        ]
+    first = f"{STUDY} "
+    return _listing(
+        "totalprop study NAME",
+        "Studies of several runs or measurements, each with a table and figures of its own.",
+        {
+            name.removeprefix(first): c.text
+            for name, c in COMMANDS.items()
+            if name.startswith(first)
+        },
+        "totalprop study NAME --help lists a study's options.",
     )
+
+
+def _listing(command: str, about: str, texts: Mapping[str, str], next_steps: str) -> str:
+    """A usage line, and a line for each name."""
+    lines = [f"  {name:<16} {text}" for name, text in texts.items()]
+    return "\n".join([f"usage: {command} [...]", "", about, "", *lines, "", next_steps])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(f"totalprop {version('totalprop')}")
         return
-    if name == STUDY and not (arguments[1:] and arguments[1] not in ("-h", "--help")):
-        print(studies())
-        raise SystemExit(0 if arguments[1:] else 2)
     if name == STUDY:
+        if not arguments[1:] or arguments[1] in ("-h", "--help"):
+            print(studies())
+            raise SystemExit(0 if arguments[1:] else 2)
         name, arguments = " ".join(arguments[:2]), arguments[1:]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)

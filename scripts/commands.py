@@ -61,12 +61,24 @@ def docstring(module: str) -> str:
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
-def add_import(parser: ArgumentParser) -> None:
-    """Add the flag --import, whose values are `imports` of `RunFolder.open`."""
+def add_import(
+    parser: ArgumentParser,
+    text: str = "module that the run's environment, MODULE:ID in its config.json, may import",
+) -> None:
+    """Add the flag --import, whose values are `imports`, those of `RunFolder.open` by default."""
     parser.add_argument(
-        "--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="module that the run's environment, MODULE:ID in its config.json, may import",
-    )  # fmt: skip
+        "--import", dest="imports", action="append", default=[], metavar="MODULE", help=text
+    )
+
+
+def _add_estimators(parser: ArgumentParser) -> None:
+    """The flag --estimators of a study that measures all of them by default."""
+    parser.add_argument(
+        "--estimators",
+        nargs="+",
+        metavar="ESTIMATOR",
+        help="estimators to measure (default: all that are registered)",
+    )
 
 
 class _OneLineErrors(ArgumentParser):
@@ -279,16 +291,8 @@ def _gradients(parser: ArgumentParser) -> None:
         metavar="NAME",
         help="problems to measure, or kinds of them: smooth, stiff, jump, chaos (default: all)",
     )
-    add(
-        "--estimators",
-        nargs="+",
-        metavar="NAME",
-        help="estimators to measure (default: all that are registered)",
-    )
-    add(
-        "--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="module that registers estimators of yours",
-    )  # fmt: skip
+    _add_estimators(parser)
+    add_import(parser, "module that registers estimators of yours")
     add(
         "--samples",
         nargs="+",
@@ -512,12 +516,7 @@ def _chaos(parser: ArgumentParser) -> None:
         type=float,
         help="values of β_2 for --study double (default: 1.5 2.5 3.5)",
     )
-    add(
-        "--estimators",
-        nargs="+",
-        metavar="ESTIMATOR",
-        help="estimators to measure (default: all that are registered)",
-    )
+    _add_estimators(parser)
     add("--samples", type=int, default=1000, help="N, samples per gradient (default: 1000)")
     add("--repeats", type=int, default=40, help="R, gradients per grid point (default: 40)")
     add("--horizon", type=int, default=100, help="H, steps of a rollout (default: 100)")

@@ -164,8 +164,7 @@ class DreamerTPX(Algorithm):
     )
     fixed_arguments: ClassVar[tuple[str, ...]] = (
         "policy_kwargs", "discount_head", "slow_critic_rate", "slow_actor_rate", "buffer_size",
-        "storage",
-        "pretrained_world_model",
+        "storage", "pretrained_world_model",
     )  # fmt: skip
     policy: DreamerPolicy
 
@@ -616,13 +615,10 @@ class DreamerTPX(Algorithm):
         has_choices, node = self._has_choices(), self._resolved_node()
         is_one_hot = self.policy_kwargs.get("latent") == "categorical"
         kinds = [has_choices] * (node != "latent") + [is_one_hot] * (node != "action")
+        estimator = self._resolved_estimator()
         for is_categorical in kinds:
-            try_estimator(
-                self._resolved_estimator(), [starts], has_value=True, is_categorical=is_categorical
-            )
-
-        weight = self._resolved_estimator().weight
-        if self.stop_grad_actor_input and has(weight, "compares_means"):
+            try_estimator(estimator, [starts], has_value=True, is_categorical=is_categorical)
+        if self.stop_grad_actor_input and has(estimator.weight, "compares_means"):
             warnings.warn(
                 "the estimator takes a difference between the means of RP and LR for a bias of RP, "
                 "and with stop_grad_actor_input=True they differ by design, so that it follows LR: "

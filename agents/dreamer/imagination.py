@@ -142,6 +142,7 @@ def imagine(
     own = settings.credit == "own"
     # The action's distribution then is needed twice, see `Estimator.carry`.
     is_split = at_action and estimator.carry == "pathwise" and not settings.stop_grad_actor_input
+    frozen = {name: p.detach() for name, p in actor.named_parameters()} if is_split else {}
     latent_estimator = estimator if at_latent else REPARAMETERISED
     # At the latent too, the tap would count the action twice.
     needs_probe = at_latent and (estimator.probe != "none" or (tap is not None and not at_action))
@@ -156,7 +157,6 @@ def imagine(
         seen, step_tap, factor = state.features, tap, settings.lam**-t if own else 1.0
         carried = None
         if is_split:
-            frozen = {name: p.detach() for name, p in actor.named_parameters()}
             carried = functional_call(actor, frozen, (seen,))
         if settings.stop_grad_actor_input or is_split:
             seen = seen.detach()
@@ -297,9 +297,8 @@ def _losses(
         # Of H actions, each with a return of its own, where "all" has the H - 1 returns R_t.
         last = (weights[-1:] * gamma[-2:-1]).detach()
         bonus = torch.cat((weights, last)) * entropies
-        first = (1 - settings.lam) * assign_credit(values[0], credits[0]) + settings.lam * returns[
-            0
-        ]
+        value = assign_credit(values[0], credits[0])
+        first = (1 - settings.lam) * value + settings.lam * returns[0]
         objective = first.mean() / len(values)
     else:
         bonus = weights * entropies[:-1]

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import shlex
 import sys
 import time
@@ -40,6 +39,7 @@ from totalprop.scripts.run.folder import current_commit
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.chaos_report import Measured, Study, figure_of, rank, summary, table
 from totalprop.scripts.studies.chaotic_rnn import STD, draw_noise, gradients
+from totalprop.scripts.studies.measurements import write_measurements
 
 GRIDS = {
     "single": (
@@ -145,20 +145,16 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def write(path: Path, settings: dict[str, Any], study: Study) -> None:
-    """Write the settings (JSON in a comment) and the CSV rows; replaces the file atomically."""
-    new = path.with_suffix(".tmp")
-    with open(new, "w", newline="") as file:
-        file.write(f"# {json.dumps(settings)}\n")
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(COLUMNS)
-        for betas in sorted(study, key=lambda b: (b[1:], b)):
-            for name, m in sorted(study[betas].items(), key=lambda item: rank(item[0])):
-                se = m.g.std(ddof=1) / len(m.g) ** 0.5
-                shown = [f"{v:.4g}" for v in (m.variance, m.relative_se, m.g.mean(), se, m.ms)]
-                second = betas[1] if len(betas) > 1 else ""
-                each = " ".join(f"{g:.8g}" for g in m.g)
-                rows.writerow([betas[0], second, name, *shown, m.run, each])
-    os.replace(new, path)
+    """Write the CSV file; `read` reads it."""
+    rows: list[list[Any]] = []
+    for betas in sorted(study, key=lambda b: (b[1:], b)):
+        for name, m in sorted(study[betas].items(), key=lambda item: rank(item[0])):
+            se = m.g.std(ddof=1) / len(m.g) ** 0.5
+            shown = [f"{v:.4g}" for v in (m.variance, m.relative_se, m.g.mean(), se, m.ms)]
+            second = betas[1] if len(betas) > 1 else ""
+            each = " ".join(f"{g:.8g}" for g in m.g)
+            rows.append([betas[0], second, name, *shown, m.run, each])
+    write_measurements(path, settings, COLUMNS, rows)
 
 
 def read(path: Path) -> tuple[dict[str, Any], Study]:

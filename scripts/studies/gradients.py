@@ -22,7 +22,6 @@ import functools
 import importlib
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -42,6 +41,7 @@ from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import current_commit, read_json
 from totalprop.scripts.run.progress import counted
+from totalprop.scripts.studies.measurements import write_measurements
 from totalprop.scripts.studies.problems import KINDS, PROBLEMS, draw_noise
 
 GAMMAS = (0.03, 0.3, 3.0, 30.0)  # of aobg, whose tolerated bias is in units of the gradient
@@ -192,13 +192,14 @@ def gradients_at(
 ) -> dict[str, tuple[np.ndarray, float]]:
     """The gradients [R, P] of each estimator, and milliseconds of processor time of one."""
     problem = PROBLEMS[point.problem]
+    chosen = {name: estimator_named(name) for name in estimators}
     found: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
     seconds = dict.fromkeys(estimators, 0.0)
     for r in range(repeats_at(point, repeats)):
         noise = draw_noise(problem, point.horizon, point.samples, _seed_of(point, seed, r))
-        for name in estimators:
+        for name, estimator in chosen.items():
             began = time.process_time()
-            found[name].append(problem.gradient(estimator_named(name), noise).numpy())
+            found[name].append(problem.gradient(estimator, noise).numpy())
             seconds[name] += time.process_time() - began
     return {n: (np.stack(g), 1000 * seconds[n] / len(g)) for n, g in found.items()}
 
@@ -233,16 +234,11 @@ def true_gradient(name: str, horizon: int) -> Truth:
 def write_rows(
     path: Path, settings: dict[str, Any], rows: dict[tuple[Point, str], list[str]]
 ) -> None:
-    """Write the settings (JSON in a comment) and the rows; replaces the file atomically."""
+    """Write gradients.csv, in the order of the problems."""
     order = {name: i for i, name in enumerate(PROBLEMS)}
-    new = path.with_suffix(".tmp")
-    with open(new, "w", newline="") as file:
-        file.write(f"# {json.dumps(settings)}\n")
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for point, name in sorted(rows, key=lambda key: (order.get(key[0].problem, 0), key)):
-            writer.writerow([*point, name, *rows[point, name]])
-    os.replace(new, path)
+    keys = sorted(rows, key=lambda key: (order.get(key[0].problem, 0), key))
+    shown = [[*point, name, *rows[point, name]] for point, name in keys]
+    write_measurements(path, settings, COLUMNS, shown)
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], dict[tuple[Point, str], list[str]]]:
@@ -305,7 +301,9 @@ def report(out: Path) -> None:
     if not path.exists():
         raise UserError(f"no gradients.csv in {out}; run without --report-only first")
     settings, rows = read_rows(path)
-    truths, measured, ms = read_truths(out), {}, {}  # type: ignore[var-annotated]
+    truths = read_truths(out)
+    measured: Measured = {}
+    ms: dict[str, dict[Point, float]] = {}
     for (point, name), (time_ms, _, numbers) in rows.items():
         truth = truths.get((point.problem, point.horizon))
         if truth is not None and point.problem in PROBLEMS:
