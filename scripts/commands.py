@@ -289,7 +289,8 @@ def _gradients(parser: ArgumentParser) -> None:
         "--problems",
         nargs="+",
         metavar="NAME",
-        help="problems to measure, or kinds of them: smooth, stiff, jump, chaos (default: all)",
+        help="problems to measure, kinds of them (smooth, stiff, jump, chaos), or folders of runs "
+        "of pipps and dreamer (default: all but runs)",
     )
     _add_estimators(parser)
     add_import(parser, "module that registers estimators of yours")

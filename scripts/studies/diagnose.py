@@ -22,7 +22,6 @@ trajectories each; the defaults here are smaller.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -39,7 +38,6 @@ from totalprop.agents import DreamerTPX
 from totalprop.agents.core import figures
 from totalprop.agents.dreamer.actions import Choices
 from totalprop.agents.dreamer.imagination import ImaginationNoise
-from totalprop.agents.dreamer.update import DreamerUpdate
 from totalprop.agents.persistence.checkpoint import Checkpoints
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.estimators.analysis.diagnostics import (
@@ -52,6 +50,7 @@ from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, make_env
 from totalprop.scripts.run.progress import counted
+from totalprop.scripts.studies.agent_problems import without_bonus
 from totalprop.world_models.latent.model import State
 
 BLOCKED = """Caution: as in DreamerV1, no gradient passed through the policy's input. RP and LR then
@@ -192,21 +191,8 @@ def measure(
     Returns:
         [S, M, P] gradients, M repeats from each of S starts.
     """
-    trained = agent._update.settings
-    imagination = dataclasses.replace(
-        trained.imagination,
-        stop_grad_actor_input=is_blocked(agent, options),
-        entropy_scale=0.0,
-    )
-    settings = dataclasses.replace(
-        trained,
-        estimator=estimators.make(name, baseline=trained.estimator.baseline),
-        horizon=horizon,
-        imagination=imagination,
-        compile=False,  # if the agent compiles, its model is compiled already
-        cuda_graph=False,
-    )
-    update = DreamerUpdate(agent.policy, settings)
+    estimator = estimators.make(name, baseline=agent._update.settings.estimator.baseline)
+    update = without_bonus(agent, estimator, horizon, is_blocked=is_blocked(agent, options))
     n, rows = options.trajectories, []
     sizes = (horizon, n, agent.policy.n_actions, agent.policy.model.rssm.latents)
     choices = isinstance(agent.policy.actions, Choices)

@@ -3,11 +3,13 @@ r"""Which estimator is nearest to the true gradient? Measure all of them on more
     totalprop study gradients                                   # all of it, 30 minutes on 2 cores
     totalprop study gradients --problems jump --samples 300 --out runs/gradients
     totalprop study gradients --estimators rp lr tpx mine --import my_module --out runs/gradients
+    totalprop study gradients --problems runs/pipps_* --samples 100 300 --out runs/gradients
 
 A point is a problem (`scripts/studies/problems.py`: smooth, stiff, with a jump, or chaotic) with a
-horizon H and a number of samples N. There every estimator computes R gradients, all from the same
+horizon H and a number of samples N. The folder of a run of pipps or dreamer is a problem, too: the
+gradient that trains its policy. At a point every estimator computes R gradients, all from the same
 noise, and its error is their root mean square distance from the true gradient. The truth is a
-closed form, or the mean of a million samples of an estimator that is right there, LR where
+closed form, or the mean of up to a million samples of an estimator that is right there, LR where
 something jumps. Truths are kept in truths.json and measured once.
 
 --out gets gradients.csv with every gradient, table.md and errors.png. A stopped study goes on with
@@ -41,12 +43,18 @@ from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import current_commit, read_json
 from totalprop.scripts.run.progress import counted
+from totalprop.scripts.studies.agent_problems import (
+    DreamerProblem,
+    PIPPSProblem,
+    agent_problem,
+)
 from totalprop.scripts.studies.measurements import write_measurements
-from totalprop.scripts.studies.problems import KINDS, PROBLEMS, draw_noise
+from totalprop.scripts.studies.problems import KINDS, PROBLEMS, Problem
 
 GAMMAS = (0.03, 0.3, 3.0, 30.0)  # of aobg, whose tolerated bias is in units of the gradient
 MANY = 5000  # samples of a point that has half of the repeats, and of a part of the truth
 PARTS = 200  # of the truth
+MANY_IN_MODELS = 1000  # samples of a part, where a sample is of a learned model
 OURS = "tpx-safe"
 RIVALS = ("rp", "lr", "tp", "tpx", "ivw-h", "ddcg", *(f"aobg-{gamma:g}" for gamma in GAMMAS))
 LIMIT = 1.1  # times the least error of a rival
@@ -94,12 +102,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for module in options.imports:
         importlib.import_module(module)
     chosen = options.problems or list(PROBLEMS)
-    if unknown := set(chosen) - set(PROBLEMS) - set(KINDS):
-        known = ", ".join((*KINDS, *PROBLEMS))
-        parser.error(f"--problems are {known}, got {', '.join(sorted(unknown))}")
+    runs = [name for name in chosen if Path(name).is_dir()]
+    if unknown := set(chosen) - set(PROBLEMS) - set(KINDS) - set(runs):
+        known = ", ".join((*KINDS[:-1], *PROBLEMS))
+        parser.error(f"--problems are {known} and runs, got {', '.join(sorted(unknown))}")
     options.problems = [
         name for name, problem in PROBLEMS.items() if name in chosen or problem.kind in chosen
     ]
+    options.problems += [str(Path(run)) for run in runs]
     options.estimators = options.estimators or [*names(), *RIVALS[-len(GAMMAS) :]]
     for name in options.estimators:
         try:
@@ -119,6 +129,17 @@ def estimator_named(name: str) -> Estimator:
     if kind == "" and gamma:
         return make("aobg", weight=functools.partial(mixing.aobg, gamma=float(gamma)))
     return make(name)
+
+
+@functools.cache
+def problem_named(name: str) -> Problem | PIPPSProblem | DreamerProblem:
+    """A problem, or the agent of a run's folder."""
+    return PROBLEMS[name] if name in PROBLEMS else agent_problem(Path(name))
+
+
+def kind_of(name: str) -> str:
+    """The kind of a problem, without loading it."""
+    return PROBLEMS[name].kind if name in PROBLEMS else "agent"
 
 
 # ---------------------------------------------------------------------------- measuring
@@ -146,7 +167,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     points = [
         Point(name, horizon, n)
         for name in options.problems
-        for horizon in PROBLEMS[name].horizons
+        for horizon in problem_named(name).horizons
         for n in options.samples
     ]
     todo = {p: [e for e in options.estimators if (p, e) not in rows] for p in points}
@@ -191,12 +212,12 @@ def gradients_at(
     point: Point, estimators: Sequence[str], repeats: int, seed: int
 ) -> dict[str, tuple[np.ndarray, float]]:
     """The gradients [R, P] of each estimator, and milliseconds of processor time of one."""
-    problem = PROBLEMS[point.problem]
+    problem: Any = problem_named(point.problem)
     chosen = {name: estimator_named(name) for name in estimators}
     found: dict[str, list[np.ndarray]] = {name: [] for name in estimators}
     seconds = dict.fromkeys(estimators, 0.0)
     for r in range(repeats_at(point, repeats)):
-        noise = draw_noise(problem, point.horizon, point.samples, _seed_of(point, seed, r))
+        noise = problem.draw(point.horizon, point.samples, _seed_of(point, seed, r))
         for name, estimator in chosen.items():
             began = time.process_time()
             found[name].append(problem.gradient(estimator, noise).numpy())
@@ -212,20 +233,18 @@ def _seed_of(point: Point, seed: int, repeat: int) -> int:
 
 def true_gradient(name: str, horizon: int) -> Truth:
     """The closed form, or the mean over PARTS batches of an estimator that is right."""
-    problem = PROBLEMS[name]
+    problem: Any = problem_named(name)
     if problem.exact is not None:
         gradient = problem.exact(horizon).numpy()
         return Truth(gradient, np.zeros_like(gradient), "closed form")
-    # Without jumps all estimators are right, and tpx has far less variance than LR.
-    source = "tpx" if problem.kind in ("smooth", "chaos") else "lr"
-    estimator = make(source, cross_fit=True)
+    n = MANY if name in PROBLEMS else MANY_IN_MODELS
+    estimator = make(problem.truth, cross_fit=True)
     parts = np.stack([
-        problem.gradient(estimator, draw_noise(problem, horizon, MANY, seed)).numpy()
+        problem.gradient(estimator, problem.draw(horizon, n, seed)).numpy()
         for seed in range(10**6, 10**6 + PARTS)
     ])  # fmt: skip
-    return Truth(
-        parts.mean(0), parts.std(0, ddof=1) / PARTS**0.5, f"{source}, {MANY * PARTS:,} samples"
-    )
+    source = f"{problem.truth}, {n * PARTS:,} samples"
+    return Truth(parts.mean(0), parts.std(0, ddof=1) / PARTS**0.5, source)
 
 
 # ---------------------------------------------------------------------------- files
@@ -236,7 +255,7 @@ def write_rows(
 ) -> None:
     """Write gradients.csv, in the order of the problems."""
     order = {name: i for i, name in enumerate(PROBLEMS)}
-    keys = sorted(rows, key=lambda key: (order.get(key[0].problem, 0), key))
+    keys = sorted(rows, key=lambda key: (order.get(key[0].problem, len(order)), key))
     shown = [[*point, name, *rows[point, name]] for point, name in keys]
     write_measurements(path, settings, COLUMNS, shown)
 
@@ -306,7 +325,7 @@ def report(out: Path) -> None:
     ms: dict[str, dict[Point, float]] = {}
     for (point, name), (time_ms, _, numbers) in rows.items():
         truth = truths.get((point.problem, point.horizon))
-        if truth is not None and point.problem in PROBLEMS:
+        if truth is not None:
             g = np.array(numbers.split(), float).reshape(-1, len(truth.gradient))
             measured.setdefault(point, {})[name] = g
             ms.setdefault(name, {})[point] = float(time_ms)
@@ -404,8 +423,8 @@ def table(
             "|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {e.point.problem} | {e.point.horizon} | {e.point.samples} | {e.ratio[0]:.2f} | "
-            f"{e.ratio[1]:.2f} to {e.ratio[2]:.2f} | `{e.rival}` |"
+            f"| {Path(e.point.problem).name} | {e.point.horizon} | {e.point.samples} | "
+            f"{e.ratio[0]:.2f} | {e.ratio[1]:.2f} to {e.ratio[2]:.2f} | `{e.rival}` |"
             for e in sorted(misses, key=lambda e: -e.ratio[0])
         ]
     return "\n".join(lines) + "\n"
@@ -414,7 +433,7 @@ def table(
 def heat_map(found: Sequence[Errors]) -> Figure:
     """Every estimator at every point: the darker, the further from the best."""
     names = _order({name for errors in found for name in errors.rmse})
-    kinds = [PROBLEMS[errors.point.problem].kind for errors in found]
+    kinds = [kind_of(errors.point.problem) for errors in found]
     order = sorted(range(len(found)), key=lambda i: (KINDS.index(kinds[i]), found[i].point))
     ratios = np.full((len(names), len(found)), np.nan)
     for column, i in enumerate(order):

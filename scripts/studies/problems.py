@@ -9,6 +9,7 @@ differentiated in θ. Everything is float64. The kinds:
   samples make it look precise and wrong (Suh et al. 2022, the empirical bias).
 - jump: a cost or a transition that RP does not see, so that it is wrong with any number of samples.
 - chaos: derivatives grow with every step, and RP's variance with them (Parmas et al. 2018, 2023).
+- agent: trained agents, see `agent_problems`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from totalprop.estimators import (
 )
 from totalprop.scripts.studies.chaotic_rnn import START, STD, W
 
-KINDS = ("smooth", "stiff", "jump", "chaos")
+KINDS = ("smooth", "stiff", "jump", "chaos", "agent")
 F64 = torch.float64
 
 
@@ -49,7 +50,7 @@ class Problem:
 
     Attributes:
         name: without spaces.
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, but "agent".
         theta: values of the P parameters.
         start: state [S] that all samples start from.
         node: (s [N, S], θ [P]) -> the distribution of z.
@@ -97,20 +98,27 @@ class Problem:
         found = gradient(rollout, [theta], estimator, samples=n, tap_size=len(theta))
         return found.gradients[0].detach()
 
+    def draw(self, horizon: int, n: int, seed: int) -> Tensor:
+        """Standard normal noise [H, N, D], from a seed."""
+        start = torch.zeros(1, len(self.start), dtype=F64)
+        size = self.node(start, torch.tensor(self.theta, dtype=F64)).mean.shape[-1]
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(horizon, n, size, dtype=F64, generator=generator)
+
+    @property
+    def truth(self) -> str:
+        """The estimator that measures the gradient where there is no closed form.
+
+        Without jumps all are right, and tpx has far less variance than LR.
+        """
+        return "tpx" if self.kind in ("smooth", "chaos") else "lr"
+
     def _probe(self, state: Tensor, theta: Tensor, eye: Tensor) -> ControlProbe:
         """One Jacobian-vector product for each parameter."""
         state, theta, n = state.detach(), theta.detach(), len(state)
         columns = [jvp(lambda p: self.node(state, p), (theta,), (e,))[1] for e in eye]
         jacobian = [torch.stack(members, -1) for members in zip(*columns, strict=True)]
         return ControlProbe(jacobian, lambda: DenseJacobian(eye.expand(n, -1, -1)))
-
-
-def draw_noise(problem: Problem, horizon: int, n: int, seed: int) -> Tensor:
-    """Standard normal noise [H, N, D], from a seed."""
-    zero = torch.zeros(1, len(problem.start), dtype=F64)
-    size = problem.node(zero, torch.tensor(problem.theta, dtype=F64)).mean.shape[-1]
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(horizon, n, size, dtype=F64, generator=generator)
 
 
 def _take(state: Tensor, z: Tensor) -> Tensor:

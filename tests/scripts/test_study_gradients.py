@@ -8,23 +8,25 @@ import numpy as np
 import pytest
 import torch
 
+from tests.scripts import forked
 from totalprop import estimators
 from totalprop.estimators import make
 from totalprop.scripts.studies import gradients
+from totalprop.scripts.studies.agent_problems import SKETCHED, Sketch, agent_problem
 from totalprop.scripts.studies.gradients import Point, Truth
-from totalprop.scripts.studies.problems import KINDS, PROBLEMS, draw_noise
+from totalprop.scripts.studies.problems import KINDS, PROBLEMS
 
 CASES = [(name, horizon) for name, problem in PROBLEMS.items() for horizon in problem.horizons]
 
 
 def test_there_are_more_than_100_points_of_every_kind():
     assert 4 * len(CASES) >= 100
-    assert {problem.kind for problem in PROBLEMS.values()} == set(KINDS)
+    assert {problem.kind for problem in PROBLEMS.values()} == set(KINDS) - {"agent"}
 
 
 @pytest.mark.parametrize(("name", "horizon"), CASES)
 def test_every_estimator_computes_a_finite_gradient(name, horizon):
-    problem, noise = PROBLEMS[name], draw_noise(PROBLEMS[name], min(horizon, 20), 30, 0)
+    problem, noise = PROBLEMS[name], PROBLEMS[name].draw(min(horizon, 20), 30, 0)
     for one in estimators.names():
         g = problem.gradient(make(one), noise)
         assert g.shape == (len(problem.theta),) and g.isfinite().all(), one
@@ -35,7 +37,7 @@ def test_closed_forms_are_the_means_of_lr(name, horizon):
     """40 batches of 1000 samples, within 4 SE."""
     problem = PROBLEMS[name]
     g = torch.stack(
-        [problem.gradient(make("lr"), draw_noise(problem, horizon, 1000, s)) for s in range(40)]
+        [problem.gradient(make("lr"), problem.draw(horizon, 1000, s)) for s in range(40)]
     )
     assert ((g.mean(0) - problem.exact(horizon)).abs() < 4 * g.std(0) / 40**0.5).all()
 
@@ -49,7 +51,7 @@ def test_rp_is_right_where_nothing_jumps_and_wrong_where_something_does(name):
     problem = PROBLEMS[name]
     horizon = sorted(problem.horizons)[min(1, len(problem.horizons) - 1)]
     horizon = min(horizon, 20)
-    noise = [draw_noise(problem, horizon, 2000, seed) for seed in range(20)]
+    noise = [problem.draw(horizon, 2000, seed) for seed in range(20)]
     rp, lr = (torch.stack([problem.gradient(make(e), z) for z in noise]) for e in ("rp", "lr"))
     difference = rp - lr
     z = difference.mean(0) / (difference.std(0) / 20**0.5)
@@ -61,7 +63,7 @@ def test_rp_is_right_where_nothing_jumps_and_wrong_where_something_does(name):
 
 def test_the_probes_are_per_sample_gradients_of_the_parameters():
     """`tp` weighs what the probe says: k by hand from per-sample gradients of RP and LR."""
-    problem, noise = PROBLEMS["quadratic"], draw_noise(PROBLEMS["quadratic"], 1, 50, 3)
+    problem, noise = PROBLEMS["quadratic"], PROBLEMS["quadratic"].draw(1, 50, 3)
     found = problem.gradient(make("tp"), noise)
     mean, std = torch.tensor(problem.theta[:4]).double(), math.exp(problem.theta[4])
     x, cost = mean + std * noise[0], None
@@ -73,6 +75,96 @@ def test_the_probes_are_per_sample_gradients_of_the_parameters():
     v_rp, v_lr = rp.var(0).sum(), lr.var(0).sum()
     k = v_rp / (v_rp + v_lr)
     torch.testing.assert_close(found, (k * lr + (1 - k) * rp).mean(0))
+
+
+TRAINED = {
+    "pipps": ["--n-particles", "20", "--gradient-steps", "1", "--total-timesteps", "30"],
+    "dreamer": [
+        "--preset", "laptop", "--horizon", "4", "--total-timesteps", "120",
+        "--learning-starts", "60", "--sequence-length", "8", "--batch-size", "4",
+        "--imagination-starts", "8", "--gradient-steps", "1",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def trained(request, tmp_path_factory):
+    """The folder of a short run on the cart-pole."""
+    runs = tmp_path_factory.mktemp("runs")
+    command = [request.param, *TRAINED[request.param], "--env-id", "totalprop/CartPoleSwingUp-v0"]
+    command += ["--runs", str(runs), "--name", request.param, "--threads", "1", "--no-progress"]
+    done = forked.run("totalprop.scripts.train", command)
+    assert done.returncode == 0, done.stderr
+    return runs / request.param
+
+
+@pytest.fixture(scope="module")
+def agent(trained):
+    return agent_problem(trained)
+
+
+def test_agents_have_the_same_gradient_under_every_unbiased_estimator(agent):
+    """30 repeats with 50 samples: in no direction further than 5 SE from LR."""
+    horizon = agent.horizons[0]
+    g = {
+        name: torch.stack(
+            [agent.gradient(make(name), agent.draw(horizon, 50, seed)) for seed in range(30)]
+        )
+        for name in ("rp", "lr", "tpx", "tps")
+    }
+    assert g["lr"].shape == (30, SKETCHED) and len(g["lr"].unique(dim=0)) == 30
+    for name in ("rp", "tpx", "tps"):
+        difference = g[name] - g["lr"]
+        error = difference.std(0) / 30**0.5
+        assert (difference.mean(0).abs() < 5 * error).all(), name
+    again = agent.gradient(make("lr"), agent.draw(horizon, 50, 0))
+    torch.testing.assert_close(again, g["lr"][0], rtol=0, atol=0)
+
+
+def test_rp_of_an_agent_is_the_derivative_of_its_objective(agent):
+    """Central differences in the directions of the sketch."""
+    noise = agent.draw(agent.horizons[0], 20, 0)
+    found = agent.gradient(make("rp"), noise)
+    parameters = agent.parameters
+    rows = agent._sketch._rows.double()
+    start = torch.nn.utils.parameters_to_vector(parameters).detach().double()
+    eps = 1e-3
+    for i in (0, 63):
+        ends = []
+        for sign in (1, -1):
+            moved = (start + sign * eps * rows[i]).to(parameters[0].dtype)
+            torch.nn.utils.vector_to_parameters(moved, parameters)
+            ends.append(float(agent.loss(noise)))
+        torch.nn.utils.vector_to_parameters(start.to(parameters[0].dtype), parameters)
+        assert float(found[i]) == pytest.approx((ends[0] - ends[1]) / (2 * eps), rel=0.02, abs=1e-4)
+
+
+def test_a_sketch_keeps_distances():
+    generator = torch.Generator().manual_seed(1)
+    few = torch.randn(64, generator=generator)
+    many = torch.randn(9, 5000, generator=generator).double()
+    assert torch.equal(Sketch([few])([few]), few.double())
+    sketch = Sketch([many[0]])
+    ratio = torch.stack([sketch([g]).square().sum() / g.square().sum() for g in many])
+    assert (ratio - 1).abs().max() < 4 * (2 / 64) ** 0.5  # four standard deviations
+    both = sketch([many[0] + many[1]])
+    torch.testing.assert_close(both, sketch([many[0]]) + sketch([many[1]]))
+
+
+def test_the_folder_of_a_run_is_a_problem(trained, agent, tmp_path, capsys):
+    zeros = np.zeros(SKETCHED)
+    keys = [(str(trained), horizon) for horizon in agent.horizons]
+    gradients.write_truths(tmp_path, {key: Truth(zeros, zeros, "nothing") for key in keys})
+    gradients.main([
+        "--out", str(tmp_path), "--jobs", "1", "--problems", str(trained), "--samples", "20",
+        "--repeats", "2", "--estimators", "rp", "tpx-safe",
+    ])  # fmt: skip
+    with open(tmp_path / "gradients.csv") as file:
+        file.readline()
+        rows = list(csv.DictReader(file))
+    assert {int(row["horizon"]) for row in rows} == set(agent.horizons)
+    assert {len(row["gradients"].split()) for row in rows} == {2 * SKETCHED}
+    assert f"{len(keys)} points" in capsys.readouterr().out
 
 
 def run(tmp_path, *flags):
@@ -122,7 +214,7 @@ def test_the_truth_of_a_jump_is_of_lr_and_of_a_smooth_problem_of_tpx(monkeypatch
         horizon = PROBLEMS[name].horizons[0]
         truth = gradients.true_gradient(name, horizon)
         assert truth.source == f"{source}, 300 samples" and (truth.error > 0).all()
-        noise = [draw_noise(PROBLEMS[name], horizon, 100, 10**6 + i) for i in range(3)]
+        noise = [PROBLEMS[name].draw(horizon, 100, 10**6 + i) for i in range(3)]
         parts = [PROBLEMS[name].gradient(make(source, cross_fit=True), z).numpy() for z in noise]
         np.testing.assert_allclose(truth.gradient, np.mean(parts, 0))
 

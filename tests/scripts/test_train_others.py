@@ -19,7 +19,7 @@ from totalprop.scripts.bench import sheeprl_peer
 from totalprop.scripts.run import arguments as train_arguments
 from totalprop.scripts.run import folder as run_folder
 from totalprop.scripts.run import normalisation
-from totalprop.scripts.studies import diagnose, sweep, variance
+from totalprop.scripts.studies import agent_problems, diagnose, sweep, variance
 
 CART_POLE = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--threads", "1", "--no-progress"]
 DREAMER = ["dreamer", "--preset", "laptop", "--total-timesteps", "120", "--learning-starts", "60"]
@@ -141,7 +141,7 @@ def test_diagnose_needs_no_saved_replay_and_may_let_the_actors_input_have_a_grad
 
 def test_diagnose_measures_the_agent_as_it_is(dreamer_run, tmp_path, monkeypatch):
     """The agent's own baseline is used, and a compiled model is not compiled again."""
-    seen, update = [], diagnose.DreamerUpdate
+    seen, update = [], agent_problems.DreamerUpdate
 
     def spy(policy, settings):
         seen.append(settings)
@@ -152,7 +152,7 @@ def test_diagnose_measures_the_agent_as_it_is(dreamer_run, tmp_path, monkeypatch
     monkeypatch.setattr(diagnose, "_load", lambda run: agent)
     start, _ = agent.policy.initial_state(1)
     monkeypatch.setattr(diagnose, "encoded_starts", lambda agent, n, seed: [start] * n)
-    monkeypatch.setattr(diagnose, "DreamerUpdate", spy)
+    monkeypatch.setattr(agent_problems, "DreamerUpdate", spy)
     diagnose.main([str(dreamer_run), *DIAGNOSE, "rp", "tpx", "--out", str(tmp_path)])
     assert len(seen) == 4
     for settings in seen:
