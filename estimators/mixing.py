@@ -173,14 +173,9 @@ def tpx_guarded(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[K]:
     tested each by itself. This project; no paper.
     """
     (leg,) = legs
-    shared = _regress(rp[0], [leg[0]], summed=False)[0]
-    members: list[Tensor] = []
-    for pair in zip(rp, leg, strict=True):
-        found = _compare(*pair)
-        bias = found.square - found.difference
-        k = (found.gain + bias) / (found.difference + bias).clamp_min(_tiny(bias))
-        members.append(torch.where(found.differs, k.clamp(0.0, 1.0), shared))
-    return [tuple(members)]
+    found = [_compare(*pair) for pair in zip(rp, leg, strict=True)]
+    shared = found[0].k(0.0)
+    return [tuple(torch.where(f.differs, f.k(f.square - f.difference), shared) for f in found)]
 
 
 class _Comparison(NamedTuple):
@@ -190,6 +185,11 @@ class _Comparison(NamedTuple):
     difference: Tensor  # Var(LR - RP)
     square: Tensor  # N d²
     differs: Tensor  # whether chance does not explain d
+
+    def k(self, bias: Tensor | float) -> Tensor:
+        """The k in [0, 1] of least mean squared error, if RP's squared bias times N is this."""
+        k = (self.gain + bias) / (self.difference + bias).clamp_min(_tiny(self.gain))
+        return k.clamp(0.0, 1.0)
 
 
 def _compare(rp: Tensor, lr: Tensor, *, summed: bool = False) -> _Comparison:
@@ -447,9 +447,8 @@ def guard(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
     noise adds up, and is seen here. This project; no paper.
     """
     found = _compare(rp[0], legs[0][0], summed=True)
-    bias = (found.square - found.difference).clamp_min(0.0)
-    k = (found.gain + bias) / (found.difference + bias).clamp_min(_tiny(bias))
-    return [torch.where(found.differs, k.clamp(0.0, 1.0), 0.0)]
+    k = found.k((found.square - found.difference).clamp_min(0.0))
+    return [torch.where(found.differs, k, 0.0)]
 
 
 @having("takes_context")

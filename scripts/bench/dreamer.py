@@ -27,6 +27,7 @@ ACTIONS = 6
 # imagined step through RSSM, actor, reward and critic (default sizes, 6 actions). A backward pass
 # counts twice.
 FRAME_MACS, STEP_MACS = 38.9e6, 1.56e6
+MIXED = ("tpx", "tpx-guarded")  # estimators whose overhead is measured
 
 
 def bench_dreamer(
@@ -62,7 +63,7 @@ def bench_dreamer(
 
     tasks: dict[str, Callable[[], object]] = {}
     for horizon in horizons:
-        tasks |= {f"{name} H={horizon}": update(name, horizon) for name in ("rp", "tpx")}
+        tasks |= {f"{name} H={horizon}": update(name, horizon) for name in ("rp", *MIXED)}
     first = horizons[0]
     tasks |= {f"rp H={first}, {mode}": update("rp", first, mode) for mode in modes}
     if peer:
@@ -84,7 +85,11 @@ def bench_dreamer(
     warm_up = EAGER_CALLS + 1 if "cuda_graph" in modes else 1  # the graph is captured by then
     seconds = interleaved_medians(tasks, repeats, device=device, warm_up=warm_up)
     row = {f"seconds (rp, H={h})": seconds[f"rp H={h}"] for h in horizons}
-    row |= {f"tpx / rp at H={h}": seconds[f"tpx H={h}"] / seconds[f"rp H={h}"] for h in horizons}
+    row |= {
+        f"{name} / rp at H={h}": seconds[f"{name} H={h}"] / seconds[f"rp H={h}"]
+        for name in MIXED
+        for h in horizons
+    }
     ours = [f"rp H={first}, {mode}" for mode in modes]
     for name in (*ours, "sheeprl", "sheeprl, our allocator", "sheeprl, compile"):
         if name in seconds:

@@ -36,7 +36,7 @@ from totalprop.scripts.commands import parser_of
 from totalprop.world_models.gp_dynamics import GPDynamics, Prediction
 
 HORIZON, PARTICLES = 30, 300  # Parmas et al. 2023, App. B.1
-ESTIMATORS = ("rp", "lr", "tpx", "tp", "tpg")
+ESTIMATORS = ("rp", "lr", "tpx", "tpx-guarded", "tp", "tpg")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

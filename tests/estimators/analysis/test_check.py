@@ -9,6 +9,7 @@ from torch import nn
 
 from totalprop import estimators
 from totalprop.estimators import ParameterProbe, check, make
+from totalprop.scripts.studies.problems import PROBLEMS
 
 F64 = torch.float64
 NODEWISE = [name for name in estimators.names() if not make(name).whole_graph]
@@ -166,3 +167,32 @@ def test_what_cannot_be_checked_is_said(rollout, kind, message):
 def test_too_few_repeats_are_refused(theta):
     with pytest.raises(ValueError, match="at least 3 repeats, got 2"):
         check(quadratic(theta), repeats=2)
+
+
+def rollout_of(problem, horizon, n=100):
+    """A problem of the benchmark of gradients as `check` takes it."""
+    theta = torch.tensor(problem.theta, dtype=F64, requires_grad=True)
+
+    def rollout(r):
+        state, loss = torch.tensor(problem.start, dtype=F64).expand(n, -1), 0.0
+        for t in range(1, horizon + 1):
+            z = r.sample(*problem.node(state, theta))
+            state = problem.advance(state, z)
+            loss = loss + r.cost(problem.cost(state, z, t, horizon)).mean()
+        return loss
+
+    return rollout, {"theta": theta}
+
+
+@pytest.mark.parametrize("name", [n for n, p in PROBLEMS.items() if p.kind != "stiff"])
+def test_rp_and_lr_disagree_where_something_jumps_and_nowhere_else(name):
+    """The benchmark's problems at their shortest horizon, up to 20 steps, with 100 samples."""
+    problem = PROBLEMS[name]
+    report = check(*rollout_of(problem, min(problem.horizons)), estimators=())
+    assert report.agree == (problem.kind != "jump")
+
+
+def test_a_smooth_problem_is_never_said_to_disagree():
+    """Seeds 0 to 49."""
+    found = [check(*rollout_of(PROBLEMS["quadratic"], 1), estimators=(), seed=s) for s in range(50)]
+    assert all(report.agree for report in found)
