@@ -292,7 +292,12 @@ def _gradients(parser: ArgumentParser) -> None:
         help="problems to measure, kinds of them (smooth, stiff, jump, chaos), or folders of runs "
         "of pipps and dreamer (default: all but runs)",
     )
-    _add_estimators(parser)
+    add(
+        "--estimators",
+        nargs="+",
+        metavar="ESTIMATOR",
+        help="estimators to measure, yours too (default: the best of each family)",
+    )
     add_import(parser, "module that registers estimators of yours")
     add(
         "--samples",
@@ -305,8 +310,8 @@ def _gradients(parser: ArgumentParser) -> None:
     add(
         "--repeats",
         type=int,
-        default=40,
-        help="gradients per point, half of them from 5000 samples on (default: 40)",
+        default=20,
+        help="gradients per point, half of them from 5000 samples on (default: 20)",
     )
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     add(

@@ -207,6 +207,23 @@ def test_points_have_the_same_noise_for_all_estimators_and_their_own():
     assert len(np.unique(alone["lr"][0][:, 0])) == 4
 
 
+@pytest.mark.parametrize("name", ["termination", "quadratic"])
+def test_tolerances_share_their_gradients_and_change_none(name):
+    problem = PROBLEMS[name]
+    point = Point(name, problem.horizons[0], 50)
+    family = ["aobg-0.03", "aobg-0.3", "aobg-3", "aobg-30"]
+    found = gradients.gradients_at(point, ["rp", *family], 2, 0)
+    assert list(found) == ["rp", *family]
+    for one in family:
+        g, ms = found[one]
+        for r in range(2):
+            noise = problem.draw(point.horizon, 50, gradients._seed_of(point, 0, r))
+            alone = problem.gradient(gradients.estimator_named(one), noise)
+            np.testing.assert_allclose(g[r], alone, rtol=1e-12)
+        assert ms == found[family[0]][1] > 0
+    assert len({found[one][0].tobytes() for one in family}) > 1
+
+
 def test_the_truth_of_a_jump_is_of_lr_and_of_a_smooth_problem_of_tpx(monkeypatch):
     monkeypatch.setattr(gradients, "PARTS", 3)
     monkeypatch.setattr(gradients, "MANY", 100)
