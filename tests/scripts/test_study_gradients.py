@@ -207,7 +207,7 @@ def test_points_have_the_same_noise_for_all_estimators_and_their_own():
     assert len(np.unique(alone["lr"][0][:, 0])) == 4
 
 
-@pytest.mark.parametrize("name", ["termination", "quadratic"])
+@pytest.mark.parametrize("name", ["inventory", "quadratic"])
 def test_tolerances_share_their_gradients_and_change_none(name):
     problem = PROBLEMS[name]
     point = Point(name, problem.horizons[0], 50)
