@@ -137,6 +137,8 @@ class DreamerPolicy(BasePolicy):
         width: units of every layer of actor, critic and the model's heads: 100, 400 or 512.
         conv_depth: feature maps of the first convolution, for images: 8, 32 or 32.
         vector_std: standard deviation of the decoder of vector observations.
+        learn_vector_std: learn the standard deviation of each entry, from vector_std on, so that
+            it is as precise as the entry can be predicted.
         init_std: standard deviation, before the tanh, that an actor for a Box starts from.
             With DreamerV1's 5 most actions are -1 or 1, where the tanh passes no gradient; with 1
             they are spread almost evenly.
@@ -172,6 +174,7 @@ class DreamerPolicy(BasePolicy):
         width: Annotated[int, AtLeast(1)] | None = None,
         conv_depth: Annotated[int, AtLeast(1)] | None = None,
         vector_std: Annotated[float, Above(0)] = 1.0,
+        learn_vector_std: bool = False,
         init_std: Annotated[float, Above(0)] = 5.0,
         layer_norm: bool = False,
         reward_head: HeadKind = "gaussian",
@@ -197,6 +200,7 @@ class DreamerPolicy(BasePolicy):
             **(CATEGORICALS[size] if latent == "categorical" else {}),
             **{name: number for name, number in own.items() if number is not None},
             "vector_std": vector_std,
+            "learn_vector_std": learn_vector_std,
             "latent": latent,
             "layer_norm": layer_norm,
             "reward_head": reward_head,

@@ -86,6 +86,7 @@ class LatentModel(nn.Module):
         width: units of the dense networks (400 in DreamerV1).
         conv_depth: feature maps of the first convolution (32 in DreamerV1).
         vector_std: standard deviation of the vector decoder.
+        learn_vector_std: learn that of each entry, see `VectorDecoder`.
         discount_head: whether to learn γ·P(not terminal), for tasks that may end early.
         latent: kind of the variables of z, see `RSSM`.
         classes: of each categorical variable.
@@ -113,6 +114,7 @@ class LatentModel(nn.Module):
         width: int,
         conv_depth: int,
         vector_std: float = 1.0,
+        learn_vector_std: bool = False,
         discount_head: bool = False,
         latent: LatentKind = "gaussian",
         classes: int = 32,
@@ -135,7 +137,9 @@ class LatentModel(nn.Module):
                 "width": width, "conv_depth": conv_depth, "layer_norm": layer_norm
             }  # fmt: skip
             self.encoder = DictEncoder(self.entries, **shared)
-            self.decoder = DictDecoder(features, self.entries, std=vector_std, **shared)
+            self.decoder = DictDecoder(
+                features, self.entries, std=vector_std, learn_std=learn_vector_std, **shared
+            )
         elif len(observation_shape) == 3:
             _check_image(observation_shape)
             channels = observation_shape[0]
@@ -147,8 +151,9 @@ class LatentModel(nn.Module):
             self.register_buffer("offset", torch.zeros(size, dtype=torch.float64))
             self.encoder = VectorEncoder(size, width=width, layer_norm=layer_norm)
             self.decoder = VectorDecoder(
-                features, size, width=width, std=vector_std, layer_norm=layer_norm
-            )
+                features, size, width=width, std=vector_std, learn_std=learn_vector_std,
+                layer_norm=layer_norm,
+            )  # fmt: skip
         self.rssm = RSSM(
             action_size, self.encoder.outputs, stoch=stoch, deter=deter, hidden=hidden,
             latent=latent, classes=classes, layer_norm=layer_norm,

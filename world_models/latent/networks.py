@@ -175,6 +175,11 @@ class VectorEncoder(nn.Module):
         return self.net(parts[0] if len(parts) == 1 else torch.cat(parts, -1)).relu()
 
 
+LEAST_STD = (
+    0.03  # of learned standard deviations, or an entry that never varies outweighs all others
+)
+
+
 class VectorDecoder(nn.Module):
     """Perceptron that predicts the mean of a Gaussian over symlog(observation).
 
@@ -185,6 +190,11 @@ class VectorDecoder(nn.Module):
         layers: number of hidden layers.
         std: standard deviation of the Gaussian. Images use 1, but vectors need less: their few
             entries, which vary by about 1, must outweigh the free nats.
+        learn_std: learn the standard deviation of each entry, from `std` on and above LEAST_STD.
+            It ends near the error of the entry's prediction, so that no entry that cannot be
+            predicted costs the others their precision (Rybkin et al. 2021, sigma-VAE).
+        numbers: how many outputs, the first ones, are means; the caller knows what the others are.
+            None for all of them.
         layer_norm: as in `mlp`.
     """
 
@@ -196,11 +206,22 @@ class VectorDecoder(nn.Module):
         width: int,
         layers: int = 2,
         std: float = 1.0,
+        learn_std: bool = False,
+        numbers: int | None = None,
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
         self.net = mlp(features, width, layers, size, layer_norm=layer_norm)
-        self.std = std
+        self.fixed_std, self.log_excess = std, None
+        if learn_std:
+            entries = size if numbers is None else numbers
+            start = math.log(max(std - LEAST_STD, LEAST_STD))
+            self.log_excess = nn.Parameter(torch.full((entries,), start))
+
+    @property
+    def std(self) -> Tensor | float:
+        """The standard deviation, of each entry [S] if it is learned."""
+        return self.fixed_std if self.log_excess is None else LEAST_STD + self.log_excess.exp()
 
     def forward(self, features: Tensor) -> Tensor:
         return symexp(self.net(features))
@@ -216,8 +237,10 @@ class VectorDecoder(nn.Module):
 
     def log_prob_of(self, mean: Tensor, observations: Tensor) -> Tensor:
         """The same, from the predicted mean [..., S] of symlog(observation)."""
-        error = (mean - symlog(observations.float())) / self.std
-        constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
+        std = self.std
+        error = (mean - symlog(observations.float())) / std
+        log_std = std.log().mean() if isinstance(std, Tensor) else math.log(std)
+        constant = log_std + 0.5 * math.log(2 * math.pi)
         return -0.5 * error.square().sum() - constant * error.numel()
 
 

@@ -175,6 +175,7 @@ class DictDecoder(nn.Module):
         width: units of the perceptron, see `VectorDecoder`.
         conv_depth: as in `ImageDecoder`.
         std: standard deviation of the Gaussian of vectors.
+        learn_std: as in `VectorDecoder`.
         layer_norm: as in `mlp`.
     """
 
@@ -186,6 +187,7 @@ class DictDecoder(nn.Module):
         width: int,
         conv_depth: int,
         std: float = 1.0,
+        learn_std: bool = False,
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -193,7 +195,15 @@ class DictDecoder(nn.Module):
         self.categories = Categories(entries.sizes) if entries.sizes else None
         numbers = entries.n_numbers + sum(entries.sizes)
         self.vector = (
-            VectorDecoder(features, numbers, width=width, std=std, layer_norm=layer_norm)
+            VectorDecoder(
+                features,
+                numbers,
+                width=width,
+                std=std,
+                learn_std=learn_std and entries.n_numbers > 0,
+                numbers=entries.n_numbers,
+                layer_norm=layer_norm,
+            )
             if numbers
             else None
         )

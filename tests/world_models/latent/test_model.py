@@ -8,7 +8,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from totalprop.world_models.latent.distributions import Gaussian
 from totalprop.world_models.latent.model import LatentModel, ModelLossSettings, _kl_penalty
-from totalprop.world_models.latent.networks import symexp, symlog
+from totalprop.world_models.latent.networks import LEAST_STD, symexp, symlog
 from totalprop.world_models.latent.rssm import State
 
 T, B, A, OBSERVATION, STOCH, DETER = 5, 3, 2, 4, 3, 4
@@ -424,3 +424,26 @@ def test_a_two_hot_reward_head_is_trained_by_its_cross_entropy():
         math.log(255), rel=1e-5
     )  # uniform over 255 bins
     assert states.features.shape == (T, B, STOCH + DETER)
+
+
+def test_a_learned_standard_deviation_ends_at_the_error_of_its_entry():
+    """The likelihood is that of Normals, and stationary where each std² is a mean squared error."""
+    model = make(vector_std=0.4, learn_vector_std=True)
+    decoder, features = model.decoder, randn(50, STOCH + DETER, seed=5)
+    seen = randn(50, OBSERVATION, seed=6)
+    error = (decoder.net(features) - symlog(seen)).detach()
+    with torch.no_grad():
+        decoder.log_excess.copy_((error.square().mean(0).sqrt() - LEAST_STD).log())
+    std = error.square().mean(0).sqrt()
+    torch.testing.assert_close(decoder.std, std)
+    expected = Normal(decoder.net(features), std).log_prob(symlog(seen)).sum()
+    found = decoder.log_prob(features, seen)
+    torch.testing.assert_close(found, expected)
+    (slope,) = torch.autograd.grad(found, decoder.log_excess)
+    torch.testing.assert_close(slope, torch.zeros(OBSERVATION), rtol=0, atol=1e-3)
+
+
+def test_a_learned_standard_deviation_starts_where_the_fixed_one_is():
+    fixed, learned = (LatentModel((4,), A, **SIZES, vector_std=0.3, learn_vector_std=x).decoder.std
+                      for x in (False, True))  # fmt: skip
+    torch.testing.assert_close(learned, torch.full((4,), fixed))

@@ -160,11 +160,12 @@ SAME = {
 
 
 @pytest.mark.parametrize("kind", SAME)
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_entries_of_one_kind_are_learned_as_if_they_were_one_observation(kind, layer_norm):
+@pytest.mark.parametrize("is_new", [False, True], ids=["V1", "layer norm, learned std"])
+def test_entries_of_one_kind_are_learned_as_if_they_were_one_observation(kind, is_new):
     """Loss, gradients and predictions, bit for bit."""
     entries, shape, split = SAME[kind]
-    ours, plain = (make(x, layer_norm=layer_norm, vector_std=0.1) for x in (entries, shape))
+    changes = {"layer_norm": is_new, "vector_std": 0.1, "learn_vector_std": is_new}
+    ours, plain = (make(x, **changes) for x in (entries, shape))
     torch.manual_seed(1)
     seen, data = torch.randn(T, B, *shape), sequences()
     if len(shape) == 3:
@@ -185,8 +186,9 @@ def test_entries_of_one_kind_are_learned_as_if_they_were_one_observation(kind, l
         assert torch.equal(predictions[0][name], part)
 
 
-def test_all_kinds_at_once_learn_and_predict():
-    model = make(MIXED, vector_std=0.1)
+@pytest.mark.parametrize("learn_std", [False, True])
+def test_all_kinds_at_once_learn_and_predict(learn_std):
+    model = make(MIXED, vector_std=0.1, learn_vector_std=learn_std)
     torch.manual_seed(1)
     seen, data = mixed(T, B), sequences()
     model.set_offset({name: part[0, 0] for name, part in seen.items()})
@@ -237,3 +239,8 @@ def test_without_vectors_there_is_no_offset():
 def test_images_of_a_dictionary_must_have_the_size_of_the_convolutions():
     with pytest.raises(ValueError, match=r"must be \[C, 64, 64\], got \[3, 84, 84\]"):
         make({"look": (3, 84, 84)})
+
+
+def test_choices_alone_have_no_standard_deviation_to_learn():
+    model = make({"goal": Choices((3,))}, learn_vector_std=True)
+    assert model.decoder.vector.log_excess is None
