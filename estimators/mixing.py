@@ -18,7 +18,7 @@ squared error instead. Their bias of RP is the difference of the legs' means, wh
 standard errors with z² > min(CERTAIN², 2 log(1 + DOUBT V_LR / V_RP)); less is taken for noise. A
 false alarm costs LR's variance, so the larger that is the rarer it is made: with normal noise its
 probability is about exp(-z² / 2) / z, and its average cost below V_RP / DOUBT, up to a ratio of the
-variances of 10⁶.
+variances of 10⁶. Heavy tails make it larger: it is 6 % of V_RP for a cost x² and 300 samples.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ CERTAIN = 6.0  # standard errors between the legs' means above which RP always c
 DOUBT = (
     100.0  # the average cost of false alarms, as a fraction of RP's variance, is below 1 / DOUBT
 )
+ROUGH = 3.0  # standard errors by which a return varies more than a smooth one can
 RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
 
 
@@ -438,17 +439,61 @@ def aobg(
     return [1 - torch.minimum(alpha, allowed)]
 
 
-@having("compares_means")
-def guard(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[Tensor]:
+@having("compares_means", "takes_context")
+def guard(rp: Zeta, legs: Sequence[Zeta], context: GraphContext) -> list[Tensor]:
     """k of least mean squared error where the means differ too much for chance; else k = 0.
 
     With a biased but precise first gradient and LR, k is that of `tpx_guarded`, with variances and
     squares summed over the parameters. Over a long chain a bias that no single node can tell from
-    noise adds up, and is seen here. This project; no paper.
+    noise adds up, and is seen here. Where few samples say little about the means, the return itself
+    may tell: k = 1 if it varies more than a smooth one with these gradients can, see `_is_rough`.
+    This project; no paper.
     """
     found = _compare(rp[0], legs[0][0], summed=True)
     k = found.k((found.square - found.difference).clamp_min(0.0))
-    return [torch.where(found.differs, k, 0.0)]
+    k = torch.where(found.differs, k, 0.0)
+    return [torch.where(_is_rough(context), 1.0, k)]
+
+
+def _sensitivities(context: GraphContext) -> Tensor:
+    """[N, T] derivatives of each sample's return in the noise of all nodes."""
+    return torch.cat(
+        [
+            (cotangent[0] * node.zeta[1]).flatten(1)
+            for cotangent, node in zip(context.pathwise, context.nodes, strict=True)
+        ],
+        1,
+    )
+
+
+def _is_rough(context: GraphContext) -> Tensor:
+    """[] whether the return R varies more than a smooth function of the noise can.
+
+    With the derivatives s of R in all noise, Hermite polynomials give Σ Var(s) = Σ_k k a_k² over
+    the orders k >= 2, where Σ_k a_k² = Var(R) - Σ mean(s)². So for a smooth R
+
+        2 Var(R) - 2 Σ mean(s)² - Σ Var(s) <= 0,
+
+    the inequality of `ddcg` (Onoda et al. 2026) without its slack. Here it must be broken by ROUGH
+    standard errors, from the influence of each sample. It is not asked where the samples start from
+    different states, whose share of Var(R) is unknown, nor where a node is categorical.
+    """
+    nodes = context.nodes
+    if any(len(node.zeta) != 2 for node in nodes):
+        return torch.zeros((), dtype=torch.bool, device=nodes[0].returns.device)
+    start_alike = torch.stack([(x == x[:1]).all() for x in nodes[0].zeta]).all()
+    returns, s = nodes[0].returns, _sensitivities(context)
+    returns = returns.reshape(len(s), -1).sum(1)
+    scale = torch.linalg.vector_norm(returns - returns.mean(), math.inf)
+    scale = scale.clamp_min(_tiny(returns))
+    centred, mean = (returns - returns.mean()) / scale, s.mean(0) / scale
+    s = s / scale - mean
+    excess = 2 * centred.square() - s.square().sum(1)
+    influence = excess - 4 * s @ mean
+    error = influence.std() / len(s) ** 0.5
+    # An unbiased Σ mean(s)²: its estimate is too large by the variance of the mean.
+    linear = mean.square().sum() - s.square().sum() / (len(s) * max(len(s) - 1, 1))
+    return start_alike & (excess.mean() - 2 * linear > ROUGH * error)
 
 
 @having("takes_context")
@@ -475,12 +520,8 @@ def ddcg(
         slack: c.
     """
     k = _inverse_variance(rp[0], [legs[0][0]], summed=True)[0]
-    spread, linear = torch.zeros_like(k), torch.zeros_like(k)
-    for cotangent, node in zip(context.pathwise, context.nodes, strict=True):
-        scaled = cotangent[0] * node.zeta[1]
-        spread = spread + scaled.var(0).sum()
-        linear = linear + scaled.mean(0).square().sum()
-    variance = context.nodes[0].returns.var()
+    s, variance = _sensitivities(context), context.nodes[0].returns.var()
+    spread, linear = s.var(0).sum(), s.mean(0).square().sum()
     return [torch.where(spread < 2 * (1 - slack) * variance - 2 * linear, 1.0, k)]
 
 

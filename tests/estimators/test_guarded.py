@@ -15,6 +15,7 @@ from totalprop.estimators import (
     make,
     mixing,
 )
+from totalprop.estimators.mixing import Context, GraphContext
 
 F64 = torch.float64
 GUARDED = ("tp-guarded", "tpx-guarded", "tpg-guarded")
@@ -91,7 +92,7 @@ def test_more_variance_of_lr_asks_for_more_evidence(spread):
         lr = rp + noise + z * noise.std() / math.sqrt(50)
         ((k, _),) = mixing.tpx_guarded((rp, rp), [(lr, lr)], None)
         (plain,) = mixing.tpx((rp, rp), [(lr, lr)], None)
-        assert (k == plain).all() == (z < limit)
+        assert torch.isclose(k, plain, rtol=1e-9).all() == (z < limit)
 
 
 def test_k_of_tp_guarded_by_hand():
@@ -257,18 +258,61 @@ def test_a_bias_that_no_node_can_see_is_seen_in_the_graph():
     assert errors["tpx-safe"] < 1.2 * errors["lr"]
 
 
+def one_node(returns, slope, mean=None):
+    """The context of a graph with one node z ~ N(mean, 0.5²), where the return has this slope."""
+    n = len(returns)
+    mean = torch.zeros(n, 1, dtype=F64) if mean is None else mean
+    zeta = mean, torch.full((n, 1), 0.5, dtype=F64)
+    noise = torch.zeros(n, 1, dtype=F64)  # not used
+    return GraphContext([Context(None, zeta, noise, returns / n, None)], [(slope / n, slope / n)])
+
+
 def test_k_of_the_graph_by_hand():
     n, p = 100, 3
+    told = one_node(randn(n, seed=42), torch.zeros(n, 1, dtype=F64), mean=randn(n, 1, seed=43))
     base, lr = (1 + 0.2 * randn(n, p, seed=40)) / n, (2 + randn(n, p, seed=41)) / n
-    (k,) = mixing.guard((base,), [(lr,)], None)
+    (k,) = mixing.guard((base,), [(lr,)], told)
     columns = [moments(n * base[:, i], n * lr[:, i]) for i in range(p)]
     v_base, v_lr, c, square = (sum(column[i] for column in columns) for i in range(4))
     difference = v_base + v_lr - 2 * c
     assert math.sqrt(square / difference) > threshold(v_base, v_lr)
     b = square - difference
     assert k.item() == pytest.approx((v_base - c + b) / (difference + b))
-    (none,) = mixing.guard((base,), [(lr - (lr - base).mean(0),)], None)
+    (none,) = mixing.guard((base,), [(lr - (lr - base).mean(0),)], told)
     assert none.item() == 0
+
+
+# In units of the noise: return, its derivative.
+SMOOTH = {
+    "linear": (lambda e: e, torch.ones_like),
+    "quadratic": (lambda e: e.square(), lambda e: 2 * e),  # where the inequality is an equality
+    "sine": (lambda e: (3 * e).sin(), lambda e: 3 * (3 * e).cos()),
+    "ramp": (lambda e: (2 * e).clamp(0, 1), lambda e: 2.0 * ((e > 0) & (e < 0.5))),
+}
+
+
+def is_rough(function, slope, n, seed, scale=1.0, mean=None):
+    e = randn(n, 1, seed=seed)
+    told = one_node(scale * function(e).squeeze(-1), scale * slope(e) / 0.5, mean=mean)
+    same = torch.zeros(n, 1, dtype=F64)
+    (k,) = mixing.guard((same,), [(same,)], told)
+    assert k.item() in (0, 1)
+    return k.item() == 1
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("n", [50, 300])
+def test_a_smooth_return_is_hardly_ever_called_rough(name, n):
+    """Seeds 0 to 399: at most 1 %."""
+    assert sum(is_rough(*SMOOTH[name], n, seed) for seed in range(400)) <= 4
+
+
+def test_a_jump_is_called_rough_from_50_samples_on_if_all_start_alike():
+    """Seeds 0 to 99, at any scale of the return."""
+    jump = lambda e: (e > 0.3).to(e.dtype), torch.zeros_like
+    for scale in (1.0, 1e-150, 1e150):
+        assert all(is_rough(*jump, 50, seed, scale) for seed in range(100))
+    assert not any(is_rough(*jump, 50, s, mean=randn(50, 1, seed=s)) for s in range(100))
 
 
 def test_tpx_safe_is_tpx_where_nothing_jumps():
