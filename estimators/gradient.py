@@ -47,7 +47,8 @@ def gradient(
     """Compute the gradient of a rollout's loss w.r.t. the parameters.
 
     Nodewise estimators take one backward pass. Whole-graph ones take two with the same noise, RP
-    (or their `base`) at every node and then LR at every node. They combine the two gradients once,
+    (or their `base`) at every node and then LR at every node; before them a third, of RP, if they
+    have a `base` and their rule is told the graph's context. They combine the two gradients once,
     g = k g_LR + (1 - k) g_RP, with a k from the per-sample gradients; that of `ivw` is
     V_RP / (V_RP + V_LR) (Parmas et al. 2023, Sec. 3, Eq. 5).
 
