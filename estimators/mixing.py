@@ -43,7 +43,9 @@ CERTAIN = 6.0  # standard errors between the legs' means above which RP always c
 DOUBT = (
     100.0  # the average cost of false alarms, as a fraction of RP's variance, is below 1 / DOUBT
 )
-ROUGH = 3.0  # standard errors by which a return varies more than a smooth one can
+# Standard errors by which a rough return varies more than a smooth one can: at least and at most,
+# between them by what a false alarm costs.
+ROUGH = 3.0, 4.5
 RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
 
 
@@ -185,7 +187,12 @@ class _Comparison(NamedTuple):
     gain: Tensor  # V_RP - C
     difference: Tensor  # Var(LR - RP)
     square: Tensor  # N d²
-    differs: Tensor  # whether chance does not explain d
+    evidence: Tensor  # squared number of standard errors up to which chance explains d
+
+    @property
+    def differs(self) -> Tensor:
+        """Whether chance does not explain d."""
+        return self.square > self.evidence * self.difference
 
     def k(self, bias: Tensor | float) -> Tensor:
         """The k in [0, 1] of least mean squared error, if RP's squared bias times N is this."""
@@ -212,7 +219,7 @@ def _compare(rp: Tensor, lr: Tensor, *, summed: bool = False) -> _Comparison:
     ratio = v_lr / v_rp.clamp_min(_tiny(v_rp))
     evidence = (2 * torch.log1p(DOUBT * ratio)).clamp(max=CERTAIN**2)
     gain = -spread(centred[2], centred[0])
-    return _Comparison(gain, difference, square, square > evidence * difference)
+    return _Comparison(gain, difference, square, evidence)
 
 
 def tp(
@@ -452,7 +459,7 @@ def guard(rp: Zeta, legs: Sequence[Zeta], context: GraphContext) -> list[Tensor]
     found = _compare(rp[0], legs[0][0], summed=True)
     k = found.k((found.square - found.difference).clamp_min(0.0))
     k = torch.where(found.differs, k, 0.0)
-    return [torch.where(_is_rough(context), 1.0, k)]
+    return [torch.where(_is_rough(context, found.evidence), 1.0, k)]
 
 
 def _sensitivities(context: GraphContext) -> Tensor:
@@ -466,17 +473,21 @@ def _sensitivities(context: GraphContext) -> Tensor:
     )
 
 
-def _is_rough(context: GraphContext) -> Tensor:
-    """[] whether the return R varies more than a smooth function of the noise can.
+def _is_rough(context: GraphContext, evidence: Tensor) -> Tensor:
+    """Whether the return R varies more than a smooth function of the noise can.
 
     With the derivatives s of R in all noise, Hermite polynomials give Σ Var(s) = Σ_k k a_k² over
     the orders k >= 2, where Σ_k a_k² = Var(R) - Σ mean(s)². So for a smooth R
 
         2 Var(R) - 2 Σ mean(s)² - Σ Var(s) <= 0,
 
-    the inequality of `ddcg` (Onoda et al. 2026) without its slack. Here it must be broken by ROUGH
+    the inequality of `ddcg` (Onoda et al. 2026) without its slack. Here it must be broken by some
     standard errors, from the influence of each sample. It is not asked where the samples start from
     different states, whose share of Var(R) is unknown, nor where a node is categorical.
+
+    Args:
+        context: of the graph.
+        evidence: squared number of standard errors that a false alarm's cost asks for.
     """
     nodes = context.nodes
     if any(len(node.zeta) != 2 for node in nodes):
@@ -493,7 +504,8 @@ def _is_rough(context: GraphContext) -> Tensor:
     error = influence.std() / len(s) ** 0.5
     # An unbiased Σ mean(s)²: its estimate is too large by the variance of the mean.
     linear = mean.square().sum() - s.square().sum() / (len(s) * max(len(s) - 1, 1))
-    return start_alike & (excess.mean() - 2 * linear > ROUGH * error)
+    limit = evidence.sqrt().clamp(*ROUGH)
+    return start_alike & (excess.mean() - 2 * linear > limit * error)
 
 
 @having("takes_context")
