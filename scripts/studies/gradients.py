@@ -24,7 +24,10 @@ import functools
 import importlib
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -205,9 +208,18 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
 
 
 def _prepare(imports: Sequence[str]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     for module in imports:
         importlib.import_module(module)
+
+
+def _end_with_parent() -> None:
+    """End this process when the study is killed, which tells its workers nothing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def repeats_at(point: Point, repeats: int) -> int:

@@ -1,8 +1,15 @@
 """The benchmark of gradients: its problems against closed forms, and its statistics by hand."""
 
+import contextlib
 import csv
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,6 +202,35 @@ def test_a_study_measures_what_is_missing_and_reports(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--repeats", "6")
     assert "was measured with --repeats 4, not 6" in capsys.readouterr().err
+
+
+def test_no_worker_survives_a_killed_study(tmp_path):
+    command = [sys.executable, "-m", "totalprop", "study", "gradients", "--jobs", "1"]
+    command += ["--problems", "regulator", "--out", str(tmp_path)]
+    study = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        assert " of 12 points" in study.stderr.readline()
+        study.kill()
+        study.wait()
+        for _ in range(100):
+            if not _members(study.pid):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"still running: {_members(study.pid)}")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(study.pid, signal.SIGKILL)
+
+
+def _members(group):
+    """Command lines of the living processes of a group."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, of = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(of) == group and state != "Z":
+                found.append((entry / "cmdline").read_text())
+    return found
 
 
 def test_points_have_the_same_noise_for_all_estimators_and_their_own():
