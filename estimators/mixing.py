@@ -40,9 +40,8 @@ Weight = Callable[[Zeta, Sequence[Zeta], Any], Sequence[K]]
 
 COTANGENT_SHARE = 1e-2  # weight of `tpx-ivw`'s objective in that of `tpg`
 CERTAIN = 6.0  # standard errors between the legs' means above which RP always counts as biased
-DOUBT = (
-    100.0  # the average cost of false alarms, as a fraction of RP's variance, is below 1 / DOUBT
-)
+# The average cost of false alarms, as a fraction of RP's variance, is below 1 / DOUBT.
+DOUBT = 100.0
 # Standard errors by which a rough return varies more than a smooth one can: at least and at most,
 # between them by what a false alarm costs.
 ROUGH = 3.0, 4.5

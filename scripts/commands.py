@@ -71,16 +71,6 @@ def add_import(
     )
 
 
-def _add_estimators(parser: ArgumentParser) -> None:
-    """The flag --estimators of a study that measures all of them by default."""
-    parser.add_argument(
-        "--estimators",
-        nargs="+",
-        metavar="ESTIMATOR",
-        help="estimators to measure (default: all that are registered)",
-    )
-
-
 class _OneLineErrors(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help lists the flags)\n")
@@ -522,7 +512,12 @@ def _chaos(parser: ArgumentParser) -> None:
         type=float,
         help="values of β_2 for --study double (default: 1.5 2.5 3.5)",
     )
-    _add_estimators(parser)
+    add(
+        "--estimators",
+        nargs="+",
+        metavar="ESTIMATOR",
+        help="estimators to measure (default: all that are registered)",
+    )
     add("--samples", type=int, default=1000, help="N, samples per gradient (default: 1000)")
     add("--repeats", type=int, default=40, help="R, gradients per grid point (default: 40)")
     add("--horizon", type=int, default=100, help="H, steps of a rollout (default: 100)")

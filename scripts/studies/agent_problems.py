@@ -8,8 +8,8 @@ where gradients pass through the policy's input, since RP and LR otherwise diffe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class DreamerProblem:
         has_choices = isinstance(policy.actions, Choices)
         # RP is not right where something is chosen.
         self.truth = "lr" if has_choices or agent.policy.sizes["latent"] == "categorical" else "tpx"
-        self._size: dict[str, Any] = {"choices": has_choices}
+        self._has_choices = has_choices
         self.parameters = list(policy.actor.parameters())
         self._sketch = Sketch(self.parameters)
         generator = torch.Generator(agent.device).manual_seed(0)
@@ -109,7 +109,9 @@ class DreamerProblem:
     def _noise(self, horizon: int, n: int, generator: torch.Generator) -> ImaginationNoise:
         policy = self.agent.policy
         latents = policy.model.rssm.latents
-        return ImaginationNoise.draw(horizon, n, policy.n_actions, latents, generator, **self._size)
+        return ImaginationNoise.draw(
+            horizon, n, policy.n_actions, latents, generator, choices=self._has_choices
+        )
 
     def draw(self, horizon: int, n: int, seed: int) -> tuple[State, ImaginationNoise]:
         """n states to start from and the noise of the imagined steps, from a seed."""
@@ -165,15 +167,15 @@ class Sketch:
     kept within some √(2 / SKETCHED), the same for every estimator (Achlioptas 2003).
     """
 
-    def __init__(self, parameters: Any) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         size = sum(p.numel() for p in parameters)
         self._rows: Tensor | None = None
         if size > SKETCHED:
             generator = torch.Generator().manual_seed(0)
             signs = torch.randint(2, (SKETCHED, size), generator=generator)
-            self._rows = (2.0 * signs - 1) / SKETCHED**0.5
+            self._rows = (2.0 * signs - 1).double() / SKETCHED**0.5
 
-    def __call__(self, gradients: Any) -> Tensor:
+    def __call__(self, gradients: Iterable[Tensor]) -> Tensor:
         """[P'] from gradients of all parameters."""
         flat = torch.cat([g.detach().flatten() for g in gradients]).cpu().double()
-        return flat if self._rows is None else self._rows.double() @ flat
+        return flat if self._rows is None else self._rows @ flat

@@ -175,9 +175,8 @@ class VectorEncoder(nn.Module):
         return self.net(parts[0] if len(parts) == 1 else torch.cat(parts, -1)).relu()
 
 
-LEAST_STD = (
-    0.03  # of learned standard deviations, or an entry that never varies outweighs all others
-)
+# Of learned standard deviations: an entry that never varies would outweigh all others.
+LEAST_STD = 0.03
 
 
 class VectorDecoder(nn.Module):
