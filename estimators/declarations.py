@@ -39,7 +39,8 @@ def having(*traits: str) -> Callable[[Function], Function]:
     Args:
         traits: of a weight rule "takes_context", if its third argument is a `mixing.Context`
             instead of the probe alone, and "compares_means", if it trusts a leg less where the
-            legs' means differ.
+            legs' means differ; of a leg "needs_graph", if it is made from a `mixing.GraphContext`,
+            and "one_call_per_node", if it counts its calls.
     """
 
     def mark(function: Function) -> Function:
@@ -52,7 +53,7 @@ def having(*traits: str) -> Callable[[Function], Function]:
 
 def has(function: Callable[..., Any], trait: str) -> bool:
     """Whether a function has a trait: False unless it is marked with `having`."""
-    return hasattr(_unwrapped(function), trait)
+    return bool(getattr(_unwrapped(function), trait, False))
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

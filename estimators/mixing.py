@@ -42,9 +42,8 @@ COTANGENT_SHARE = 1e-2  # weight of `tpx-ivw`'s objective in that of `tpg`
 CERTAIN = 6.0  # standard errors between the legs' means above which RP always counts as biased
 # The average cost of false alarms, as a fraction of RP's variance, is below 1 / DOUBT.
 DOUBT = 100.0
-# Standard errors by which a rough return varies more than a smooth one can: at least and at most,
-# between them by what a false alarm costs.
-ROUGH = 3.0, 4.5
+DOUBT_OF_GRAPH = 20.0  # where one test is made instead of one at each node
+ROUGH = 3.0  # standard errors by which a rough return varies more than a smooth one can
 RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
 
 
@@ -186,17 +185,29 @@ class _Comparison(NamedTuple):
     gain: Tensor  # V_RP - C
     difference: Tensor  # Var(LR - RP)
     square: Tensor  # N d²
-    evidence: Tensor  # squared number of standard errors up to which chance explains d
+    ratio: Tensor  # V_LR / V_RP
+    along: Tensor  # [N, ...] LR - RP less its mean, along its mean, in any unit
 
     @property
     def differs(self) -> Tensor:
         """Whether chance does not explain d."""
-        return self.square > self.evidence * self.difference
+        return self.square > _evidence(self.ratio, DOUBT) * self.difference
+
+    @property
+    def differs_in_graph(self) -> Tensor:
+        """The same for a single comparison, whose standard errors are corrected for skewness."""
+        z = (self.square / self.difference.clamp_min(_tiny(self.square))).sqrt()
+        return _corrected(z, self.along).square() > _evidence(self.ratio, DOUBT_OF_GRAPH)
 
     def k(self, bias: Tensor | float) -> Tensor:
         """The k in [0, 1] of least mean squared error, if RP's squared bias times N is this."""
         k = (self.gain + bias) / (self.difference + bias).clamp_min(_tiny(self.gain))
         return k.clamp(0.0, 1.0)
+
+
+def _evidence(ratio: Tensor, doubt: float) -> Tensor:
+    """Squared number of standard errors up to which chance explains a difference."""
+    return (2 * torch.log1p(doubt * ratio)).clamp(max=CERTAIN**2)
 
 
 def _compare(rp: Tensor, lr: Tensor, *, summed: bool = False) -> _Comparison:
@@ -214,11 +225,30 @@ def _compare(rp: Tensor, lr: Tensor, *, summed: bool = False) -> _Comparison:
         return (a * b).sum(dims, keepdim=True) / max(n - 1, 1)
 
     v_rp, v_lr, difference = (spread(x, x) for x in centred)
-    square = n * (mean.square().sum(-1, keepdim=True) if summed else mean.square())
+    square, along = mean.square(), centred[2] * mean
+    if summed:
+        square, along = (x.sum(-1, keepdim=True) for x in (square, along))
     ratio = v_lr / v_rp.clamp_min(_tiny(v_rp))
-    evidence = (2 * torch.log1p(DOUBT * ratio)).clamp(max=CERTAIN**2)
-    gain = -spread(centred[2], centred[0])
-    return _Comparison(gain, difference, square, evidence)
+    return _Comparison(-spread(centred[2], centred[0]), difference, n * square, ratio, along)
+
+
+def _corrected(z: Tensor, samples: Tensor) -> Tensor:
+    """A number of standard errors of a mean, as normal samples would have it.
+
+    Where a long tail decides the mean, a batch that misses it has a small mean and a small spread,
+    so that chance seems impossible; and one sample of it that was caught counts for more than its
+    standard error says. Hall 1992, "On the removal of skewness by transformation", Eq. 1.
+
+    Args:
+        z: [1, ...], along the direction in which the samples are given.
+        samples: [N, ...] less their mean, in any unit.
+    """
+    scale = torch.linalg.vector_norm(samples, math.inf, dim=0, keepdim=True)
+    samples = samples / scale.clamp_min(_tiny(samples))
+    spread = samples.square().mean(0, keepdim=True).sqrt()
+    skewness = samples.pow(3).mean(0, keepdim=True) / spread.pow(3).clamp_min(_tiny(samples))
+    third, z = skewness / (3 * len(samples) ** 0.5), z.clamp(-1e6, 1e6)
+    return z + third * (z.square() + 0.5) + third.square() * z.pow(3) / 3
 
 
 def tp(
@@ -453,12 +483,12 @@ def guard(rp: Zeta, legs: Sequence[Zeta], context: GraphContext) -> list[Tensor]
     squares summed over the parameters. Over a long chain a bias that no single node can tell from
     noise adds up, and is seen here. Where few samples say little about the means, the return itself
     may tell: k = 1 if it varies more than a smooth one with these gradients can, see `_is_rough`.
-    This project; no paper.
+    The number of standard errors is corrected for skewness. This project; no paper.
     """
     found = _compare(rp[0], legs[0][0], summed=True)
     k = found.k((found.square - found.difference).clamp_min(0.0))
-    k = torch.where(found.differs, k, 0.0)
-    return [torch.where(_is_rough(context, found.evidence), 1.0, k)]
+    k = torch.where(found.differs_in_graph, k, 0.0)
+    return [torch.where(_is_rough(context), 1.0, k)]
 
 
 def _sensitivities(context: GraphContext) -> Tensor:
@@ -472,7 +502,7 @@ def _sensitivities(context: GraphContext) -> Tensor:
     )
 
 
-def _is_rough(context: GraphContext, evidence: Tensor) -> Tensor:
+def _is_rough(context: GraphContext) -> Tensor:
     """Whether the return R varies more than a smooth function of the noise can.
 
     With the derivatives s of R in all noise, Hermite polynomials give Σ Var(s) = Σ_k k a_k² over
@@ -483,10 +513,6 @@ def _is_rough(context: GraphContext, evidence: Tensor) -> Tensor:
     the inequality of `ddcg` (Onoda et al. 2026) without its slack. Here it must be broken by some
     standard errors, from the influence of each sample. It is not asked where the samples start from
     different states, whose share of Var(R) is unknown, nor where a node is categorical.
-
-    Args:
-        context: of the graph.
-        evidence: squared number of standard errors that a false alarm's cost asks for.
     """
     nodes = context.nodes
     if any(len(node.zeta) != 2 for node in nodes):
@@ -503,8 +529,9 @@ def _is_rough(context: GraphContext, evidence: Tensor) -> Tensor:
     error = influence.std() / len(s) ** 0.5
     # An unbiased Σ mean(s)²: its estimate is too large by the variance of the mean.
     linear = mean.square().sum() - s.square().sum() / (len(s) * max(len(s) - 1, 1))
-    limit = evidence.sqrt().clamp(*ROUGH)
-    return start_alike & (excess.mean() - 2 * linear > limit * error)
+    z = (excess.mean() - 2 * linear) / error.clamp_min(_tiny(error))
+    z = _corrected(z, influence - influence.mean())
+    return start_alike & (z > ROUGH)
 
 
 @having("takes_context")

@@ -105,7 +105,8 @@ class Estimator:
         carry: what earlier nodes receive: the "mixture" that the parameters receive, or the
             "pathwise" signal alone, so that the score legs reach the parameters only. "pathwise"
             needs the node's `carried`; without it, earlier nodes receive the mixture.
-        base: of a whole-graph rule, the estimator whose gradient it mixes with LR; None for RP.
+        base: of a whole-graph rule, a nodewise estimator whose gradient it mixes with LR in the
+            place of RP's, if its per-sample gradients vary less than RP's do; or None.
         source: paper and equation.
 
     Raises:
@@ -149,10 +150,10 @@ class Estimator:
                 "the weight rule chooses k for each sample from that sample alone, so there is no "
                 "k to take from the other half: set cross_fit=False"
             )
-        if self.whole_graph and self.cross_fit:
+        if self.several_passes and self.cross_fit:
             raise ValueError(
-                "a whole-graph estimator combines once, with one k for all samples: set "
-                "cross_fit=False, or choose a nodewise estimator such as 'tpx'"
+                "a whole-graph estimator combines once, with one k for all samples, and its legs "
+                "are of all samples: set cross_fit=False, or choose an estimator such as 'tpx'"
             )
 
     @property
@@ -164,6 +165,11 @@ class Estimator:
     def needs_score(self) -> bool:
         """Whether the rule may use the score legs."""
         return declared(self.weight, "needs_score")
+
+    @property
+    def several_passes(self) -> bool:
+        """Whether it needs several backward passes, with the same noise; see `gradient`."""
+        return self.whole_graph or any(has(leg, "needs_graph") for leg in self.legs)
 
     @property
     def needs_value(self) -> bool:
@@ -207,12 +213,12 @@ class Estimator:
         Returns:
             The sample [N, ..., D], and the credit for every cost and node downstream.
         Raises:
-            ValueError: an argument has the wrong shape, or the estimator is a whole-graph one.
+            ValueError: an argument has the wrong shape, or the estimator takes several passes.
         """
-        if self.whole_graph:
+        if self.several_passes:
             raise ValueError(
-                "this estimator combines whole-graph gradients and cannot be called at a node; "
-                "call estimators.gradient(rollout, ...) instead"
+                "this estimator combines the gradients of several passes over the whole graph and "
+                "cannot be called at a node; call estimators.gradient(rollout, ...) instead"
             )
         zeta = (mean,) if std is None else (mean, std)
         return stochastic_node(
@@ -443,8 +449,9 @@ class _Node(torch.autograd.Function):
 
 
 def _score_parts(estimator: Estimator) -> tuple[tuple[Leg, ...], Baseline]:
-    """Score legs and baseline; the plain ones for a rule that uses none, which may not fit."""
-    if estimator.needs_score and estimator.legs != (nothing,):
+    """Score legs and baseline to measure; the plain ones where these do not fit."""
+    once = any(has(leg, "one_call_per_node") for leg in estimator.legs)
+    if estimator.needs_score and estimator.legs != (nothing,) and not once:
         return estimator.legs, estimator.baseline
     return (score,), leave_one_out
 

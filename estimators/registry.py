@@ -14,7 +14,7 @@ from typing import Any
 
 from totalprop.estimators.baselines import baseline_named
 from totalprop.estimators.declarations import unknown_name
-from totalprop.estimators.legs import legs_named, nothing
+from totalprop.estimators.legs import first_order, legs_named, nothing
 from totalprop.estimators.mixing import (
     aobg,
     cut,
@@ -52,9 +52,6 @@ _REGISTRY: dict[str, Estimator] = {
     "tpx-scalar": Estimator(tpx_scalar, source="Parmas et al. 2023, App. D"),
     "tpx-ivw": Estimator(tpx_ivw, source="Parmas et al. 2023, App. D"),
     "tpx-ivw-scalar": Estimator(tpx_ivw_scalar, source="Parmas et al. 2023, App. D"),
-    "tpx-safe": Estimator(
-        guard, probe="all", whole_graph=True, base=Estimator(tpx_guarded), source="this project"
-    ),
     "ivw": Estimator(
         tpx_ivw_scalar, probe="all", whole_graph=True, source="Parmas et al. 2023, Sec. 3, Eq. 5"
     ),
@@ -66,6 +63,17 @@ _REGISTRY: dict[str, Estimator] = {
     "ddcg": Estimator(ddcg, probe="all", whole_graph=True, source="Onoda et al. 2026, Eq. 8, 14"),
     "tpg": Estimator(tpg, probe="all", source="this project"),
     "tpg-guarded": Estimator(tpg_guarded, probe="all", source="this project"),
+    "lr-first-order": Estimator(
+        likelihood_ratio, legs=(first_order,), source="this project; Gu et al. 2016 (MuProp)"
+    ),
+    "safe": Estimator(
+        guard,
+        legs=(first_order,),
+        probe="all",
+        whole_graph=True,
+        base=Estimator(tpg, legs=(first_order,), probe="all"),
+        source="this project",
+    ),
 }
 
 

@@ -55,7 +55,7 @@ _CLASSES: dict[str, type] = {
     for kind in (FlattenExtractor, NatureCNN, CombinedExtractor)
 }  # fmt: skip
 _FORMER_NAMES: dict[str, type] = {}  # names that older files use
-_LEGS: dict[Any, str] = {estimators.legs.score: "score", estimators.legs.biw: "biw"}
+_LEGS: dict[Any, str] = {leg: name for name, leg in estimators.legs.LEGS.items()}
 _BASELINES: dict[Any, str] = {
     getattr(estimators.baselines, name): name
     for name in ("none", "mean", "leave_one_out", "critic")

@@ -48,7 +48,7 @@ from totalprop.estimators import Estimator
 from totalprop.world_models.gp import ROUNDING, GaussianProcess
 from totalprop.world_models.gp_dynamics import GPDynamics
 
-LEGS = {"score": estimators.legs.score, "biw": estimators.legs.biw}
+LEGS = estimators.legs.LEGS
 # Variants of the 2018 paper that are not estimators of a node: (resample, fixed noise).
 VARIANTS = {"gr": (True, False), "rp-fs": (False, True), "gr-fs": (True, True)}
 
@@ -67,8 +67,8 @@ class PIPPS(Algorithm):
         estimator: name in the registry ("rp", "lr", "tp", "tps", "tpx", "tpg", ...), "gr"
             (Gaussian resampling), "rp-fs" or "gr-fs" (fixed noise and a quasi-Newton optimizer), or
             an `estimators.Estimator`.
-        leg: how the likelihood ratio is formed, "score" or "biw" (batch importance weighting); an
-            `estimators.Estimator` brings its own.
+        leg: how the likelihood ratio is formed: "score", "biw" (batch importance weighting) or
+            "first-order" (with a control variate); an `estimators.Estimator` brings its own.
         cross_fit: choose k for each half of the particles from the other half; an
             `estimators.Estimator` brings its own.
         n_particles: simulated particles N.
@@ -127,7 +127,7 @@ class PIPPS(Algorithm):
         learning_rate: Annotated[float, AtLeast(0)] | Schedule = 0.03,
         estimator: str | Estimator = "tpx",
         *,
-        leg: Literal["score", "biw"] = "score",
+        leg: Literal["score", "biw", "first-order"] = "score",
         cross_fit: bool = False,
         n_particles: Annotated[int, AtLeast(3)] = 300,
         horizon: Annotated[int, AtLeast(1)] = 30,

@@ -58,9 +58,11 @@ GAMMAS = (0.03, 0.3, 3.0, 30.0)  # of aobg, whose tolerated bias is in units of 
 MANY = 5000  # samples of a point that has half of the repeats, and of a part of the truth
 PARTS = 200  # of the truth
 MANY_IN_MODELS = 1000  # samples of a part, where a sample is of a learned model
-OURS = "tpx-safe"
+OURS = "safe"
 RIVALS = ("rp", "lr", "tp", "tpx", "ivw-h", "ddcg", *(f"aobg-{gamma:g}" for gamma in GAMMAS))
-OTHERS = ("tpg", "ivw", "tpx-guarded", "tp-guarded", "tpg-guarded", "rp-cut")
+OTHERS = (
+    "lr-first-order", "tpg", "ivw", "tpx-guarded", "tp-guarded", "tpg-guarded", "rp-cut",
+)  # fmt: skip
 LIMIT = 1.1  # times the least error of a rival
 DRAWS = 1000  # of the bootstrap
 COLUMNS = ("problem", "horizon", "samples", "estimator", "ms", "run", "gradients")

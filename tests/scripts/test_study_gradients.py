@@ -164,7 +164,7 @@ def test_the_folder_of_a_run_is_a_problem(trained, agent, tmp_path, capsys):
     gradients.write_truths(tmp_path, {key: Truth(zeros, zeros, "nothing") for key in keys})
     gradients.main([
         "--out", str(tmp_path), "--jobs", "1", "--problems", str(trained), "--samples", "20",
-        "--repeats", "2", "--estimators", "rp", "tpx-safe",
+        "--repeats", "2", "--estimators", "rp", "safe",
     ])  # fmt: skip
     with open(tmp_path / "gradients.csv") as file:
         file.readline()
@@ -177,7 +177,7 @@ def test_the_folder_of_a_run_is_a_problem(trained, agent, tmp_path, capsys):
 def run(tmp_path, *flags):
     gradients.main([
         "--out", str(tmp_path), "--jobs", "1", "--problems", "quadratic", "step-cost",
-        "--samples", "50", "100", "--repeats", "4", "--estimators", "rp", "lr", "tpx-safe",
+        "--samples", "50", "100", "--repeats", "4", "--estimators", "rp", "lr", "safe",
         *flags,
     ])  # fmt: skip
     with open(tmp_path / "gradients.csv") as file:
@@ -190,7 +190,7 @@ def test_a_study_measures_what_is_missing_and_reports(tmp_path, capsys):
     assert len(rows) == (1 + 3) * 2 * 3
     assert {len(row["gradients"].split()) for row in rows} == {4 * 5, 4 * 1}
     table = (tmp_path / "table.md").read_text()
-    assert table in capsys.readouterr().out and "| `tpx-safe` |" in table
+    assert table in capsys.readouterr().out and "| `safe` |" in table
     assert (tmp_path / "errors.png").stat().st_size > 10_000
     truths = json.loads((tmp_path / "truths.json").read_text())["truths"]
     assert {record["source"] for record in truths} == {"closed form"}
@@ -277,11 +277,11 @@ def test_errors_by_hand():
     g = {
         "rp": np.array([[1.0, -2.5], [1.0, -1.5]]),
         "lr": np.array([[2.0, -2.0], [0.0, -2.0]]),
-        "tpx-safe": np.array([[1.0, -2.0], [1.0, 0.0]]),
+        "safe": np.array([[1.0, -2.0], [1.0, 0.0]]),
         "tp": np.array([[1.0, 2.0], [1.0, 2.1]]),
     }
     found = gradients.errors_at(Point("quadratic", 1, 50), g, truth)
-    expected = {"rp": 0.5, "lr": 1.0, "tpx-safe": math.sqrt(2), "tp": math.sqrt(16.405)}
+    expected = {"rp": 0.5, "lr": 1.0, "safe": math.sqrt(2), "tp": math.sqrt(16.405)}
     assert found.rmse == pytest.approx(expected)
     assert found.rival == "rp" and found.ratio[0] == pytest.approx(math.sqrt(2) / 0.5)
     assert found.ratio[1] <= found.ratio[0] <= found.ratio[2]

@@ -281,7 +281,7 @@ def test_every_estimator_imagines_with_a_meter(name, discount_head):
     elif name != "tpx-unclipped":
         assert ((found.k >= 0) & (found.k <= 1)).all()
         assert ((found.k > 0) & (found.k < 1)).any() or name in (
-            "aobg", "tpx-safe", "rp-cut"
+            "aobg", "safe", "rp-cut"
         )  # fmt: skip
 
 

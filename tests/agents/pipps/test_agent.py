@@ -127,7 +127,7 @@ def test_presets_construct(name):
 
 
 WRONG = {
-    "leg": ("rp", "one of score, biw"),
+    "leg": ("rp", "one of score, biw, first-order"),
     "n_particles": (2, "at least 3"),
     "horizon": (0, "at least 1, a whole number"),
     "gradient_steps": (0, "at least 1"),
@@ -853,7 +853,7 @@ def test_variants_of_2018(name, resample, fixed, optimizer, monkeypatch):
     assert (settings.estimator.weight is estimators.mixing.pathwise) == (name != "tpx")
 
 
-@pytest.mark.parametrize("leg", ["score", "biw"])
+@pytest.mark.parametrize("leg", ["score", "biw", "first-order"])
 @pytest.mark.parametrize("name", [*estimators.names(), "gr", "rp-fs", "gr-fs"])
 def test_every_estimator_runs_a_trial(name, leg):
     agent = make(CARTPOLE, estimator=name, leg=leg, horizon=3)
