@@ -165,7 +165,7 @@ def first_order(graph: GraphContext) -> Leg:
     sampled rollout and averaged, and a and b are a regression of the returns on it; a is near 0
     where pathwise gradients explode or mislead. The averages are those of the other half of the
     batch and the regression leaves out the sample itself, so the leg is unbiased. It makes no use
-    of the estimator's baseline, and is `score` at categorical nodes.
+    of the estimator's baseline. At categorical nodes, and of fewer than 8 samples, it is `score`.
 
     Args:
         graph: of a pass of RP with the same noise, which `estimators.gradient` makes.
@@ -190,7 +190,7 @@ class _FirstOrder:
         self, zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
     ) -> Zeta:
         self._left -= 1
-        if len(zeta) == 1:
+        if len(zeta) == 1 or len(noise) < 8:
             return score(zeta, noise, returns, value, leave_one_out)
         mean, std = zeta
         g = self._graph.pathwise[self._left][0]
@@ -223,7 +223,7 @@ def _left_out_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Slope and intercept [N, ...] of y on x along axis 0, for each sample from all others."""
     n = len(x)
     if n < 4:
-        raise ValueError(f"a control variate is fitted to at least 4 samples on axis 0, got {n}")
+        raise ValueError(f"leg 'lax' needs at least 4 samples on axis 0, got {n}")
     dx, dy = x - x.mean(0), y - y.mean(0)
     tiny, share = torch.finfo(x.dtype).tiny, n / (n - 1)
     scale = torch.linalg.vector_norm(dx, math.inf, dim=0).clamp_min(tiny)

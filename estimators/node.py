@@ -158,8 +158,8 @@ class Estimator:
 
     @property
     def needs_pathwise(self) -> bool:
-        """Whether the rule may use the pathwise leg; if so, the loss must be differentiable."""
-        return declared(self.weight, "needs_pathwise")
+        """Whether the pathwise leg may be used; if so, the loss must be differentiable."""
+        return declared(self.weight, "needs_pathwise") or self.several_passes
 
     @property
     def needs_score(self) -> bool:

@@ -262,7 +262,7 @@ def try_estimator(
     Raises:
         ValueError: the estimator's parts do not work together, or not with so few samples.
     """
-    if estimator.whole_graph:
+    if estimator.several_passes:
         if is_categorical and not declared(estimator.weight, "categorical_nodes"):
             raise ValueError(
                 "the estimator needs Gaussian nodes, got categorical ones; use estimator 'tpx'"

@@ -661,7 +661,7 @@ class DAAPPO(Algorithm, PPO):
                 f"action_source={self.action_source!r} has not; use estimator='lr', or "
                 f"action_source in {', '.join(DIFFERENTIABLE)}"
             )
-        if estimator.probe != "none" or estimator.whole_graph:
+        if estimator.probe != "none" or estimator.several_passes:
             raise ValueError(
                 f"estimator {self.estimator!r} weighs in parameter space, over the samples of one "
                 "rollout; with many actions per state use 'lr', 'rp', 'tpx' or an ablation of 'tpx'"

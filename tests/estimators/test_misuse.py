@@ -12,7 +12,7 @@ from totalprop.estimators import Estimator, ParameterProbe, assign_credit, make
 from totalprop.estimators.node import UNCREDITED
 
 F64 = torch.float64
-NODEWISE = [name for name in estimators.names() if not make(name).whole_graph]
+NODEWISE = [name for name in estimators.names() if not make(name).several_passes]
 N, D = 6, 3
 
 

@@ -203,7 +203,7 @@ def parameter_variance(rp, lr, probe, k):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in estimators.names() if n.startswith("t") and not make(n).whole_graph]
+    "name", [n for n in estimators.names() if n.startswith("t") and not make(n).several_passes]
 )
 def test_k_is_broadcastable_and_between_zero_and_one(name):
     rp, lr, probe = toy_legs()

@@ -88,7 +88,7 @@ G, C = 2, 3
 COMPOSITES = [
     name for name in estimators.names()
     if estimators.make(name).needs_score and estimators.make(name).needs_pathwise
-    and not estimators.make(name).whole_graph and name != "rp-cut"
+    and not estimators.make(name).several_passes and name != "rp-cut"
 ]  # fmt: skip
 
 
@@ -339,7 +339,7 @@ def test_a_control_probe_of_a_joint_node_equals_the_general_one(controls):
 
 @pytest.mark.parametrize("name", estimators.names())
 def test_cross_fit_and_critic_work_at_a_joint_node(name):
-    if estimators.make(name).whole_graph or name == "rp-cut":
+    if estimators.make(name).several_passes or name == "rp-cut":
         return
     logits, probe, noise = joint_batch(8, seed=180)
     leaf = logits.clone().requires_grad_()

@@ -10,7 +10,7 @@ from totalprop import estimators
 from totalprop.estimators import ParameterProbe, Rollout, assign_credit, make
 
 F64 = torch.float64
-NODEWISE = [name for name in estimators.names() if not make(name).whole_graph]
+NODEWISE = [name for name in estimators.names() if not make(name).several_passes]
 
 
 def probe_of(name, theta, x):

@@ -98,7 +98,7 @@ def test_a_pathwise_leg_needs_a_differentiable_source(source, estimator):
 @pytest.mark.parametrize("source", ["dynamics", "q"])
 def test_every_registered_estimator_works_or_says_why_not(name, source):
     estimator = estimators.make(name)
-    if estimator.probe == "none" and not estimator.whole_graph:
+    if estimator.probe == "none" and not estimator.several_passes:
         assert make(estimator=name, action_source=source).estimator == name
     else:
         with pytest.raises(ValueError, match=f"'{name}' weighs in parameter space.*use 'lr', 'rp'"):

@@ -276,8 +276,8 @@ def test_every_estimator_imagines_with_a_meter(name, discount_head):
     )
     assert all(g.isfinite().all() and g.any() for g in found.gradients)
     assert found.k.shape == (H, G, C)
-    if name in ("rp", "lr"):
-        assert torch.equal(found.k, torch.full_like(found.k, float(name == "lr")))
+    if name in ("rp", "lr", "lr-first-order"):
+        assert torch.equal(found.k, torch.full_like(found.k, float(name != "rp")))
     elif name != "tpx-unclipped":
         assert ((found.k >= 0) & (found.k <= 1)).all()
         assert ((found.k > 0) & (found.k < 1)).any() or name in (

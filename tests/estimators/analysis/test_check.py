@@ -12,7 +12,7 @@ from totalprop.estimators import ParameterProbe, check, make
 from totalprop.scripts.studies.problems import PROBLEMS
 
 F64 = torch.float64
-NODEWISE = [name for name in estimators.names() if not make(name).whole_graph]
+NODEWISE = [name for name in estimators.names() if not make(name).several_passes]
 
 
 def quadratic(theta, *, n=200, steps=3, is_credited=lambda t: True, cost=None):
