@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -86,7 +87,7 @@ def gradient(
 
     if not estimator.several_passes:
         return backward(estimator, per_sample)
-    nodewise, recorder = replace(estimator, whole_graph=False, base=None), _Recorder()
+    nodewise, recorder = replace(estimator, whole_graph=False, base=()), _Recorder()
     rp = backward(replace(nodewise, weight=recorder, legs=(nothing,)), estimator.whole_graph)
     graph = recorder.graph()
 
@@ -97,9 +98,12 @@ def gradient(
 
     if not estimator.whole_graph:
         return backward(bound(estimator), per_sample)
-    if estimator.base is not None:
-        composite = backward(bound(estimator.base), True)
-        rp = _calmer(rp, composite, 1 + 2 * len(graph.nodes) / samples)
+    if estimator.base:
+        # The composites' k were fitted to the same samples, one for each node that a coordinate's
+        # gradient came through; so their variance counts more (Akaike 1974; Mallows 1973).
+        factor = 1 + 2 * len(graph.nodes) / samples
+        calmest = functools.reduce(_calmer, (backward(bound(e), True) for e in estimator.base))
+        rp = _calmer(calmest, rp, factor**0.5)
     lr = backward(bound(replace(nodewise, weight=likelihood_ratio)), True)
     assert rp.per_sample is not None and lr.per_sample is not None
     told = graph if has(estimator.weight, "takes_context") else None
@@ -117,25 +121,16 @@ def gradient(
     return PolicyGradient(rp.loss, gradients, mix(rp.per_sample, lr.per_sample), used, legs)
 
 
-def _calmer(rp: PolicyGradient, composite: PolicyGradient, factor: float) -> PolicyGradient:
-    """The one of two gradients whose per-sample gradients have less variance in the batch.
+def _calmer(a: PolicyGradient, b: PolicyGradient, factor: float = 1.0) -> PolicyGradient:
+    """The one of two gradients whose per-sample gradients vary less; those of a count more."""
+    assert a.per_sample is not None and b.per_sample is not None
+    is_b = _spread(b.per_sample) < factor * _spread(a.per_sample)
 
-    The composite's variance counts `factor` times: its k were fitted to the same samples, one for
-    each node that a coordinate's gradient came through. Akaike 1974; Mallows 1973.
-    """
-    assert rp.per_sample is not None and composite.per_sample is not None
-    is_rp = _spread(rp.per_sample) < factor**0.5 * _spread(composite.per_sample)
+    def pick(of_a: Tensor | None, of_b: Tensor | None) -> Tensor | None:
+        return None if of_a is None or of_b is None else torch.where(is_b, of_b, of_a)
 
-    def pick(of_rp: Tensor | None, of_composite: Tensor | None) -> Tensor | None:
-        if of_rp is None or of_composite is None:
-            return None
-        return torch.where(is_rp, of_rp, of_composite)
-
-    gradients = tuple(
-        torch.where(is_rp, *pair) for pair in zip(rp.gradients, composite.gradients, strict=True)
-    )
-    rest = (pick(*pair) for pair in zip(rp[2:], composite[2:], strict=True))
-    return PolicyGradient(rp.loss, gradients, *rest)
+    gradients = tuple(torch.where(is_b, y, x) for x, y in zip(a.gradients, b.gradients))
+    return PolicyGradient(a.loss, gradients, *(pick(x, y) for x, y in zip(a[2:], b[2:])))
 
 
 def _spread(per_sample: Tensor) -> Tensor:

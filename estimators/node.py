@@ -105,8 +105,8 @@ class Estimator:
         carry: what earlier nodes receive: the "mixture" that the parameters receive, or the
             "pathwise" signal alone, so that the score legs reach the parameters only. "pathwise"
             needs the node's `carried`; without it, earlier nodes receive the mixture.
-        base: of a whole-graph rule, a nodewise estimator whose gradient it mixes with LR in the
-            place of RP's, if its per-sample gradients vary less than RP's do; or None.
+        base: of a whole-graph rule, nodewise estimators. It mixes the gradient of one with LR in the
+            place of RP's: of that whose per-sample gradients vary least, if less than RP's do.
         source: paper and equation.
 
     Raises:
@@ -120,7 +120,7 @@ class Estimator:
     probe: Literal["none", "all", "subset"] = "none"
     whole_graph: bool = False
     carry: Literal["mixture", "pathwise"] = "mixture"
-    base: Estimator | None = None
+    base: tuple[Estimator, ...] = ()
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -140,10 +140,10 @@ class Estimator:
             )
         if self.carry not in ("mixture", "pathwise"):
             raise ValueError(f"carry is 'mixture' or 'pathwise', got {self.carry!r}")
-        if self.base is not None and (not self.whole_graph or self.base.whole_graph):
+        if self.base and not (self.whole_graph and not any(b.whole_graph for b in self.base)):
             raise ValueError(
-                "base=... is a nodewise estimator, which an estimator with whole_graph=True mixes "
-                "with LR"
+                "base=... are nodewise estimators, for an estimator with whole_graph=True, which "
+                "mixes one of them with LR"
             )
         if self.cross_fit and not declared(self.weight, "cross_fit"):
             raise ValueError(

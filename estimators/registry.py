@@ -71,7 +71,10 @@ _REGISTRY: dict[str, Estimator] = {
         legs=(first_order,),
         probe="all",
         whole_graph=True,
-        base=Estimator(tpg, legs=(first_order,), probe="all"),
+        base=(
+            Estimator(tpx, legs=(first_order,)),
+            Estimator(tpg, legs=(first_order,), probe="all"),
+        ),
         source="this project",
     ),
 }

@@ -179,7 +179,12 @@ def never_lr(rp, legs, probe):
     return [torch.zeros((), dtype=F64)]
 
 
-RP_OR_LR = Estimator(never_lr, probe="all", whole_graph=True, base=make("lr", probe="all"))
+def of_bases(*bases):
+    """The calmest of RP and these, without LR."""
+    return Estimator(never_lr, probe="all", whole_graph=True, base=bases)
+
+
+RP_OR_LR = of_bases(make("lr", probe="all"))
 
 
 def test_the_calmer_of_rp_and_the_base_is_taken():
@@ -194,12 +199,23 @@ def test_a_base_of_nearly_rps_variance_is_not_taken():
     noise = randn(3, 200, 1, seed=3)
 
     def shrink(factor):
-        base = Estimator(lambda rp, legs, probe: [torch.tensor([[1 - factor]], dtype=F64)], legs=(legs.nothing,), probe="all")
-        return Estimator(never_lr, probe="all", whole_graph=True, base=base)
+        def weight(rp, legs, probe):
+            return [torch.full((1, 1), 1 - factor, dtype=F64)]
+
+        return of_bases(Estimator(weight, legs=(legs.nothing,), probe="all"))
 
     plain = chain("rp", torch.square, noise)
     torch.testing.assert_close(chain(shrink(0.999), torch.square, noise), plain)
     assert not torch.allclose(chain(shrink(0.9), torch.square, noise), plain, rtol=1e-3)
+
+
+@pytest.mark.parametrize("order", [("rp", "lr"), ("lr", "rp")])
+def test_of_two_bases_the_calmer_is_taken(order):
+    noise = randn(3, 200, 1, seed=3)
+    estimator = of_bases(*(make(name, probe="all") for name in order))
+    for cost, calmer in ((torch.square, "rp"), (lambda x: torch.sin(40 * x), "lr")):
+        found = chain(estimator, cost, noise)
+        torch.testing.assert_close(found, chain(calmer, cost, noise))
 
 
 def test_what_is_not_finite_is_not_taken():

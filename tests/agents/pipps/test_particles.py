@@ -252,7 +252,7 @@ def test_estimators_agree_in_mean(name, reference):
     """
     model, policy = make(policy_class=LinearPolicy)
     source, estimator = generator(7), estimators.make(name)
-    n_each = N_EACH if estimator.base is None else 4 * N_EACH
+    n_each = 4 * N_EACH if estimator.base else N_EACH
     if name not in ("rp", "lr", "rp-cut") and not estimator.several_passes:
         estimator = replace(estimator, cross_fit=True)
     gradients = torch.stack(
