@@ -105,8 +105,8 @@ class Estimator:
         carry: what earlier nodes receive: the "mixture" that the parameters receive, or the
             "pathwise" signal alone, so that the score legs reach the parameters only. "pathwise"
             needs the node's `carried`; without it, earlier nodes receive the mixture.
-        base: of a whole-graph rule, nodewise estimators. It mixes the gradient of one with LR in the
-            place of RP's: of that whose per-sample gradients vary least, if less than RP's do.
+        base: of a whole-graph rule, nodewise estimators. The gradient of the one whose per-sample
+            gradients vary least has the place of RP's, if they vary less than RP's do.
         source: paper and equation.
 
     Raises:
