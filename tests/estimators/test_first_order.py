@@ -59,9 +59,7 @@ def test_the_leg_by_hand():
     noise, slope = randn(2, 9, 2, seed=1), randn(2, 9, 2, seed=2)
     mean, std = randn(2, 9, 2, seed=3), 0.5 + randn(2, 9, 2, seed=4).square()
     returns = randn(2, 9, seed=5)
-    nodes = [
-        mixing.Context(None, (mean[t], std[t]), noise[t], returns[t], None) for t in range(2)
-    ]
+    nodes = [mixing.Context(None, (mean[t], std[t]), noise[t], returns[t], None) for t in range(2)]
     leg = legs.first_order(mixing.GraphContext(nodes, [(g, g * e) for g, e in zip(slope, noise)]))
     for t in (1, 0):
         found = leg((mean[t], std[t]), noise[t], returns[t], None, leave_one_out)
