@@ -114,7 +114,7 @@ class Estimator:
     """
 
     weight: Weight
-    legs: tuple[Leg, ...] = (score,)
+    legs: tuple[Callable[..., Any], ...] = (score,)
     baseline: Baseline = leave_one_out
     cross_fit: bool = False
     probe: Literal["none", "all", "subset"] = "none"
