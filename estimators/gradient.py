@@ -53,8 +53,8 @@ def gradient(
     RP at every node, from which legs such as `legs.first_order` are made. Whole-graph estimators go
     on with their `base`, if they have one, and LR at every node. They combine two gradients once,
     g = k g_LR + (1 - k) g_RP, with a k from the per-sample gradients; that of `ivw` is
-    V_RP / (V_RP + V_LR) (Parmas et al. 2023, Sec. 3, Eq. 5). With a `base`, the calmer of RP and
-    the base has the place of RP.
+    V_RP / (V_RP + V_LR) (Parmas et al. 2023, Sec. 3, Eq. 5). With a `base`, the calmest of RP
+    and the base has the place of RP.
 
     Args:
         rollout: (estimator, tap) -> loss []. It calls the estimator at its nodes, passes them the

@@ -186,7 +186,8 @@ class _Comparison(NamedTuple):
     difference: Tensor  # Var(LR - RP)
     square: Tensor  # N d²
     ratio: Tensor  # V_LR / V_RP
-    along: Tensor  # [N, ...] LR - RP less its mean, along its mean, in any unit
+    mean: Tensor  # of LR - RP
+    centred: Tensor  # [N, ...] LR - RP less its mean
 
     @property
     def differs(self) -> Tensor:
@@ -195,9 +196,10 @@ class _Comparison(NamedTuple):
 
     @property
     def differs_in_graph(self) -> Tensor:
-        """The same for a single comparison, whose standard errors are corrected for skewness."""
+        """The same for all coordinates, whose standard errors are corrected for skewness."""
+        along = (self.centred * self.mean).sum(-1, keepdim=True)
         z = (self.square / self.difference.clamp_min(_tiny(self.square))).sqrt()
-        return _corrected(z, self.along).square() > _evidence(self.ratio, DOUBT_OF_GRAPH)
+        return _corrected(z, along).square() > _evidence(self.ratio, DOUBT_OF_GRAPH)
 
     def k(self, bias: Tensor | float) -> Tensor:
         """The k in [0, 1] of least mean squared error, if RP's squared bias times N is this."""
@@ -225,11 +227,10 @@ def _compare(rp: Tensor, lr: Tensor, *, summed: bool = False) -> _Comparison:
         return (a * b).sum(dims, keepdim=True) / max(n - 1, 1)
 
     v_rp, v_lr, difference = (spread(x, x) for x in centred)
-    square, along = mean.square(), centred[2] * mean
-    if summed:
-        square, along = (x.sum(-1, keepdim=True) for x in (square, along))
+    square = n * (mean.square().sum(-1, keepdim=True) if summed else mean.square())
     ratio = v_lr / v_rp.clamp_min(_tiny(v_rp))
-    return _Comparison(-spread(centred[2], centred[0]), difference, n * square, ratio, along)
+    gain = -spread(centred[2], centred[0])
+    return _Comparison(gain, difference, square, ratio, mean, centred[2])
 
 
 def _corrected(z: Tensor, samples: Tensor) -> Tensor:

@@ -48,7 +48,6 @@ from totalprop.estimators import Estimator
 from totalprop.world_models.gp import ROUNDING, GaussianProcess
 from totalprop.world_models.gp_dynamics import GPDynamics
 
-LEGS = estimators.legs.LEGS
 # Variants of the 2018 paper that are not estimators of a node: (resample, fixed noise).
 VARIANTS = {"gr": (True, False), "rp-fs": (False, True), "gr-fs": (True, True)}
 
@@ -515,7 +514,7 @@ class PIPPS(Algorithm):
             return self.estimator
         changes: dict[str, Any] = {}  # only what was asked for: a registered estimator has its own
         if self.leg != "score":
-            changes["legs"] = (LEGS[self.leg],)
+            changes["legs"] = self.leg
         if self.cross_fit:
             changes["cross_fit"] = True
         return estimators.make("rp" if self.estimator in VARIANTS else self.estimator, **changes)
