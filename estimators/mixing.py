@@ -43,7 +43,8 @@ CERTAIN = 6.0  # standard errors between the legs' means above which RP always c
 # The average cost of false alarms, as a fraction of RP's variance, is below 1 / DOUBT.
 DOUBT = 100.0
 DOUBT_OF_GRAPH = 20.0  # where one test is made instead of one at each node
-ROUGH = 3.0  # standard errors by which a rough return varies more than a smooth one can
+DOUBT_OF_ROUGHNESS = 1.0  # where the variance of the return is tested, beside ROUGH
+ROUGH = 3.0  # standard errors by which a rough return always varies more than a smooth one can
 RIDGE = 1e-9  # relative; keeps the small linear systems solvable when legs are collinear
 
 
@@ -484,12 +485,14 @@ def guard(rp: Zeta, legs: Sequence[Zeta], context: GraphContext) -> list[Tensor]
     squares summed over the parameters. Over a long chain a bias that no single node can tell from
     noise adds up, and is seen here. Where few samples say little about the means, the return itself
     may tell: k = 1 if it varies more than a smooth one with these gradients can, see `_is_rough`.
+    Here, too, more evidence is asked for where LR would add more variance.
     The number of standard errors is corrected for skewness. This project; no paper.
     """
     found = _compare(rp[0], legs[0][0], summed=True)
     k = found.k((found.square - found.difference).clamp_min(0.0))
     k = torch.where(found.differs_in_graph, k, 0.0)
-    return [torch.where(_is_rough(context), 1.0, k)]
+    at_stake = _evidence(found.ratio.nan_to_num(nan=0.0), DOUBT_OF_ROUGHNESS)
+    return [torch.where(_is_rough(context, at_stake.reshape(())), 1.0, k)]
 
 
 def _sensitivities(context: GraphContext) -> Tensor:
@@ -503,7 +506,7 @@ def _sensitivities(context: GraphContext) -> Tensor:
     )
 
 
-def _is_rough(context: GraphContext) -> Tensor:
+def _is_rough(context: GraphContext, at_stake: Tensor) -> Tensor:
     """Whether the return R varies more than a smooth function of the noise can.
 
     With the derivatives s of R in all noise, Hermite polynomials give Σ Var(s) = Σ_k k a_k² over
@@ -511,9 +514,10 @@ def _is_rough(context: GraphContext) -> Tensor:
 
         2 Var(R) - 2 Σ mean(s)² - Σ Var(s) <= 0,
 
-    the inequality of `ddcg` (Onoda et al. 2026) without its slack. Here it must be broken by some
-    standard errors, from the influence of each sample. It is not asked where the samples start from
-    different states, whose share of Var(R) is unknown, nor where a node is categorical.
+    the inequality of `ddcg` (Onoda et al. 2026) without its slack. Here it must be broken by z
+    standard errors, from the influence of each sample, with z > ROUGH and z² > `at_stake` []. It is
+    not asked where the samples start from different states, whose share of Var(R) is unknown, nor
+    where a node is categorical.
     """
     nodes = context.nodes
     if any(len(node.zeta) != 2 for node in nodes):
@@ -532,7 +536,7 @@ def _is_rough(context: GraphContext) -> Tensor:
     linear = mean.square().sum() - s.square().sum() / (len(s) * max(len(s) - 1, 1))
     z = (excess.mean() - 2 * linear) / error.clamp_min(_tiny(error))
     z = _corrected(z, influence - influence.mean())
-    return start_alike & (z > ROUGH)
+    return start_alike & (z > ROUGH) & (z.square() > at_stake)
 
 
 @having("takes_context")

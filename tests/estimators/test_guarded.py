@@ -315,6 +315,17 @@ def test_a_jump_is_called_rough_from_50_samples_on_if_all_start_alike():
     assert not any(is_rough(*jump, 50, s, mean=randn(50, 1, seed=s)) for s in range(100))
 
 
+def test_more_evidence_of_a_jump_is_asked_for_where_lr_would_cost_more():
+    """A small jump in a linear return, 4.2 standard errors: enough where LR is as calm as RP."""
+    n = 50
+    e, base = randn(n, 1, seed=3), randn(n, 1, seed=5) / n
+    told = one_node((e + (e > 0.3)).squeeze(-1), torch.ones_like(e) / 0.5)
+    spread = randn(n, 1, seed=4)
+    spread = spread - spread.mean(0)
+    k = [mixing.guard((base,), [(base + times * spread / n,)], told)[0].item() for times in (1, 1e3)]
+    assert k == [1, 0]
+
+
 def test_safe_keeps_away_from_lr_where_nothing_jumps():
     """A regulator without jumps, N = 300, seeds 0 to 99: at most 3 false alarms."""
     alarms = 0
