@@ -60,9 +60,7 @@ PARTS = 200  # of the truth
 MANY_IN_MODELS = 1000  # samples of a part, where a sample is of a learned model
 OURS = "safe"
 RIVALS = ("rp", "lr", "tp", "tpx", "ivw-h", "ddcg", *(f"aobg-{gamma:g}" for gamma in GAMMAS))
-OTHERS = (
-    "lr-first-order", "tpg", "ivw", "tpx-guarded", "tp-guarded", "tpg-guarded", "rp-cut",
-)  # fmt: skip
+OTHERS = ("lr-first-order", "tpg", "tpx-guarded", "tpg-guarded", "rp-cut")
 LIMIT = 1.1  # times the least error of a rival
 DRAWS = 1000  # of the bootstrap
 COLUMNS = ("problem", "horizon", "samples", "estimator", "ms", "run", "gradients")
