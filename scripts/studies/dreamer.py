@@ -6,10 +6,11 @@ r"""Which gradient does a Dreamer need? Train each, at each node, at short and l
 
 Every task x horizon x (blocked or open) x gradient x seed is a `totalprop train` with the preset
 `recommended`. "Blocked" is DreamerV1's block of the gradient into the state that an action was
-chosen in, "open" is without it. After a kill, the same command goes on. The report has one number
-per run, the mean return over the last third of its evaluations, scaled to 0 for random actions and
-1 for the task's best known return. It shows their interquartile mean and performance profiles, with
-intervals of a bootstrap over the seeds of each task (Agarwal et al. 2021).
+chosen in, "open" is without it. After a kill, the same command goes on; on another machine,
+results.json in --out is enough. The report has one number per run, the mean return over the last
+third of its evaluations, scaled to 0 for random actions and 1 for the task's best known return. It
+shows their interquartile mean and performance profiles, with intervals of a bootstrap over the
+seeds of each task (Agarwal et al. 2021).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,23 +122,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     runs = options.runs or Path("runs") / options.out.resolve().name
     with ending_with_a_sentence():
-        failed = 0
+        failed, earlier = 0, read_earlier(options.out, runs, extra)
         if not options.report_only:
             jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
+            jobs = {name: command for name, command in jobs.items() if name not in earlier}
             failed = train_runs(jobs, runs, options.jobs)
-        report(options.out, runs, cells, options.seeds, extra)
+        report(options.out, runs, cells, options.seeds, extra, earlier)
     if failed:
         raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
 
 
+def read_earlier(out: Path, runs: Path, extra: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Name of a run -> its row of results.json, for runs of the same flags without a folder here.
+
+    Raises:
+        UserError: the file is not one that this study wrote.
+    """
+    path = out / "results.json"
+    if not path.exists():
+        return {}
+    record = read_json(path)
+    try:
+        if record["flags"] != list(extra):
+            return {}
+        named = {
+            Cell(*(row[field] for field in Cell._fields)).name(row["seed"]): row
+            for row in record["runs"]
+        }
+    except (LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} was not written by this study ({error!r}); move it away"
+        ) from error
+    return {name: row for name, row in named.items() if not (runs / name).exists()}
+
+
 def report(
-    out: Path, runs: Path, cells: Sequence[Cell], seeds: Sequence[int], extra: Sequence[str]
-) -> None:
+    out: Path, runs: Path, cells: Sequence[Cell], seeds: Sequence[int], extra: Sequence[str],
+    earlier: Mapping[str, dict[str, Any]],
+) -> None:  # fmt: skip
     """Write results.json, table.md and profiles.png from the runs that are finished."""
     rows: list[dict[str, Any]] = []
     for cell, seed in itertools.product(cells, seeds):
         folder = RunFolder(runs / cell.name(seed))
-        if folder.summary.exists():
+        if cell.name(seed) in earlier:
+            rows.append({**earlier[cell.name(seed)], **cell._asdict()})
+        elif folder.summary.exists():
             steps, returns = folder.read_evaluations()
             means = returns.mean(1)
             rows.append({

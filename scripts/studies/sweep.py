@@ -8,7 +8,8 @@ r"""Train several estimators with several seeds; write raw results, a table and 
 
 Every run is a separate `totalprop train`; its flags can be given after `--`. After a kill, the same
 command continues the sweep: finished runs are not repeated, others are resumed. A run folder that
-was trained with different flags is an error.
+was trained with different flags is an error. On another machine, results.json in --out is enough:
+runs that it holds of the same flags are finished.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
+import itertools
 import json
 import os
 import shlex
@@ -24,7 +26,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -59,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for value in options.values:
             for seed in options.seeds:
                 check_run(options, extra, value, seed)
-        failed = 0 if options.report_only else train_all(options, extra)
-        report(options, extra)
+        earlier = read_earlier(options, extra)
+        failed = 0 if options.report_only else train_all(options, extra, earlier)
+        report(options, extra, earlier)
     if failed:
         raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
 
@@ -86,7 +89,40 @@ def check_run(options: argparse.Namespace, extra: list[str], value: str, seed: i
             )
 
 
-def train_all(options: argparse.Namespace, extra: list[str]) -> int:
+class Earlier(NamedTuple):
+    """What results.json holds of the runs that are asked for, where their folders are not here."""
+
+    results: dict[str, dict[str, Any]]  # value -> seed -> entry
+    commits: set[str]
+
+
+def read_earlier(options: argparse.Namespace, extra: list[str]) -> Earlier:
+    """Read the runs of the same flags that results.json in --out holds, maybe of another machine.
+
+    Raises:
+        UserError: the file is not one that a sweep wrote.
+    """
+    path, found = options.out / "results.json", Earlier({}, set())
+    if not path.exists():
+        return found
+    record = read_json(path)
+    try:
+        command = shlex.split(record["command"])
+        split = command.index("--") if "--" in command else len(command)
+        prefix = shlex.split(_start_of_command(options))
+        if command[: len(prefix)] != prefix or command[split + 1 :] != extra:
+            return found
+        for value, seed in itertools.product(options.values, map(str, options.seeds)):
+            is_here = RunFolder(options.runs / run_name(value, int(seed))).path.exists()
+            if not is_here and seed in record["results"].get(value, {}):
+                found.results.setdefault(value, {})[seed] = record["results"][value][seed]
+        found.commits.update(record["commit"].split(", ") if found.results else [])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} was not written by a sweep ({error!r}); move it away") from error
+    return found
+
+
+def train_all(options: argparse.Namespace, extra: list[str], earlier: Earlier) -> int:
     """Start or resume all unfinished runs; return the number of runs that failed."""
     jobs = {
         run_name(value, seed): [
@@ -94,6 +130,7 @@ def train_all(options: argparse.Namespace, extra: list[str]) -> int:
         ]
         for seed in options.seeds
         for value in options.values
+        if str(seed) not in earlier.results.get(value, {})
     }  # fmt: skip
     return train_runs(jobs, options.runs, options.jobs)
 
@@ -137,14 +174,17 @@ def train_runs(jobs: Mapping[str, Sequence[str]], runs: Path, workers: int) -> i
     return failed
 
 
-def report(options: argparse.Namespace, extra: list[str]) -> None:
+def report(options: argparse.Namespace, extra: list[str], earlier: Earlier) -> None:
     """Write results.json (raw results per seed), table.md and learning_curves.png."""
     quantity = AGENTS[options.agent].quantity
     sign = -1 if quantity == "cost" else 1
     results: dict[str, dict[str, Any]] = {}
-    commits = set()
+    commits = set(earlier.commits)
     for value in options.values:
         for seed in options.seeds:
+            if str(seed) in earlier.results.get(value, {}):
+                results.setdefault(value, {})[str(seed)] = earlier.results[value][str(seed)]
+                continue
             folder = RunFolder(options.runs / run_name(value, seed))
             if folder.summary.exists():
                 summary, (steps, returns) = read_json(folder.summary), folder.read_evaluations()
@@ -164,8 +204,7 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
         raise UserError(f"no finished run in {options.runs}; see the .log files there")
     others = _read_others(options.beside, quantity)
     options.out.mkdir(parents=True, exist_ok=True)
-    varied = "--estimators" if options.vary == "estimator" else f"--vary {options.vary} --values"
-    command = f"totalprop sweep {options.agent} {varied} {' '.join(options.values)} "
+    command = f"{_start_of_command(options)} {' '.join(options.values)} "
     command += f"--seeds {' '.join(map(str, options.seeds))} --out {options.out}"
     command += "" if options.is_default else f" --runs {options.runs}"
     command += f" --watch {options.watch}" if options.watch else ""
@@ -178,6 +217,12 @@ def report(options: argparse.Namespace, extra: list[str]) -> None:
     picture = _curves({**results, **others}, quantity, options.vary, options.watch)
     figures.save(picture, options.out / "learning_curves.png", dpi=150)
     print(f"{table}\nwritten to {options.out}: results.json, table.md, learning_curves.png")
+
+
+def _start_of_command(options: argparse.Namespace) -> str:
+    """The sweep's command up to the values of the flag that it varies."""
+    varied = "--estimators" if options.vary == "estimator" else f"--vary {options.vary} --values"
+    return f"totalprop sweep {options.agent} {varied}"
 
 
 def _read_others(paths: Sequence[Path], quantity: str) -> dict[str, dict[str, Any]]:

@@ -322,7 +322,9 @@ def test_more_evidence_of_a_jump_is_asked_for_where_lr_would_cost_more():
     told = one_node((e + (e > 0.3)).squeeze(-1), torch.ones_like(e) / 0.5)
     spread = randn(n, 1, seed=4)
     spread = spread - spread.mean(0)
-    k = [mixing.guard((base,), [(base + times * spread / n,)], told)[0].item() for times in (1, 1e3)]
+    k = [
+        mixing.guard((base,), [(base + times * spread / n,)], told)[0].item() for times in (1, 1e3)
+    ]
     assert k == [1, 0]
 
 

@@ -84,6 +84,13 @@ def test_the_report_covers_what_is_finished(tmp_path, capsys):
     assert "| 15 | open | `rp` | 0.20, 0.40 | 0.30 | 0.20 to 0.40 |" in table
     assert "| 15 | open | `tpx` | 1.00 | 1.00 | 1.00 to 1.00 |" in table
     assert (out / "profiles.png").stat().st_size > 10_000
+    # On another machine, where there are no folders, the rows count as finished.
+    command[command.index(str(runs))] = str(tmp_path / "elsewhere")
+    dreamer.main(command)
+    assert json.loads((out / "results.json").read_text())["runs"] == rows
+    with pytest.raises(SystemExit, match="1"):
+        dreamer.main([*command, "--", "--gamma", "0.9"])
+    assert "no finished run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--tasks", "--gates", "--gradients"])

@@ -377,6 +377,30 @@ def test_a_sweep_varies_any_flag_and_draws_any_column(tmp_path, monkeypatch, cap
     assert "no column 'train/los'; close to it: train/loss" in capsys.readouterr().err
 
 
+def test_a_sweep_goes_on_where_only_its_results_are(tmp_path, monkeypatch, capsys, sweep_by_fork):
+    """On another machine: what results.json has of the same flags is kept, the rest is trained."""
+    sweep_by_fork()
+    out = tmp_path / "out"
+
+    def swept(seeds, machine, *flags):
+        command = ["sweep", "daappo", "--vary", "action-source", "--values", "none", "--seeds"]
+        command += [*seeds, "--runs", str(tmp_path / machine), "--out", str(out), "--jobs", "1"]
+        monkeypatch.setattr("sys.argv", [*command, "--", *DAAPPO[1:-5], *CART_POLE[:2], *flags])
+        sweep.main()
+        return json.loads((out / "results.json").read_text())["results"]["none"]
+
+    first = swept(["0"], "a")
+    both = swept(["0", "1"], "b")
+    assert both["0"] == first["0"] and list(both) == ["0", "1"]
+    assert [path.name for path in (tmp_path / "b").glob("*/")] == ["none_seed1"]
+    swept(["0"], "c", "--gamma", "0.9")
+    assert (tmp_path / "c" / "none_seed0").exists()  # other flags are another sweep
+    (out / "results.json").write_text('{"results": {}}')
+    with pytest.raises(SystemExit, match="1"):
+        swept(["0"], "d")
+    assert "results.json was not written by a sweep" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut", "foreign"])
 def test_a_normalised_run_without_its_statistics_is_not_evaluated(damage, tmp_path, capsys):
     """Without them the policy's inputs, and so the return, would differ from training."""
