@@ -388,7 +388,7 @@ class UnicycleEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._observe(state), self._info(state)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Apply torques for `control_step` seconds, or until the robot has fallen.
+        """Apply torques for `control_step` seconds, or until the robot has fallen, and then lies.
 
         Args:
             action: [2] torques of turntable and wheel as fractions of 10 and 50 Nm, clipped to
@@ -408,34 +408,17 @@ class UnicycleEnv(gym.Env[np.ndarray, np.ndarray]):
                 "between -1 and 1."
             )
         state = self._started()
-        if self._fallen:
-            raise gym.error.ResetNeeded("The robot has fallen: call reset() first.")
         torques = np.clip(fractions, -1, 1) * (TURNTABLE_TORQUE, WHEEL_TORQUE)
-        substeps = _substeps(self.control_step)
-        fallen = False
-        for _ in range(substeps):
-            with np.errstate(all="ignore"):  # what overflows is not below the limit
-                state_next = integrate(
-                    state,
-                    torques,
-                    duration=self.control_step / substeps,
-                    substeps=1,
-                    reference_inertia=self.reference_inertia,
-                )
-            if not (np.abs(state_next[:4]) < RATE_LIMIT).all():
-                fallen = True
-                break
-            state = state_next
-            if fallen := _has_fallen(state):
-                break
+        had_fallen = self._fallen
+        if not had_fallen:
+            state, self._fallen = self._move(state, torques)
         self._state, self._torques, self._steps = state, torques, self._steps + 1
-        self._fallen = fallen
         self._path = np.concatenate((self._path, state[None, [_X, _Y]]))[-1000:]
         info = self._info(state)
         cost = info["cost"]
-        if fallen:
+        if self._fallen and not had_fallen:
             cost += self.fall_cost * max(self.episode_steps - self._steps, 0)
-        return self._observe(state), -cost, fallen, False, info
+        return self._observe(state), -cost, self._fallen, False, info
 
     def render(self) -> np.ndarray | None:
         """Render the true state as [320, 480, 3] uint8; returns None without a render mode."""
@@ -470,6 +453,25 @@ class UnicycleEnv(gym.Env[np.ndarray, np.ndarray]):
         self._state, self._torques = state["state"], state["torques"]
         self._path, self._steps = state["path"], state["steps"]
         self._fallen = state["fallen"]
+
+    def _move(self, state: np.ndarray, torques: np.ndarray) -> tuple[np.ndarray, bool]:
+        """The state after a control step, or on the way where the robot falls, and whether."""
+        substeps = _substeps(self.control_step)
+        for _ in range(substeps):
+            with np.errstate(all="ignore"):  # what overflows is not below the limit
+                state_next = integrate(
+                    state,
+                    torques,
+                    duration=self.control_step / substeps,
+                    substeps=1,
+                    reference_inertia=self.reference_inertia,
+                )
+            if not (np.abs(state_next[:4]) < RATE_LIMIT).all():
+                return state, True
+            state = state_next
+            if _has_fallen(state):
+                return state, True
+        return state, False
 
     def _started(self) -> np.ndarray:
         if self._state is None:

@@ -426,10 +426,13 @@ def test_a_fall_terminates_and_costs_each_step_that_is_left():
     assert math.pi / 2 < info["state"][10] < 1.7  # the substep after the bound
     assert rewards[-1] == pytest.approx(-info["cost"] - (20 - steps), abs=1e-12)
     assert -20 < sum(rewards) < -(20 - steps)
-    with pytest.raises(gym.error.ResetNeeded, match="has fallen: call reset"):
-        env.step(STEADY)
+    # It stays where it fell, and is charged for the steps left only once.
+    _, reward, terminated, _, later = env.step(np.ones(2))
+    assert terminated
+    assert reward == -info["cost"]
+    np.testing.assert_array_equal(later["state"], info["state"])
     env.reset(seed=0)
-    env.step(STEADY)
+    assert not env.step(STEADY)[2]
 
 
 @pytest.mark.parametrize(
