@@ -419,8 +419,8 @@ def test_a_snapshot_holds_numbers_and_names_only(name):
 def refusal(name):
     return re.escape(
         f"{name} cannot be rewound: pass one dmc/ environment, {CART_POLE}, totalprop/Unicycle-v0, "
-        "one of gymnasium's classic control or an environment with get_state() and set_state(), or choose "
-        'action_source="dynamics".'
+        "one of gymnasium's classic control or an environment with get_state() and set_state(), or "
+        'choose action_source="dynamics".'
     )
 
 
