@@ -228,15 +228,15 @@ class UnicycleEnv(gym.Env[np.ndarray, np.ndarray]):
 
     The task of Deisenroth et al. 2015 and, as `totalprop/Unicycle-v0`, of Parmas et al. 2018, Sec.
     4.2: 20 steps at 10 Hz. `totalprop/UnicyclePILCO-v0` is that of PILCO's reference code: 67 steps
-    of 0.15 s. Without control the robot falls within 5 to 14 steps of 0.1 s.
+    of 0.15 s. Without control the robot falls within 6 to 15 steps of 0.1 s.
 
-    An episode terminates when the robot has fallen: |roll| or |pitch| > pi/2. A robot on its side
-    rolls around the rim of its wheel, ever faster towards |roll| = pi/2; it has fallen, too, where
-    roll, yaw, wheel or pitch would turn by more than 100 rad/s, and its state is the last one
-    before. The reward of a step is -cost(true next state), and that of a fall counts `fall_cost`
-    for each step that is left, too, so that the undiscounted return lies in [-20, 0], and an early
-    fall never pays. Differs from PILCO: its reference code drops the step on which the robot falls,
-    and counts nothing for those that are left.
+    An episode terminates when the robot has fallen: |roll| or |pitch| > pi/2 after a step. A robot
+    on its side rolls around the rim of its wheel, ever faster towards |roll| = pi/2; it has fallen,
+    too, where roll, yaw, wheel or pitch would turn by more than 100 rad/s, and its state is the
+    last one before. The reward of a step is -cost(true next state), and that of a fall counts
+    `fall_cost` for each step that is left, too, so that the undiscounted return lies in [-20, 0],
+    and an early fall never pays. Differs from PILCO: its reference code drops the step on which the
+    robot falls, and counts nothing for those that are left.
 
     The papers do not state the noise of Parmas et al. 2018 ("set to a low value"), nor from which
     return on a run counts as a success; so there is no reward threshold.
@@ -388,7 +388,7 @@ class UnicycleEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._observe(state), self._info(state)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Apply torques for `control_step` seconds, or until the robot has fallen, and then lies.
+        """Apply torques for `control_step` seconds; a robot that has fallen stays where it is.
 
         Args:
             action: [2] torques of turntable and wheel as fractions of 10 and 50 Nm, clipped to
@@ -455,7 +455,11 @@ class UnicycleEnv(gym.Env[np.ndarray, np.ndarray]):
         self._fallen = state["fallen"]
 
     def _move(self, state: np.ndarray, torques: np.ndarray) -> tuple[np.ndarray, bool]:
-        """The state after a control step, or on the way where the robot falls, and whether."""
+        """The state after a control step, and whether the robot has fallen.
+
+        The whole step, although it may have fallen on the way: a model that learns from steps is to
+        see steps of one length.
+        """
         substeps = _substeps(self.control_step)
         for _ in range(substeps):
             with np.errstate(all="ignore"):  # what overflows is not below the limit
@@ -469,9 +473,7 @@ class UnicycleEnv(gym.Env[np.ndarray, np.ndarray]):
             if not (np.abs(state_next[:4]) < RATE_LIMIT).all():
                 return state, True
             state = state_next
-            if _has_fallen(state):
-                return state, True
-        return state, False
+        return state, _has_fallen(state)
 
     def _started(self) -> np.ndarray:
         if self._state is None:
