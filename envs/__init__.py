@@ -18,6 +18,17 @@ _register(
     max_episode_steps=30,  # 3 s at 10 Hz: Parmas et al. 2018, Sec. 4.2
     reward_threshold=-15.0,  # INFERRED, see CartPoleSwingUpEnv
 )
+_register(
+    id="totalprop/Unicycle-v0",
+    entry_point="totalprop.envs.unicycle:UnicycleEnv",
+    max_episode_steps=20,  # 2 s at 10 Hz: Parmas et al. 2018, Sec. 4.2
+)
+_register(
+    id="totalprop/UnicyclePILCO-v0",
+    entry_point="totalprop.envs.unicycle:UnicycleEnv",
+    kwargs={"control_step": 0.15, "episode_steps": 67},
+    max_episode_steps=67,  # 10 s: PILCO's settings_unicycle.m
+)
 for _domain, _task in TASKS:
     _register(
         id=f"dmc/{_domain}-{_task}-v0",

@@ -9,15 +9,15 @@ and hangs down at theta = pi. Positive theta leans left: the tip is at (x - l si
 theta). The angle is never wrapped.
 """
 
-import importlib
 import math
-from numbers import Real
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 
+from totalprop.envs.arrays import library_of
 from totalprop.envs.cartpole_render import draw
+from totalprop.envs.validation import check_choice, check_number
 
 CONTROL_STEP = 0.1  # s of constant force: 10 Hz, Parmas et al. 2018, Sec. 4.2
 SUBSTEPS = 10
@@ -103,7 +103,7 @@ def integrate(
     Raises:
         ValueError: the integrator is unknown.
     """
-    _check_choice("integrator", integrator, ("rk4", "euler"))
+    check_choice("integrator", integrator, ("rk4", "euler"))
     h = duration / substeps
     state = np.asarray(state, dtype=np.float64)
     for _ in range(substeps):
@@ -166,20 +166,20 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
         initial_std: float = 0.02,
         render_mode: Literal["rgb_array"] | None = None,
     ) -> None:
-        _check_choice("cost", cost, ("angle", "tip"))
-        _check_choice("integrator", integrator, ("rk4", "euler"))
-        _check_choice("mirrored_tip", mirrored_tip, (False, True))
-        _check_choice("render_mode", render_mode, (None, "rgb_array"))
+        check_choice("cost", cost, ("angle", "tip"))
+        check_choice("integrator", integrator, ("rk4", "euler"))
+        check_choice("mirrored_tip", mirrored_tip, (False, True))
+        check_choice("render_mode", render_mode, (None, "rgb_array"))
         self.cost_name, self.integrator = cost, integrator
         self.mirrored_tip, self.render_mode = mirrored_tip, render_mode
-        self.noise = _check_number("noise", noise, "the variance multiplier k >= 0, e.g. 1.0")
-        self.pole_length = _check_number(
+        self.noise = check_number("noise", noise, "the variance multiplier k >= 0, e.g. 1.0")
+        self.pole_length = check_number(
             "pole_length", pole_length, "a length > 0 in metres, e.g. 0.5", positive=True
         )
-        self.tip_width = _check_number(
+        self.tip_width = check_number(
             "tip_width", tip_width, "a width > 0 in metres, e.g. 0.25", positive=True
         )
-        self.initial_std = _check_number(
+        self.initial_std = check_number(
             "initial_std", initial_std, "a standard deviation >= 0, e.g. 0.02"
         )
         self.noise_std = math.sqrt(self.noise) * np.array(BASE_NOISE_STD)
@@ -216,7 +216,7 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
         Returns:
             [...] of the same library.
         """
-        xp = _library(state)
+        xp = library_of(state)
         x, theta = state[..., 0], state[..., 1]
         if self.cost_name == "angle":
             delta_squared = x**2 + theta**2
@@ -237,10 +237,10 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
         Returns:
             [...] of the same library.
         """
-        return _library(state).sqrt(self._tip_distance_squared(state, mirrored=False))
+        return library_of(state).sqrt(self._tip_distance_squared(state, mirrored=False))
 
     def _tip_distance_squared(self, state: Any, *, mirrored: bool) -> Any:
-        xp = _library(state)
+        xp = library_of(state)
         x, theta = state[..., 0], state[..., 1]
         reach = self.pole_length * xp.sin(theta)
         across = x + reach if mirrored else x - reach
@@ -338,21 +338,3 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
             "cost": float(self.cost(state)),
             "tip_distance": float(self.tip_distance(state)),
         }
-
-
-def _library(state: Any) -> Any:
-    # envs does not depend on torch; a caller that passes a tensor has imported it already.
-    return np if isinstance(state, np.ndarray) else importlib.import_module("torch")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        allowed = " or ".join(map(repr, choices))
-        raise ValueError(f"{name}={value!r} is unknown: pass {allowed}.")
-
-
-def _check_number(name: str, value: Any, expected: str, *, positive: bool = False) -> float:
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < 0 or (positive and value == 0):
-        raise ValueError(f"{name}={value!r} is out of range: pass {expected}.")
-    return float(value)

@@ -4,11 +4,9 @@ import math
 
 import numpy as np
 
-WIDTH, HEIGHT = 480, 320  # pixels
-ZOOM = 3  # anti-aliasing: drawn larger by this factor, then averaged down
+from totalprop.envs.sheet import FAINT, GREEN, GREY, INK, ORANGE, PAPER, RED, WIDTH, Sheet
+
 HINGE_Y, TRACK_Y = 158.0, 184.0
-PAPER, INK, GREY, FAINT = "#fbfbf9", "#2f3b4c", "#9aa5b1", "#e3e7ec"
-ORANGE, GREEN, RED = "#e07b28", "#2e9e6b", "#d1344b"
 
 
 def draw(
@@ -30,7 +28,7 @@ def draw(
     Raises:
         ImportError: Pillow is missing.
     """
-    sheet = _Sheet()
+    sheet = Sheet()
     x, theta = float(state[0]), float(state[1])
     scale = min(200.0, 110.0 / pole_length)  # pixels per metre
     length = pole_length * scale
@@ -67,47 +65,3 @@ def draw(
     for caption, (left, colour, anchor) in zip(captions, places, strict=True):
         sheet.text((left, 12), caption, colour, 14, anchor)
     return sheet.pixels()
-
-
-class _Sheet:
-    """A Pillow canvas whose coordinates are pixels of the final picture, enlarged by `ZOOM`."""
-
-    def __init__(self) -> None:
-        try:
-            from PIL import Image, ImageDraw, ImageFont
-        except ImportError as error:
-            raise ImportError(
-                "Rendering the cart-pole requires Pillow: run `pip install pillow`."
-            ) from error
-        self.image = Image.new("RGB", (WIDTH * ZOOM, HEIGHT * ZOOM), PAPER)
-        self.canvas = ImageDraw.Draw(self.image)
-        self.font = ImageFont.load_default
-
-    def line(
-        self, a: tuple[float, float], b: tuple[float, float], colour: str, wide: float
-    ) -> None:
-        self.canvas.line([v * ZOOM for v in (*a, *b)], colour, round(wide * ZOOM))
-
-    def disc(
-        self, at: tuple[float, float], radius: float, fill: str | None, edge: str | None = None
-    ) -> None:
-        corners = [(v + side * radius) * ZOOM for side in (-1, 1) for v in at]
-        self.canvas.ellipse(corners, fill, edge, 2 * ZOOM)
-
-    def box(self, a: tuple[float, float], b: tuple[float, float], radius: int, fill: str) -> None:
-        self.canvas.rounded_rectangle([v * ZOOM for v in (*a, *b)], radius * ZOOM, fill)
-
-    def arrow(self, start: float, end: float, y: float, colour: str) -> None:
-        neck = end - math.copysign(11, end - start)
-        self.line((start, y), (neck, y), colour, 4)
-        head = [(end, y), (neck, y - 7), (neck, y + 7)]
-        self.canvas.polygon([(p * ZOOM, q * ZOOM) for p, q in head], colour)
-
-    def text(
-        self, at: tuple[float, float], words: str, colour: str, size: int, anchor: str
-    ) -> None:
-        place = (at[0] * ZOOM, at[1] * ZOOM)
-        self.canvas.text(place, words, colour, self.font(size * ZOOM), anchor)
-
-    def pixels(self) -> np.ndarray:
-        return np.array(self.image.reduce(ZOOM))

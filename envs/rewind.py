@@ -306,9 +306,9 @@ def _check_rewindable(env: Any) -> None:
         return
     name = type(env.unwrapped if isinstance(env, gym.Env) else env).__name__
     raise ValueError(
-        f"{name} cannot be rewound: pass one dmc/ environment, totalprop/CartPoleSwingUp-v0, one "
-        "of gymnasium's classic control or an environment with get_state() and set_state(), or "
-        'choose action_source="dynamics".'
+        f"{name} cannot be rewound: pass one dmc/ environment, totalprop/CartPoleSwingUp-v0, "
+        "totalprop/Unicycle-v0, one of gymnasium's classic control or an environment with "
+        'get_state() and set_state(), or choose action_source="dynamics".'
     )
 
 

@@ -28,6 +28,8 @@ class Prediction(NamedTuple):
 class GPDynamics(nn.Module):
     """x' - x ~ GP(φ(x), u) and r ~ GP(φ(x'), u), where φ replaces angles by sine and cosine.
 
+    Entries that no change depends on are left out of φ(x), but not of φ(x').
+
     The reward belongs to the state that a step arrives in. Controls are scaled to [-1, 1]. The
     prior mean of the reward is the mean of those seen: an offset of the rewards changes nothing.
 
@@ -35,6 +37,7 @@ class GPDynamics(nn.Module):
         n_states: entries S of a state.
         n_controls: entries A of a control.
         angle_dims: entries of the state that are angles.
+        invariant_dims: entries of the state that no change depends on, such as a yaw.
         rounding: of the observed states, relative, see `GaussianProcess`.
 
     Attributes:
@@ -48,12 +51,18 @@ class GPDynamics(nn.Module):
         n_controls: int,
         *,
         angle_dims: tuple[int, ...] = (),
+        invariant_dims: tuple[int, ...] = (),
         rounding: float = ROUNDING[np.float32],
     ) -> None:
         super().__init__()
         self.n_controls, self.angle_dims = n_controls, tuple(angle_dims)
         n_inputs = n_states + len(self.angle_dims) + n_controls
-        self.gp = GaussianProcess(n_inputs, n_states, rounding=rounding)
+        others = [d for d in range(n_states) if d not in self.angle_dims]
+        entries = [*others, *self.angle_dims, *self.angle_dims]  # which a feature is of
+        seen = [i for i, d in enumerate(entries) if d not in invariant_dims]
+        self.seen = [*seen, *range(len(entries), n_inputs)] if invariant_dims else None
+        n_seen = n_inputs if self.seen is None else len(self.seen)
+        self.gp = GaussianProcess(n_seen, n_states, rounding=rounding)
         self.reward_gp = GaussianProcess(n_inputs, 1, prior_mean="data", rounding=rounding)
         self._warned: set[str] = set()
 
@@ -75,10 +84,12 @@ class GPDynamics(nn.Module):
     @property
     def features(self) -> Tensor:
         """[n, S + len(angle_dims)] features of the states that the model has data of."""
-        return self.gp.inputs[:, : -self.n_controls]
+        # Where the dynamics do not see all of them: of the states that the steps arrived in.
+        gp = self.gp if self.seen is None else self.reward_gp
+        return gp.inputs[:, : -self.n_controls]
 
     def encode(self, states: Tensor, controls: Tensor) -> Tensor:
-        """Inputs of the processes: the features of the states, then the controls.
+        """Features of states, then controls: inputs of the reward, and all that dynamics may see.
 
         Args:
             states: [..., S]; gradients flow.
@@ -88,6 +99,11 @@ class GPDynamics(nn.Module):
             [..., S + len(angle_dims) + A].
         """
         return torch.cat((trig_features(states, self.angle_dims), controls), -1)
+
+    def dynamics_inputs(self, states: Tensor, controls: Tensor) -> Tensor:
+        """Inputs of the dynamics: `encode` without what no change depends on."""
+        inputs = self.encode(states, controls)
+        return inputs if self.seen is None else inputs[..., self.seen]
 
     def add(
         self,
@@ -110,7 +126,7 @@ class GPDynamics(nn.Module):
         Raises:
             ValueError: a value is not finite.
         """
-        self.gp.add_data(self.encode(states, controls), next_states - states, keep=keep)
+        self.gp.add_data(self.dynamics_inputs(states, controls), next_states - states, keep=keep)
         arrival = self.encode(next_states, controls)
         self.reward_gp.add_data(arrival, rewards.unsqueeze(-1), keep=keep)
 
@@ -161,7 +177,7 @@ class GPDynamics(nn.Module):
             states: [N, S] float64; gradients flow.
             controls: [N, A] float64; gradients flow.
         """
-        delta = self.gp.posterior(self.encode(states, controls))
+        delta = self.gp.posterior(self.dynamics_inputs(states, controls))
         by_control = slice(-self.n_controls, None)
         return Prediction(
             states + delta.mean,

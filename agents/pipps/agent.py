@@ -60,8 +60,8 @@ class PIPPS(Algorithm):
 
     Args:
         policy: "RBFPolicy" (both papers, cart-pole) or "LinearPolicy" (unicycle), or a class.
-        env: environment or id. Simulations use its differentiable `cost(states)` and its
-            `initial_distribution` (mean, std), where it has them.
+        env: environment or id. Simulations use its differentiable `cost(states)`, its
+            `initial_distribution` (mean, std) and its `invariant_dims`, where it has them.
         learning_rate: step size of the policy optimizer, or a schedule over training progress.
         estimator: name in the registry ("rp", "lr", "tp", "tps", "tpx", "tpg", ...), "gr"
             (Gaussian resampling), "rp-fs" or "gr-fs" (fixed noise and a quasi-Newton optimizer), or
@@ -80,6 +80,7 @@ class PIPPS(Algorithm):
         adam_eps: Adam's epsilon.
         momentum: momentum of "rmsprop2018".
         random_trials: first episodes, with uniformly random actions.
+        random_scale: these actions as a fraction of the action space, about its middle.
         cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64). Without
             it the environment's own `cost` is used; if it has none, a GP is fitted to the rewards.
         termination: whether an episode ends on arriving in the next states, [..., S] -> [...]
@@ -90,6 +91,9 @@ class PIPPS(Algorithm):
             gives, an end is good where costs are positive.
         angle_dims: entries of the observation that are angles: model and policy see their sine and
             cosine.
+        invariant_dims: entries of the observation that no change of it depends on, such as a yaw:
+            the model of the dynamics does not see them. None: the environment's own
+            `invariant_dims`, or none.
         model_uncertainty: spread particles by the GP's own uncertainty; off: "TP - σ_f" of 2018.
         noise_multiplier: factor on the learned noise variance in simulation; 100: "TP + σ_n".
         gp_evaluations: likelihood evaluations per output and fit.
@@ -112,7 +116,7 @@ class PIPPS(Algorithm):
         "LinearPolicy": LinearPolicy,
     }
     action_spaces = (spaces.Box,)
-    fixed_arguments: ClassVar[tuple[str, ...]] = ("policy_kwargs", "angle_dims")
+    fixed_arguments: ClassVar[tuple[str, ...]] = ("policy_kwargs", "angle_dims", "invariant_dims")
     no_vec_normalize: ClassVar[str] = (
         "PIPPS fits its model to raw observations, whose scale VecNormalize keeps changing; "
         "pass the environment without VecNormalize (the GP scales its inputs itself)"
@@ -135,10 +139,12 @@ class PIPPS(Algorithm):
         adam_eps: Annotated[float, Above(0)] = 1e-4,
         momentum: Annotated[float, Within(0, 1, open_above=True)] = 0.9,
         random_trials: Annotated[int, AtLeast(1)] = 1,
+        random_scale: Annotated[float, Within(0, 1)] = 1.0,
         cost_fn: Callable[[Tensor], Tensor] | None = None,
         termination: Callable[[Tensor], Tensor] | Literal["ignore"] | None = None,
         termination_cost: Annotated[float, Finite()] = 0.0,
         angle_dims: tuple[int, ...] = (),
+        invariant_dims: tuple[int, ...] | None = None,
         model_uncertainty: bool = True,
         noise_multiplier: Annotated[float, Above(0)] = 1.0,
         gp_evaluations: Annotated[int, AtLeast(1)] = 200,
@@ -168,14 +174,16 @@ class PIPPS(Algorithm):
         self.n_particles, self.horizon = n_particles, horizon
         self.gradient_steps, self.optimizer = gradient_steps, optimizer
         self.adam_eps, self.momentum = adam_eps, momentum
-        self.random_trials = random_trials
+        self.random_trials, self.random_scale = random_trials, random_scale
         self.cost_fn = cost_fn
         self.termination, self.termination_cost = termination, termination_cost
-        if not isinstance(angle_dims, Iterable):
-            raise ValueError(
-                f"angle_dims must be entries of the observation, e.g. (1,), got {angle_dims!r}"
-            )
+        for name, dims in (("angle_dims", angle_dims), ("invariant_dims", invariant_dims or ())):
+            if not isinstance(dims, Iterable):
+                raise ValueError(
+                    f"{name} must be entries of the observation, e.g. (1,), got {dims!r}"
+                )
         self.angle_dims = tuple(angle_dims)
+        self.invariant_dims = None if invariant_dims is None else tuple(invariant_dims)
         self.model_uncertainty, self.noise_multiplier = model_uncertainty, noise_multiplier
         self.gp_evaluations, self.max_points = gp_evaluations, max_points
         self._n_trials = 0
@@ -192,8 +200,12 @@ class PIPPS(Algorithm):
 
     def _setup_model(self) -> None:
         self.angle_dims = tuple(self.angle_dims)  # a list where it comes from a file
+        if self.invariant_dims is not None:
+            self.invariant_dims = tuple(self.invariant_dims)
         self._check_arguments()
         self._problem = self._find_problem()
+        if self.invariant_dims is None:
+            self.invariant_dims = self._problem.invariant_dims
         # They may have been given to `load`.
         self._needs_cost_fn |= self.cost_fn is not None
         self._needs_termination |= callable(self.termination)
@@ -205,7 +217,13 @@ class PIPPS(Algorithm):
         ).to(self.device)
         states, controls = self.observation_space.shape[0], self.action_space.shape[0]  # type: ignore[index]
         kind = np.float32 if self.observation_space.dtype == np.float32 else np.float64
-        model = GPDynamics(states, controls, angle_dims=self.angle_dims, rounding=ROUNDING[kind])
+        model = GPDynamics(
+            states,
+            controls,
+            angle_dims=self.angle_dims,
+            invariant_dims=self.invariant_dims,
+            rounding=ROUNDING[kind],
+        )
         self.world_model = model.to(self.device)
         self._fix_arguments()
 
@@ -344,7 +362,7 @@ class PIPPS(Algorithm):
         while not finished.all() and self.num_timesteps < total_timesteps and steps < limit:
             observations = np.array(self._last_obs)
             if is_random:
-                actions = np.stack([self.action_space.sample() for _ in finished])
+                actions = np.stack([self._random_action() for _ in finished])
             else:
                 actions, _ = self.predict(observations)
             new_obs, rewards, dones, infos = self.env.step(actions)
@@ -378,6 +396,14 @@ class PIPPS(Algorithm):
             metrics.record_prediction(self.logger, self._problem, self._predicted, seen)
         callback.on_rollout_end()
         return True
+
+    def _random_action(self) -> np.ndarray:
+        action: np.ndarray = self.action_space.sample()
+        if self.random_scale == 1:
+            return action
+        assert isinstance(self.action_space, spaces.Box)
+        middle = (self.action_space.low + self.action_space.high) / 2
+        return (middle + self.random_scale * (action - middle)).astype(action.dtype)
 
     def _truncate(
         self, finished: np.ndarray, transitions: Sequence[tuple[np.ndarray, ...]]
@@ -607,13 +633,15 @@ class PIPPS(Algorithm):
                 f"{actions.high.tolist()}"
             )
         self.refuse_vec_normalize(self.env)
-        wrong = [d for d in self.angle_dims if not 0 <= d < space.shape[0]]
-        if wrong or len(set(self.angle_dims)) < len(self.angle_dims):
-            raise ValueError(
-                "angle_dims must be entries of the observation, "
-                f"0..{space.shape[0] - 1}, each once, "
-                f"got {list(self.angle_dims)}"
-            )
+        for name in ("angle_dims", "invariant_dims"):
+            dims = getattr(self, name) or ()
+            wrong = [d for d in dims if not 0 <= d < space.shape[0]]
+            if wrong or len(set(dims)) < len(dims):
+                raise ValueError(
+                    f"{name} must be entries of the observation, "
+                    f"0..{space.shape[0] - 1}, each once, "
+                    f"got {list(dims)}"
+                )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The settings of PIPPS's papers, by name: constructor arguments and tasks, each number cited.
 
-`PIPPS("RBFPolicy", env, **PRESETS["tpx2023"])`, or `--preset tpx2023` on the command line, where
-RUNS sets the task.
+`PIPPS(env=env, **PRESETS["tpx2023"])`, or `--preset tpx2023` on the command line, where RUNS sets
+the task.
 """
 
 from __future__ import annotations
@@ -35,6 +35,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "policy_kwargs": {"n_centres": 50},  # Sec. 4.2.1: 50 basis functions
         "leg": "biw",  # Sec. 3.2: batch importance weighting in LR and TP
     },
+    # The same paper's other task: balancing a unicycle
+    "pipps2018-unicycle": {
+        "policy": "LinearPolicy",  # Sec. 4.2.1: "The controller is linear"
+        "estimator": "tp",  # Table 1: TP 0.94 of the runs succeed, RP 0.80, LR 0.47
+        "n_particles": 300,  # Sec. 4.2: P = 300
+        "horizon": 20,  # Sec. 4.2: 2 s at 10 Hz
+        "gradient_steps": 600,  # Sec. 4.2: 600 policy evaluations between trials
+        "optimizer": "rmsprop2018",  # Sec. 3.3
+        "learning_rate": 5e-4,  # Sec. 4.2: alpha
+        "momentum": 0.9,  # Sec. 4.2: gamma
+        "random_trials": 5,  # Sec. 4.2: 5 random trials, then 30 learned ones
+        "random_scale": 0.2,  # PILCO's unicycle_learn.m: maxU / 5; not in the paper
+        "termination": "ignore",  # PILCO's simulations go on beyond a fall; not in the paper
+        "leg": "biw",  # Sec. 3.2: batch importance weighting in LR and TP
+    },
 }
 
 _CART_POLE = "totalprop/CartPoleSwingUp-v0"
@@ -43,4 +58,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "tpx2023": {"env_id": _CART_POLE, "env_arg": ("cost=tip", "noise=1")},
     # Table 2: the Angle Cost at five noise multipliers and the Tip Cost at two; 1 is the base noise
     "pipps2018": {"env_id": _CART_POLE, "env_arg": ("cost=angle", "noise=1")},
+    # 5 + 30 trials of 20 steps; those that end with a fall are shorter, so that there are more
+    "pipps2018-unicycle": {"env_id": "totalprop/Unicycle-v0", "total_timesteps": 700},
 }

@@ -51,7 +51,7 @@ def record_model_fit(
         next_states: [n, S].
     """
     with torch.no_grad():
-        posterior = model.gp.posterior(model.encode(states, controls))
+        posterior = model.gp.posterior(model.dynamics_inputs(states, controls))
         error = next_states - states - posterior.mean
         std = (posterior.variance + model.noise.square()).sqrt()
     logger.record("model_fit/standardised_error", float((error / std).square().mean().sqrt()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -28,9 +28,10 @@ class Problem:
     """What a simulated trial costs, where it starts and where it ends.
 
     An environment may have a differentiable `cost(states)`, a `termination(states)`, an
-    `initial_distribution` (mean, std) and `observation_names`. Each is looked up once, cost and
-    termination at construction and the others when first needed; an attribute that does not fit is
-    reported with a UserWarning and not used.
+    `initial_distribution` (mean, std), `invariant_dims` (entries of an observation that no change
+    of it depends on) and `observation_names`. Each is looked up once, cost and termination at
+    construction and the others when first needed; an attribute that does not fit is reported with a
+    UserWarning and not used.
 
     Args:
         env: vector environment, or None, of which nothing is known.
@@ -142,6 +143,19 @@ class Problem:
             _warn_unused("initial_distribution", why)
             return None
         return mean, std
+
+    @cached_property
+    def invariant_dims(self) -> tuple[int, ...]:
+        """The environment's own `invariant_dims`, or none."""
+        given = self._attribute("invariant_dims")
+        if given is None:
+            return ()
+        entries = range(self.shape[0])
+        if not isinstance(given, Iterable) or any(d not in entries for d in given):
+            why = f"it must be entries of the observation, 0..{entries[-1]}"
+            _warn_unused("invariant_dims", why)
+            return ()
+        return tuple(sorted({int(d) for d in given}))
 
     @property
     def time_limit(self) -> int | None:

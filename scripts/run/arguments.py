@@ -98,7 +98,9 @@ def _typed(hint: Any) -> Any:
     if get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
     types_of_text = (int, float, str, bool, type(None))
-    plain = [m for m in get_args(hint) if _base(m) in types_of_text or get_origin(m) is Literal]
+    plain = [
+        m for m in get_args(hint) if _base(m) in types_of_text or get_origin(m) in (Literal, tuple)
+    ]
     return typing.Union[tuple(plain)]  # noqa: UP007  (built at run time)
 
 

@@ -30,7 +30,7 @@ FIXED_MODELS = [
     "fish-upright",
 ]
 IDS = [
-    *(CART_POLE, "Pendulum-v1", "MountainCarContinuous-v0"),
+    *(CART_POLE, "Pendulum-v1", "MountainCarContinuous-v0", "totalprop/Unicycle-v0"),
     *(
         pytest.param(f"dmc/{name}-v0", marks=needs_dm_control)
         for name in RANDOM_MODELS + FIXED_MODELS
@@ -418,9 +418,9 @@ def test_a_snapshot_holds_numbers_and_names_only(name):
 
 def refusal(name):
     return re.escape(
-        f"{name} cannot be rewound: pass one dmc/ environment, {CART_POLE}, one of gymnasium's "
-        "classic control or an environment with get_state() and set_state(), or choose "
-        'action_source="dynamics".'
+        f"{name} cannot be rewound: pass one dmc/ environment, {CART_POLE}, totalprop/Unicycle-v0, "
+        "one of gymnasium's classic control or an environment with get_state() and set_state(), or "
+        'choose action_source="dynamics".'
     )
 
 

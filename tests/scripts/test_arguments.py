@@ -175,6 +175,17 @@ def test_a_preset_of_pipps_is_the_papers_task_and_estimator(preset, cost, estima
     assert job("--config", str(tmp_path / "mine.yaml")).env_args == {"cost": cost, "noise": 9}
 
 
+def test_the_unicycles_preset_is_its_task_with_a_linear_controller():
+    made = job("pipps", "--preset", "pipps2018-unicycle")
+    assert (made.options.env_id, made.options.total_timesteps) == ("totalprop/Unicycle-v0", 700)
+    assert made.arguments["policy"] == "LinearPolicy"
+    env, _ = made.environments()
+    agent = made.algorithm(env)
+    assert agent.invariant_dims == (8,) and agent.termination == "ignore"
+    again = job("pipps", "--preset", "pipps2018-unicycle", "--invariant-dims", "7", "8")
+    assert again.arguments["invariant_dims"] == (7, 8)
+
+
 # --config
 
 

@@ -85,6 +85,30 @@ def test_keep_bounds_the_data_of_both_processes():
     assert torch.equal(model.reward_gp.targets[:, 0], torch.cat((first[3][2:], second[3])))
 
 
+@pytest.mark.parametrize(
+    ("invariant", "seen"),
+    [((0,), [1, 2, 3, 4, 5]), ((1,), [0, 1, 4, 5]), ((2, 0), [2, 3, 4, 5])],  # of x0, x2, sin, cos
+)
+def test_dynamics_do_not_see_what_no_change_depends_on(invariant, seen):
+    model = GPDynamics(S, A, angle_dims=ANGLES, invariant_dims=invariant)
+    states, controls, next_states, rewards = steps(6)
+    model.add(states, controls, next_states, rewards)
+    assert torch.equal(model.gp.inputs, model.encode(states, controls)[:, seen])
+    assert torch.equal(model.gp.targets, next_states - states)  # all entries are predicted
+    assert torch.equal(model.reward_gp.inputs, model.encode(next_states, controls))
+    assert torch.equal(model.features, trig_features(next_states, ANGLES))
+
+    model.gp.log_noise.fill_(-2)
+    states, controls, *_ = steps(5, seed=2)
+    before = model.predict(states, controls)
+    states[:, invariant] += 3
+    after = model.predict(states, controls)
+    assert torch.equal(after.variance, before.variance)
+    torch.testing.assert_close(after.mean - states, before.mean - steps(5, seed=2)[0])
+    assert after.mean_jacobian.shape == (5, S, A)
+    assert not torch.equal(model.reward(states, controls), model.reward(*steps(5, seed=2)[:2]))
+
+
 def test_prediction_is_the_posterior_of_the_difference_added_to_the_state():
     model, (states, controls, *_) = make(), steps(5, seed=2)
     found = model.predict(states, controls)

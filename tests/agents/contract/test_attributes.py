@@ -23,6 +23,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "n_particles": 8, "gradient_steps": 3, "optimizer": "rmsprop2018", "adam_eps": 0.1,
         "momentum": 0.5, "random_trials": 2, "model_uncertainty": False, "noise_multiplier": 3.0,
         "gp_evaluations": 5, "max_points": 9, "angle_dims": (1,), "policy_kwargs": {"n_centres": 5},
+        "invariant_dims": (2,), "random_scale": 0.5,
         "termination": lambda states: states[..., 1] > 3, "termination_cost": 2.0,
         "cost_fn": lambda states: states.sum(-1),
     },

@@ -24,7 +24,7 @@ import totalprop.envs  # noqa: F401  (registers the cart-pole)
 from tests.agents.contract.probes import Memory, Trace, parameters
 from totalprop import estimators
 from totalprop.agents import PIPPS
-from totalprop.agents.pipps.presets import PRESETS
+from totalprop.agents.pipps.presets import PRESETS, RUNS
 from totalprop.agents.trials.controllers import LinearPolicy, RBFPolicy
 
 CARTPOLE = "totalprop/CartPoleSwingUp-v0"
@@ -119,11 +119,15 @@ def test_policy_kwargs_reach_the_policy():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_construct(name):
-    agent = PIPPS("RBFPolicy", CARTPOLE, **PRESETS[name], device="cpu")
-    assert sum(p.numel() for p in agent.policy.parameters()) == 254
-    assert agent.n_particles == 300 and agent.horizon == 30
+    env_id = RUNS[name]["env_id"]
+    agent = PIPPS(env=env_id, **PRESETS[name], device="cpu")
+    # 50 RBF centres for the cart-pole; 2 (10 + 1) for the unicycle's linear controller
+    expected = 254 if env_id == CARTPOLE else 22
+    assert sum(p.numel() for p in agent.policy.parameters()) == expected
+    assert agent.n_particles == 300
+    assert agent.horizon == gym.spec(env_id).max_episode_steps
     for key, value in PRESETS[name].items():
-        assert getattr(agent, key) == value
+        assert key == "policy" or getattr(agent, key) == value
 
 
 WRONG = {
@@ -132,6 +136,7 @@ WRONG = {
     "horizon": (0, "at least 1, a whole number"),
     "gradient_steps": (0, "at least 1"),
     "random_trials": (0, "at least 1, a whole number"),
+    "random_scale": (1.5, r"in \[0, 1\]"),
     "noise_multiplier": (0.0, "above 0"),
     "adam_eps": (-1.0, "above 0"),
     "momentum": (1.0, r"in \[0, 1\)"),
@@ -164,15 +169,11 @@ def test_unknown_estimator_lists_every_name_that_works(wrong):
     assert listed == [*estimators.names(), "gr", "rp-fs", "gr-fs"]
 
 
-@pytest.mark.parametrize("wrong", [(2,), (-1,), (0, 5)])
-def test_angle_dims_must_be_observations(wrong):
-    with pytest.raises(ValueError, match=r"angle_dims must be .*0\.\.1, each once, got"):
-        make(angle_dims=wrong)
-
-
-def test_repeated_angle_dims_are_refused():
-    with pytest.raises(ValueError, match="angle_dims"):
-        make(angle_dims=(1, 1))
+@pytest.mark.parametrize("name", ["angle_dims", "invariant_dims"])
+@pytest.mark.parametrize("wrong", [(2,), (-1,), (0, 5), (1, 1)])
+def test_dims_must_be_observations(name, wrong):
+    with pytest.raises(ValueError, match=rf"{name} must be .*0\.\.1, each once, got"):
+        make(**{name: wrong})
 
 
 def space_env(observation=None, action=None):
@@ -361,6 +362,42 @@ def check_data(agent, episodes):
     np.testing.assert_allclose(rewards.inputs[:, 1], times + 1)  # rewards belong to next states
     np.testing.assert_allclose(rewards.inputs[:, 0], inputs[:, 0] + targets[:, 0], atol=1e-6)
     np.testing.assert_array_equal(rewards.inputs[:, 2], inputs[:, 2])
+
+
+@pytest.mark.parametrize("scale", [0.2, 0.0])
+def test_random_actions_may_be_a_fraction_about_the_middle(scale):
+    """100 uniform actions of that fraction of [-2, 4], whose middle is 1; scaled, of [-1, 1]."""
+    env = gym.wrappers.TimeLimit(CountingEnv(length=100), 100)
+    agent = make(env, "LinearPolicy", gradient_steps=1, horizon=1, random_scale=scale).learn(100)
+    actions = agent.dynamics.inputs[:, 2].numpy()
+    assert np.abs(actions).max() <= scale + 1e-6
+    if scale:
+        assert actions.min() < -0.9 * scale and actions.max() > 0.9 * scale
+
+
+def test_invariant_dims_are_hidden_from_the_model_but_not_from_the_policy(tmp_path):
+    agent = make(invariant_dims=(0,)).learn(14)
+    np.testing.assert_array_equal(agent.dynamics.inputs[:, 0], [*range(7), *range(7)])
+    assert agent.dynamics.inputs.shape == (14, 2)  # time and action
+    assert agent.reward_model.inputs.shape == (14, 3)
+    assert agent.policy.n_features == 2
+    agent.save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", device="cpu")
+    assert loaded.invariant_dims == (0,)
+    torch.testing.assert_close(loaded.dynamics.inputs, agent.dynamics.inputs, rtol=0, atol=0)
+
+
+def test_invariant_dims_are_the_environments_unless_they_are_given(tmp_path):
+    class Translated(CountingEnv):
+        invariant_dims = (0,)
+
+    agent = make(Translated())
+    assert agent.invariant_dims == (0,)
+    assert make(Translated(), invariant_dims=()).invariant_dims == ()
+    assert make().invariant_dims == ()
+    agent.learn(7).save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", env=CountingEnv(), device="cpu")  # says nothing
+    assert loaded.learn(7).dynamics.inputs.shape[1] == 2
 
 
 def test_angle_dims_reach_model_and_policy():
@@ -1204,6 +1241,31 @@ def test_cartpole_swings_up_after_a_few_trials():
     env.reset(seed=123)
     mean, _ = evaluate_policy(agent, env, n_eval_episodes=30)
     assert -mean < 15
+
+
+def test_unicycle_runs_trials_of_its_preset():
+    """Inputs: 10 observations without the yaw, and 2 torques; targets: all 10 differences."""
+    preset = {**PRESETS["pipps2018-unicycle"], "n_particles": 12, "gradient_steps": 2}
+    env = gym.make("totalprop/Unicycle-v0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent = PIPPS(env=env, **{**preset, "random_trials": 1}, gp_evaluations=5, seed=0,
+                      device="cpu")  # fmt: skip
+        before = parameters(agent)
+        agent.learn(30)
+    model, policy = agent.world_model, agent.policy
+    assert model.gp.inputs.shape == (30, 11) and model.gp.targets.shape == (30, 10)
+    assert isinstance(policy, LinearPolicy) and len(before) == 22
+    assert agent._n_updates >= 2 and not torch.equal(parameters(agent), before)
+    # Cost, start and invariances are the environment's.
+    problem, views = agent._problem, torch.randn(4, 10, dtype=torch.float64)
+    torch.testing.assert_close(problem.step_cost(model)(views, views), env.unwrapped.cost(views))
+    np.testing.assert_array_equal(problem.start, env.unwrapped.initial_distribution)
+    assert agent.invariant_dims == (8,)
+    # A random trial of 4 steps at least comes first, with a fifth of the torques.
+    assert model.gp.inputs[:4, -2:].abs().max() <= 0.2 + 1e-6
+    action, _ = agent.predict(np.zeros(10, np.float32))
+    assert action.shape == (2,) and env.action_space.contains(action)
 
 
 def test_policy_search_lowers_the_simulated_cost():

@@ -223,6 +223,22 @@ def test_a_start_of_another_kind_is_not_used_with_a_warning(own):
         assert problem.start is None
 
 
+@pytest.mark.parametrize("own", [(1,), [1, 1], np.array([1])])
+def test_the_environments_own_invariant_dims_are_used(own):
+    env = Plain()
+    env.invariant_dims = own
+    assert make(env).invariant_dims == (1,)
+    assert make(Plain()).invariant_dims == ()
+
+
+@pytest.mark.parametrize("own", [(2,), (-1,), (0.5,), 1, lambda: None])
+def test_invariant_dims_of_another_kind_are_not_used_with_a_warning(own):
+    env = Plain()
+    env.invariant_dims = own
+    with pytest.warns(UserWarning, match=r"`invariant_dims` is not used, because .* 0\.\.1; "):
+        assert make(env).invariant_dims == ()
+
+
 def test_an_unknown_start_is_that_of_the_resets():
     """Mean and std of (1, 5), (3, 5); no spread seen is that of one noisy observation."""
     resets = [np.array([1.0, 5.0], np.float32), np.array([3.0, 5.0], np.float32)]
