@@ -4,7 +4,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from totalprop.envs.dm_control import TASKS
+from totalprop.envs.dm_control import SWIMMERS, TASKS
 
 
 def _register(id: str, **spec: Any) -> None:
@@ -18,7 +18,7 @@ _register(
     max_episode_steps=30,  # 3 s at 10 Hz: Parmas et al. 2018, Sec. 4.2
     reward_threshold=-15.0,  # INFERRED, see CartPoleSwingUpEnv
 )
-for _domain, _task in TASKS:
+for _domain, _task in (*TASKS, *(("swimmer", name) for name in SWIMMERS)):
     _register(
         id=f"dmc/{_domain}-{_task}-v0",
         entry_point="totalprop.envs.dm_control:DMControlEnv",

@@ -89,8 +89,12 @@ class StateScale(RunningMoments):
         self.register_buffer("offset", torch.zeros(state_size, dtype=torch.float64))
 
     def forward(self, states: Tensor) -> Tensor:
-        """Standardised states [..., S] in float32, from states in the environment's units."""
-        return ((states - self.offset - self.mean) / self.std).float()
+        """Standardised states [..., S] in float32, from states in the environment's units.
+
+        They are 0 before the first update: without a scale, any number would be one of the units.
+        """
+        scaled = (states - self.offset - self.mean) / self.std
+        return torch.where(self.count > 0, scaled, 0.0).float()
 
     def inverse(self, states: Tensor) -> Tensor:
         """States [..., S] in the environment's units, float64, from standardised ones."""
@@ -186,8 +190,7 @@ class ParallelLinear(nn.Module):
 
     def __init__(self, n: int, a: int, b: int) -> None:
         super().__init__()
-        weight = torch.stack([nn.init.orthogonal_(torch.empty(b, a)) for _ in range(n)])
-        self.weight = nn.Parameter(weight)  # [n, b, a]
+        self.weight = nn.Parameter(_orthogonal(n, b, a))
         self.bias = nn.Parameter(torch.zeros(n, b))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -195,6 +198,13 @@ class ParallelLinear(nn.Module):
             n, b, _ = self.weight.shape
             return (x @ self.weight.flatten(0, 1).T).unflatten(-1, (n, b)).squeeze(-3) + self.bias
         return torch.einsum("...na,nba->...nb", x, self.weight) + self.bias
+
+
+def _orthogonal(n: int, b: int, a: int) -> Tensor:
+    """n random matrices [n, b, a], each with orthonormal rows or columns. Saxe et al. 2014."""
+    q, r = torch.linalg.qr(torch.randn(n, max(a, b), min(a, b)))
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # or they would not be uniform
+    return (q if b >= a else q.mT).contiguous()
 
 
 class Reward(nn.Module):

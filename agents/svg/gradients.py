@@ -60,13 +60,16 @@ class Actor:
         policy: (parameters, states [..., S]) -> mean and std, [..., A] each.
         parameters: name -> tensor; the tensors that the loss is differentiated with respect to.
         estimator: forms the gradient at every node.
-        tap: [N, P] zeros; its gradient collects the gradient of each sample, see
-            `estimators.gradient`.
+        counted: the parameters at which rules with probe="subset" look, such as `tps`; None for
+            all.
+        tap: [N, P] zeros, P being the counted parameters; its gradient collects that of each
+            sample, see `estimators.gradient`.
     """
 
     policy: Policy
     parameters: Mapping[str, Tensor]
     estimator: Estimator
+    counted: Mapping[str, Tensor] | None = None
     tap: Tensor | None = None
 
     def act_again(
@@ -103,7 +106,14 @@ class Actor:
         """The per-sample gradients of the parameters, weighted like the node's own."""
         if self.estimator.probe == "none" and self.tap is None:
             return None
-        probe = ParameterProbe(self.policy, self.parameters, states)
+        counted: Mapping[str, Tensor] = self.parameters
+        if self.estimator.probe == "subset" and self.counted is not None:
+            counted = self.counted
+
+        def of_counted(parameters: Mapping[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+            return self.policy({**self.parameters, **parameters}, state)
+
+        probe = ParameterProbe(of_counted, counted, states)
         return lambda cotangent: probe(tuple(c * factor for c in cotangent))
 
 

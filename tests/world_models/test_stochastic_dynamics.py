@@ -170,3 +170,16 @@ def test_state_scale_has_an_inverse():
     scale.update(states)
     found = scale.inverse(scale(torch.as_tensor(states)))
     torch.testing.assert_close(found, torch.as_tensor(states), rtol=1e-6, atol=1e-6)
+
+
+def test_states_without_a_scale_are_zero():
+    assert (StateScale(2)(torch.full((3, 2), 7.0)) == 0).all()
+
+
+@pytest.mark.parametrize(("a", "b"), [(5, 3), (3, 5), (4, 4), (3, 1)])
+def test_weights_of_parallel_layers_are_orthogonal_and_differ(a, b):
+    weight = ParallelLinear(6, a, b).weight.detach()
+    assert weight.shape == (6, b, a)
+    product = weight @ weight.mT if b <= a else weight.mT @ weight
+    torch.testing.assert_close(product, torch.eye(min(a, b)).expand(6, -1, -1), atol=1e-5, rtol=0)
+    assert (weight[0] != weight[1]).any()

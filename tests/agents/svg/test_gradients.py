@@ -283,7 +283,7 @@ def test_rules_in_parameter_space_and_over_the_whole_graph(variant, name):
         }
 
         def rollout(rule, tap, rows=rows, parameters=parameters):
-            return of_one_state(variant, rows, Actor(lqr.policy, parameters, rule, tap))
+            return of_one_state(variant, rows, Actor(lqr.policy, parameters, rule, tap=tap))
 
         found = estimators.gradient(
             rollout, list(parameters.values()), estimators.make(name), samples=n
