@@ -595,7 +595,6 @@ class SVG(Algorithm):
             "generator": self._generator.get_state(),
             "rng": self._rng.bit_generator.state,
             "since_round": self._since_round,
-            "replay": self.replay is not None,
         }
         if self.replay is not None:
             state |= self.replay.state_dict(folder)
@@ -607,7 +606,7 @@ class SVG(Algorithm):
         self._generator.set_state(state["generator"])
         self._rng.bit_generator.state = state["rng"]
         self._since_round = int(state["since_round"])
-        if state["replay"]:
+        if "transitions" in state:
             self.replay = self._new_replay()
             self.replay.load_state_dict(state, folder)
 
