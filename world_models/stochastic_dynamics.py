@@ -51,7 +51,7 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, values: np.ndarray) -> None:
-        """See n more values [n, D]. Chan et al. 1983, Eq. 2.1."""
+        """See n more values [n, D]. Chan et al. 1983."""
         new = torch.as_tensor(values, device=self.mean.device).double()
         n = len(new)
         if n == 0:

@@ -167,7 +167,7 @@ def svg0(
 
 
 def dpg(actor: Actor, critic: ActionValue, states: Tensor) -> Tensor:
-    """Minus the mean of Q(s, μ(s)): the limit of SVG(0) for σ -> 0. Silver et al. 2014, Eq. 9.
+    """Minus the mean of Q(s, μ(s)): the limit of SVG(0) for σ -> 0. Silver et al. 2014.
 
     Args:
         actor: policy; there is no node, and std has no gradient.
