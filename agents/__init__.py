@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from totalprop.agents.daappo import DAAPPO
     from totalprop.agents.dreamer import DreamerTPX
     from totalprop.agents.pipps import PIPPS
+    from totalprop.agents.svg import SVG
 
-__all__ = ["AGENTS", "DAAPPO", "PIPPS", "DreamerTPX"]
+__all__ = ["AGENTS", "DAAPPO", "PIPPS", "SVG", "DreamerTPX"]
 
 
 def __getattr__(name: str) -> Any:

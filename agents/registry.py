@@ -38,5 +38,6 @@ AGENTS = Agents(
         "pipps": "PIPPS",
         "dreamer": "DreamerTPX",
         "daappo": "DAAPPO",
+        "svg": "SVG",
     }
 )

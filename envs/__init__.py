@@ -4,7 +4,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from totalprop.envs.dm_control import TASKS
+from totalprop.envs.dm_control import SWIMMERS, TASKS
 
 
 def _register(id: str, **spec: Any) -> None:
@@ -29,7 +29,7 @@ _register(
     kwargs={"control_step": 0.15, "episode_steps": 67},
     max_episode_steps=67,  # 10 s: PILCO's settings_unicycle.m
 )
-for _domain, _task in TASKS:
+for _domain, _task in (*TASKS, *(("swimmer", name) for name in SWIMMERS)):
     _register(
         id=f"dmc/{_domain}-{_task}-v0",
         entry_point="totalprop.envs.dm_control:DMControlEnv",

@@ -49,6 +49,8 @@ _TASKS = {
 }
 # (domain, task) in the order of dm_control.suite.ALL_TASKS.
 TASKS = tuple((domain, task) for domain, tasks in _TASKS.items() for task in tasks)
+# Further swimmers of `suite.swimmer.swimmer(n)`, which suite.load does not know: task -> links.
+SWIMMERS = {f"swimmer{n}": n for n in (3, 5, 7)}
 FAST = {"shadow": False, "reflection": False}  # MuJoCo's flags for render="fast"
 
 
@@ -75,7 +77,7 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
 
     Args:
         domain: name in `TASKS`.
-        task: name in `TASKS`.
+        task: name in `TASKS`; for domain "swimmer" also in `SWIMMERS`.
         observation: "vector" or "pixels".
         action_repeat: control steps per decision.
         size: height and width of pixel observations.
@@ -133,7 +135,10 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         if time_limit is not None:
             task_kwargs["time_limit"] = _check_seconds("time_limit", time_limit)
         with _quiet_absl():
-            self.dm_env = suite.load(domain, task, task_kwargs=task_kwargs)
+            if domain == "swimmer" and task in SWIMMERS:
+                self.dm_env = suite.swimmer.swimmer(SWIMMERS[task], **task_kwargs)
+            else:
+                self.dm_env = suite.load(domain, task, task_kwargs=task_kwargs)
         self._env = wrapper(self.dm_env)
         self._cameras: dict[tuple[int, int], Any] = {}
         self._camera = self._camera_index(camera, 2 if domain == "quadruped" else 0)

@@ -27,6 +27,9 @@ PART_MAY_IMPORT = {
     "agents.trials": {"agents.core", "agents.persistence", "estimators", "world_models"},
     "agents.daappo": {"agents.core", "agents.persistence", "estimators", "world_models"},
     "agents.dreamer": {"agents.core", "agents.persistence", "estimators", "world_models"},
+    "agents.svg": {
+        "agents.core", "agents.persistence", "agents.trials", "estimators", "world_models",
+    },
     "agents.pipps": {
         "agents.core", "agents.persistence", "agents.trials", "estimators", "world_models",
     },

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     import totalprop.envs as envs
     import totalprop.estimators as estimators
     import totalprop.world_models as world_models
-    from totalprop.agents import AGENTS, DAAPPO, PIPPS, DreamerTPX
+    from totalprop.agents import AGENTS, DAAPPO, PIPPS, SVG, DreamerTPX
     from totalprop.estimators import Rollout, check
 
 __all__ = [
     "AGENTS",
     "DAAPPO",
     "PIPPS",
+    "SVG",
     "DreamerTPX",
     "Rollout",
     "agents",

@@ -19,7 +19,7 @@ class TransitionBuffer:
         state_dtype: of the states; float64 keeps the digits of numbers around a large one.
     """
 
-    _ARRAYS = ("states", "actions", "rewards", "next_states", "terminated")
+    _ARRAYS: tuple[str, ...] = ("states", "actions", "rewards", "next_states", "terminated")
 
     def __init__(
         self,

@@ -94,6 +94,25 @@ def test_tasks_are_those_of_the_suite_and_all_are_registered():
         assert gym.spec(f"dmc/{domain}-{task}-v0").kwargs == {"domain": domain, "task": task}
 
 
+@pytest.mark.parametrize("links", [3, 5, 7])
+def test_swimmers_that_the_suite_does_not_load(links):
+    """They are those of `suite.swimmer.swimmer`, bit for bit."""
+    suite, _, _ = load_dm_control()
+    env = gym.make(f"dmc/swimmer-swimmer{links}-v0", action_repeat=1)
+    theirs = suite.swimmer.swimmer(links, random=3)
+    assert env.observation_space.shape == (4 * links + 1,)  # Heess et al.'s tasks have these links
+    assert env.action_space.shape == (links - 1,)
+    observation, _ = env.reset(seed=3)
+    step = theirs.reset()
+    action = np.linspace(-0.9, 0.7, links - 1).astype(np.float32)
+    for _ in range(5):
+        expected = np.concatenate([np.ravel(x) for x in step.observation.values()])
+        np.testing.assert_array_equal(observation, expected.astype(np.float32))
+        observation, reward, *_ = env.step(action)
+        step = theirs.step(action)
+        assert reward == step.reward
+
+
 def test_importing_envs_imports_neither_dm_control_nor_mujoco():
     code = (
         "import sys, totalprop.envs.dm_control, totalprop.envs.mujoco_backend;"

@@ -33,6 +33,12 @@ RANGES = {  # flag: a value out of range
         "--dynamics-buffer-size": "0", "--n-steps": "0", "--n-epochs": "0", "--clip-range": "-1",
         "--gamma": "2", "--gae-lambda": "-1", "--learning-rate": "-3", "--vf-coef": "-1",
     },
+    "svg": {
+        "--variant": "2", "--estimator": "tpxx", "--nodes": "state", "--n-extra-actions": "-1",
+        "--train-freq": "-1", "--horizon": "0", "--batch-size": "1.5", "--max-weight": "0",
+        "--kl-weight": "-1", "--max-grad-norm": "0", "--value-hidden": "0", "--net-arch": "-3",
+        "--activation": "gelu", "--reward": "none", "--log-std-init": "inf",
+    },
 }  # fmt: skip
 OTHERS = [
     [], ["ppo"], ["--resume"], ["--resume", "no/such/run"], ["pipps", "--preset"],

@@ -35,6 +35,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "n_epochs": 1, "n_extra_actions": 2, "simulation_horizon": 2, "dynamics_width": 8,
         "dynamics_buffer_size": 200,
     },
+    "svg": {
+        "policy": "MlpPolicy", "policy_kwargs": {"net_arch": [8]}, "value_hidden": (8,),
+        "model_hidden": (4,), "batch_size": 7, "policy_updates": 2, "value_updates": 2,
+        "model_updates": 2, "buffer_size": 200, "horizon": 14, "learning_starts": 0,
+    },
 }  # fmt: skip
 
 # Other agents of `AGENTS` that keep and save what the small ones do not: name, changed arguments.
@@ -44,6 +49,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"policy_kwargs": {
             **SIZES["dreamer"]["policy_kwargs"], "latent": "categorical", "classes": 4}},
     ),
+    "svg-0": ("svg", {"variant": "0"}),
+    "svg-inf": ("svg", {"variant": "inf"}),
 }  # fmt: skip
 
 # Test -> how the agent differs from stable-baselines3's, and why. The test must fail: whoever mends

@@ -56,6 +56,16 @@ OTHERS: dict[str, dict[str, Any]] = {
         "rollout_buffer_class": RolloutBuffer, "rollout_buffer_kwargs": {"a": 1},
         "policy_kwargs": {"net_arch": [4]},
     },
+    "svg": {
+        "learning_rate": 0.1, "variant": "0", "estimator": "lr", "nodes": "both",
+        "n_extra_actions": 2, "gamma": 0.5, "train_freq": 5, "horizon": 5, "learning_starts": 10,
+        "policy_updates": 3, "value_updates": 3, "model_updates": 3, "batch_size": 5,
+        "buffer_size": 9, "max_weight": 0.1, "kl_weight": 1.0, "max_grad_norm": 0.01,
+        "target_interval": 1, "value_learning_rate": 0.1, "model_learning_rate": 0.1,
+        "adam_eps": 0.1, "value_hidden": (4,), "model_hidden": (5,), "activation": "relu",
+        "reward": "learned", "cost_fn": lambda states: states.square().sum(-1),
+        "policy_kwargs": {"net_arch": [4]},
+    },
 }  # fmt: skip
 
 
