@@ -14,9 +14,10 @@ from totalprop.agents.registry import AGENTS
 if TYPE_CHECKING:
     from totalprop.agents.daappo import DAAPPO
     from totalprop.agents.dreamer import DreamerTPX
+    from totalprop.agents.pilco import PILCO
     from totalprop.agents.pipps import PIPPS
 
-__all__ = ["AGENTS", "DAAPPO", "PIPPS", "DreamerTPX"]
+__all__ = ["AGENTS", "DAAPPO", "PILCO", "PIPPS", "DreamerTPX"]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,8 +30,8 @@ class Gaussian(NamedTuple):
 
     def marginal(self, entries: Sequence[int]) -> Gaussian:
         """The distribution of some of the D entries, in this order."""
-        index = list(entries)
-        return Gaussian(self.mean[..., index], self.covariance[..., index, :][..., index])
+        covariance = take(take(self.covariance, entries, -1), entries, -2)
+        return Gaussian(take(self.mean, entries, -1), covariance)
 
 
 class Image(NamedTuple):
@@ -74,17 +74,29 @@ def join(joint: Gaussian, entries: Sequence[int], image: Image) -> Gaussian:
     Returns:
         [..., D + E], f last.
     """
-    cross = joint.covariance[..., list(entries)] @ image.gain  # [..., D, E]
+    cross = take(joint.covariance, entries, -1) @ image.gain  # [..., D, E]
     upper = torch.cat((joint.covariance, cross), -1)
     lower = torch.cat((cross.mT, image.covariance), -1)
-    return Gaussian(
-        torch.cat((joint.mean, image.mean), -1), symmetric(torch.cat((upper, lower), -2))
-    )
+    return Gaussian(torch.cat((joint.mean, image.mean), -1), torch.cat((upper, lower), -2))
+
+
+def take(x: Tensor, entries: Sequence[int], axis: int) -> Tensor:
+    """Some of the entries along an axis; consecutive ones without a copy."""
+    first, n = entries[0], len(entries)
+    if list(entries) == list(range(first, first + n)):
+        return x.narrow(axis, first, n)
+    return x.index_select(axis, torch.tensor(list(entries), device=x.device))
 
 
 def symmetric(matrix: Tensor) -> Tensor:
     """(A + Aᵀ) / 2: round-off must not grow over the steps of a prediction."""
     return (matrix + matrix.mT) / 2
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Lower factor; NaN where there is none, so that a line search steps back from it."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return torch.where(info[..., None, None] == 0, factor, torch.nan)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,15 +163,17 @@ def saturate(x: Gaussian) -> Image:
     Args:
         x: [..., D].
     """
-    d = x.mean.shape[-1]
-    eye = torch.eye(d, dtype=x.mean.dtype, device=x.mean.device)
-    both = linear(x, torch.cat((eye, 3 * eye)), x.mean.new_zeros(2 * d))
-    sines = sine(Gaussian(both.mean, both.covariance))
-    summed = linear(
-        Gaussian(sines.mean, sines.covariance), torch.cat((eye, eye / 9), 1) * 9 / 8,
-        x.mean.new_zeros(d),
-    )  # fmt: skip
-    return Image(summed.mean, summed.covariance, both.gain @ sines.gain @ summed.gain)
+    m, s = x
+    d, batch = m.shape[-1], m.shape[:-1]
+    amplitude, frequency = m.new_tensor([9 / 8, 1 / 8]), m.new_tensor([1.0, 3.0])
+    times = frequency.repeat_interleave(d)
+    weight = amplitude.repeat_interleave(d)
+    wide = s.repeat(*[1] * len(batch), 2, 2) * times.outer(times)
+    sines = sine(Gaussian(torch.cat((m, 3 * m), -1), wide))
+    mean = (weight * sines.mean).view(*batch, 2, d).sum(-2)
+    covariance = (weight.outer(weight) * sines.covariance).view(*batch, 2, d, 2, d).sum((-4, -2))
+    slope = weight * times * sines.gain.diagonal(dim1=-2, dim2=-1)
+    return Image(mean, covariance, slope.view(*batch, 2, d).sum(-2).diag_embed())
 
 
 def kernel_sum(x: Gaussian, function: KernelSum) -> Image:
@@ -182,51 +196,54 @@ def kernel_sum(x: Gaussian, function: KernelSum) -> Image:
         function: the E functions; pairs of them, and of their centres, are computed together.
     """
     inverse, log_signal = function.inverse_lengthscale, function.log_signal
-    e, dim = inverse.shape
-    eye = torch.eye(dim, dtype=inverse.dtype, device=inverse.device)
-    s = x.covariance.unsqueeze(-3)  # [..., 1, D, D]
+    e, d = inverse.shape
+    # Pairs (a, b), the diagonal first.
+    upper = torch.triu_indices(e, e, 1, device=inverse.device)
+    a, b = (torch.cat((torch.arange(e, device=inverse.device), part)) for part in upper)
+
+    # Of each output, then of each pair: (I + D S D)⁻¹ and half its log-determinant, where D is
+    # diagonal with D² = L⁻¹ or L_a⁻¹ + L_b⁻¹; and D⁻¹ (I + D S D)⁻¹ D S D D⁻¹, which is
+    # G = (S⁻¹ + L⁻¹)⁻¹ or T = (S⁻¹ + L_a⁻¹ + L_b⁻¹)⁻¹.
+    square = inverse.square()
+    both = (square.index_select(0, a) + square.index_select(0, b)).sqrt()
+    diagonal = torch.cat((inverse, both))
+    scale = diagonal.unsqueeze(2) * diagonal.unsqueeze(1)  # [E + P, D, D]
+    wide = x.covariance.unsqueeze(-3) * scale
+    factor = _cholesky(torch.eye(d, dtype=inverse.dtype, device=inverse.device) + wide)
+    narrow = torch.cholesky_inverse(factor)
+    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)  # [..., E + P, 1]
+    harmonic = symmetric((narrow @ wide) / scale)
+
     nu = (function.centres - x.mean[..., None, None, :]) * inverse.unsqueeze(1)  # [..., E, n, D]
-    wide = s * (inverse.unsqueeze(2) * inverse.unsqueeze(1))  # [..., E, D, D]
-    factor = torch.linalg.cholesky(eye + wide)
-    near = nu @ torch.cholesky_inverse(factor)
-    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # half of it, [..., E]
-    q = (2 * log_signal - log_det).unsqueeze(-1) - (nu * near).sum(-1) / 2
-    q = q.exp()  # [..., E, n]
+    near = nu @ narrow[..., :e, :, :]
+    log_q = 2 * log_signal.unsqueeze(-1) - log_det[..., :e, :] - (nu * near).sum(-1) / 2
+    q = log_q.exp()  # [..., E, n]
     w = function.beta * q
     mean = w.sum(-1)
     gain = (w.unsqueeze(-2) @ near).squeeze(-2) * inverse  # [..., E, D]
 
-    # Pairs (a, b), the diagonal first: δ = u_aᵀ T u_b + a term of each + a constant, with
-    # u = L⁻¹ν, T = (S⁻¹ + L_a⁻¹ + L_b⁻¹)⁻¹ and G_a = (S⁻¹ + L_a⁻¹)⁻¹.
-    first, second = torch.triu_indices(e, e, 1, device=inverse.device)
-    each = torch.arange(e, device=inverse.device)
-    a, b = torch.cat((each, first)), torch.cat((each, second))
-    both = (inverse[a].square() + inverse[b].square()).sqrt()  # [P, D]
-    scale = both.unsqueeze(2) * both.unsqueeze(1)
-    pair_factor = torch.linalg.cholesky(eye + s * scale)
-    t = torch.cholesky_solve(s * scale, pair_factor) / scale  # [..., P, D, D]
+    # δ = u_aᵀ T u_b + a term of each + a constant, with u = L⁻¹ν.
     u = nu * inverse.unsqueeze(1)
-    own = (torch.cholesky_solve(wide, factor).mT @ nu.mT).mT / inverse.unsqueeze(1)  # u G
-    u_a, u_b = u[..., a, :, :], u[..., b, :, :]
-    left = u_a @ t
-    by_a = ((left - own[..., a, :, :]) * u_a).sum(-1, keepdim=True) / 2
-    by_b = ((u_b @ t - own[..., b, :, :]) * u_b).sum(-1, keepdim=True) / 2
-    constant = log_det[..., a] + log_det[..., b]
-    constant = constant - pair_factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    by_a = by_a + constant[..., None, None]
-    left = torch.cat((left, by_a, torch.ones_like(by_a)), -1)  # [..., P, n, D + 2]
-    right = torch.cat((u_b, torch.ones_like(by_b), by_b), -1)
+    own = (u @ harmonic[..., :e, :, :]).mul(u).sum(-1)  # uᵀ G u
+    t = harmonic[..., e:, :, :]
+    u_a, u_b = u.index_select(-3, a), u.index_select(-3, b)
+    left = u_a @ t  # [..., P, n, D]
+    constant = log_det.index_select(-2, a) + log_det.index_select(-2, b) - log_det[..., e:, :]
+    by_a = ((left * u_a).sum(-1) - own.index_select(-2, a)) / 2 + constant
+    by_b = ((u_b @ t).mul(u_b).sum(-1) - own.index_select(-2, b)) / 2
+    ones = torch.ones_like(by_a)
+    left = torch.cat((left, torch.stack((by_a, ones), -1)), -1)
+    right = torch.cat((u_b, torch.stack((ones, by_b), -1)), -1)
     excess = (left @ right.mT).clamp(max=LARGEST_EXPONENT).expm1()  # [..., P, n, n]
-    pairs = (w[..., a, None, :] @ (excess @ w[..., b, :, None])).squeeze(-1).squeeze(-1)
+    column = excess @ w.index_select(-2, b).unsqueeze(-1)
+    pairs = (w.index_select(-2, a) * column.squeeze(-1)).sum(-1)
     place = torch.empty(e, e, dtype=torch.long, device=inverse.device)
     place[a, b] = place[b, a] = torch.arange(len(a), device=inverse.device)
-    covariance = pairs[..., place]
+    covariance = pairs.index_select(-1, place.view(-1)).unflatten(-1, (e, e))
     if function.root is not None and function.precision is not None:
-        column = q.unsqueeze(-1)
-        explained = (function.root @ column).square().sum((-2, -1))
-        explained = explained + (
-            column.mT @ ((function.precision * excess[..., :e, :, :]) @ column)
-        ).squeeze(-1).squeeze(-1)  # fmt: skip
+        known = (function.root @ q.unsqueeze(-1)).square().sum((-2, -1))
+        spread = (function.precision * excess[..., :e, :, :]) @ q.unsqueeze(-1)
+        explained = known + (q * spread.squeeze(-1)).sum(-1)
         rest = ((2 * log_signal).exp() - explained).clamp_min(0.0)
         covariance = covariance + rest.diag_embed()
     return Image(mean + function.offset, covariance, gain.mT)
@@ -256,7 +273,7 @@ def saturating_cost(x: Gaussian, target: Tensor, root: Tensor) -> tuple[Tensor, 
     eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
     log_moments = []
     for power in (1, 2):
-        factor = torch.linalg.cholesky(eye + power * spread)
+        factor = _cholesky(eye + power * spread)
         white = torch.linalg.solve_triangular(factor, error.unsqueeze(-1), upper=False)
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         log_moments.append(-log_det - power / 2 * white.square().sum((-2, -1)))

@@ -16,12 +16,17 @@ from tests.agents.contract import probes
 from tests.agents.contract.environments import CountingEnv
 from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.validation import constructor_hints
 
 # Name in AGENTS -> constructor arguments with which a few episodes take a fraction of a second.
 # A policy search or update must come within 14 steps of one environment.
 SIZES: dict[str, dict[str, Any]] = {
     "pipps": {
         "policy": "RBFPolicy", "policy_kwargs": {"n_centres": 4}, "n_particles": 6, "horizon": 7,
+        "gradient_steps": 2, "gp_evaluations": 3, "termination": "ignore",
+    },
+    "pilco": {
+        "policy": "RBFPolicy", "policy_kwargs": {"n_centres": 4}, "horizon": 7, "optimizer": "adam",
         "gradient_steps": 2, "gp_evaluations": 3, "termination": "ignore",
     },
     "dreamer": {
@@ -82,6 +87,10 @@ class Maker:
             pytest.fail(f"add small sizes of {name} to SIZES in {__file__}", pytrace=False)
         self.name, self.entry, self.see = name, AGENTS[name], see
         self.cls: type[Algorithm] = self.entry.cls
+
+    def takes(self, argument: str) -> bool:
+        """Whether the constructor has an argument that not every agent has."""
+        return argument in constructor_hints(self.cls)
 
     def arguments(self, **changes: Any) -> dict[str, Any]:
         """Constructor arguments, without the environment."""
