@@ -151,7 +151,7 @@ class PILCO(TrialAlgorithm):
             nonlocal least, best
             loss = predict(model, self.policy, self.horizon).loss
             gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)])
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             norms.append(float(gradient.norm()))
             if math.isfinite(norms[-1]) and losses[-1] < least:
                 least, best = losses[-1], parameters_to_vector(parameters).detach().clone()

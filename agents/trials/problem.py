@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -170,6 +170,10 @@ class Problem:
             return self.cost
         own = self._attribute("saturating_cost")
         if own is None:
+            return None
+        if not isinstance(own, Mapping):
+            why = "it must be a mapping of 'target', 'weights' and 'angles'"
+            _warn_unused("saturating_cost", why)
             return None
         try:
             found = SaturatingCost(**own)

@@ -59,8 +59,8 @@ EXCEPTIONS = {
     "test_another_agent_made_in_between_changes_nothing[daappo]":
         "as PPO does, it draws from the global generators",
     **dict.fromkeys(
-        ("test_observations_in_other_units_are_learned_from_alike[pipps-larger]",
-         "test_observations_in_other_units_are_learned_from_alike[pipps-smaller]"),
+        (f"test_observations_in_other_units_are_learned_from_alike[{name}-{units}]"
+         for name in ("pipps", "pilco") for units in ("larger", "smaller")),
         "Adam's steps on the policy's centres are in the observation's units; the GP has none",
     ),
     **dict.fromkeys(
