@@ -12,9 +12,12 @@ ENTRY = AgentEntry(
     policy_flags=("n_centres",),
     quantity="cost",  # of an episode, as in its papers
     named_by=("policy",),
-    small_run={"total_timesteps": 300, "gradient_steps": 4, "n_centres": 5, "gp_evaluations": 20},
+    small_run={
+        "total_timesteps": 300, "gradient_steps": 3, "horizon": 8, "n_centres": 5,
+        "gp_evaluations": 20,
+    },
     kill_test_factor=4,
     long_run={"total_timesteps": 300_000, "max_points": 60, "gradient_steps": 20},
-)
+)  # fmt: skip
 
 __all__ = ["ENTRY", "PILCO"]

@@ -19,8 +19,8 @@ RANGES = {  # flag: a value out of range
     },
     "pilco": {
         "--horizon": "0", "--gradient-steps": "0", "--random-trials": "0", "--gp-evaluations": "0",
-        "--learning-rate": "-0.1", "--optimizer": "sgd", "--angle-dims": "9", "--exploration": "nan",
-        "--termination": "never", "--max-points": "-1", "--policy": "NoPolicy",
+        "--learning-rate": "-0.1", "--optimizer": "sgd", "--angle-dims": "9",
+        "--exploration": "nan", "--termination": "never", "--max-points": "-1",
     },
     "dreamer": {
         "--horizon": "1", "--batch-size": "0", "--sequence-length": "1", "--buffer-size": "1",
