@@ -14,10 +14,11 @@ from totalprop.agents.registry import AGENTS
 if TYPE_CHECKING:
     from totalprop.agents.daappo import DAAPPO
     from totalprop.agents.dreamer import DreamerTPX
+    from totalprop.agents.pilco import PILCO
     from totalprop.agents.pipps import PIPPS
     from totalprop.agents.svg import SVG
 
-__all__ = ["AGENTS", "DAAPPO", "PIPPS", "SVG", "DreamerTPX"]
+__all__ = ["AGENTS", "DAAPPO", "PILCO", "PIPPS", "SVG", "DreamerTPX"]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,7 @@ class Agents(Mapping[str, "AgentEntry"]):
 AGENTS = Agents(
     {
         "pipps": "PIPPS",
+        "pilco": "PILCO",
         "dreamer": "DreamerTPX",
         "daappo": "DAAPPO",
         "svg": "SVG",

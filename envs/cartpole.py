@@ -225,6 +225,34 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
             delta_squared = d_squared / self.tip_width**2
         return 1 - xp.exp(-0.5 * delta_squared)
 
+    @property
+    def saturating_cost(self) -> dict[str, np.ndarray]:
+        """The same cost as a quadratic form, 1 - exp(-½ (z - t)ᵀ W (z - t)).
+
+        z = (state, sin a, cos a) with the angles a = A state. Agents that integrate the cost over a
+        Gaussian state look up this attribute by name.
+
+        Returns:
+            "target" t, "weights" W and "angles" A; [4], [4, 4] and [0, 4] of the angle cost, [6],
+            [6, 6] and [1, 4] of the tip cost.
+        """
+        if self.cost_name == "angle":
+            return {
+                "target": np.zeros(4),
+                "weights": np.diag([1.0, 1.0, 0.0, 0.0]),
+                "angles": np.zeros((0, 4)),
+            }
+        reach = self.pole_length if self.mirrored_tip else -self.pole_length
+        weights = np.zeros((6, 6))
+        across = np.array([1.0, 0.0, 0.0, 0.0, reach, 0.0])  # the tip's x
+        weights += np.outer(across, across)
+        weights[5, 5] += self.pole_length**2
+        return {
+            "target": np.array([0.0, 0.0, 0.0, 0.0, 0.0, 1.0]),
+            "weights": weights / self.tip_width**2,
+            "angles": np.array([[0.0, 1.0, 0.0, 0.0]]),
+        }
+
     def tip_distance(self, state: Any) -> Any:
         """Compute the distance d in m of the pole's tip from its target, upright at x = 0.
 

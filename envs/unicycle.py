@@ -2,8 +2,8 @@
 
 This module holds the equations of motion, their integrator, the cost of PILCO and the noisy
 environment. Rendering is in unicycle_render.py. The simulation is not differentiable: agents learn
-a model, and use only `UnicycleEnv.cost`, `UnicycleEnv.initial_distribution` and
-`UnicycleEnv.invariant_dims`.
+a model, and use only `UnicycleEnv.cost` and `saturating_cost`, `UnicycleEnv.initial_distribution`
+and `UnicycleEnv.invariant_dims`.
 
 A wheel rolls without slip on a floor. Its axle carries a frame, and on top of the frame a
 turntable spins about the frame's long axis. One motor turns the wheel against the frame and
@@ -354,6 +354,30 @@ class UnicycleEnv(gym.Env[np.ndarray, np.ndarray]):
         dx, dy = ahead - r * xp.sin(pitch), left - (r + rw) * xp.sin(roll)
         delta_squared = 8 * dz**2 + dx**2 / 2 + dy**2 / 2 + (yaw / (4 * math.pi)) ** 2
         return 1 - xp.exp(-0.5 * delta_squared)
+
+    @property
+    def saturating_cost(self) -> dict[str, np.ndarray]:
+        """The same cost as a quadratic form, 1 - exp(-½ (z - t)ᵀ W (z - t)).
+
+        z = (view, sin a, cos a) with the angles a = A view: roll, pitch + roll, roll - pitch and
+        pitch. Agents that integrate the cost over a Gaussian view look up this attribute by name.
+
+        Returns:
+            "target" t [18], "weights" W [18, 18] and "angles" A [4, 10].
+        """
+        angles = np.zeros((4, 10))
+        angles[:3, 7] = 1  # roll
+        angles[1:, 9] = 1, -1, 1  # pitch
+        sines, cosines = 10, 14
+        rw, r = COST_WHEEL_RADIUS, TURNTABLE_HEIGHT
+        rows = np.zeros((4, 18))  # of the root of W
+        rows[0, cosines : cosines + 3] = math.sqrt(8) * np.array([rw, r / 2, r / 2])
+        rows[1, 5], rows[1, sines + 3] = math.sqrt(0.5), -math.sqrt(0.5) * r
+        rows[2, 6], rows[2, sines] = math.sqrt(0.5), -math.sqrt(0.5) * (r + rw)
+        rows[3, 8] = 1 / (4 * math.pi)
+        target = np.zeros(18)
+        target[cosines:] = 1
+        return {"target": target, "weights": rows.T @ rows, "angles": angles}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

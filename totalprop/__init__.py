@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     import totalprop.envs as envs
     import totalprop.estimators as estimators
     import totalprop.world_models as world_models
-    from totalprop.agents import AGENTS, DAAPPO, PIPPS, SVG, DreamerTPX
+    from totalprop.agents import AGENTS, DAAPPO, PILCO, PIPPS, SVG, DreamerTPX
     from totalprop.estimators import Rollout, check
 
 __all__ = [
     "AGENTS",
     "DAAPPO",
+    "PILCO",
     "PIPPS",
     "SVG",
     "DreamerTPX",

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from totalprop.world_models.moment_matching import KernelSum
+
 # Curb on the hyper-parameters: no lengthscale above 100 standard deviations of the input, no
 # signal-to-noise ratio above 1000. The power makes the penalty a soft wall. Source: hypCurb.m in
 # Deisenroth's PILCO code.
@@ -108,6 +110,7 @@ class GaussianProcess(nn.Module):
         self.register_buffer("log_noise", torch.full((e,), math.log(0.1), dtype=dtype))
         self.register_buffer("has_fit", torch.tensor(False))
         self._factors: tuple[Any, ...] | None = None
+        self._kernel_sum: KernelSum | None = None
         self._prior = torch.zeros(e, dtype=dtype)  # the offset that the factors were made with
         self.jitter = 0.0
 
@@ -158,7 +161,7 @@ class GaussianProcess(nn.Module):
             raise ValueError("GP data hold a NaN or infinity; check the environment's observations")
         self.inputs = inputs.detach().to(self.inputs)
         self.targets = targets.detach().to(self.targets)
-        self._factors = None
+        self._forget()
 
     def fit(self, *, max_evaluations: int = 200) -> Tensor:
         """Choose the hyper-parameters by L-BFGS on the penalised marginal likelihood, per output.
@@ -190,7 +193,7 @@ class GaussianProcess(nn.Module):
                 losses.append(loss / len(self.inputs))
         finally:
             torch.set_num_threads(threads)
-        self._factors = None
+        self._forget()
         return torch.tensor(losses, dtype=torch.float64)
 
     def posterior(self, x: Tensor) -> Posterior:
@@ -206,6 +209,29 @@ class GaussianProcess(nn.Module):
             self._factors = _factorise(self)
         mean, *others = _PosteriorMoments.apply(x, *self._factors)
         return Posterior(mean + self._prior, *others)
+
+    def kernel_sum(self) -> KernelSum:
+        """The posterior in the form that `moment_matching.kernel_sum` takes.
+
+        From SUPPORT_POINTS points on, its centres are the support alone.
+
+        Raises:
+            RuntimeError: there is no data yet, or a kernel matrix cannot be factorised.
+        """
+        if self._kernel_sum is None:
+            _, supports = _supports(self, as_root=True)
+            points = [self.inputs[support.points] for support in supports]
+            root = _padded([support.precision for support in supports])
+            self._kernel_sum = KernelSum(
+                centres=_padded(points),
+                beta=_padded([support.beta for support in supports]).squeeze(-1),
+                inverse_lengthscale=(-self.log_lengthscale).exp(),
+                log_signal=self.log_signal.clone(),
+                offset=self._prior,
+                root=root,
+                precision=root.mT @ root,
+            )
+        return self._kernel_sum
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Check that a state dict whose shapes fit has a meaning, too.
@@ -228,7 +254,11 @@ class GaussianProcess(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._factors = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Data or hyper-parameters have changed."""
+        self._factors = self._kernel_sum = None
 
 
 class _PosteriorMoments(torch.autograd.Function):
@@ -327,14 +357,11 @@ def _cholesky(k: Tensor, noise_variance: Tensor, signal_variance: Tensor) -> tup
     )
 
 
-def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
-    """The arguments of `_PosteriorMoments` that do not depend on x."""
+def _supports(gp: GaussianProcess, *, as_root: bool) -> tuple[Tensor, list[Support]]:
+    """Inputs [E, n, D] about their mean in lengthscales, and the support of each output."""
     if len(gp.inputs) == 0:
         raise RuntimeError("the GP has no data; call set_data (and fit) first")
-    inverse_lengthscale = (-gp.log_lengthscale).exp().unsqueeze(1)  # [E, 1, D]
-    centre = gp.inputs.mean(0)
-    scaled = (gp.inputs - centre) * inverse_lengthscale  # [E, n, D]
-    is_root = bool((gp.log_signal - gp.log_noise).amax() > math.log(ROOT_SNR))
+    scaled = (gp.inputs - gp.inputs.mean(0)) * (-gp.log_lengthscale).exp().unsqueeze(1)
     supports = []
     gp.jitter, gp._prior = 0.0, gp.offset
     targets = gp.targets - gp._prior
@@ -344,7 +371,16 @@ def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
         factor, jitter = _cholesky(k, noise_variance, (2 * gp.log_signal[e]).exp())
         gp.jitter = max(gp.jitter, jitter)
         beta = torch.cholesky_solve(targets[:, e, None], factor)
-        supports.append(_support(k, noise_variance, factor, beta, as_root=is_root))
+        supports.append(_support(k, noise_variance, factor, beta, as_root=as_root))
+    return scaled, supports
+
+
+def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
+    """The arguments of `_PosteriorMoments` that do not depend on x."""
+    is_root = bool((gp.log_signal - gp.log_noise).amax() > math.log(ROOT_SNR))
+    scaled, supports = _supports(gp, as_root=is_root)
+    inverse_lengthscale = (-gp.log_lengthscale).exp().unsqueeze(1)  # [E, 1, D]
+    centre = gp.inputs.mean(0)
     # The supports of the outputs differ in size; rows of zeros contribute nothing.
     scaled = _padded([points[s.points] for points, s in zip(scaled, supports)])
     is_point = _padded([torch.ones_like(s.beta) for s in supports])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from totalprop.world_models.gp import ROUNDING, GaussianProcess, outlier
+from totalprop.world_models.moment_matching import Gaussian, join, trigonometry
 
 
 class Prediction(NamedTuple):
@@ -208,3 +209,23 @@ def trig_features(x: Tensor, angle_dims: tuple[int, ...]) -> Tensor:
     angles = x[..., list(angle_dims)]
     others = [d for d in range(x.shape[-1]) if d not in angle_dims]
     return torch.cat((x[..., others], angles.sin(), angles.cos()), -1)
+
+
+def join_trig_features(
+    joint: Gaussian, states: int, angle_dims: tuple[int, ...]
+) -> tuple[Gaussian, list[int]]:
+    """`trig_features` of an uncertain state, joined to it.
+
+    Args:
+        joint: [..., D] of which the first entries are the state.
+        states: entries S of the state.
+        angle_dims: entries of the state that are angles.
+
+    Returns:
+        [..., D + 2 len(angle_dims)], and which of its entries the features are.
+    """
+    size = joint.mean.shape[-1]
+    if angle_dims:
+        joint = join(joint, angle_dims, trigonometry(joint.marginal(angle_dims)))
+    others = [d for d in range(states) if d not in angle_dims]
+    return joint, [*others, *range(size, joint.mean.shape[-1])]

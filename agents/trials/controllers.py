@@ -8,6 +8,7 @@ first.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from totalprop.agents.core.validation import AtLeast, check_values
 from totalprop.estimators import DenseJacobian
 from totalprop.estimators.probes import Gram, gram_of_products
+from totalprop.world_models import moment_matching
 from totalprop.world_models.gp_dynamics import trig_features
+from totalprop.world_models.moment_matching import Gaussian, Image, KernelSum
 
 
 class ControllerPolicy(BasePolicy):
@@ -65,6 +68,13 @@ class ControllerPolicy(BasePolicy):
     @abstractmethod
     def preactivation(self, features: Tensor) -> Tensor:
         """[N, A] before the saturation, from features [N, n_features]."""
+
+    def match(self, features: Gaussian) -> Image:
+        """Moments of `preactivation` at uncertain features [..., n_features]; gradients flow.
+
+        PILCO needs it; a controller without it can be searched with particles.
+        """
+        raise NotImplementedError
 
     def place(self, mean: Tensor, std: Tensor) -> None:
         """Move a new controller to where its features will be.
@@ -154,6 +164,19 @@ class RBFPolicy(ControllerPolicy):
     def preactivation(self, features: Tensor) -> Tensor:
         return self.basis(features, self.constants())[1] @ self.weights.T
 
+    def match(self, features: Gaussian) -> Image:
+        """As of a Gaussian process's mean: the exponent has no ½, so that l = e^{-λ} / √2."""
+        n, dtype = self.n_controls, self.centres.dtype
+        zeros = torch.zeros(n, dtype=dtype, device=self.centres.device)
+        function = KernelSum(
+            centres=self.centres.expand(n, -1, -1),
+            beta=self.weights,
+            inverse_lengthscale=(math.sqrt(2) * self.log_inverse_scale.exp()).expand(n, -1),
+            log_signal=zeros,
+            offset=zeros,
+        )
+        return moment_matching.kernel_sum(features, function)
+
     def origin(self) -> Tensor:
         """[S] the middle of the centres, detached; |z - c|² is expanded about it.
 
@@ -231,6 +254,9 @@ class LinearPolicy(ControllerPolicy):
 
     def preactivation(self, features: Tensor) -> Tensor:
         return torch.addmm(self.bias, features, self.weights.T)
+
+    def match(self, features: Gaussian) -> Image:
+        return moment_matching.linear(features, self.weights, self.bias)
 
     @torch.no_grad()
     def parameter_jacobian(self, x: Tensor) -> Tensor:

@@ -100,7 +100,13 @@ def rmsprop2018(
     return skipped
 
 
-def quasi_newton(parameters: Sequence[Tensor], evaluate: Evaluate, *, evaluations: int) -> int:
+def quasi_newton(
+    parameters: Sequence[Tensor],
+    evaluate: Evaluate,
+    *,
+    evaluations: int,
+    reach: float | None = None,
+) -> int:
     """L-BFGS on a deterministic cost. Parmas et al. 2018, Sec. 3.3 (with fixed noise).
 
     The parameters become the best that were evaluated: a failed line search returns its start.
@@ -109,18 +115,22 @@ def quasi_newton(parameters: Sequence[Tensor], evaluate: Evaluate, *, evaluation
         parameters: leaves that are changed in place.
         evaluate: cost and gradient at the current parameters.
         evaluations: their number, which SciPy may exceed to finish its last line search.
+        reach: how far a parameter may move before L-BFGS starts anew, from the best so far, until
+            `evaluations` are used up or nothing is gained. On a plateau its first step is
+            otherwise as long as the curvature is small, and ends where no gradient leads back.
 
     Returns:
         Number of evaluations that were not finite, which the line search steps back from.
     """
     from scipy.optimize import minimize  # here: a help text needs no SciPy
 
-    least, skipped = math.inf, 0
+    least, skipped, used = math.inf, 0, 0
     best = start = parameters_to_vector(parameters).detach().cpu().numpy()
     device = parameters[0].device
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal least, best, skipped
+        nonlocal least, best, skipped, used
+        used += 1
         with torch.no_grad():
             vector_to_parameters(torch.as_tensor(theta, device=device), parameters)
         loss, gradient, _ = evaluate()
@@ -131,7 +141,19 @@ def quasi_newton(parameters: Sequence[Tensor], evaluate: Evaluate, *, evaluation
             least, best = float(loss), theta.copy()
         return float(loss), gradient.cpu().numpy()
 
-    minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxfun": evaluations})
+    while used < evaluations:
+        before = least
+        minimize(
+            objective,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=None if reach is None else np.stack((start - reach, start + reach), 1),
+            options={"maxfun": evaluations - used},
+        )
+        if reach is None or not before - least > 1e-6 * abs(least):
+            break
+        start = best
     with torch.no_grad():
         vector_to_parameters(torch.as_tensor(best, device=device), parameters)
     return skipped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from totalprop.agents.persistence import env_state
 from totalprop.agents.trials.controllers import ControllerPolicy
+from totalprop.agents.trials.saturating_cost import SaturatingCost
 from totalprop.world_models.gp import positive_std
 from totalprop.world_models.gp_dynamics import GPDynamics
 
@@ -27,7 +28,8 @@ StateFunction = Callable[[Tensor], Tensor]  # states [..., S] -> [...]
 class Problem:
     """What a simulated trial costs, where it starts and where it ends.
 
-    An environment may have a differentiable `cost(states)`, a `termination(states)`, an
+    An environment may have a differentiable `cost(states)`, a `saturating_cost` (the arguments of
+    `SaturatingCost` by name, where the cost is one), a `termination(states)`, an
     `initial_distribution` (mean, std), `invariant_dims` (entries of an observation that no change
     of it depends on) and `observation_names`. Each is looked up once, cost and termination at
     construction and the others when first needed; an attribute that does not fit is reported with a
@@ -173,6 +175,38 @@ class Problem:
         )
 
     @cached_property
+    def saturating_cost(self) -> SaturatingCost | None:
+        """The cost where it is a saturating one, or None: given as that, or the environment's own.
+
+        The environment's own must agree with its `cost`, if it has one.
+        """
+        if isinstance(self.cost, SaturatingCost):
+            return self.cost
+        own = self._attribute("saturating_cost")
+        if own is None:
+            return None
+        if not isinstance(own, Mapping):
+            why = "it must be a mapping of 'target', 'weights' and 'angles'"
+            _warn_unused("saturating_cost", why)
+            return None
+        try:
+            found = SaturatingCost(**own)
+        except (TypeError, ValueError) as error:
+            _warn_unused("saturating_cost", str(error))
+            return None
+        flaw = cost_flaw(found, self.shape[0], self.device)
+        if flaw is None and self.cost is not None:
+            grid = torch.linspace(-2, 2, 8 * self.shape[0], dtype=torch.float64)
+            states = grid.view(self.shape[0], 8).T.sin().to(self.device) * 3
+            worst = float((found(states) - self.cost(states)).detach().abs().max())
+            if not worst < 1e-6:
+                flaw = f"it differs from the environment's `cost`, by {worst:.2g} at some state"
+        if flaw is not None:
+            _warn_unused("saturating_cost", flaw)
+            return None
+        return found
+
+    @cached_property
     def observation_names(self) -> Sequence[str]:
         """S names, numbered ones where the environment has none that fit."""
         names = self._attribute("observation_names")
@@ -210,7 +244,7 @@ class Problem:
         if self.env is None or not self.env.has_attr(name):
             return None
         changing: list[type[Wrapper[Any, Any, Any, Any]]] = [ObservationWrapper]
-        if name == "cost":
+        if name in ("cost", "saturating_cost"):
             changing += [RewardWrapper, NormalizeReward]
         inner = self.env.get_attr("unwrapped", indices=0)[0]
         if (

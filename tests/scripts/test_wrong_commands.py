@@ -17,6 +17,11 @@ RANGES = {  # flag: a value out of range
         "--learning-rate": "-0.1", "--estimator": "tpxx", "--leg": "arm", "--optimizer": "sgd",
         "--angle-dims": "9", "--policy": "NoPolicy", "--device": "abacus",
     },
+    "pilco": {
+        "--horizon": "0", "--gradient-steps": "0", "--random-trials": "0", "--gp-evaluations": "0",
+        "--learning-rate": "-0.1", "--optimizer": "sgd", "--angle-dims": "9",
+        "--exploration": "nan", "--termination": "never", "--max-points": "-1",
+    },
     "dreamer": {
         "--horizon": "1", "--batch-size": "0", "--sequence-length": "1", "--buffer-size": "1",
         "--imagination-starts": "2", "--learning-starts": "0", "--train-freq": "0",

@@ -16,12 +16,17 @@ from tests.agents.contract import probes
 from tests.agents.contract.environments import CountingEnv
 from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.validation import constructor_hints
 
 # Name in AGENTS -> constructor arguments with which a few episodes take a fraction of a second.
 # A policy search or update must come within 14 steps of one environment.
 SIZES: dict[str, dict[str, Any]] = {
     "pipps": {
         "policy": "RBFPolicy", "policy_kwargs": {"n_centres": 4}, "n_particles": 6, "horizon": 7,
+        "gradient_steps": 2, "gp_evaluations": 3, "termination": "ignore",
+    },
+    "pilco": {
+        "policy": "RBFPolicy", "policy_kwargs": {"n_centres": 4}, "horizon": 7, "optimizer": "adam",
         "gradient_steps": 2, "gp_evaluations": 3, "termination": "ignore",
     },
     "dreamer": {
@@ -61,8 +66,8 @@ EXCEPTIONS = {
     "test_another_agent_made_in_between_changes_nothing[daappo]":
         "as PPO does, it draws from the global generators",
     **dict.fromkeys(
-        ("test_observations_in_other_units_are_learned_from_alike[pipps-larger]",
-         "test_observations_in_other_units_are_learned_from_alike[pipps-smaller]"),
+        (f"test_observations_in_other_units_are_learned_from_alike[{name}-{units}]"
+         for name in ("pipps", "pilco") for units in ("larger", "smaller")),
         "Adam's steps on the policy's centres are in the observation's units; the GP has none",
     ),
     **dict.fromkeys(
@@ -89,6 +94,10 @@ class Maker:
             pytest.fail(f"add small sizes of {name} to SIZES in {__file__}", pytrace=False)
         self.name, self.entry, self.see = name, AGENTS[name], see
         self.cls: type[Algorithm] = self.entry.cls
+
+    def takes(self, argument: str) -> bool:
+        """Whether the constructor has an argument that not every agent has."""
+        return argument in constructor_hints(self.cls)
 
     def arguments(self, **changes: Any) -> dict[str, Any]:
         """Constructor arguments, without the environment."""

@@ -10,6 +10,7 @@ from tests.agents.contract.conftest import SIZES, Maker
 from tests.agents.contract.environments import CountingEnv
 from totalprop.agents import AGENTS
 from totalprop.agents.core.validation import constructor_hints
+from totalprop.agents.trials.saturating_cost import SaturatingCost
 
 # What is no setting of the method: stable-baselines3's own behaviour.
 NOT_SETTINGS = {
@@ -26,6 +27,13 @@ OTHERS: dict[str, dict[str, Any]] = {
         "invariant_dims": (2,), "random_scale": 0.5,
         "termination": lambda states: states[..., 1] > 3, "termination_cost": 2.0,
         "cost_fn": lambda states: states.sum(-1),
+    },
+    "pilco": {
+        "learning_rate": 0.5, "optimizer": "quasi-newton", "horizon": 4, "gradient_steps": 3,
+        "random_trials": 2, "cost_fn": SaturatingCost([0.0] * 4, [1.0, 0.1, 0.0, 0.0]),
+        "exploration": -0.5, "termination": None, "angle_dims": (1,), "process_noise": False,
+        "gp_evaluations": 5, "max_points": 9, "policy_kwargs": {"n_centres": 5},
+        "invariant_dims": (2,), "random_scale": 0.5,
     },
     "dreamer": {
         "learning_rate": 0.5, "estimator": "lr", "node": "both", "credit": "own",

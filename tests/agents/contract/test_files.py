@@ -118,14 +118,17 @@ def test_arguments_given_to_load_replace_the_files(make, file):
 
 def test_objects_are_in_the_file_or_asked_for(make, tmp_path):
     """An estimator is; a schedule that is a function is not, and must be passed again."""
-    estimator = estimators.make("tpx", baseline=estimators.baselines.none)
-    agent = make(estimator=estimator, learning_rate=lambda p: 0.1 * p)
+    changes = {"learning_rate": lambda p: 0.1 * p}
+    if make.takes("estimator"):  # one with a closed-form gradient has none
+        changes["estimator"] = estimators.make("tpx", baseline=estimators.baselines.none)
+    agent = make(**changes)
     agent.save(tmp_path / "agent")
     with pytest.raises(ValueError, match=r"learning_rate was a builtins.function.*pass it again"):
         make.cls.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
     schedule = {"learning_rate": lambda p: 0.1 * p}
     loaded = make.cls.load(tmp_path / "agent", CountingEnv(), "cpu", custom_objects=schedule)
-    assert loaded.estimator == estimator and loaded.learning_rate(0.5) == 0.05
+    assert getattr(loaded, "estimator", None) == changes.get("estimator")
+    assert loaded.learning_rate(0.5) == 0.05
     loaded.learn(14)
 
 

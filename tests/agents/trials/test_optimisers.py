@@ -113,3 +113,37 @@ def test_without_any_finite_gradient_the_parameters_stay(name):
     cost = Quadratic(found, nan_at=range(1000))
     assert RUN[name](found, cost, 3) == len(cost.losses) > 0
     assert torch.equal(flat(found), flat(parameters()))
+
+
+class Plateau(Quadratic):
+    """1 - exp(-|θ|²/2): far from 0 it is flat, and L-BFGS's steps grow without a reach."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        self.seen = []
+
+    def __call__(self):
+        theta = flat(self.parameters)
+        self.seen.append(theta)
+        value = (-0.5 * theta.square().sum()).exp()
+        self.losses.append(float(1 - value))
+        return Evaluation(1 - value, theta * value)
+
+
+def test_quasi_newton_goes_no_further_than_its_reach_and_then_starts_anew():
+    start = torch.tensor([1.5, 1.5, 1.5], dtype=F64)
+    found = [start.clone().requires_grad_()]
+    cost = Plateau(found)
+    quasi_newton(found, cost, evaluations=60, reach=0.5)
+    seen = torch.stack(cost.seen)
+    assert ((seen[1:5] - start).abs() <= 0.5 + 1e-12).all()
+    assert float(flat(found).norm()) < 1e-2  # in rounds, as 0 is 1.5 away
+    assert len(cost.losses) <= 60 + 25
+
+
+def test_quasi_newton_with_a_reach_stops_where_nothing_is_gained():
+    found = parameters()
+    cost = Quadratic(found)
+    quasi_newton(found, cost, evaluations=500, reach=5.0)
+    torch.testing.assert_close(flat(found), torch.zeros(3, dtype=F64), atol=1e-4, rtol=0)
+    assert len(cost.losses) < 100

@@ -1,18 +1,21 @@
 """What a problem takes from an environment, what it refuses, and what it learns from data."""
 
 import warnings
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from totalprop.agents.trials.controllers import RBFPolicy
 from totalprop.agents.trials.problem import Problem, cost_flaw
+from totalprop.agents.trials.saturating_cost import SaturatingCost
 from totalprop.world_models.gp_dynamics import GPDynamics
 
 F64, CPU = torch.float64, torch.device("cpu")
@@ -297,3 +300,49 @@ def test_without_names_that_fit_observations_are_numbered():
     env.observation_names = ["x"]
     for found in (make(env), make(Plain()), Problem(None, SPACE, device=CPU)):
         assert found.observation_names == ["observation 0", "observation 1"]
+
+
+# A saturating cost
+
+
+class Saturating(Plain):
+    saturating_cost: ClassVar = {"target": [1.0, 0.0], "weights": [4.0, 0.0]}
+
+
+def test_a_given_or_own_saturating_cost_is_known_as_one():
+    given = SaturatingCost([0.0, 0.0], [1.0, 1.0])
+    assert make(Saturating(), cost_fn=given).saturating_cost is given
+    own = make(Saturating()).saturating_cost
+    torch.testing.assert_close(own(STATES), 1 - torch.exp(-2 * (STATES[:, 0] - 1) ** 2))
+    assert make().saturating_cost is None and Problem(None, SPACE, device=CPU).cost is None
+
+
+def test_an_own_saturating_cost_must_be_the_own_cost():
+    env = Saturating()
+    env.cost = lambda states: 1 - torch.exp(-2 * (states[..., 0] - 1) ** 2)
+    assert make(env).saturating_cost is not None
+    env.cost = lambda states: 1 - torch.exp(-3 * (states[..., 0] - 1) ** 2)
+    with pytest.warns(UserWarning, match=r"own `saturating_cost` is not used, because it differs"):
+        assert make(env).saturating_cost is None
+
+
+@pytest.mark.parametrize(
+    ("own", "why"),
+    [
+        ({"target": [0.0] * 2, "weights": [-1.0] * 2}, "negative eigenvalues"),
+        ({"target": [0.0] * 3, "weights": [1.0] * 3}, "it raised RuntimeError"),
+        ({"goal": [0.0] * 2}, "unexpected keyword"),
+        (lambda states: states, "must be a mapping"),
+    ],
+)
+def test_an_own_saturating_cost_of_another_kind_is_not_used_with_a_warning(own, why):
+    env = Saturating()
+    env.saturating_cost = own
+    with pytest.warns(UserWarning, match=rf"own `saturating_cost` is not used, because.*{why}"):
+        assert make(env).saturating_cost is None
+
+
+def test_a_saturating_cost_of_other_rewards_is_not_used():
+    env = TransformReward(Saturating(), lambda reward: 2 * reward)
+    with pytest.warns(UserWarning, match="a wrapper changes"):
+        assert make(env).saturating_cost is None
