@@ -63,6 +63,7 @@ RIVALS = ("rp", "lr", "tp", "tpx", "ivw-h", "ddcg", *(f"aobg-{gamma:g}" for gamm
 OTHERS = ("lr-first-order", "tpg", "tpx-guarded", "tpg-guarded", "rp-cut")
 LIMIT = 1.1  # times the least error of a rival
 DRAWS = 1000  # of the bootstrap
+FEW = 24  # points that the figure names one by one
 COLUMNS = ("problem", "horizon", "samples", "estimator", "ms", "run", "gradients")
 
 
@@ -494,7 +495,12 @@ def heat_map(found: Sequence[Errors]) -> Figure:
         if own:
             ticks.append((edges[-1] + (own - 1) / 2, f"{kind}\n({own} points)"))
             edges.append(edges[-1] + own)
-    axes.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
+    if len(found) > FEW:
+        axes.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
+    else:
+        points = [found[i].point for i in order]
+        labels = [f"{Path(p.problem).name}\nH {p.horizon}, N {p.samples}" for p in points]
+        axes.set_xticks(range(len(found)), labels, fontsize="x-small", rotation=90)
     for edge in edges[1:-1]:
         axes.axvline(edge - 0.5, color="black", lw=0.8)
     axes.set_title(
