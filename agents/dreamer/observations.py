@@ -157,9 +157,9 @@ def to_tensors(observations: Arrays, device: torch.device) -> Observation:
     """The same as tensors on a device."""
 
     def convert(array: np.ndarray) -> Tensor:
-        # torch accepts no negative strides, as of a flipped image.
-        is_flipped = any(stride < 0 for stride in array.strides)
-        return torch.as_tensor(array.copy() if is_flipped else array, device=device)
+        # Where channels came last in memory, convolutions would round differently; and torch
+        # accepts no negative strides, as of a flipped image.
+        return torch.as_tensor(np.ascontiguousarray(array), device=device)
 
     if isinstance(observations, dict):
         return {name: convert(array) for name, array in observations.items()}
