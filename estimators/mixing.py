@@ -175,9 +175,10 @@ def tpx_guarded(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[K]:
     tested each by itself. This project; no paper.
     """
     (leg,) = legs
-    found = [_compare(*pair) for pair in zip(rp, leg, strict=True)]
-    shared = found[0].k(0.0)
-    return [tuple(torch.where(f.differs, f.k(f.square - f.difference), shared) for f in found)]
+    found = _compare(torch.cat(rp, -1), torch.cat(leg, -1))  # all members at once, for speed
+    shared = torch.cat([found.k(0.0)[..., : rp[0].shape[-1]]] * len(rp), -1)
+    k = torch.where(found.differs, found.k(found.square - found.difference), shared)
+    return [k.chunk(len(rp), -1)]
 
 
 class _Comparison(NamedTuple):
