@@ -117,6 +117,7 @@ def nothing(
     return tuple(torch.zeros_like(member) for member in zeta)
 
 
+@having("needs_critic")
 def lax(critic: Callable[[Tensor], Tensor]) -> Leg:
     """Likelihood-ratio leg with a critic of the sample as its control variate.
 
@@ -223,7 +224,7 @@ def _left_out_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Slope and intercept [N, ...] of y on x along axis 0, for each sample from all others."""
     n = len(x)
     if n < 4:
-        raise ValueError(f"leg 'lax' needs at least 4 samples on axis 0, got {n}")
+        raise ValueError(f"the legs 'lax' and 'mvd' need at least 4 samples on axis 0, got {n}")
     dx, dy = x - x.mean(0), y - y.mean(0)
     tiny, share = torch.finfo(x.dtype).tiny, n / (n - 1)
     scale = torch.linalg.vector_norm(dx, math.inf, dim=0).clamp_min(tiny)
@@ -233,6 +234,7 @@ def _left_out_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return slope, _mean_of_others(y) - slope * _mean_of_others(x)
 
 
+@having("needs_critic")
 def mvd(critic: Callable[[Tensor], Tensor]) -> Leg:
     """Measure-valued derivative of a critic's mean: it needs no derivative, only differences.
 
@@ -284,7 +286,13 @@ def _maxwell(rank: Tensor) -> Tensor:
     return (low + high) / 2
 
 
-LEGS: dict[str, Any] = {"score": score, "biw": biw, "first-order": first_order}
+LEGS: dict[str, Any] = {
+    "score": score,
+    "biw": biw,
+    "first-order": first_order,
+    "lax": lax,
+    "mvd": mvd,
+}
 
 
 def legs_named(legs: str | Leg | Sequence[str | Leg]) -> tuple[Leg, ...]:

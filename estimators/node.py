@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -155,6 +155,11 @@ class Estimator:
                 "a whole-graph estimator combines once, with one k for all samples, and its legs "
                 "are of all samples: set cross_fit=False, or choose an estimator such as 'tpx'"
             )
+        if self.needs_critic and self.cross_fit:
+            raise ValueError(
+                "a node's critic is a function of all its samples, and cross_fit takes them in "
+                "halves: set cross_fit=False, or legs='score'"
+            )
 
     @property
     def needs_pathwise(self) -> bool:
@@ -172,6 +177,11 @@ class Estimator:
         return self.whole_graph or any(has(leg, "needs_graph") for leg in self.legs)
 
     @property
+    def needs_critic(self) -> bool:
+        """Whether a leg is made from a critic of the node's sample."""
+        return any(has(leg, "needs_critic") for leg in self.legs)
+
+    @property
     def needs_value(self) -> bool:
         """Whether the baseline needs a critic's `value`."""
         return declared(self.baseline, "needs_value")
@@ -185,6 +195,7 @@ class Estimator:
         *,
         probe: Probe | None = None,
         value: Tensor | None = None,
+        critic: Callable[[Tensor], Tensor] | None = None,
         meter: Tensor | None = None,
         gauge: Tensor | None = None,
         tap: Tensor | None = None,
@@ -203,6 +214,8 @@ class Estimator:
             probe: required by `tp`, `tps` and `tpg`, see `estimators.probes`.
             value: like the credit, a critic's estimate of the return, for `baselines.critic`; no
                 gradient.
+            critic: samples [N, ..., D] -> [N, ...], a guess of the return that follows a sample, of
+                any scale and sign; for `legs.lax` and `legs.mvd`.
             meter: [..., D] zeros; the gradient w.r.t. it is k, averaged over the samples.
             gauge: [4, 2] zeros; the gradient w.r.t. it tells whether the legs agree and how noisy
                 they are, see `estimators.gauge`.
@@ -213,16 +226,26 @@ class Estimator:
         Returns:
             The sample [N, ..., D], and the credit for every cost and node downstream.
         Raises:
-            ValueError: an argument has the wrong shape, or the estimator takes several passes.
+            ValueError: an argument has the wrong shape or is missing, or the estimator takes
+                several passes.
         """
         if self.several_passes:
             raise ValueError(
                 "this estimator combines the gradients of several passes over the whole graph and "
                 "cannot be called at a node; call estimators.gradient(rollout, ...) instead"
             )
+        estimator = self
+        if self.needs_critic:
+            if critic is None:
+                raise ValueError(
+                    "the legs 'lax' and 'mvd' need a critic of the sample: pass critic=... to the "
+                    "node, or choose legs='score'"
+                )
+            made = [leg(critic) if has(leg, "needs_critic") else leg for leg in self.legs]
+            estimator = replace(self, legs=tuple(made))
         zeta = (mean,) if std is None else (mean, std)
         return stochastic_node(
-            self, zeta, noise, credit,
+            estimator, zeta, noise, credit,
             probe=probe, value=value, meter=meter, gauge=gauge, tap=tap, carried=carried,
         )  # fmt: skip
 

@@ -250,6 +250,7 @@ def try_estimator(
     samples: Sequence[int],
     *,
     has_value: bool = False,
+    has_critic: bool = False,
     is_categorical: bool = False,
 ) -> None:
     """One node of so many samples, forward and backward, in place of a failure after the data.
@@ -258,10 +259,16 @@ def try_estimator(
 
     Args:
         samples: the node's shape without its last axis. has_value: a critic's estimate is there.
+        has_critic: there is a critic of the node's sample, too.
         is_categorical: each sample consists of several categorical variables.
     Raises:
         ValueError: the estimator's parts do not work together, or not with so few samples.
     """
+    if estimator.needs_critic and not has_critic:
+        raise ValueError(
+            "the legs 'lax' and 'mvd' need a critic of the sample, which this agent has not: "
+            "use legs='score', or DreamerTPX"
+        )
     if estimator.several_passes:
         if is_categorical and not declared(estimator.weight, "categorical_nodes"):
             raise ValueError(
@@ -281,8 +288,13 @@ def try_estimator(
     credit = mean.new_zeros(samples)
     value = noise.flatten(len(samples))[..., 0] if has_value else None
     std = None if is_categorical else torch.ones_like(mean)
-    x, credit = estimator(mean, std, noise, credit, probe=probe, value=value)
+    x, credit = estimator(mean, std, noise, credit, probe=probe, value=value, critic=_first)
     assign_credit(x.square().flatten(len(samples)).sum(-1), credit).sum().backward()
+
+
+def _first(x: Tensor) -> Tensor:
+    """[N, ..., D] -> [N, ...], a critic."""
+    return x[..., 0]
 
 
 def check_finite(

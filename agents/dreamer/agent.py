@@ -59,11 +59,6 @@ from totalprop.estimators import Estimator
 from totalprop.estimators.declarations import has
 from totalprop.world_models.latent.model import ModelLossSettings, State
 
-BASELINES = {
-    "mean": estimators.baselines.mean,
-    "leave-one-out": estimators.baselines.leave_one_out,
-    "critic": estimators.baselines.critic,
-}
 OPTIMIZED = ("model", "actor", "critic")
 SelfDreamerTPX = TypeVar("SelfDreamerTPX", bound="DreamerTPX")
 
@@ -93,6 +88,11 @@ class DreamerTPX(Algorithm):
             "mean" of the batch, which shrinks the leg by 1/N (Parmas et al. 2023, Sec. 3), or
             "critic", the value at the prior's mean (their Sec. 7) or, at the action, of the state
             that it is chosen in.
+        leg: how the likelihood ratio is formed: "score"; "first-order" with what is linear in the
+            noise left to RP (a second backward pass); "lax" with the critic at the sample as
+            control variate (Grathwohl et al. 2018); or "mvd", the measure-valued derivative of the
+            critic, which trusts it for all that follows (Mohamed et al. 2020). The last two are for
+            Gaussians. At the action, the critic is that of the expected next state.
         horizon: imagined states H of each trajectory.
         stop_grad_actor_input: block the gradient into the state that an action was chosen in
             (DreamerV1). Biased, and RP's bias can explode with the horizon: above 15, try False.
@@ -178,6 +178,7 @@ class DreamerTPX(Algorithm):
         node: Literal["auto", "latent", "action", "both"] = "auto",
         credit: Literal["all", "own"] = "all",
         baseline: Literal["leave-one-out", "mean", "critic"] = "leave-one-out",
+        leg: Literal["score", "first-order", "lax", "mvd"] = "score",
         horizon: Annotated[int, AtLeast(2)] = 15,
         stop_grad_actor_input: bool = True,
         gamma: Annotated[float, Within(0, 1)] = 0.99,
@@ -232,7 +233,7 @@ class DreamerTPX(Algorithm):
             seed=seed,
         )
         self.estimator, self.node, self.baseline = estimator, node, baseline
-        self.credit = credit
+        self.credit, self.leg = credit, leg
         self.horizon, self.stop_grad_actor_input = horizon, stop_grad_actor_input
         self.gamma, self.lam, self.discount_weights = gamma, lam, discount_weights
         self.entropy_scale, self.scale_returns = entropy_scale, scale_returns
@@ -604,10 +605,10 @@ class DreamerTPX(Algorithm):
 
     def _check_estimator(self) -> None:
         is_object = isinstance(self.estimator, estimators.Estimator)
-        if is_object and self.baseline != "leave-one-out":
+        if is_object and (self.baseline != "leave-one-out" or self.leg != "score"):
             raise ValueError(
-                "an Estimator brings its own baseline: pass baseline to estimators.make(...), "
-                "not to DreamerTPX"
+                "an Estimator brings its own baseline and legs: pass baseline and legs to "
+                "estimators.make(...), not to DreamerTPX"
             )
         starts = self.batch_size * self.sequence_length
         if self.imagination_starts > 0:
@@ -617,7 +618,13 @@ class DreamerTPX(Algorithm):
         kinds = [has_choices] * (node != "latent") + [is_one_hot] * (node != "action")
         estimator = self._resolved_estimator()
         for is_categorical in kinds:
-            try_estimator(estimator, [starts], has_value=True, is_categorical=is_categorical)
+            try_estimator(
+                estimator,
+                [starts],
+                has_value=True,
+                has_critic=True,
+                is_categorical=is_categorical,
+            )
         if self.stop_grad_actor_input and has(estimator.weight, "compares_means"):
             warnings.warn(
                 "the estimator takes a difference between the means of RP and LR for a bias of RP, "
@@ -645,10 +652,13 @@ class DreamerTPX(Algorithm):
         return self.node
 
     def _resolved_estimator(self) -> estimators.Estimator:
-        """The estimator, with the agent's baseline where that is not the default."""
-        if self.baseline == "leave-one-out":
-            return estimators.make(self.estimator)
-        return estimators.make(self.estimator, baseline=BASELINES[self.baseline])
+        """The estimator, with the agent's baseline and leg where these are not the default."""
+        changes: dict[str, Any] = {}
+        if self.baseline != "leave-one-out":
+            changes["baseline"] = self.baseline
+        if self.leg != "score":
+            changes["legs"] = self.leg
+        return estimators.make(self.estimator, **changes)
 
     def _check_spaces(self) -> None:
         ObservationForm(self.observation_space)  # raises for a space that is not supported

@@ -184,16 +184,18 @@ def imagine(
         entropies.append(entropy)
         deter = rssm.recur(state, action)
         prior = rssm.prior(deter)
-        probe = value = None
+        probe = value = critic = None
         if needs_probe:
             probe = _last_layer_probe(policy, state, hidden, raw, action_noise)
         if needs_value:
             with torch.no_grad():
                 value = policy.value(State(deter, prior.mean).features)
+        if latent_estimator.needs_critic:
+            critic = _critic_of_latents(policy, deter)
         stoch, credit = latent_estimator(
             *prior.zeta, latent_noise, credit,
-            probe=probe, value=value, tap=None if at_action else step_tap, meter=step_meter,
-            gauge=step_gauge if at_latent else None,
+            probe=probe, value=value, critic=critic, tap=None if at_action else step_tap,
+            meter=step_meter, gauge=step_gauge if at_latent else None,
         )  # fmt: skip
         state = State(deter, stoch.flatten(1))  # [N, G, C] -> [N, G C]
         features.append(state.features)
@@ -234,6 +236,27 @@ def k_of_variables(k: Tensor, noise: ImaginationNoise, node: NodeKind) -> Tensor
     return torch.cat((k[:, :actions], k[:, actions:].unflatten(1, latent).mean(-1)), 1)
 
 
+def _critic_of_latents(policy: DreamerPolicy, deter: Tensor) -> Callable[[Tensor], Tensor]:
+    """V of the state that a sample [N, D] of the latents makes: what `legs.lax` asks for."""
+    deter = deter.detach()
+
+    def critic(stoch: Tensor) -> Tensor:
+        return policy.target_value(State(deter, stoch).features)
+
+    return critic
+
+
+def _critic_of_actions(policy: DreamerPolicy, state: State) -> Callable[[Tensor], Tensor]:
+    """V at the prior's mean of the next state, of a sample [N, A] before the tanh."""
+    state = state.detach()
+
+    def critic(u: Tensor) -> Tensor:
+        deter = policy.model.rssm.recur(state, u.tanh())
+        return policy.target_value(State(deter, policy.model.rssm.prior(deter).mean).features)
+
+    return critic
+
+
 def _action_node(
     policy: DreamerPolicy,
     estimator: Estimator,
@@ -255,6 +278,7 @@ def _action_node(
         # V(s) includes r(s), which the action has no influence on.
         with torch.no_grad():
             value = policy.value(state.features) - policy.model.reward(state.features)
+    critic = _critic_of_actions(policy, state) if estimator.needs_critic else None
 
     def node(
         own: slice, mean: Tensor, std: Tensor | None, noise: Tensor, credit: Tensor
@@ -268,7 +292,8 @@ def _action_node(
             of_state = tuple(member[:, own] for member in policy.actor.zeta(carried))
         return estimator(
             mean, std, noise, credit,
-            probe=probe, value=value, tap=tap, meter=part, gauge=gauge, carried=of_state,
+            probe=probe, value=value, critic=critic, tap=tap, meter=part, gauge=gauge,
+            carried=of_state,
         )  # fmt: skip
 
     return node

@@ -380,6 +380,34 @@ def test_mvd_moves_one_coordinate_at_a_time():
     assert ((found.mean(0) - exact).abs() < 4 * found.std(0) / 200**0.5).all()
 
 
+@pytest.mark.parametrize("name", ["lax", "mvd"])
+def test_a_node_makes_a_leg_by_name_from_its_critic(name):
+    """The same gradient as with the leg that is made by hand; k is that of the rule."""
+
+    def gradient(legs, **extra):
+        (mean, std), noise, _ = gaussian(n=12, seed=60)
+        zeta = mean.requires_grad_(), std.requires_grad_()
+        x, credit = make("tpx", legs=legs)(*zeta, noise, mean.new_zeros(12), **extra)
+        cost = estimators.assign_credit(x.pow(3).sum(-1), credit)
+        return torch.autograd.grad(cost.sum(), zeta)
+
+    def critic(x):
+        return x.square().sum(-1)
+
+    by_hand = gradient(legs.LEGS[name](critic))
+    torch.testing.assert_close(gradient(name, critic=critic), by_hand)
+    assert not torch.allclose(by_hand[0], gradient("score")[0])
+
+
+@pytest.mark.parametrize("name", ["lax", "mvd"])
+def test_a_leg_that_needs_a_critic_says_so(name):
+    (mean, std), noise, _ = gaussian()
+    with pytest.raises(ValueError, match="need a critic of the sample: pass critic="):
+        make("tpx", legs=name)(mean, std, noise, mean.new_zeros(6))
+    with pytest.raises(ValueError, match="set cross_fit=False"):
+        make("tpx", legs=name, cross_fit=True)
+
+
 def test_maxwell_quantiles_are_those_of_the_norm_of_three_normals():
     rank = torch.tensor([0.05, 0.5, 0.95], dtype=F64)
     expected = chi.ppf(rank.numpy(), 3)

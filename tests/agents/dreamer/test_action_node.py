@@ -27,6 +27,7 @@ from tests.agents.dreamer.test_imagination import (
     Path,
     SpyEstimator,
     actor_gradient,
+    agreeing,
     alike,
     draw,
     estimated,
@@ -242,9 +243,7 @@ def test_estimators_agree_in_mean(node, name, reference):
     Within 4 SE; see the test of the same name at the latent.
     """
     policy, settings, rp = reference
-    key, *options = name.split(", ")
-    changes = {"baseline": baselines.critic} if "critic" in options else {}
-    estimator = estimators.make(key, cross_fit="cross-fit" in options, **changes)
+    key, estimator = agreeing(name)
     found = gradients_of_draws(policy, estimator, replace(settings, node=node))
     if key == "rp-cut":  # biased, as it says
         assert t_statistics(found - rp).abs().max() > 8

@@ -647,6 +647,8 @@ def test_every_estimator_learns_from_vectors_and_images(name, env):
     "changes",
     [
         {"baseline": "critic", "estimator": "lr"},
+        {"leg": "lax", "estimator": "lr"},
+        {"leg": "mvd"},
         {"stop_grad_actor_input": False},
         {"discount_head": True},
         {"discount_weights": False, "free_nats_per_step": True},

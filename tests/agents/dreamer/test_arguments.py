@@ -10,7 +10,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormali
 import totalprop.envs  # noqa: F401
 from totalprop import estimators
 from totalprop.agents import DreamerTPX
-from totalprop.agents.dreamer import agent as dreamer_arguments
 from totalprop.agents.dreamer.policy import SIZES, DreamerPolicy
 from totalprop.agents.dreamer.presets import PRESETS
 from totalprop.world_models.latent.networks import ImageEncoder, VectorEncoder
@@ -149,7 +148,18 @@ def test_the_readings_of_tpx_2023():
 @pytest.mark.parametrize("name", ["leave-one-out", "mean", "critic"])
 def test_baseline_reaches_the_estimator(name):
     settings = make(baseline=name, estimator="lr")._update.settings
-    assert settings.estimator.baseline is dreamer_arguments.BASELINES[name]
+    assert settings.estimator.baseline is estimators.baselines.BASELINES[name]
+
+
+@pytest.mark.parametrize("name", ["first-order", "lax", "mvd"])
+def test_leg_reaches_the_estimator(name):
+    settings = make(leg=name)._update.settings
+    assert settings.estimator.legs == (estimators.legs.LEGS[name],)
+
+
+def test_legs_with_a_critic_are_for_gaussians():
+    with pytest.raises(ValueError, match="Gaussian node"):
+        make(leg="lax", policy_kwargs={"latent": "categorical"})
 
 
 def test_an_estimator_object_is_used_as_it_is():
@@ -212,6 +222,7 @@ WRONG = [
     ("gamma", 1.1, r"in \[0, 1\]"),
     ("lam", -0.1, r"in \[0, 1\]"),
     ("baseline", "none", "one of leave-one-out, mean, critic"),
+    ("leg", "biw", "one of score, first-order, lax, mvd"),
     ("storage", "gpu", "one of ram, disk, device"),
     ("learning_rate", -0.1, "at least 0"),
 ]

@@ -28,6 +28,7 @@ from totalprop.agents.dreamer.imagination import (
 )
 from totalprop.agents.dreamer.policy import Actor, DreamerPolicy
 from totalprop.estimators import baselines
+from totalprop.estimators.declarations import having
 from totalprop.estimators.gauge import SHAPE, read
 from totalprop.estimators.probes import gram, restrict
 from totalprop.world_models.latent.distributions import GaussianLatents
@@ -326,7 +327,7 @@ class SpyEstimator:
     """Reparameterised samples, with a leaf of zeros in the credit of each node."""
 
     probe = "none"
-    needs_value = False
+    needs_value = needs_critic = False
 
     def __init__(self):
         self.leaves, self.calls = [], []
@@ -499,7 +500,18 @@ def references():
     return policy, {s: gradients_of_draws(policy, rp, s) for s in settings}
 
 
-AGREEING = [*estimators.names(), "lr, critic", "tpx, critic", "tpx, cross-fit"]
+AGREEING = [
+    *estimators.names(), "lr, critic", "tpx, critic", "tpx, cross-fit", "lr, lax", "tpx, lax",
+]  # fmt: skip
+
+
+def agreeing(name):
+    """The estimator that an entry of AGREEING names."""
+    key, *options = name.split(", ")
+    changes = {"baseline": "critic"} if "critic" in options else {}
+    if "lax" in options:
+        changes["legs"] = "lax"
+    return key, estimators.make(key, cross_fit="cross-fit" in options, **changes)
 
 
 @pytest.mark.parametrize("name", AGREEING)
@@ -511,9 +523,7 @@ def test_estimators_agree_in_mean(name, references):
     """
     policy, by_settings = references
     settings, rp = next(iter(by_settings.items()))
-    key, *options = name.split(", ")
-    changes = {"baseline": baselines.critic} if "critic" in options else {}
-    estimator = estimators.make(key, cross_fit="cross-fit" in options, **changes)
+    key, estimator = agreeing(name)
     found = gradients_of_draws(policy, estimator, settings)
     if key == "rp-cut":  # biased, as it says
         assert t_statistics(found - rp).abs().max() > 8
@@ -522,6 +532,37 @@ def test_estimators_agree_in_mean(name, references):
     # The test can tell 0.9 of the gradient from all of it. (ddcg counts different starts as jumps.)
     least = {"lr": 3, "ddcg": 3, "lr-first-order": 5}.get(key, 8)
     assert t_statistics(found - 0.9 * rp).abs().max() > least
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("node", ["latent", "action"])
+def test_legs_with_a_critic_are_given_the_value_of_what_the_sample_leads_to(node, slow):
+    """V(h, z) at the latent; at the action, V at the prior's mean of the next state."""
+    policy, noise, critics = make(slow_critic=slow), draw(), []
+    rssm = policy.model.rssm
+
+    def parts(features):
+        stoch, deter = features.split((STOCH, DETER), -1)
+        return State(deter, stoch)
+
+    @having("needs_critic")
+    def spy(critic):
+        critics.append(critic)
+        return estimators.legs.score
+
+    estimator = estimators.make("lr", legs=spy)
+    settings = replace(UNBLOCKED, node=node)
+    features = imagine(policy, starts(), noise, estimator, settings).features
+    assert len(critics) == H
+    before = torch.cat((starts().features.unsqueeze(0), features[:-1]))
+    u = randn(N, A, seed=8)
+    for state, after, critic in zip(before, features, critics, strict=True):
+        deter = parts(after).deter if node == "latent" else rssm.recur(parts(state), u.tanh())
+        stoch = randn(N, STOCH, seed=9) if node == "latent" else rssm.prior(deter).mean
+        critic_of = policy.slow_critic if slow else policy.critic
+        expected = critic_of(torch.cat((stoch, deter), -1)).squeeze(-1)
+        found = critic(stoch if node == "latent" else u)
+        torch.testing.assert_close(found, expected)
 
 
 def test_with_the_stop_gradient_the_means_differ(references):
@@ -696,7 +737,7 @@ def test_estimators_are_given_their_node_and_nothing_they_did_not_ask_for():
     for call, prior in zip(spy.calls, path.priors, strict=True):
         torch.testing.assert_close(call["mean"], prior.mean)
         torch.testing.assert_close(call["std"], prior.stddev)
-        assert all(call[x] is None for x in ("probe", "value", "meter", "tap"))
+        assert all(call[x] is None for x in ("probe", "value", "critic", "meter", "tap"))
 
 
 def test_samples_are_independent():
