@@ -37,6 +37,7 @@ from totalprop.agents.core.validation import (
     try_estimator,
 )
 from totalprop.agents.core.workers import explain_dead_workers
+from totalprop.agents.dreamer.exploration import HeldNoise
 from totalprop.agents.dreamer.imagination import ImaginationSettings, NodeKind
 from totalprop.agents.dreamer.metrics import (
     FIGURE_SECONDS,
@@ -128,6 +129,9 @@ class DreamerTPX(Algorithm):
             their number to gradient_steps. The random steps before learning do not count.
         exploration_noise: standard deviation of the noise added to actions in [-1, 1] while
             collecting; where actions are choices, the probability of a uniformly random one.
+        hold_exponent: while collecting, hold the noise of the policy (and the random actions) for d
+            decisions with probability ∝ d^-hold_exponent, so that exploration has all time scales
+            (Dabney et al. 2021). 0 draws it anew for each decision.
         kl_scale: weight of the KL term of the model's loss.
         representation_scale: weight of that term's gradient in the posterior, relative to that in
             the prior: 1 is the plain KL divergence of DreamerV1, less is KL balancing (0.2 in
@@ -201,6 +205,7 @@ class DreamerTPX(Algorithm):
         gradient_steps: Annotated[int, AtLeast(1)] = 100,
         replay_ratio: Annotated[float, AtLeast(0)] = 0.0,
         exploration_noise: Annotated[float, AtLeast(0)] = 0.3,
+        hold_exponent: Annotated[float, AtLeast(0)] = 0.0,
         kl_scale: Annotated[float, AtLeast(0)] = 1.0,
         representation_scale: Annotated[float, AtLeast(0)] = 1.0,
         free_nats: Annotated[float, AtLeast(0)] = 3.0,
@@ -246,7 +251,7 @@ class DreamerTPX(Algorithm):
         self.buffer_size, self.storage = buffer_size, storage
         self.learning_starts, self.train_freq = learning_starts, train_freq
         self.gradient_steps, self.replay_ratio = gradient_steps, replay_ratio
-        self.exploration_noise = exploration_noise
+        self.exploration_noise, self.hold_exponent = exploration_noise, hold_exponent
         self.kl_scale, self.discount_scale = kl_scale, discount_scale
         self.free_nats, self.free_nats_per_step = free_nats, free_nats_per_step
         self.discount_head, self.pretrained_world_model = discount_head, pretrained_world_model
@@ -255,6 +260,7 @@ class DreamerTPX(Algorithm):
         self.replay_buffer: SequenceReplay | None = None
         # Filter state and previous action of the running episodes.
         self._memory: tuple[State, Tensor] | None = None
+        self._held_random, self._held_noise = HeldNoise(), HeldNoise()
         # Rounds of updates, and steps since the last. Files hold both, so that a loaded agent keeps
         # the rhythm of updates and logs.
         self._rounds = self._since_round = 0
@@ -319,6 +325,7 @@ class DreamerTPX(Algorithm):
         if is_reset or self._memory is None:
             self.replay_buffer.start(self.policy.to_model(self._last_obs))
             self._memory = self.policy.initial_state(self.env.num_envs)
+            self._held_random, self._held_noise = HeldNoise(), HeldNoise()
         return total, callback
 
     def _new_replay(self) -> SequenceReplay:
@@ -436,15 +443,23 @@ class DreamerTPX(Algorithm):
         assert self._memory is not None
         is_random = self.num_timesteps < self.learning_starts
         state, previous = self._memory
-        starts = torch.as_tensor(np.asarray(self._last_episode_starts), device=self.device)
+        is_first = np.asarray(self._last_episode_starts)
+        held = self._held_random if is_random else self._held_noise
+
+        def hold(noise: Tensor) -> Tensor:
+            return held(noise, is_first, self.hold_exponent, self._rng)
+
         if is_random:  # without the filter, whose state remains zero, as where sequences begin
-            actions = self.policy.actions.random(count(observations), self._rng)
-            self._memory = state, torch.as_tensor(actions, device=self.device)
-            return actions
+            random = self.policy.actions.random(count(observations), self._rng)
+            action = hold(torch.as_tensor(random, device=self.device))
+            self._memory = state, action
+            return action.cpu().numpy()
+        starts = torch.as_tensor(is_first, device=self.device)
         seen = to_tensors(observations, self.device)
         action, state = self.policy.step(
-            seen, state, previous, starts.bool(), deterministic=False, generator=self._generator
-        )
+            seen, state, previous, starts.bool(), deterministic=False,
+            generator=self._generator, hold=hold,
+        )  # fmt: skip
         action = self.policy.actions.explore(action, self.exploration_noise, self._generator)
         self._memory = state, action
         return action.cpu().numpy()
@@ -555,6 +570,7 @@ class DreamerTPX(Algorithm):
             "generator": self._generator.get_state(),
             "rng": self._rng.bit_generator.state,
             "memory": memory,
+            "held": [x.state_dict() for x in (self._held_random, self._held_noise)],
             "replay": None,
         }
         if self.replay_buffer is not None:
@@ -569,6 +585,9 @@ class DreamerTPX(Algorithm):
         if state["memory"] is not None:
             deter, stoch, action = (tensor.to(self.device) for tensor in state["memory"])
             self._memory = State(deter, stoch), action
+        if "held" in state:  # files before 0.2 have none
+            for held, kept in zip((self._held_random, self._held_noise), state["held"]):
+                held.load_state_dict(kept, self.device)
         if state["replay"] is not None:
             self.replay_buffer = self._new_replay()
             self.replay_buffer.load_state_dict(state, folder)
@@ -579,7 +598,10 @@ class DreamerTPX(Algorithm):
         self._memory = None
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["replay_buffer", "_update", "_generator", "_rng", "_memory", "_figures_due"]
+        own = [
+            "replay_buffer", "_update", "_generator", "_rng", "_memory", "_figures_due",
+            "_held_random", "_held_noise",
+        ]  # fmt: skip
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -288,6 +289,7 @@ class DreamerPolicy(BasePolicy):
         *,
         deterministic: bool,
         generator: torch.Generator | None = None,
+        hold: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, State]:
         """Filter one observation and act.
 
@@ -299,6 +301,7 @@ class DreamerPolicy(BasePolicy):
             deterministic: use the posterior's mode and tanh(mean), or the most likely choice, and
                 draw no random number.
             generator: of the noise; None for torch's global one.
+            hold: what is made of the action's noise [n, A], see `exploration.HeldNoise`.
 
         Returns:
             Actions [n, A], scaled to [-1, 1] or one-hot, and the new state.
@@ -311,6 +314,8 @@ class DreamerPolicy(BasePolicy):
             shared: dict[str, Any] = {"generator": generator, "device": action.device}
             latent_noise = self.model.rssm.latents.noise(len(action), **shared)
             action_noise = self.actor.noise(len(action), **shared)
+            if hold is not None:
+                action_noise = hold(action_noise)
         state = self.model.filter(state, action, observations, latent_noise)
         action, _ = self.acting.act(self.acting(state.features), action_noise)
         return action, state

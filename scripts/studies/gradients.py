@@ -118,9 +118,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.estimators = options.estimators or [OURS, *RIVALS, *OTHERS]
     for name in options.estimators:
         try:
-            estimator_named(name)
+            needs_critic = estimator_named(name).needs_critic
         except ValueError as error:
             parser.error(str(error))
+        if needs_critic and any(problem in PROBLEMS for problem in options.problems):
+            parser.error(f"{name} needs a critic: choose --problems that are runs of dreamer")
     least = {"repeats": options.repeats // 2 - 1, "samples": min(options.samples) - 5}
     for name, spare in (*least.items(), ("jobs", options.jobs - 1), ("seed", options.seed)):
         if spare < 0:
@@ -129,10 +131,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def estimator_named(name: str) -> Estimator:
-    """A registered estimator, or aobg with a tolerated bias, such as aobg-0.3."""
+    """A registered estimator, one with a leg (tpx+lax), or aobg with a tolerated bias (aobg-0.3)."""
     gamma = _tolerance(name)
     if gamma is None:
-        return make(name)
+        name, _, leg = name.partition("+")
+        return make(name, legs=leg) if leg else make(name)
     return make("aobg", weight=functools.partial(mixing.aobg, gamma=gamma))
 
 
