@@ -286,8 +286,8 @@ def _gradients(parser: ArgumentParser) -> None:
         "--estimators",
         nargs="+",
         metavar="ESTIMATOR",
-        help="estimators to measure, yours too, some with a leg, such as lr+first-order or, for runs "
-        "of dreamer, tpx+lax (default: the best of each family)",
+        help="estimators to measure, yours too, some with a leg, such as lr+first-order or, for "
+        "runs of dreamer, tpx+lax (default: the best of each family)",
     )
     add_import(parser, "module that registers estimators of yours")
     add(

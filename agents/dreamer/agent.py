@@ -585,7 +585,7 @@ class DreamerTPX(Algorithm):
         if state["memory"] is not None:
             deter, stoch, action = (tensor.to(self.device) for tensor in state["memory"])
             self._memory = State(deter, stoch), action
-        if "held" in state:  # files before 0.2 have none
+        if "held" in state:  # older files have none
             for held, kept in zip((self._held_random, self._held_noise), state["held"]):
                 held.load_state_dict(kept, self.device)
         if state["replay"] is not None:

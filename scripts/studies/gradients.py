@@ -131,7 +131,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def estimator_named(name: str) -> Estimator:
-    """A registered estimator, one with a leg (tpx+lax), or aobg with a tolerated bias (aobg-0.3)."""
+    """An estimator by name, with a leg (tpx+lax) or a tolerated bias (aobg-0.3)."""
     gamma = _tolerance(name)
     if gamma is None:
         name, _, leg = name.partition("+")

@@ -303,6 +303,8 @@ def test_an_error_of_the_truth_is_taken_off_but_never_variance():
     [
         (["--problems", "chess"], "got chess"),
         (["--estimators", "tqx"], "did you mean 'tpx'"),
+        (["--estimators", "tpx+lux"], "unknown leg 'lux': did you mean 'lax'"),
+        (["--estimators", "tpx+lax"], "tpx+lax needs a critic: choose --problems that are runs"),
         (["--repeats", "1"], "--repeats must be larger, got 1"),
         (["--jobs", "0"], "--jobs must be larger, got 0"),
     ],
@@ -311,6 +313,10 @@ def test_wrong_flags_are_refused(flags, message, capsys, tmp_path):
     with pytest.raises(SystemExit) as left:
         gradients.main(["--out", str(tmp_path), *flags])
     assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_name_may_have_a_leg():
+    assert gradients.estimator_named("lr+first-order") == make("lr", legs="first-order")
 
 
 def test_a_kind_stands_for_its_problems():

@@ -51,7 +51,7 @@ SIZES: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dreamer-categorical": (
         "dreamer",
-        {"policy_kwargs": {
+        {"hold_exponent": 1.2, "policy_kwargs": {
             **SIZES["dreamer"]["policy_kwargs"], "latent": "categorical", "classes": 4}},
     ),
     "svg-0": ("svg", {"variant": "0"}),

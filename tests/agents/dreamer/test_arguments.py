@@ -216,6 +216,7 @@ WRONG = [
     ("max_grad_norm", 0.0, "above 0"),
     ("discount_scale", 0.0, "above 0"),
     ("exploration_noise", -0.1, "at least 0"),
+    ("hold_exponent", -1.0, "at least 0"),
     ("entropy_scale", -0.1, "at least 0"),
     ("kl_scale", -1.0, "at least 0"),
     ("free_nats", -3.0, "at least 0"),
