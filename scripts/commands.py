@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 from totalprop.agents import AGENTS
 
 GPU_STEPS = ("tests", "bench", "train")
-BENCHMARKS = ("pipps", "dreamer", "ppo", "checkpoint")
+BENCHMARKS = ("pipps", "pilco", "dreamer", "ppo", "svg", "checkpoint")
 PEERS = ("sac", "td3")
 MODES = ("compile", "cuda_graph", "bf16")  # of the dreamer's benchmark: fields of `UpdateSettings`
 
@@ -397,14 +397,13 @@ def _bench(parser: ArgumentParser) -> None:
         "--points",
         type=int,
         nargs="+",
-        default=[30, 150, 450],
         metavar="N",
-        help="pipps: numbers of data points of the GP (default: 30 150 450)",
+        help="pipps, pilco: numbers of data points of the GP (default: 30 150 450; 30 150 300)",
     )
     parser.add_argument(
         "--repeats",
         type=int,
-        help="repeats, of which the median is taken (default: 11 for pipps, 5 for the others)",
+        help="repeats, of which the median is taken (default: 11 for pipps and pilco, else 5)",
     )
     parser.add_argument(
         "--threads",

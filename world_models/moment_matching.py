@@ -11,6 +11,7 @@ Leading axes [...] of the Gaussians are batches. Everything is float64 and diffe
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -85,7 +86,14 @@ def take(x: Tensor, entries: Sequence[int], axis: int) -> Tensor:
     first, n = entries[0], len(entries)
     if list(entries) == list(range(first, first + n)):
         return x.narrow(axis, first, n)
-    return x.index_select(axis, torch.tensor(list(entries), device=x.device))
+    return x.index_select(axis, _index(tuple(entries), x.device))
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _index(entries: tuple[int, ...], device: torch.device) -> Tensor:
+    """Entries as a tensor, made once."""
+    return torch.tensor(entries, device=device)
 
 
 def symmetric(matrix: Tensor) -> Tensor:
@@ -117,27 +125,21 @@ def linear(x: Gaussian, weights: Tensor, bias: Tensor) -> Image:
     return Image(mean, symmetric(weights @ x.covariance @ weights.mT), gain)
 
 
+class Waves(NamedTuple):
+    """Functions f(x) = Cᵀ sin(Bᵀ x + φ)."""
+
+    into: Tensor  # [D, K] B
+    phase: Tensor  # [K] φ
+    out: Tensor | None = None  # [K, E] C, or None for the sines themselves
+
+
 def sine(x: Gaussian) -> Image:
     """Sin of every entry.
-
-    E[sin x_i] = exp(-S_ii/2) sin m_i, gain_ii = exp(-S_ii/2) cos m_i, and with
-    e± = exp(-(S_ii + S_jj)/2 ± S_ij), e₀ = exp(-(S_ii + S_jj)/2):
-    cov(sin x_i, sin x_j) = ½ [(e₊ - e₀) cos(m_i - m_j) - (e₋ - e₀) cos(m_i + m_j)].
-    Deisenroth & Rasmussen 2011, code (gSin.m).
 
     Args:
         x: [..., D].
     """
-    m, s = x
-    variance = s.diagonal(dim1=-2, dim2=-1)
-    decay = (-variance / 2).exp()
-    half = -(variance.unsqueeze(-1) + variance.unsqueeze(-2)) / 2
-    # The exponents of a covariance are not positive: nothing overflows, however wide x is.
-    alone, plus, minus = half.exp(), (half + s).exp(), (half - s).exp()
-    difference = m.unsqueeze(-1) - m.unsqueeze(-2)
-    total = m.unsqueeze(-1) + m.unsqueeze(-2)
-    covariance = ((plus - alone) * difference.cos() - (minus - alone) * total.cos()) / 2
-    return Image(decay * m.sin(), covariance, (decay * m.cos()).diag_embed())
+    return _waves(x, _sine(x.mean.shape[-1], x.mean.dtype, x.mean.device))
 
 
 def trigonometry(x: Gaussian) -> Image:
@@ -149,10 +151,7 @@ def trigonometry(x: Gaussian) -> Image:
     Returns:
         Moments of [..., 2 D].
     """
-    d = x.mean.shape[-1]
-    shifted = torch.cat((x.mean, x.mean + math.pi / 2), -1)
-    found = sine(Gaussian(shifted, x.covariance.repeat(*[1] * (x.mean.dim() - 1), 2, 2)))
-    return found._replace(gain=found.gain[..., :d, :] + found.gain[..., d:, :])
+    return _waves(x, _trigonometry(x.mean.shape[-1], x.mean.dtype, x.mean.device))
 
 
 def saturate(x: Gaussian) -> Image:
@@ -163,20 +162,58 @@ def saturate(x: Gaussian) -> Image:
     Args:
         x: [..., D].
     """
-    m, s = x
-    d, batch = m.shape[-1], m.shape[:-1]
-    amplitude, frequency = m.new_tensor([9 / 8, 1 / 8]), m.new_tensor([1.0, 3.0])
-    times = frequency.repeat_interleave(d)
-    weight = amplitude.repeat_interleave(d)
-    wide = s.repeat(*[1] * len(batch), 2, 2) * times.outer(times)
-    sines = sine(Gaussian(torch.cat((m, 3 * m), -1), wide))
-    mean = (weight * sines.mean).view(*batch, 2, d).sum(-2)
-    covariance = (weight.outer(weight) * sines.covariance).view(*batch, 2, d, 2, d).sum((-4, -2))
-    slope = weight * times * sines.gain.diagonal(dim1=-2, dim2=-1)
-    return Image(mean, covariance, slope.view(*batch, 2, d).sum(-2).diag_embed())
+    return _waves(x, _saturation(x.mean.shape[-1], x.mean.dtype, x.mean.device))
 
 
-def kernel_sum(x: Gaussian, function: KernelSum) -> Image:
+def _waves(x: Gaussian, waves: Waves) -> Image:
+    """Moments of sines of z = Bᵀ x + φ, and from them those of their sums.
+
+    With the mean m and covariance S of z:
+    E[sin z_i] = exp(-S_ii/2) sin m_i, gain_ii = exp(-S_ii/2) cos m_i, and with
+    e± = exp(-(S_ii + S_jj)/2 ± S_ij), e₀ = exp(-(S_ii + S_jj)/2):
+    cov(sin z_i, sin z_j) = ½ [(e₊ - e₀) cos(m_i - m_j) - (e₋ - e₀) cos(m_i + m_j)].
+    Deisenroth & Rasmussen 2011, code (gSin.m).
+    """
+    m = x.mean @ waves.into + waves.phase
+    s = waves.into.mT @ x.covariance @ waves.into
+    halves = s.diagonal(dim1=-2, dim2=-1) / 2
+    decay = (-halves).exp()
+    half = -(halves.unsqueeze(-1) + halves.unsqueeze(-2))
+    # The exponents of a covariance are not positive: nothing overflows, however wide x is.
+    alone, plus, minus = half.exp(), (half + s).exp(), (half - s).exp()
+    column, row = m.unsqueeze(-1), m.unsqueeze(-2)
+    covariance = (plus - alone) * (column - row).cos() - (minus - alone) * (column + row).cos()
+    gain = waves.into * (decay * m.cos()).unsqueeze(-2)
+    mean, out = decay * m.sin(), waves.out
+    if out is None:
+        return Image(mean, symmetric(covariance / 2), gain)
+    return Image(mean @ out, symmetric(out.mT @ (covariance / 2) @ out), gain @ out)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _sine(d: int, dtype: torch.dtype, device: torch.device) -> Waves:
+    eye = torch.eye(d, dtype=dtype, device=device)
+    return Waves(eye, eye.new_zeros(d))
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _trigonometry(d: int, dtype: torch.dtype, device: torch.device) -> Waves:
+    eye = torch.eye(d, dtype=dtype, device=device)
+    phase = torch.cat((eye.new_zeros(d), eye.new_full((d,), math.pi / 2)))
+    return Waves(torch.cat((eye, eye), 1), phase)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _saturation(d: int, dtype: torch.dtype, device: torch.device) -> Waves:
+    eye = torch.eye(d, dtype=dtype, device=device)
+    both = torch.cat((eye, 3 * eye), 1)
+    return Waves(both, eye.new_zeros(2 * d), torch.cat((9 * eye, eye)) / 8)
+
+
+def kernel_sum(x: Gaussian, function: KernelSum, scales: Scales | None = None) -> Image:
     """Prediction of E Gaussian processes (or RBF networks) at an uncertain input, without noise.
 
     With L = diag(l²), ν_i = c_i - m and q_i = E[k(x, c_i)]:
@@ -194,29 +231,95 @@ def kernel_sum(x: Gaussian, function: KernelSum) -> Image:
     Args:
         x: [..., D].
         function: the E functions; pairs of them, and of their centres, are computed together.
+        scales: `scales_of(function)`, where it is there already.
     """
-    inverse, log_signal = function.inverse_lengthscale, function.log_signal
-    e, d = inverse.shape
-    # Pairs (a, b), the diagonal first.
-    upper = torch.triu_indices(e, e, 1, device=inverse.device)
-    a, b = (torch.cat((torch.arange(e, device=inverse.device), part)) for part in upper)
+    return _kernel_sum(x, function, scales)[0]
 
-    # Of each output, then of each pair: (I + D S D)⁻¹ and half its log-determinant, where D is
-    # diagonal with D² = L⁻¹ or L_a⁻¹ + L_b⁻¹; and D⁻¹ (I + D S D)⁻¹ D S D D⁻¹, which is
-    # G = (S⁻¹ + L⁻¹)⁻¹ or T = (S⁻¹ + L_a⁻¹ + L_b⁻¹)⁻¹.
-    square = inverse.square()
-    both = (square.index_select(0, a) + square.index_select(0, b)).sqrt()
-    diagonal = torch.cat((inverse, both))
-    scale = diagonal.unsqueeze(2) * diagonal.unsqueeze(1)  # [E + P, D, D]
-    wide = x.covariance.unsqueeze(-3) * scale
-    factor = _cholesky(torch.eye(d, dtype=inverse.dtype, device=inverse.device) + wide)
+
+class Scales(NamedTuple):
+    """What `kernel_sum` needs of a function's lengthscales, for E outputs and P pairs of them.
+
+    D is diagonal, with D² = L⁻¹ of an output or L_a⁻¹ + L_b⁻¹ of a pair.
+    """
+
+    both: Tensor  # [2 P] a, then b of every pair (a, b); the pairs (a, a) come first
+    which_u: Tensor  # [E + 2 P] all outputs, then `both`
+    which_matrix: Tensor  # [E + 2 P] all outputs, then all pairs twice
+    place: Tensor  # [E E] pair of every entry of a matrix
+    ends: Tensor  # [E + P, P] 1 for a and for b, -1 for the pair itself
+    eye: Tensor  # [D, D]
+    outer: Tensor  # [E + P, D, D] D_i D_j
+    ratio: Tensor  # [E + P, D, D] D_j / D_i
+
+
+def scales_of(function: KernelSum) -> Scales:
+    """The part of `kernel_sum` that does not depend on its input; gradients flow."""
+    inverse = function.inverse_lengthscale
+    e, d = inverse.shape
+    rows, columns = torch.triu_indices(e, e, 1).tolist()
+    a, b = [*range(e), *rows], [*range(e), *columns]
+    pair = {ab: p for p, ab in enumerate(zip(a, b))}
+    place = [pair[min(i, j), max(i, j)] for i in range(e) for j in range(e)]
+    both = torch.tensor(a + b, device=inverse.device)
+    of_pairs = inverse.square().index_select(0, both).view(2, -1, d).sum(0).sqrt()
+    diagonal, p = torch.cat((inverse, of_pairs)), len(a)
+    ends = torch.zeros(e + p, p, dtype=inverse.dtype)
+    for i in range(p):
+        ends[a[i], i] += 1
+        ends[b[i], i] += 1
+        ends[e + i, i] = -1
+    which_matrix = [*range(e + p), *range(e, e + p)]
+    return Scales(
+        both=both,
+        which_u=torch.tensor([*range(e), *a, *b], device=inverse.device),
+        which_matrix=torch.tensor(which_matrix, device=inverse.device),
+        place=torch.tensor(place, device=inverse.device),
+        ends=ends.to(inverse.device),
+        eye=torch.eye(d, dtype=inverse.dtype, device=inverse.device),
+        outer=diagonal.unsqueeze(2) * diagonal.unsqueeze(1),
+        ratio=diagonal.unsqueeze(1) / diagonal.unsqueeze(2),
+    )
+
+
+class Terms(NamedTuple):
+    """What the derivatives of `kernel_sum` are made of, for E outputs, P pairs and n centres."""
+
+    image: Image | None
+    u: Tensor  # [..., E, n, D] L⁻¹ ν
+    r: Tensor  # [..., E, n, D] (S + L)⁻¹ ν
+    w: Tensor  # [..., E, n] β q
+    q: Tensor  # [..., E, n]
+    narrow: Tensor  # [..., E + P, D, D] (I + D S D)⁻¹
+    pairs: Tensor  # [..., P] Σ_ij w_i w_j (exp(δ_ij) - 1)
+    of_b: Tensor  # [..., P, 1 + D, n] Σ_j (exp(δ_ij) - 1) w_j (1, u_j)
+    of_a: Tensor  # [..., P, n] Σ_i w_i (exp(δ_ij) - 1)
+    known: Tensor | None  # [..., E, 1 + D, n] Σ_j A_ij (exp(δ_ij) - 1) q_j (1, u_j), with A = RᵀR
+    is_known: Tensor | None  # [..., E] 1 where the variance is positive, else 0
+
+
+def _kernel_sum(
+    x: Gaussian, function: KernelSum, scales: Scales | None = None, *, keep: bool = False
+) -> tuple[Image, Terms | None]:
+    """`kernel_sum`, and with `keep` the terms of its derivatives."""
+    scales = scales_of(function) if scales is None else scales
+    both, eye = scales.both, scales.eye
+    inverse, log_signal = function.inverse_lengthscale, function.log_signal
+    e, p = len(inverse), len(both) // 2
+    a, b = both[:p], both[p:]
+
+    # Of each output, then of each pair: (I + D S D)⁻¹ and half its log-determinant; and
+    # D⁻¹ (I + D S D)⁻¹ D S, which is G = (S⁻¹ + L⁻¹)⁻¹ or T = (S⁻¹ + L_a⁻¹ + L_b⁻¹)⁻¹.
+    covariance = x.covariance.unsqueeze(-3)
+    factor, info = torch.linalg.cholesky_ex(torch.addcmul(eye, covariance, scales.outer))
     narrow = torch.cholesky_inverse(factor)
-    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)  # [..., E + P, 1]
-    harmonic = symmetric((narrow @ wide) / scale)
+    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # [..., E + P]
+    # NaN where there is none, so that a line search steps back from it.
+    log_det = log_det.masked_fill(info != 0, torch.nan)
+    harmonic = (narrow * scales.ratio) @ covariance
 
     nu = (function.centres - x.mean[..., None, None, :]) * inverse.unsqueeze(1)  # [..., E, n, D]
     near = nu @ narrow[..., :e, :, :]
-    log_q = 2 * log_signal.unsqueeze(-1) - log_det[..., :e, :] - (nu * near).sum(-1) / 2
+    log_q = (2 * log_signal - log_det[..., :e]).unsqueeze(-1) - (nu * near).sum(-1) / 2
     q = log_q.exp()  # [..., E, n]
     w = function.beta * q
     mean = w.sum(-1)
@@ -224,29 +327,164 @@ def kernel_sum(x: Gaussian, function: KernelSum) -> Image:
 
     # δ = u_aᵀ T u_b + a term of each + a constant, with u = L⁻¹ν.
     u = nu * inverse.unsqueeze(1)
-    own = (u @ harmonic[..., :e, :, :]).mul(u).sum(-1)  # uᵀ G u
-    t = harmonic[..., e:, :, :]
-    u_a, u_b = u.index_select(-3, a), u.index_select(-3, b)
-    left = u_a @ t  # [..., P, n, D]
-    constant = log_det.index_select(-2, a) + log_det.index_select(-2, b) - log_det[..., e:, :]
-    by_a = ((left * u_a).sum(-1) - own.index_select(-2, a)) / 2 + constant
-    by_b = ((u_b @ t).mul(u_b).sum(-1) - own.index_select(-2, b)) / 2
-    ones = torch.ones_like(by_a)
-    left = torch.cat((left, torch.stack((by_a, ones), -1)), -1)
-    right = torch.cat((u_b, torch.stack((ones, by_b), -1)), -1)
-    excess = (left @ right.mT).clamp(max=LARGEST_EXPONENT).expm1()  # [..., P, n, n]
-    column = excess @ w.index_select(-2, b).unsqueeze(-1)
-    pairs = (w.index_select(-2, a) * column.squeeze(-1)).sum(-1)
-    place = torch.empty(e, e, dtype=torch.long, device=inverse.device)
-    place[a, b] = place[b, a] = torch.arange(len(a), device=inverse.device)
-    covariance = pairs.index_select(-1, place.view(-1)).unflatten(-1, (e, e))
+    us = u.index_select(-3, scales.which_u)  # [..., E + 2 P, n, D]: of all outputs, as and bs
+    moved = us @ harmonic.index_select(-3, scales.which_matrix)
+    square = (moved * us).sum(-1)  # uᵀ G u, then u_aᵀ T u_a and u_bᵀ T u_b
+    terms = (square[..., e:, :] - square.index_select(-2, both)) / 2
+    constant = log_det @ scales.ends  # [..., P]
+    by_a = (terms[..., :p, :] + constant.unsqueeze(-1)).unsqueeze(-1)
+    by_b, ones = terms[..., p:, :].unsqueeze(-1), torch.ones_like(by_a)
+    u_b = us[..., e + p :, :, :]
+    left = torch.cat((moved[..., e : e + p, :, :], by_a, ones), -1)
+    right = torch.cat((u_b, ones, by_b), -1)
+    exponent = left @ right.mT  # [..., P, n, n]
+    if exponent.requires_grad:
+        excess = exponent.clamp(max=LARGEST_EXPONENT).expm1()
+    else:
+        excess = exponent.clamp_(max=LARGEST_EXPONENT).expm1_()
+
+    # Sums as rows times matrices, which is the faster order.
+    w_a, w_b = w.index_select(-2, a), w.index_select(-2, b)
+    of_a = (w_a.unsqueeze(-2) @ excess).squeeze(-2)
+    pairs = (of_a * w_b).sum(-1)
+    matrix = pairs.index_select(-1, scales.place).unflatten(-1, (e, e))
+    known = is_known = None
     if function.root is not None and function.precision is not None:
-        known = (function.root @ q.unsqueeze(-1)).square().sum((-2, -1))
-        spread = (function.precision * excess[..., :e, :, :]) @ q.unsqueeze(-1)
-        explained = known + (q * spread.squeeze(-1)).sum(-1)
+        weights = q.unsqueeze(-2)
+        explained = (weights @ function.root.mT).square().sum((-2, -1))
+        weights = torch.cat((weights, weights * u.mT), -2) if keep else weights
+        known = weights @ (function.precision * excess[..., :e, :, :])
+        explained = explained + (q * known[..., 0, :]).sum(-1)
         rest = ((2 * log_signal).exp() - explained).clamp_min(0.0)
-        covariance = covariance + rest.diag_embed()
-    return Image(mean + function.offset, covariance, gain.mT)
+        is_known = (rest > 0).to(rest)
+        matrix = matrix + rest.diag_embed()
+    image = Image(mean + function.offset, matrix, gain.mT)
+    if not keep:
+        return image, None
+    rows = w_b.unsqueeze(-2)
+    of_b = torch.cat((rows, rows * u_b.mT), -2) @ excess.mT
+    r = near * inverse.unsqueeze(1)
+    return image, Terms(image, u, r, w, q, narrow, pairs, of_b, of_a, known, is_known)
+
+
+class KernelSteps:
+    """`kernel_sum` of one function, step by step; then its derivatives, for all steps together.
+
+    What does not depend on the input is made once, and the derivatives need nothing of the size
+    n x n any more: sums over one of the points are kept, sums over both are taken from them.
+
+    Args:
+        function: the E functions.
+        keep: remember every call for `together`.
+    """
+
+    def __init__(self, function: KernelSum, *, keep: bool) -> None:
+        self.function, self.scales, self.keep = function, scales_of(function), keep
+        self.terms: list[Terms] = []
+
+    @torch.no_grad()
+    def __call__(self, x: Gaussian) -> Image:
+        """`kernel_sum` at [D], without gradients."""
+        image, terms = _kernel_sum(x, self.function, self.scales, keep=self.keep)
+        if terms is not None:
+            self.terms.append(terms)
+        return image
+
+    def together(self, x: Gaussian) -> Image:
+        """The images of all calls, with their derivatives; gradients flow to x alone.
+
+        Args:
+            x: [H, D] the inputs of the H calls.
+        """
+        image = Image(*map(torch.stack, zip(*(terms.image for terms in self.terms))))
+        with torch.no_grad():
+            jacobian = kernel_sum_jacobian(_stack(self.terms), self.function, self.scales)
+        # Zero, but for its derivative.
+        moved = torch.cat((x.mean, x.covariance.flatten(-2)), -1)
+        change = (jacobian @ (moved - moved.detach()).unsqueeze(-1)).squeeze(-1)
+        e, d = image.mean.shape[-1], x.mean.shape[-1]
+        mean, covariance, gain = change.split((e, e * e, d * e), -1)
+        return Image(
+            image.mean + mean,
+            image.covariance + covariance.unflatten(-1, (e, e)),
+            image.gain + gain.unflatten(-1, (d, e)),
+        )
+
+
+def _stack(terms: Sequence[Terms]) -> Terms:
+    """The terms of several inputs as those of a batch, without the images."""
+    parts = list(zip(*terms))[1:]
+    stacked = (None if part[0] is None else torch.stack(part) for part in parts)
+    return Terms(None, *stacked)  # type: ignore[arg-type]
+
+
+def kernel_sum_jacobian(terms: Terms, function: KernelSum, scales: Scales) -> Tensor:
+    """Derivatives of `kernel_sum` by mean m and covariance S of its input.
+
+    From ∂E[f]/∂m = E[∂f/∂x] and ∂E[f]/∂S = ½ E[∂²f/∂x²] (Price's theorem):
+    with r_i = (S + L)⁻¹ ν_i and H = (S + L)⁻¹,
+        ∂q_i/∂m = q_i r_i,  ∂q_i/∂S = ½ q_i (r_i r_iᵀ - H),
+        ∂Q_ij/∂m = Q_ij ρ_ij,  ∂Q_ij/∂S = ½ Q_ij (ρ_ij ρ_ijᵀ - H_ab),
+        ρ_ij = Kᵀ (u_ai + u_bj),  K = D⁻¹ (I + D S D)⁻¹ D,  H_ab = D (I + D S D)⁻¹ D,
+    and the gain is ∂mean/∂m.
+
+    Args:
+        terms: of the inputs.
+        function: the E functions.
+        scales: `scales_of(function)`.
+
+    Returns:
+        [..., E + E E + D E, D + D D]: rows are the entries of mean, covariance and gain, columns
+        those of m and S.
+    """
+    e, p = len(function.inverse_lengthscale), len(scales.both) // 2
+    a, b = scales.both[:p], scales.both[p:]
+    _, u, r, w, q, narrow, pairs, of_b, of_a, known, is_known = terms
+    d = u.shape[-1]
+    wide, k = narrow * scales.outer, (narrow * scales.ratio)[..., e:, :, :]
+    h, h_ab = wide[..., :e, :, :], wide[..., e:, :, :]
+
+    w_r = w.unsqueeze(-1) * r
+    sums, gain = w.sum(-1), w_r.sum(-2)  # [..., E], [..., E, D]
+    of_mean = (w_r.mT @ r - sums[..., None, None] * h) / 2
+    cubes = torch.stack([(w_r * r[..., i : i + 1]).mT @ r for i in range(d)], -3)
+    mixed = h.unsqueeze(-1) * gain[..., None, None, :]
+    of_gain = (cubes - gain[..., None, None] * h.unsqueeze(-3) - mixed - mixed.mT) / 2
+
+    # Sums of the weights Q_ij β_i β_j over j, over i and over both, and with u_i and u_j.
+    w_a, w_b, u_a, u_b = (x.index_select(x.dim() + axis, at) for x, axis, at in
+                          ((w, -2, a), (w, -2, b), (u, -3, a), (u, -3, b)))  # fmt: skip
+    m_a, m_b = sums.index_select(-1, a), sums.index_select(-1, b)
+    w_u = (w.unsqueeze(-1) * u).sum(-2)
+    rows = w_a * (of_b[..., 0, :] + m_b.unsqueeze(-1))
+    columns = w_b * (of_a + m_a.unsqueeze(-1))
+    total = pairs + m_a * m_b
+    cross = (w_a.unsqueeze(-1) * u_a).mT @ of_b[..., 1:, :].mT
+    cross = cross + w_u.index_select(-2, a).unsqueeze(-1) * w_u.index_select(-2, b).unsqueeze(-2)
+    if known is not None and is_known is not None and function.precision is not None:
+        # Less the same sums of Q_ij A_ij, on the diagonal.
+        q_u = torch.cat((q.unsqueeze(-1), q.unsqueeze(-1) * u), -1)
+        inner = known.mT + torch.einsum("eij,...ejk->...eik", function.precision, q_u)
+        inner = inner * is_known[..., None, None]
+        explained = q * inner[..., 0]
+        rows, columns, total = rows.clone(), columns.clone(), total.clone()
+        rows[..., :e, :] -= explained
+        columns[..., :e, :] -= explained
+        total[..., :e] -= explained.sum(-1)
+        cross[..., :e, :, :] -= q_u[..., 1:].mT @ inner[..., 1:]
+    first = ((rows.unsqueeze(-2) @ u_a) + (columns.unsqueeze(-2) @ u_b)) @ k  # [..., P, 1, D]
+    second = u_a.mT @ (rows.unsqueeze(-1) * u_a) + u_b.mT @ (columns.unsqueeze(-1) * u_b)
+    second = k.mT @ (second + cross + cross.mT) @ k - total[..., None, None] * h_ab
+    # Less the derivatives of mean_a mean_b.
+    by_a, by_b = m_b.unsqueeze(-1), m_a.unsqueeze(-1)
+    first = first.squeeze(-2) - by_a * gain.index_select(-2, a) - by_b * gain.index_select(-2, b)
+    by_a, by_b = by_a.unsqueeze(-1), by_b.unsqueeze(-1)
+    second = second / 2 - by_a * of_mean.index_select(-3, a) - by_b * of_mean.index_select(-3, b)
+
+    of_pairs = torch.cat((first, second.flatten(-2)), -1).index_select(-2, scales.place)
+    by_mean = torch.cat((gain, of_mean.flatten(-2)), -1)
+    by_gain = torch.cat((2 * of_mean, of_gain.flatten(-2)), -1).transpose(-3, -2).flatten(-3, -2)
+    return torch.cat((by_mean, of_pairs, by_gain), -2)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -5,18 +5,22 @@ The loss of PILCO as pure functions: nothing here knows stable-baselines3 or an 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.agents.trials.saturating_cost import SaturatingCost
 from totalprop.world_models.gp_dynamics import GPDynamics, join_trig_features
 from totalprop.world_models.moment_matching import (
     Gaussian,
+    Image,
+    KernelSteps,
     join,
     kernel_sum,
     saturate,
@@ -25,6 +29,7 @@ from totalprop.world_models.moment_matching import (
 
 # Mean and variance [...] of a step's cost, from the Gaussian of (next state, control) [..., S + A].
 CostMoments = Callable[[Gaussian], tuple[Tensor, Tensor]]
+Match = Callable[[Gaussian], Image]
 
 
 @dataclass(frozen=True)
@@ -65,21 +70,109 @@ def predict(model: MomentModel, policy: ControllerPolicy, horizon: int) -> Predi
         policy: the controller, whose parameters receive the gradient.
         horizon: steps H.
     """
-    states, arrivals = [model.start], []
-    for _ in range(horizon):
-        arrival = propagate(model.dynamics, policy, states[-1], process_noise=model.process_noise)
-        arrivals.append(arrival)
-        states.append(arrival.marginal(range(model.start.mean.shape[-1])))
-    means, variances = model.cost(_stack(arrivals))  # of all steps together
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    is_wanted = torch.is_grad_enabled() and bool(parameters)
+    match = policy.matcher(keep=is_wanted)
+    difference = KernelSteps(model.dynamics.gp.kernel_sum(), keep=is_wanted)
+    step = partial(propagate, model.dynamics, policy, process_noise=model.process_noise)
+    with torch.no_grad():
+        states, arrivals = [model.start], []
+        for _ in range(horizon):
+            arrivals.append(step(states[-1], match=match, difference=difference))
+            states.append(arrivals[-1].marginal(range(model.start.mean.shape[-1])))
+    path, arrival = _stack(states), _stack(arrivals)
+    if not is_wanted:
+        loss, costs = _loss(model, arrival)
+        return Prediction(loss, costs, *path)
+    arrival = Gaussian(*(part.requires_grad_() for part in arrival))
+    loss, costs = _loss(model, arrival)
+    slopes = torch.autograd.grad(loss, arrival, materialize_grads=True)
+    before = Gaussian(*(part[:-1].clone().requires_grad_() for part in path))
+    again = step(before, match=match.together, difference=difference.together)
+    gradient = _through_time(before, again, Gaussian(*slopes), parameters)
+    loss = _WithGradient.apply(loss.detach(), tuple(gradient), *parameters)
+    return Prediction(loss, costs.detach(), *path)
+
+
+def _loss(model: MomentModel, arrival: Gaussian) -> tuple[Tensor, Tensor]:
+    """Sum of the costs, with exploration, and the expected costs [H], of all steps together."""
+    means, variances = model.cost(arrival)
     loss = means.sum()
     if model.exploration:
         loss = loss + model.exploration * variances.clamp_min(1e-12).sqrt().sum()
-    path = _stack(states)
-    return Prediction(loss, means.detach(), path.mean.detach(), path.covariance.detach())
+    return loss, means
+
+
+def _through_time(
+    x: Gaussian, arrival: Gaussian, slopes: Gaussian, parameters: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Gradient of the loss by the parameters, backwards through all steps.
+
+    The Jacobian of each step comes first, for all steps together; the recursion
+    λ_t = ∂loss/∂x_t + J_tᵀ λ_{t+1} is then one product per step, where J_t is between the means and
+    lower triangles of the covariances; and the parameters' gradient is again one for all steps.
+
+    Args:
+        x: [H, S] the states that the steps begin from, leaves.
+        arrival: [H, S + A] what they lead to, with a graph to x and the parameters.
+        slopes: [H, S + A] derivatives of the loss by what they lead to.
+        parameters: of the policy.
+    """
+    steps, s = x.mean.shape
+    i, j = torch.tril_indices(s, s, device=x.mean.device)
+
+    def entries(mean: Tensor, covariance: Tensor) -> Tensor:
+        return torch.cat((mean[..., :s], covariance[..., i, j]), -1)
+
+    def slope(mean: Tensor, covariance: Tensor) -> Tensor:
+        """By the entries, where a symmetric matrix has each of them twice."""
+        both = covariance + covariance.mT
+        both = both - covariance.diagonal(dim1=-2, dim2=-1).diag_embed()
+        return entries(mean, both)
+
+    following = entries(*arrival)
+    basis = torch.eye(following.shape[1], dtype=x.mean.dtype, device=x.mean.device)
+    basis = basis.unsqueeze(1).expand(-1, steps, -1)
+    # The last row is the loss by a step's start, through its own cost.
+    weights = [
+        torch.cat((torch.zeros_like(own).expand(len(basis), *own.shape), own.unsqueeze(0)))
+        for own in slopes
+    ]
+    weights.append(torch.cat((basis, torch.zeros_like(following).unsqueeze(0))))
+    outputs = (*arrival, following)
+    by_x = torch.autograd.grad(outputs, x, weights, is_grads_batched=True, retain_graph=True)
+    rows = slope(*by_x)  # [entries after + 1, H, entries before]
+    jacobian, own = rows[:-1].transpose(0, 1), rows[-1]
+    later = torch.zeros_like(following)  # of the loss by a step's end, through all later costs
+    for t in range(steps - 1, 0, -1):
+        later[t - 1] = own[t] + later[t] @ jacobian[t]
+    return torch.autograd.grad(outputs, parameters, (*slopes, later), materialize_grads=True)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient by some parameters is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, gradient: tuple[Tensor, ...], *parameters: Tensor
+    ) -> Tensor:
+        ctx.gradient = gradient
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(grad * part for part in ctx.gradient))
 
 
 def propagate(
-    dynamics: GPDynamics, policy: ControllerPolicy, x: Gaussian, *, process_noise: bool
+    dynamics: GPDynamics,
+    policy: ControllerPolicy,
+    x: Gaussian,
+    *,
+    process_noise: bool,
+    match: Match | None = None,
+    difference: Match | None = None,
 ) -> Gaussian:
     """One step: the joint Gaussian of the next state and the control.
 
@@ -92,6 +185,8 @@ def propagate(
         policy: the controller.
         x: [..., S] state.
         process_noise: add σ_n² to the variance of the next state.
+        match: moments of the controller's output in place of `policy.match`.
+        difference: moments of the state's difference in place of the model's own.
 
     Returns:
         [..., S + A], the control last.
@@ -99,13 +194,18 @@ def propagate(
     s, a = x.mean.shape[-1], policy.n_controls
     joint, features = join_trig_features(x, s, dynamics.angle_dims)
     n = joint.mean.shape[-1]
-    joint = join(joint, features, policy.match(joint.marginal(features)))
+    joint = join(joint, features, (match or policy.match)(joint.marginal(features)))
     before, controls = range(n, n + a), range(n + a, n + 2 * a)
     joint = join(joint, before, saturate(joint.marginal(before)))
     inputs = [*features, *controls]
     if dynamics.seen is not None:
         inputs = [inputs[i] for i in dynamics.seen]
-    joint = join(joint, inputs, kernel_sum(joint.marginal(inputs), dynamics.gp.kernel_sum()))
+    x_inputs = joint.marginal(inputs)
+    if difference is None:
+        delta_x = kernel_sum(x_inputs, dynamics.gp.kernel_sum())
+    else:
+        delta_x = difference(x_inputs)
+    joint = join(joint, inputs, delta_x)
     # (x + Δ, u): sums of rows, then of columns.
     mean, rows = joint.mean, joint.covariance
     at, u, delta = slice(0, s), slice(n + a, n + 2 * a), slice(n + 2 * a, None)

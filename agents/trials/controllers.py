@@ -24,7 +24,7 @@ from totalprop.estimators import DenseJacobian
 from totalprop.estimators.probes import Gram, gram_of_products
 from totalprop.world_models import moment_matching
 from totalprop.world_models.gp_dynamics import trig_features
-from totalprop.world_models.moment_matching import Gaussian, Image, KernelSum
+from totalprop.world_models.moment_matching import Gaussian, Image, KernelSteps, KernelSum
 
 
 class ControllerPolicy(BasePolicy):
@@ -75,6 +75,13 @@ class ControllerPolicy(BasePolicy):
         PILCO needs it; a controller without it can be searched with particles.
         """
         raise NotImplementedError
+
+    def matcher(self, *, keep: bool) -> Matcher:
+        """`match` for the steps of one prediction; `keep` where derivatives are wanted.
+
+        A subclass of RBFPolicy that has another `match` overrides this, too.
+        """
+        return Matcher(self)
 
     def place(self, mean: Tensor, std: Tensor) -> None:
         """Move a new controller to where its features will be.
@@ -166,16 +173,22 @@ class RBFPolicy(ControllerPolicy):
 
     def match(self, features: Gaussian) -> Image:
         """As of a Gaussian process's mean: the exponent has no ½, so that l = e^{-λ} / √2."""
+        return moment_matching.kernel_sum(features, self.kernel_sum())
+
+    def matcher(self, *, keep: bool) -> Matcher:
+        return RBFMatcher(self, keep=keep)
+
+    def kernel_sum(self) -> KernelSum:
+        """What `match` is the image of; gradients flow to the parameters."""
         n, dtype = self.n_controls, self.centres.dtype
         zeros = torch.zeros(n, dtype=dtype, device=self.centres.device)
-        function = KernelSum(
+        return KernelSum(
             centres=self.centres.expand(n, -1, -1),
             beta=self.weights,
             inverse_lengthscale=(math.sqrt(2) * self.log_inverse_scale.exp()).expand(n, -1),
             log_signal=zeros,
             offset=zeros,
         )
-        return moment_matching.kernel_sum(features, function)
 
     def origin(self) -> Tensor:
         """[S] the middle of the centres, detached; |z - c|² is expanded about it.
@@ -321,6 +334,39 @@ class RBFController(Controller):
             self.jacobians = [j for group in groups for j in _rbf_jacobians(self.policy, group)]
         found = self.jacobians[step]
         return found.dense_last_layer() if last_layer else found
+
+
+class Matcher:
+    """A policy's `match` in one prediction: step by step, and then for all steps together."""
+
+    def __init__(self, policy: ControllerPolicy) -> None:
+        self.policy = policy
+
+    def __call__(self, features: Gaussian) -> Image:
+        """Moments at [n_features], without gradients."""
+        return self.policy.match(features)
+
+    def together(self, features: Gaussian) -> Image:
+        """Moments at the features [H, n_features] of all calls; gradients flow."""
+        return self.policy.match(features)
+
+
+class RBFMatcher(Matcher):
+    """An RBF network in one prediction; derivatives by the features come from what was summed."""
+
+    policy: RBFPolicy
+
+    def __init__(self, policy: RBFPolicy, *, keep: bool) -> None:
+        super().__init__(policy)
+        self.steps = KernelSteps(policy.kernel_sum(), keep=keep)
+
+    def __call__(self, features: Gaussian) -> Image:
+        return self.steps(features)
+
+    def together(self, features: Gaussian) -> Image:
+        to_features = self.steps.together(features)
+        to_parameters = self.policy.match(Gaussian(*(part.detach() for part in features)))
+        return Image(*(x + (y - y.detach()) for x, y in zip(to_features, to_parameters)))
 
 
 class RBFJacobian(NamedTuple):

@@ -5,6 +5,8 @@
     totalprop bench dreamer                # seconds per update, against sheeprl
     totalprop bench dreamer --device cuda --modes compile cuda_graph
     totalprop bench ppo                    # DAAPPO, against stable-baselines3's PPO
+    totalprop bench pilco                  # seconds per policy gradient, against nrontsis/PILCO's
+    totalprop bench svg                    # SVG, against stable-baselines3's DDPG
     totalprop bench checkpoint             # cost of a checkpoint
 
 Every number is a median over interleaved repeats, so that a temporary slowdown of the machine
@@ -30,12 +32,17 @@ from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
 from totalprop.agents.trials.controllers import RBFPolicy
 from totalprop.scripts.bench.checkpoint import bench_checkpoint
 from totalprop.scripts.bench.dreamer import bench_dreamer
+from totalprop.scripts.bench.pilco import HORIZON as PILCO_HORIZON
+from totalprop.scripts.bench.pilco import bench_pilco
 from totalprop.scripts.bench.ppo import ENV_ID, bench_ppo
+from totalprop.scripts.bench.svg import ENV_ID as SVG_ENV_ID
+from totalprop.scripts.bench.svg import bench_svg
 from totalprop.scripts.bench.timing import interleaved_medians
 from totalprop.scripts.commands import parser_of
 from totalprop.world_models.gp_dynamics import GPDynamics, Prediction
 
 HORIZON, PARTICLES = 30, 300  # Parmas et al. 2023, App. B.1
+POINTS = {"pipps": [30, 150, 450], "pilco": [30, 150, 300]}  # of the GP, by default
 ESTIMATORS = ("rp", "lr", "tpx", "tpx-guarded", "tp", "tpg")
 
 
@@ -49,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.what == "pipps":
         rows = [bench_pipps(n, options.repeats) for n in options.points]
         title = f"one policy gradient: {PARTICLES} particles, horizon {HORIZON}"
+    elif options.what == "pilco":
+        rows = [bench_pilco(n, options.repeats) for n in options.points]
+        title = f"one policy gradient of the cart-pole, horizon {PILCO_HORIZON}"
+    elif options.what == "svg":
+        rows = [bench_svg(options.repeats)]
+        title = f"episodes and updates on {SVG_ENV_ID}"
     elif options.what == "checkpoint":
         rows = bench_checkpoint(options.repeats)
         title = "checkpoints of PIPPS, DreamerTPX on vectors, on pixels, and DAAPPO"
@@ -82,12 +95,14 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.threads is None:
         options.threads = torch.get_num_threads()
     if options.repeats is None:
-        options.repeats = 11 if options.what == "pipps" else 5
+        options.repeats = 11 if options.what in POINTS else 5
+    if options.points is None:
+        options.points = POINTS.get(options.what, [])
     for name, least in (
         ("points", 1), ("repeats", 1), ("threads", 1), ("batch", 1), ("length", 2), ("horizons", 2)
     ):  # fmt: skip
         value = getattr(options, name)
-        if min(value if isinstance(value, list) else [value]) < least:
+        if min(value if isinstance(value, list) else [value], default=least) < least:
             given = " ".join(map(str, value)) if isinstance(value, list) else value
             parser.error(f"--{name} must be at least {least}, got {given}")
     if options.what != "dreamer" and (options.device != "cpu" or options.modes):

@@ -312,8 +312,8 @@ def test_variance_says_what_is_wrong(arguments, code, text, capsys):
     ],
 )
 def test_bench_refuses_before_it_times_anything(arguments, text, capsys, monkeypatch):
-    for name in ("bench_pipps", "bench_ppo", "bench_checkpoint", "bench_dreamer"):
-        monkeypatch.setattr(bench, name, None)
+    for name in ("pipps", "pilco", "ppo", "svg", "checkpoint", "dreamer"):
+        monkeypatch.setattr(bench, f"bench_{name}", None)
     with pytest.raises(SystemExit) as stop:
         bench.main(arguments.split())
     error = capsys.readouterr().err

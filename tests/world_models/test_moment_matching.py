@@ -15,6 +15,7 @@ from totalprop.world_models.gp import SUPPORT_POINTS, GaussianProcess
 from totalprop.world_models.moment_matching import (
     Gaussian,
     Image,
+    KernelSteps,
     KernelSum,
     join,
     kernel_sum,
@@ -399,3 +400,41 @@ def test_gradients_with_respect_to_a_linear_maps_parameters_equal_finite_differe
     x = gaussian(3)
     weights, bias = randn(2, 3).requires_grad_(), randn(2, seed=1).requires_grad_()
     assert gradcheck(lambda w, b: tuple(linear(x, w, b)), (weights, bias))
+
+
+# Derivatives in closed form
+
+
+@pytest.mark.parametrize("width", [1e-3, 0.5, 2.0, 1e4])
+@pytest.mark.parametrize("kind", ["process", "network"])
+def test_derivatives_of_all_steps_together_equal_those_of_each(kind, width):
+    """`KernelSteps` against backpropagation through `kernel_sum`, in every output."""
+    function = make_gp(outputs=3).kernel_sum() if kind == "process" else network()
+    inputs = [gaussian(3, width, seed=seed) for seed in range(3)]
+    steps = KernelSteps(function, keep=True)
+    for x in inputs:
+        for part, expected in zip(steps(x), kernel_sum(x, function), strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-14)
+    leaves = [torch.stack(parts).requires_grad_() for parts in zip(*inputs)]
+    together = steps.together(Gaussian(*leaves))
+
+    def flat(image):
+        return torch.cat([part.flatten(-n) for part, n in zip(image, (1, 2, 2))], -1)
+
+    def alone(mean, covariance):
+        return flat(kernel_sum(Gaussian(mean, symmetric(covariance)), function))
+
+    outputs = flat(together)
+    for h, x in enumerate(inputs):
+        expected = torch.autograd.functional.jacobian(alone, tuple(x))
+        for o in range(outputs.shape[1]):
+            found = torch.autograd.grad(outputs[h, o], leaves, retain_graph=True)
+            for part, whole in zip(found, expected, strict=True):
+                scale = float(whole.abs().amax())
+                torch.testing.assert_close(part[h], whole[o], rtol=1e-8, atol=1e-11 * (1 + scale))
+
+
+def test_steps_without_derivatives_keep_nothing():
+    steps = KernelSteps(network(), keep=False)
+    steps(gaussian(3))
+    assert not steps.terms

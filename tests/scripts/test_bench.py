@@ -1,0 +1,67 @@
+"""The benchmarks of PILCO and SVG: peers that compute what ours compute, and rows of ratios."""
+
+import math
+
+import pytest
+import torch
+
+from tests.agents.pilco.test_propagation import make
+from totalprop.agents.pilco.propagation import MomentModel, predict, saturating
+from totalprop.agents.trials.controllers import RBFPolicy
+from totalprop.agents.trials.saturating_cost import SaturatingCost
+from totalprop.scripts.bench import pilco as bench_pilco
+from totalprop.scripts.bench import pipps as bench
+from totalprop.scripts.bench import svg as bench_svg
+from totalprop.scripts.bench.pilco_peer import make_gradient
+from totalprop.world_models.moment_matching import Gaussian
+
+TIP = SaturatingCost([0.2, 0.0, -0.1, 0.0, 1.0], [1.0, 0.0, 0.5, 2.0, 2.0], angles=[[0, 1, 0]])
+ANGLE = SaturatingCost([0.2, 0.0, -0.1], [1.0, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("cost", [TIP, ANGLE], ids=["tip", "angle"])
+@pytest.mark.parametrize("angle_dims", [(), (1,)])
+@pytest.mark.parametrize("controls", [1, 2])
+def test_the_peer_of_pilco_computes_its_cost_and_gradient(controls, angle_dims, cost):
+    """From other formulas, in all of which nothing is shared: to round-off, over ten steps."""
+    pytest.importorskip("gpytorch")
+    dynamics, policy = make(RBFPolicy, controls, angle_dims)
+    dynamics.gp.prior_mean = "data"
+    start = Gaussian(torch.tensor([0.1, 3.0, 0.0]).double(), 0.01 * torch.eye(3).double())
+    loss, gradient = make_gradient(dynamics, policy, start, cost, horizon=10)()
+    own = predict(MomentModel(dynamics, start, saturating(cost)), policy, 10).loss
+    expected = torch.autograd.grad(own, list(policy.parameters()))
+    torch.testing.assert_close(loss, own.detach(), rtol=1e-10, atol=0)
+    for part, whole in zip(gradient, expected, strict=True):
+        assert whole.norm() > 1e-6
+        assert (part - whole).norm() < 1e-8 * whole.norm()
+
+
+def test_bench_of_pilco_gives_ratios(monkeypatch):
+    pytest.importorskip("gpytorch")
+    row = bench_pilco.bench_pilco(12, 1, horizon=2)
+    assert row.pop("gradient, relative difference") < 1e-8
+    assert len(row) == 5 and all(math.isfinite(value) and value > 0 for value in row.values())
+    assert row["GP data points"] == row["of them used"] == 12
+
+
+def test_bench_of_pilco_without_gpytorch_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(bench_pilco, "make_gradient", lambda *args, **kwargs: None)
+    assert len(bench_pilco.bench_pilco(12, 1, horizon=2)) == 4
+    assert "GPyTorch is not installed" in capsys.readouterr().out
+
+
+def test_bench_of_svg_gives_ratios(monkeypatch):
+    small = {"policy_kwargs": {"net_arch": [8]}, "value_hidden": (8,), "model_hidden": (4, 4)}
+    preset = bench_svg.AGENTS["svg"].presets["svg2015"]
+    monkeypatch.setitem(bench_svg.AGENTS["svg"].presets, "svg2015", {**preset, **small})
+    row = bench_svg.bench_svg(1, updates=1)
+    assert len(row) == 4 and all(value > 0 for value in row.values())
+
+
+@pytest.mark.parametrize(("what", "points"), [("pipps", [30, 150, 450]), ("pilco", [30, 150, 300])])
+def test_points_have_a_default_for_each_benchmark(what, points, monkeypatch):
+    timed = []
+    monkeypatch.setattr(bench, f"bench_{what}", lambda n, repeats: timed.append(n) or {"n": n})
+    bench.main([what, "--threads", "1"])
+    assert timed == points
