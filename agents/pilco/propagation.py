@@ -25,6 +25,7 @@ from totalprop.world_models.moment_matching import (
     kernel_sum,
     saturate,
     symmetric,
+    take,
 )
 
 # Mean and variance [...] of a step's cost, from the Gaussian of (next state, control) [..., S + A].
@@ -38,7 +39,7 @@ class MomentModel:
 
     Attributes:
         dynamics: the Gaussian processes of state differences.
-        start: Gaussian [S] that predictions start from.
+        start: Gaussian [S] that predictions start from, or M of them, equally likely, [M, S].
         cost: of a step.
         process_noise: add the learned noise variance σ_n² to every predicted difference.
         exploration: factor of the standard deviation of a step's cost, added to its mean.
@@ -55,9 +56,9 @@ class Prediction(NamedTuple):
     """A policy's trial, as predicted."""
 
     loss: Tensor  # [] sum of the costs, with exploration; has the gradient
-    costs: Tensor  # [H] expected, detached
-    means: Tensor  # [H + 1, S] of the states, detached
-    covariances: Tensor  # [H + 1, S, S] detached
+    costs: Tensor  # [H] expected, or [H, M] of M starts, detached
+    means: Tensor  # [H + 1, (M,) S] of the states, detached
+    covariances: Tensor  # [H + 1, (M,) S, S] detached
 
 
 def predict(model: MomentModel, policy: ControllerPolicy, horizon: int) -> Prediction:
@@ -95,11 +96,11 @@ def predict(model: MomentModel, policy: ControllerPolicy, horizon: int) -> Predi
 
 
 def _loss(model: MomentModel, arrival: Gaussian) -> tuple[Tensor, Tensor]:
-    """Sum of the costs, with exploration, and the expected costs [H], of all steps together."""
+    """Sum of the costs, with exploration, and the expected costs [H, (M)], of all steps at once."""
     means, variances = model.cost(arrival)
-    loss = means.sum()
+    loss = means.sum(0).mean()
     if model.exploration:
-        loss = loss + model.exploration * variances.clamp_min(1e-12).sqrt().sum()
+        loss = loss + model.exploration * variances.clamp_min(1e-12).sqrt().sum(0).mean()
     return loss, means
 
 
@@ -113,12 +114,12 @@ def _through_time(
     lower triangles of the covariances; and the parameters' gradient is again one for all steps.
 
     Args:
-        x: [H, S] the states that the steps begin from, leaves.
-        arrival: [H, S + A] what they lead to, with a graph to x and the parameters.
-        slopes: [H, S + A] derivatives of the loss by what they lead to.
+        x: [H, (M,) S] the states that the steps begin from, leaves.
+        arrival: [H, (M,) S + A] what they lead to, with a graph to x and the parameters.
+        slopes: [H, (M,) S + A] derivatives of the loss by what they lead to.
         parameters: of the policy.
     """
-    steps, s = x.mean.shape
+    s = x.mean.shape[-1]
     i, j = torch.tril_indices(s, s, device=x.mean.device)
 
     def entries(mean: Tensor, covariance: Tensor) -> Tensor:
@@ -131,21 +132,21 @@ def _through_time(
         return entries(mean, both)
 
     following = entries(*arrival)
-    basis = torch.eye(following.shape[1], dtype=x.mean.dtype, device=x.mean.device)
-    basis = basis.unsqueeze(1).expand(-1, steps, -1)
+    n, steps = following.shape[-1], following.shape[:-1]
+    basis = torch.eye(n, dtype=x.mean.dtype, device=x.mean.device)
+    basis = basis.view(n, *(1 for _ in steps), n).expand(n, *steps, n)
     # The last row is the loss by a step's start, through its own cost.
     weights = [
-        torch.cat((torch.zeros_like(own).expand(len(basis), *own.shape), own.unsqueeze(0)))
-        for own in slopes
+        torch.cat((torch.zeros_like(own).expand(n, *own.shape), own.unsqueeze(0))) for own in slopes
     ]
     weights.append(torch.cat((basis, torch.zeros_like(following).unsqueeze(0))))
     outputs = (*arrival, following)
     by_x = torch.autograd.grad(outputs, x, weights, is_grads_batched=True, retain_graph=True)
-    rows = slope(*by_x)  # [entries after + 1, H, entries before]
-    jacobian, own = rows[:-1].transpose(0, 1), rows[-1]
+    rows = slope(*by_x)  # [entries after + 1, H, (M,) entries before]
+    jacobian, own = rows[:-1].movedim(0, -2), rows[-1]
     later = torch.zeros_like(following)  # of the loss by a step's end, through all later costs
-    for t in range(steps - 1, 0, -1):
-        later[t - 1] = own[t] + later[t] @ jacobian[t]
+    for t in range(len(later) - 1, 0, -1):
+        later[t - 1] = own[t] + (later[t].unsqueeze(-2) @ jacobian[t]).squeeze(-2)
     return torch.autograd.grad(outputs, parameters, (*slopes, later), materialize_grads=True)
 
 
@@ -206,16 +207,21 @@ def propagate(
     else:
         delta_x = difference(x_inputs)
     joint = join(joint, inputs, delta_x)
-    # (x + Δ, u): sums of rows, then of columns.
-    mean, rows = joint.mean, joint.covariance
-    at, u, delta = slice(0, s), slice(n + a, n + 2 * a), slice(n + 2 * a, None)
-    mean = torch.cat((mean[..., at] + mean[..., delta], mean[..., u]), -1)
-    rows = torch.cat((rows[..., at, :] + rows[..., delta, :], rows[..., u, :]), -2)
-    covariance = torch.cat((rows[..., at] + rows[..., delta], rows[..., u]), -1)
-    covariance = symmetric(covariance)
+
+    def arrive(z: Tensor, axis: int) -> Tensor:
+        """(x', u) of (x, ..., u, Δ), a linear map along an axis."""
+        before, u = z.narrow(axis, 0, s), z.narrow(axis, n + a, a)
+        dims, delta = dynamics.predicted_dims, z.narrow(axis, n + 2 * a, z.shape[axis] - n - 2 * a)
+        changed = take(before, dims, axis) + delta
+        after = dynamics.complete(before.movedim(axis, -1), changed.movedim(axis, -1))
+        return torch.cat((after.movedim(-1, axis), u), axis)
+
+    mean = arrive(joint.mean, -1)
+    covariance = symmetric(arrive(arrive(joint.covariance, -2), -1))
     if process_noise:
-        noise = torch.cat((dynamics.noise.square(), x.mean.new_zeros(a)))
-        covariance = covariance + noise.diag()
+        effect = dynamics.complete(x.mean.new_zeros(s), dynamics.noise.diag())  # [E, S]
+        noise = torch.nn.functional.pad(effect.T @ effect, (0, a, 0, a))
+        covariance = covariance + noise
     return Gaussian(mean, covariance)
 
 

@@ -53,6 +53,11 @@ class ControllerPolicy(BasePolicy):
         self.n_features = observation_space.shape[0] + len(self.angle_dims)
         self.n_controls = action_space.shape[0]
 
+    @property
+    def n_basis(self) -> int:
+        """Basis functions that a dropout may leave out of a rollout; 0 where there are none."""
+        return 0
+
     def act(self, x: Tensor) -> Tensor:
         """Scaled action in [-1, 1] [N, A] at observations [N, S] (float64); gradients flow."""
         return saturate(self.preactivation(self.features(x)))
@@ -158,6 +163,10 @@ class RBFPolicy(ControllerPolicy):
         weights = torch.empty(self.n_controls, n_centres, dtype=dtype).uniform_(-bound, bound)
         self.weights = nn.Parameter(weights)
 
+    @property
+    def n_basis(self) -> int:
+        return self.n_centres
+
     def place(self, mean: Tensor, std: Tensor) -> None:
         """Centres, N(0, 1) so far, become N(mean, std²); inverse scales 1 / std."""
         super().place(mean, std)
@@ -214,9 +223,11 @@ class RBFPolicy(ControllerPolicy):
         return z, (exponent - z.square().sum(-1, keepdim=True)).exp()
 
     @torch.no_grad()
-    def parameter_jacobian(self, x: Tensor) -> Tensor:
+    def parameter_jacobian(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """As in the base; `kept` as in `Controller.__call__`."""
         features = self.features(x)
         basis = self.basis(features, self.constants())[1]  # [N, K]
+        basis = basis if kept is None else basis * kept
         n, a, k = len(x), self.n_controls, self.n_centres
         by_weight = basis.unsqueeze(1) * saturate_slope(basis @ self.weights.T).unsqueeze(-1)
         slope = (2 * by_weight * self.weights).unsqueeze(-1)  # [N, A, K, 1]
@@ -291,8 +302,14 @@ class Controller:
         self.policy = policy
         self.visited: list[Tensor] = []
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Scaled action [N, A] at x [N, S]; gradients flow."""
+    def __call__(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Scaled action [N, A]; gradients flow.
+
+        Args:
+            x: [N, S].
+            kept: [N, n_basis] factors of the basis functions under a dropout; None without one.
+        """
+        assert kept is None, "of a controller with basis functions alone"
         self.visited.append(x.detach())
         return self.policy.act(x)
 
@@ -316,18 +333,22 @@ class RBFController(Controller):
         super().__init__(policy)
         self.constants = policy.constants()
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []  # scaled features, basis, v
+        self.kept: list[Tensor | None] = []
         self.jacobians: list[RBFJacobian] = []
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         z, basis = self.policy.basis(self.policy.features(x), self.constants)
+        basis = basis if kept is None else basis * kept
         v = basis @ self.policy.weights.T
         self.visited.append(x.detach())
+        self.kept.append(kept)
         self.seen.append((z.detach(), basis.detach(), v.detach()))
         return saturate(v)
 
     def jacobian(self, step: int, *, last_layer: bool = False) -> DenseJacobian | RBFJacobian:
         if self.policy.n_controls > 1:
-            return super().jacobian(step, last_layer=last_layer)
+            dense = self.policy.parameter_jacobian(self.visited[step], self.kept[step])
+            return DenseJacobian(dense[..., self.policy.last_layer] if last_layer else dense)
         if len(self.jacobians) <= step:
             is_even = len({len(basis) for _, basis, _ in self.seen}) == 1
             groups = [self.seen] if is_even else [[step] for step in self.seen]
