@@ -17,6 +17,10 @@ from totalprop.agents import AGENTS
 GPU_STEPS = ("tests", "bench", "train")
 BENCHMARKS = ("pipps", "pilco", "dreamer", "ppo", "svg", "checkpoint")
 PEERS = ("sac", "td3")
+PIPPS_TASKS = ("angle", "tip", "unicycle")
+PIPPS_METHODS = (
+    "PILCO", "RP", "RP-FS", "GR", "GR-FS", "LR", "TP", "TP-sf", "TP+sn", "TPX", "TPG"
+)  # fmt: skip
 MODES = ("compile", "cuda_graph", "bf16")  # of the dreamer's benchmark: fields of `UpdateSettings`
 
 
@@ -217,12 +221,30 @@ def _variance(parser: ArgumentParser) -> None:
     add_import(parser)
 
 
-def _add_runs(parser: ArgumentParser, of: str) -> None:
-    """The flags of a study that trains several seeds of each value or cell."""
+def _add_runs(parser: ArgumentParser, of: str, *, seeds: str = "", out: str = "") -> None:
+    """The flags of a study that trains several seeds of each value or cell.
+
+    Args:
+        parser: gets the flags.
+        of: what has several seeds.
+        seeds: the default of --seeds in words, for a study that has one.
+        out: the default of --out, likewise.
+    """
     parser.add_argument(
-        "--seeds", nargs="+", type=int, required=True, metavar="SEED", help=f"seeds of each {of}"
+        "--seeds",
+        nargs="+",
+        type=int,
+        required=not seeds,
+        metavar="SEED",
+        help=f"seeds of each {of}" + (f" (default: {seeds})" if seeds else ""),
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(out) if out else None,
+        required=not out,
+        help="folder of the results" + (f" (default: {out})" if out else ""),
+    )
     parser.add_argument(
         "--runs",
         type=Path,
@@ -346,6 +368,104 @@ def _study_dreamer(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--report-only", action="store_true", help="do not train, only write the report"
     )
+
+
+def _policy_line(parser: ArgumentParser, name: str) -> None:
+    """The flags of a study on a line of policies."""
+    add = parser.add_argument
+    add(
+        "--run",
+        type=Path,
+        default=Path("results/gradients/agents/pipps-300"),
+        help="folder of a run of totalprop train pipps, whose policy is moved (default: "
+        "results/gradients/agents/pipps-300, which has seen 10 episodes of the cart-pole)",
+    )
+    add("--direction", type=int, default=8, help="seed of the line's direction (default: 8)")
+    add("--end", type=float, default=6.0, metavar="Δ", help="end of the line (default: 6)")
+    add("--seed", type=int, default=0, help="seed of the particles' noise (default: 0)")
+    add(
+        "--out",
+        type=Path,
+        default=Path(f"results/pipps/{name}"),
+        help=f"folder of the results (default: results/pipps/{name})",
+    )
+    add("--report-only", action="store_true", help="only write the figure and the table")
+
+
+def _pipps_landscape(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    default = ["rp", "lr", "lr+biw", "tp+biw", "tpx", "tpg"]
+    add(
+        "--estimators",
+        nargs="+",
+        default=default,
+        metavar="ESTIMATOR",
+        help=f"estimators to measure (default: {' '.join(default)}); the gradients of the first "
+        "four are drawn",
+    )
+    add("--particles", type=int, default=1000, help="particles P (default: 1000, as in the paper)")
+    add("--points", type=int, default=25, help="policies on the line (default: 25)")
+    add(
+        "--box-points", type=int, default=41, metavar="N",
+        help="points on each side of a box (default: 41)",
+    )  # fmt: skip
+    _policy_line(parser, "landscape")
+
+
+def _pipps_particles(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    default = ["rp", "lr", "lr+biw", "tp", "tp+biw", "tpx", "tpx+biw", "tpg", "tpg+biw", "gr"]
+    add(
+        "--estimators",
+        nargs="+",
+        default=default,
+        metavar="ESTIMATOR",
+        help=f"estimators to measure (default: {' '.join(default)})",
+    )
+    add(
+        "--particles",
+        nargs="+",
+        type=int,
+        default=[25, 50, 100, 250],
+        metavar="P",
+        help="numbers of particles (default: 25 50 100 250)",
+    )
+    add(
+        "--repeats", type=int, default=30, metavar="R",
+        help="gradients of each variance (default: 30)",
+    )  # fmt: skip
+    _policy_line(parser, "particles")
+
+
+def _pipps_table(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--scale", choices=["small", "paper"], default="small", help="see above (default: small)")
+    add(
+        "--tasks",
+        nargs="+",
+        choices=PIPPS_TASKS,
+        help="tasks (default: angle tip; all with --scale paper)",
+    )
+    add(
+        "--noise",
+        nargs="+",
+        type=float,
+        metavar="K",
+        help="noise multipliers k of the cart-pole (default: 1 16; 0.01 1 4 9 16 with --scale "
+        "paper)",
+    )
+    add(
+        "--methods",
+        nargs="+",
+        choices=PIPPS_METHODS,
+        metavar="METHOD",
+        help="PILCO RP GR LR TP TPX TPG (default), and with --scale paper RP-FS, GR-FS (fixed "
+        "noise), TP-sf (without model uncertainty) and TP+sn (100 times the model's noise)",
+    )
+    _add_runs(
+        parser, "cell", seeds="0 to 4; 0 to 99 with --scale paper", out="results/pipps/success"
+    )
+    add("--report-only", action="store_true", help="do not train, only write the report")
 
 
 def _peer(parser: ArgumentParser) -> None:
@@ -593,6 +713,21 @@ COMMANDS: dict[str, Command] = {
     ),
     "study dreamer": Command(
         "studies.dreamer", "train every gradient at every node of a Dreamer", _study_dreamer
+    ),
+    "study pipps-landscape": Command(
+        "studies.pipps_landscape",
+        "draw PIPPS's value and gradients along a line of policies",
+        _pipps_landscape,
+    ),
+    "study pipps-particles": Command(
+        "studies.pipps_particles",
+        "measure PIPPS's gradient variance by number of particles",
+        _pipps_particles,
+    ),
+    "study pipps-table": Command(
+        "studies.pipps_table",
+        "train PIPPS and PILCO under noise; success rates beside the paper's",
+        _pipps_table,
     ),
     "peer": Command(
         "studies.peer", "train SAC or TD3 of stable-baselines3 where our agents learn", _peer

@@ -51,6 +51,7 @@ class PIPPSProblem:
 
     def __init__(self, name: str, agent: PIPPS) -> None:
         self.name, self.policy, self.model = name, agent.policy, agent._particle_model()
+        self.state_names = agent._problem.observation_names
         self.horizons = (agent.horizon,)
         self.truth = "tpx"
         self.parameters = list(self.policy.parameters())
@@ -58,7 +59,7 @@ class PIPPSProblem:
 
     def draw(self, horizon: int, n: int, seed: int) -> Noise:
         """The noise of n particles, from a seed."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self.model.start_mean.device).manual_seed(seed)
         size = len(self.model.start_mean)
         return Noise.draw(horizon, n, size, generator, resample=False)
 
