@@ -347,6 +347,48 @@ def _study_dreamer(parser: ArgumentParser) -> None:
     )
 
 
+def _policy_line(parser: ArgumentParser, name: str) -> None:
+    """The flags of a study on a line of policies."""
+    add = parser.add_argument
+    add(
+        "--run",
+        type=Path,
+        default=Path("results/gradients/agents/pipps-300"),
+        help="folder of a run of totalprop train pipps, whose policy is moved (default: "
+        "results/gradients/agents/pipps-300, which has seen 10 episodes of the cart-pole)",
+    )
+    add("--direction", type=int, default=8, help="seed of the line's direction (default: 8)")
+    add("--end", type=float, default=6.0, metavar="Δ", help="end of the line (default: 6)")
+    add("--seed", type=int, default=0, help="seed of the particles' noise (default: 0)")
+    add(
+        "--out",
+        type=Path,
+        default=Path(f"results/pipps/{name}"),
+        help=f"folder of the results (default: results/pipps/{name})",
+    )
+    add("--report-only", action="store_true", help="only write the figure and the table")
+
+
+def _pipps_landscape(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    default = ["rp", "lr", "lr+biw", "tp+biw", "tpx", "tpg"]
+    add(
+        "--estimators",
+        nargs="+",
+        default=default,
+        metavar="ESTIMATOR",
+        help=f"estimators to measure (default: {' '.join(default)}); the gradients of the first "
+        "four are drawn",
+    )
+    add("--particles", type=int, default=1000, help="particles P (default: 1000, as in the paper)")
+    add("--points", type=int, default=25, help="policies on the line (default: 25)")
+    add(
+        "--box-points", type=int, default=41, metavar="N",
+        help="positions, and angles, of a box (default: 41)",
+    )  # fmt: skip
+    _policy_line(parser, "landscape")
+
+
 def _peer(parser: ArgumentParser) -> None:
     parser.add_argument("algorithm", choices=PEERS, help="algorithm of stable-baselines3")
     parser.add_argument(
@@ -593,6 +635,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "study dreamer": Command(
         "studies.dreamer", "train every gradient at every node of a Dreamer", _study_dreamer
+    ),
+    "study pipps-landscape": Command(
+        "studies.pipps_landscape",
+        "draw PIPPS's value and gradients along a line of policies",
+        _pipps_landscape,
     ),
     "peer": Command(
         "studies.peer", "train SAC or TD3 of stable-baselines3 where our agents learn", _peer
