@@ -389,6 +389,31 @@ def _pipps_landscape(parser: ArgumentParser) -> None:
     _policy_line(parser, "landscape")
 
 
+def _pipps_particles(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    default = ["rp", "lr", "lr+biw", "tp", "tp+biw", "tpx", "tpx+biw", "tpg", "tpg+biw", "gr"]
+    add(
+        "--estimators",
+        nargs="+",
+        default=default,
+        metavar="ESTIMATOR",
+        help=f"estimators to measure (default: {' '.join(default)})",
+    )
+    add(
+        "--particles",
+        nargs="+",
+        type=int,
+        default=[25, 50, 100, 250],
+        metavar="P",
+        help="numbers of particles (default: 25 50 100 250)",
+    )
+    add(
+        "--repeats", type=int, default=30, metavar="R",
+        help="gradients of each variance (default: 30)",
+    )  # fmt: skip
+    _policy_line(parser, "particles")
+
+
 def _peer(parser: ArgumentParser) -> None:
     parser.add_argument("algorithm", choices=PEERS, help="algorithm of stable-baselines3")
     parser.add_argument(
@@ -640,6 +665,11 @@ COMMANDS: dict[str, Command] = {
         "studies.pipps_landscape",
         "draw PIPPS's value and gradients along a line of policies",
         _pipps_landscape,
+    ),
+    "study pipps-particles": Command(
+        "studies.pipps_particles",
+        "measure PIPPS's gradient variance by number of particles",
+        _pipps_particles,
     ),
     "peer": Command(
         "studies.peer", "train SAC or TD3 of stable-baselines3 where our agents learn", _peer

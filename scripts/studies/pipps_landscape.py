@@ -36,15 +36,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from totalprop.agents.core import figures
+from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.agents.pipps.particles import Noise, simulate
 from totalprop.estimators import make
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import ending_with_a_sentence
 from totalprop.scripts.run.progress import counted
-from totalprop.scripts.studies.chaos_report import STYLES
 from totalprop.scripts.studies.measurements import Measurements, origin, read_measurements
-from totalprop.scripts.studies.policy_line import LEG, RESAMPLED, PolicyLine, estimator_named
+from totalprop.scripts.studies.policy_line import LEG, RESAMPLED, PolicyLine, estimator_named, style
 
 VALUE = "value"  # the quantity whose mean is J(Δ); the others are estimators of its derivative
 KEYS, NUMBERS = ("delta", "quantity"), ("mean", "variance", "ms")
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(arguments)
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         with ending_with_a_sentence():
             if not options.report_only:
@@ -278,21 +279,19 @@ def figure_of(lines: dict[str, Landscape], boxes: dict[float, Box], particles: i
     estimators = [name for name in lines if name != VALUE]
     for name in estimators:
         own = lines[name]
-        top[-1].plot(own.delta, own.variance, label=name, **_style(name))
-    top[-1].set(title="variance of a particle's gradient", xlabel="Δ", yscale="log")
+        top[-1].plot(own.delta, own.variance, label=name, **style(name))
+    top[-1].set(title="variance of one particle", xlabel="Δ", yscale="log")
     top[-1].grid(alpha=0.25)
-    top[-1].legend(frameon=False, fontsize="small", ncol=2)
+    top[-1].legend(frameon=False, fontsize="small", ncol=2, loc="lower right")
     differences = central_differences(value)
     calm = [lines[name] for name in estimators[:SHOWN] if name != "rp"]
     ends = np.array([_interval(own, particles) for own in calm] or [differences])
     low, high = float(ends.min()), float(ends.max())
     for axis, name in zip(bottom, estimators):
         own = lines[name]
-        style = _style(name)
-        axis.fill_between(
-            own.delta, *_interval(own, particles), color=style["color"], alpha=0.35, lw=0
-        )
-        axis.plot(own.delta, own.mean, color=style["color"], lw=1.2)
+        color = style(name)["color"]
+        axis.fill_between(own.delta, *_interval(own, particles), color=color, alpha=0.35, lw=0)
+        axis.plot(own.delta, own.mean, color=color, lw=1.2)
         axis.plot(value.delta[1:-1], differences, color="k", ls=":", lw=1)
         axis.set(title=f"gradient: {name}", xlabel="Δ", ylim=(low, high))
     for axis in bottom[len(estimators) :]:
@@ -304,13 +303,6 @@ def figure_of(lines: dict[str, Landscape], boxes: dict[float, Box], particles: i
 def _interval(own: Landscape, particles: int) -> tuple[np.ndarray, np.ndarray]:
     half = QUANTILE * np.sqrt(own.variance / particles)
     return own.mean - half, own.mean + half
-
-
-def _style(name: str) -> dict[str, Any]:
-    """The colour of an estimator's rule; dashed where it has a leg of its own."""
-    rule, _, leg = name.partition(LEG)
-    style = {"color": "0.4", **STYLES.get(rule, {})}
-    return {"color": style["color"], "lw": 1.5, "ls": "--" if leg else "-"}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from totalprop.agents.pipps.particles import Noise, simulate
 from totalprop.estimators import Estimator, PolicyGradient, gradient, make
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.studies.agent_problems import PIPPSProblem, agent_problem
+from totalprop.scripts.studies.chaos_report import STYLES
 
 RESAMPLED = "gr"  # RP through Gaussian resampling, which is no estimator of a node
 LEG = "+"  # before the leg in a name such as lr+biw
@@ -32,6 +34,13 @@ def estimator_named(name: str) -> Estimator:
     if rule == RESAMPLED:
         rule = "rp"
     return make(rule, legs=leg) if leg else make(rule)
+
+
+def style(name: str) -> dict[str, Any]:
+    """The line of an estimator in figures: the colour of its rule, dashed with a leg of its own."""
+    rule, _, leg = name.partition(LEG)
+    color = STYLES.get(rule, {"color": "0.5"})["color"]
+    return {"color": color, "lw": 1.5, "ls": "--" if leg else "-"}
 
 
 class PolicyLine:
