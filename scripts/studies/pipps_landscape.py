@@ -231,12 +231,10 @@ def table(lines: dict[str, Landscape], settings: dict[str, Any]) -> str:
         f"{settings['particles']} particles with fixed noise (seed {settings['seed']}), direction "
         f"{settings['direction']}. The value rises from {value.mean[0]:.1f} at Δ = 0 to "
         f"{value.mean[-1]:.1f} at Δ = {end:g}. A variance is that of one particle's gradient along "
-        "the line; that of their mean is its P-th part. The distance is the root mean square of "
-        "the gradient less central differences of the value, in standard errors of the gradient: "
-        "about 1 where both are right and noise is all that they differ by.", "",
+        "the line; that of their mean is its P-th part.", "",
         f"| estimator | variance at Δ = 0 | at Δ = {end:g} | largest | at Δ = | growth to the "
-        "largest | distance |",
-        "|---|---|---|---|---|---|---|",
+        "largest |",
+        "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, own in lines.items():
         if name == VALUE:
@@ -244,8 +242,7 @@ def table(lines: dict[str, Landscape], settings: dict[str, Any]) -> str:
         growth, at = own.growth()
         text.append(
             f"| `{name}` | {own.variance[0]:.2g} | {own.variance[-1]:.2g} | "
-            f"{own.variance.max():.2g} | {at:g} | {growth:.2g} | "
-            f"{distance(own, value, settings['particles']):.1f} |"
+            f"{own.variance.max():.2g} | {at:g} | {growth:.2g} |"
         )
     return "\n".join(text) + "\n"
 
@@ -255,18 +252,10 @@ def central_differences(value: Landscape) -> np.ndarray:
     return (value.mean[2:] - value.mean[:-2]) / (value.delta[2:] - value.delta[:-2])
 
 
-def distance(own: Landscape, value: Landscape, particles: int) -> float:
-    """Root mean square of gradient less central differences, in standard errors of the gradient."""
-    shared = np.isin(value.delta[1:-1], own.delta)
-    at = np.isin(own.delta, value.delta[1:-1])
-    errors = np.sqrt(own.variance[at] / particles)
-    z = (own.mean[at] - central_differences(value)[shared]) / errors
-    return float(np.sqrt(np.mean(np.square(z))))
-
-
 def figure_of(lines: dict[str, Landscape], boxes: dict[float, Box], particles: int) -> Figure:
     """Fig. 2 of Parmas et al. 2018, and the variances of all estimators."""
     figure = Figure(figsize=(13, 6), layout="constrained")
+    figure.suptitle(f"One line of policies, {particles} particles with the same noise everywhere")
     top, bottom = figure.subplots(2, SHOWN)
     value = lines[VALUE]
     top[0].fill_between(value.delta, *_interval(value, particles), color="0.6", lw=0)
@@ -280,12 +269,12 @@ def figure_of(lines: dict[str, Landscape], boxes: dict[float, Box], particles: i
     for name in estimators:
         own = lines[name]
         top[-1].plot(own.delta, own.variance, label=name, **style(name))
-    top[-1].set(title="variance of one particle", xlabel="Δ", yscale="log")
+    top[-1].set(title="variance of a particle's gradient", xlabel="Δ", yscale="log")
     top[-1].grid(alpha=0.25)
-    top[-1].legend(frameon=False, fontsize="small", ncol=2, loc="lower right")
+    top[-1].legend(frameon=False, fontsize="x-small", loc="upper left")
     differences = central_differences(value)
     calm = [lines[name] for name in estimators[:SHOWN] if name != "rp"]
-    ends = np.array([_interval(own, particles) for own in calm] or [differences])
+    ends = np.concatenate([differences, *(e for own in calm for e in _interval(own, particles))])
     low, high = float(ends.min()), float(ends.max())
     for axis, name in zip(bottom, estimators):
         own = lines[name]
@@ -296,6 +285,8 @@ def figure_of(lines: dict[str, Landscape], boxes: dict[float, Box], particles: i
         axis.set(title=f"gradient: {name}", xlabel="Δ", ylim=(low, high))
     for axis in bottom[len(estimators) :]:
         axis.set_visible(False)
+    for axis in (*top, *bottom):
+        axis.title.set_fontsize(10)
     bottom[0].set_ylabel("dJ/dΔ, 95 % interval\n(dotted: differences of J)")
     return figure
 

@@ -10,7 +10,7 @@ new particles; drawn is the variance of the gradient along the line. All estimat
 noise.
 
 An estimator with a plus has a likelihood ratio of another leg: lr+biw is LR with batch importance
-weighting, whose variance falls faster than 1 / P. "gr" is RP through Gaussian resampling.
+weighting. "gr" is RP through Gaussian resampling.
 
 --out gets particles.csv with every gradient, table.md and particles.png. A stopped study goes on
 with the same command: what is in the file is not measured again.
@@ -193,7 +193,7 @@ def figure_of(curves: Curves) -> Figure:
             error = variance * [m.relative_se for m in measured]
             low = np.maximum(variance - error, variance / 10)
             axis.fill_between(
-                sizes, low, variance + error, color=style(name)["color"], alpha=0.12, lw=0
+                sizes, low, variance + error, color=style(name)["color"], alpha=0.08, lw=0
             )
             axis.plot(sizes, variance, label=name, marker="o", ms=3, **style(name))
         ticks = sorted({n for of_n in own.values() for n in of_n})
