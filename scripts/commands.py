@@ -17,6 +17,10 @@ from totalprop.agents import AGENTS
 GPU_STEPS = ("tests", "bench", "train")
 BENCHMARKS = ("pipps", "dreamer", "ppo", "checkpoint")
 PEERS = ("sac", "td3")
+PIPPS_TASKS = ("angle", "tip", "unicycle")
+PIPPS_METHODS = (
+    "PILCO", "RP", "RP-FS", "GR", "GR-FS", "LR", "TP", "TP-sf", "TP+sn", "TPX", "TPG"
+)  # fmt: skip
 MODES = ("compile", "cuda_graph", "bf16")  # of the dreamer's benchmark: fields of `UpdateSettings`
 
 
@@ -217,12 +221,30 @@ def _variance(parser: ArgumentParser) -> None:
     add_import(parser)
 
 
-def _add_runs(parser: ArgumentParser, of: str) -> None:
-    """The flags of a study that trains several seeds of each value or cell."""
+def _add_runs(parser: ArgumentParser, of: str, *, seeds: str = "", out: str = "") -> None:
+    """The flags of a study that trains several seeds of each value or cell.
+
+    Args:
+        parser: gets the flags.
+        of: what has several seeds.
+        seeds: the default of --seeds in words, for a study that has one.
+        out: the default of --out, likewise.
+    """
     parser.add_argument(
-        "--seeds", nargs="+", type=int, required=True, metavar="SEED", help=f"seeds of each {of}"
+        "--seeds",
+        nargs="+",
+        type=int,
+        required=not seeds,
+        metavar="SEED",
+        help=f"seeds of each {of}" + (f" (default: {seeds})" if seeds else ""),
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(out) if out else None,
+        required=not out,
+        help="folder of the results" + (f" (default: {out})" if out else ""),
+    )
     parser.add_argument(
         "--runs",
         type=Path,
@@ -412,6 +434,37 @@ def _pipps_particles(parser: ArgumentParser) -> None:
         help="gradients of each variance (default: 30)",
     )  # fmt: skip
     _policy_line(parser, "particles")
+
+
+def _pipps_table(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--scale", choices=["small", "paper"], default="small", help="see above (default: small)")
+    add(
+        "--tasks",
+        nargs="+",
+        choices=PIPPS_TASKS,
+        help="tasks (default: angle tip; all with --scale paper)",
+    )
+    add(
+        "--noise",
+        nargs="+",
+        type=float,
+        metavar="K",
+        help="noise multipliers k of the cart-pole (default: 1 16; 0.01 1 4 9 16 with --scale "
+        "paper)",
+    )
+    add(
+        "--methods",
+        nargs="+",
+        choices=PIPPS_METHODS,
+        metavar="METHOD",
+        help="PILCO RP GR LR TP TPX TPG (default), and with --scale paper RP-FS, GR-FS (fixed "
+        "noise), TP-sf (without model uncertainty) and TP+sn (100 times the model's noise)",
+    )
+    _add_runs(
+        parser, "cell", seeds="0 to 4; 0 to 99 with --scale paper", out="results/pipps/success"
+    )
+    add("--report-only", action="store_true", help="do not train, only write the report")
 
 
 def _peer(parser: ArgumentParser) -> None:
@@ -670,6 +723,11 @@ COMMANDS: dict[str, Command] = {
         "studies.pipps_particles",
         "measure PIPPS's gradient variance by number of particles",
         _pipps_particles,
+    ),
+    "study pipps-table": Command(
+        "studies.pipps_table",
+        "train PIPPS and PILCO under noise; success rates beside the paper's",
+        _pipps_table,
     ),
     "peer": Command(
         "studies.peer", "train SAC or TD3 of stable-baselines3 where our agents learn", _peer

@@ -31,7 +31,7 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, read_json
-from totalprop.scripts.studies.sweep import train_runs
+from totalprop.scripts.studies.sweep import read_rows, train_runs
 
 
 class Task(NamedTuple):
@@ -105,6 +105,10 @@ class Cell(NamedTuple):
         ]  # fmt: skip
 
 
+def _name_of(row: dict[str, Any]) -> str:
+    return Cell(*(row[field] for field in Cell._fields)).name(row["seed"])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -122,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     runs = options.runs or Path("runs") / options.out.resolve().name
     with ending_with_a_sentence():
-        failed, earlier = 0, read_earlier(options.out, runs, extra)
+        failed, earlier = 0, read_rows(options.out, runs, extra, _name_of)
         if not options.report_only:
             jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
             jobs = {name: command for name, command in jobs.items() if name not in earlier}
@@ -130,30 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report(options.out, runs, cells, options.seeds, extra, earlier)
     if failed:
         raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
-
-
-def read_earlier(out: Path, runs: Path, extra: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Name of a run -> its row of results.json, for runs of the same flags without a folder here.
-
-    Raises:
-        UserError: the file is not one that this study wrote.
-    """
-    path = out / "results.json"
-    if not path.exists():
-        return {}
-    record = read_json(path)
-    try:
-        if record["flags"] != list(extra):
-            return {}
-        named = {
-            Cell(*(row[field] for field in Cell._fields)).name(row["seed"]): row
-            for row in record["runs"]
-        }
-    except (LookupError, TypeError) as error:
-        raise UserError(
-            f"{path} was not written by this study ({error!r}); move it away"
-        ) from error
-    return {name: row for name, row in named.items() if not (runs / name).exists()}
 
 
 def report(

@@ -23,7 +23,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ending_with_a_sentence():
         for value in options.values:
             for seed in options.seeds:
-                check_run(options, extra, value, seed)
+                flags = [f"--{options.vary}", value, "--seed", str(seed), *extra]
+                check_run(options.runs / run_name(value, seed), [options.agent, *flags])
         earlier = read_earlier(options, extra)
         failed = 0 if options.report_only else train_all(options, extra, earlier)
         report(options, extra, earlier)
@@ -73,10 +74,9 @@ def run_name(value: str, seed: int) -> str:
     return f"{value.replace('/', '_')}_seed{seed}"
 
 
-def check_run(options: argparse.Namespace, extra: list[str], value: str, seed: int) -> None:
-    """Raise a UserError if the run's folder holds a run with different flags."""
-    folder = RunFolder(options.runs / run_name(value, seed))
-    command = [options.agent, f"--{options.vary}", value, "--seed", str(seed), *extra]
+def check_run(path: Path, command: Sequence[str]) -> None:
+    """Raise a UserError if a run's folder holds a run of other arguments of `totalprop train`."""
+    folder = RunFolder(path)
     wanted = parse(command, usage="").flags()
     if not folder.config.exists():
         return
@@ -120,6 +120,36 @@ def read_earlier(options: argparse.Namespace, extra: list[str]) -> Earlier:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} was not written by a sweep ({error!r}); move it away") from error
     return found
+
+
+def read_rows(
+    out: Path, runs: Path, flags: Sequence[str], name_of: Callable[[dict[str, Any]], str]
+) -> dict[str, dict[str, Any]]:
+    """The runs of a study's results.json, of the same flags and without a folder here.
+
+    Args:
+        out: folder of results.json, with "flags" and a list of "runs".
+        runs: folder of the runs.
+        flags: what the runs must have been trained with.
+        name_of: the name of the run of a row.
+    Returns:
+        Name of a run -> its row.
+    Raises:
+        UserError: the file is not one of the study.
+    """
+    path = out / "results.json"
+    if not path.exists():
+        return {}
+    record = read_json(path)
+    try:
+        if record["flags"] != list(flags):
+            return {}
+        named = {name_of(row): row for row in record["runs"]}
+    except (LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} was not written by this study ({error!r}); move it away"
+        ) from error
+    return {name: row for name, row in named.items() if not (runs / name).exists()}
 
 
 def train_all(options: argparse.Namespace, extra: list[str], earlier: Earlier) -> int:
