@@ -45,7 +45,8 @@ def studies() -> str:
 
 def _listing(command: str, about: str, texts: Mapping[str, str], next_steps: str) -> str:
     """A usage line, and a line for each name."""
-    lines = [f"  {name:<16} {text}" for name, text in texts.items()]
+    width = max(map(len, texts))
+    lines = [f"  {name:<{width}}  {text}" for name, text in texts.items()]
     return "\n".join([f"usage: {command} [...]", "", about, "", *lines, "", next_steps])
 
 

@@ -406,7 +406,7 @@ def _pipps_landscape(parser: ArgumentParser) -> None:
     add("--points", type=int, default=25, help="policies on the line (default: 25)")
     add(
         "--box-points", type=int, default=41, metavar="N",
-        help="positions, and angles, of a box (default: 41)",
+        help="points on each side of a box (default: 41)",
     )  # fmt: skip
     _policy_line(parser, "landscape")
 

@@ -51,6 +51,7 @@ class PIPPSProblem:
 
     def __init__(self, name: str, agent: PIPPS) -> None:
         self.name, self.policy, self.model = name, agent.policy, agent._particle_model()
+        self.state_names = agent._problem.observation_names
         self.horizons = (agent.horizon,)
         self.truth = "tpx"
         self.parameters = list(self.policy.parameters())

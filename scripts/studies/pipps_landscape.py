@@ -41,14 +41,14 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.agents.pipps.particles import Noise, simulate
 from totalprop.estimators import make
 from totalprop.scripts.commands import parser_of
-from totalprop.scripts.run.errors import ending_with_a_sentence
+from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.measurements import Measurements, origin, read_measurements
 from totalprop.scripts.studies.policy_line import LEG, RESAMPLED, PolicyLine, estimator_named, style
 
 VALUE = "value"  # the quantity whose mean is J(Δ); the others are estimators of its derivative
 KEYS, NUMBERS = ("delta", "quantity"), ("mean", "variance", "ms")
-BOX = ("positions", "angles", "values")
+BOX = ("first", "second", "values")
 CORNERS = 2.0  # of a box, in standard deviations of p(x_1): its sides are 4 (Sec. 4.1.1)
 BOX_PARTICLES = 4  # whose trajectories are averaged at each point of a box (Sec. 4.1.1)
 QUANTILE = 1.96  # of the 95 % intervals
@@ -69,11 +69,11 @@ class Landscape(NamedTuple):
 
 
 class Box(NamedTuple):
-    """The value of states about the mean of p(x_1): V [angles, positions], 4 particles each."""
+    """The value of states about the mean of p(x_1), over two entries of the state."""
 
-    positions: np.ndarray  # m
-    angles: np.ndarray  # rad
-    values: np.ndarray
+    first: np.ndarray  # [X] of the cart-pole: m
+    second: np.ndarray  # [Y] rad
+    values: np.ndarray  # [Y, X]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -123,11 +123,17 @@ def measure(options: argparse.Namespace, command: str) -> None:
     line = PolicyLine(options.run, options.direction)
     settings: dict[str, Any] = {"policy": line.digest}
     settings |= {name: getattr(options, name) for name in ("direction", "particles", "seed")}
+    of_boxes: dict[str, Any] = {
+        "box_points": options.box_points,
+        "axes": list(line.state_names[:2]),
+    }
+    if len(of_boxes["axes"]) < 2:
+        raise UserError(f"{options.run} has a state of one entry, and a box needs two")
     found = Measurements(
         options.out / "landscape.csv", settings, keys=KEYS, values=NUMBERS, command=command
     )
     boxes = Measurements(
-        options.out / "boxes.csv", {**settings, "box_points": options.box_points},
+        options.out / "boxes.csv", {**settings, **of_boxes},
         keys=("delta",), values=BOX, command=command,
     )  # fmt: skip
     deltas = [f"{delta:g}" for delta in np.linspace(0, options.end, options.points)]
@@ -157,12 +163,12 @@ def measure(options: argparse.Namespace, command: str) -> None:
 def box_at(line: PolicyLine, points: int, seed: int) -> Box:
     """The value around the mean prediction of x_1 from the centre of the starts.
 
-    V(x_1) = Σ_{t≥1} c(x_t), averaged over BOX_PARTICLES seeds that are the same at every x_1; the
-    velocities of x_1 are those of the mean. Parmas et al. 2018, Sec. 4.1.1.
+    V(x_1) = Σ_{t≥1} c(x_t), averaged over BOX_PARTICLES seeds that are the same at every x_1. All
+    entries of x_1 but the first two are those of the mean. Parmas et al. 2018, Sec. 4.1.1.
 
     Args:
         line: at the policy.
-        points: positions, and angles.
+        points: on each side.
         seed: of the particles' noise.
     """
     model, horizon = line.model, line.horizon
@@ -193,14 +199,15 @@ def report(out: Path) -> None:
     """Write table.md and landscape.png from the files."""
     settings, rows = read_measurements(out / "landscape.csv", (*KEYS, *NUMBERS))
     lines = landscapes(rows)
-    _, rows = read_measurements(out / "boxes.csv", ("delta", *BOX))
+    of_boxes, rows = read_measurements(out / "boxes.csv", ("delta", *BOX))
     boxes = {
         float(row["delta"]): box_of(*(np.array(row[part].split(), float) for part in BOX))
         for row in rows
     }
     text = table(lines, settings)
     write_text(out / "table.md", text)
-    figures.save(figure_of(lines, boxes, settings["particles"]), out / "landscape.png", dpi=150)
+    picture = figure_of(lines, boxes, of_boxes["axes"], settings["particles"])
+    figures.save(picture, out / "landscape.png", dpi=150)
     print(
         f"{text}\nwritten to {out}: landscape.csv, boxes.csv, table.md, landscape.png\n"
         "Next: totalprop study pipps-particles   (the variance against the number of particles)"
@@ -216,9 +223,9 @@ def landscapes(rows: Sequence[dict[str, str]]) -> dict[str, Landscape]:
     return {name: Landscape(*np.array(sorted(own)).T) for name, own in found.items()}
 
 
-def box_of(positions: np.ndarray, angles: np.ndarray, values: np.ndarray) -> Box:
+def box_of(first: np.ndarray, second: np.ndarray, values: np.ndarray) -> Box:
     """A box from the flat arrays of boxes.csv."""
-    return Box(positions, angles, values.reshape(len(angles), len(positions)))
+    return Box(first, second, values.reshape(len(second), len(first)))
 
 
 def table(lines: dict[str, Landscape], settings: dict[str, Any]) -> str:
@@ -252,8 +259,17 @@ def central_differences(value: Landscape) -> np.ndarray:
     return (value.mean[2:] - value.mean[:-2]) / (value.delta[2:] - value.delta[:-2])
 
 
-def figure_of(lines: dict[str, Landscape], boxes: dict[float, Box], particles: int) -> Figure:
-    """Fig. 2 of Parmas et al. 2018, and the variances of all estimators."""
+def figure_of(
+    lines: dict[str, Landscape], boxes: dict[float, Box], axes: Sequence[str], particles: int
+) -> Figure:
+    """Fig. 2 of Parmas et al. 2018, and the variances of all estimators.
+
+    Args:
+        lines: the value and the gradients.
+        boxes: Δ -> its box; the first and the last are drawn.
+        axes: names of a box's two sides.
+        particles: P.
+    """
     figure = Figure(figsize=(13, 6), layout="constrained")
     figure.suptitle(f"One line of policies, {particles} particles with the same noise everywhere")
     top, bottom = figure.subplots(2, SHOWN)
@@ -262,8 +278,8 @@ def figure_of(lines: dict[str, Landscape], boxes: dict[float, Box], particles: i
     top[0].plot(value.delta, value.mean, color="k", lw=1)
     top[0].set(title="value J", xlabel="Δ", ylabel="cost of an episode")
     for axis, (delta, box) in zip(top[1:], sorted(boxes.items())[:: max(len(boxes) - 1, 1)]):
-        image = axis.pcolormesh(box.positions, box.angles, box.values, cmap="viridis")
-        axis.set(title=f"V(x₁) at Δ = {delta:g}", xlabel="cart [m]", ylabel="pole [rad]")
+        image = axis.pcolormesh(*box, cmap="viridis")
+        axis.set(title=f"V(x₁) at Δ = {delta:g}", xlabel=axes[0], ylabel=axes[1])
         figure.colorbar(image, ax=axis)
     estimators = [name for name in lines if name != VALUE]
     for name in estimators:

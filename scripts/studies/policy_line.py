@@ -53,6 +53,7 @@ class PolicyLine:
     Attributes:
         model: what is simulated, for `horizon` steps.
         policy: the policy at Δ, after `move`.
+        state_names: S names of the state's entries.
         direction: v [P].
 
     Raises:
@@ -64,6 +65,7 @@ class PolicyLine:
         if not isinstance(problem, PIPPSProblem):
             raise UserError(f"{run} is no run of pipps, whose policy search is measured here")
         self.model, self.policy = problem.model, problem.policy
+        self.state_names = problem.state_names
         (self.horizon,) = problem.horizons
         self._parameters = problem.parameters
         self._start = parameters_to_vector(self._parameters).detach().clone()

@@ -88,7 +88,7 @@ def test_a_box_is_the_value_of_each_state(line):
             x = found.mean + (found.variance + model.dynamics.noise.square()).sqrt() * z
             cost = cost + model.cost(x, None)
     assert box.values[1, 1] == pytest.approx(float(cost.mean()))
-    assert (box.positions[1], box.angles[1]) == pytest.approx(x1[:2].tolist())
+    assert (box.first[1], box.second[1]) == pytest.approx(x1[:2].tolist())
     assert len(np.unique(box.values.round(9))) == 9
 
 
