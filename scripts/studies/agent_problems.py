@@ -59,7 +59,7 @@ class PIPPSProblem:
 
     def draw(self, horizon: int, n: int, seed: int) -> Noise:
         """The noise of n particles, from a seed."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self.model.start_mean.device).manual_seed(seed)
         size = len(self.model.start_mean)
         return Noise.draw(horizon, n, size, generator, resample=False)
 

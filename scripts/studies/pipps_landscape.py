@@ -44,7 +44,7 @@ from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.measurements import Measurements, origin, read_measurements
-from totalprop.scripts.studies.policy_line import LEG, RESAMPLED, PolicyLine, estimator_named, style
+from totalprop.scripts.studies.policy_line import RESAMPLED, PolicyLine, estimator_named, style
 
 VALUE = "value"  # the quantity whose mean is J(Δ); the others are estimators of its derivative
 KEYS, NUMBERS = ("delta", "quantity"), ("mean", "variance", "ms")
@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.box_points < 2:
         parser.error(f"--box-points must be at least 2, got {options.box_points}")
     for name in options.estimators:
-        if name.partition(LEG)[0] == RESAMPLED:
+        if name == RESAMPLED:
             parser.error(
                 f"{name} has no gradient of a particle: see totalprop study pipps-particles"
             )

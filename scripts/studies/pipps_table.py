@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, extra = parse(arguments[:split]), arguments[split + 1 :]
     scale, cells = SCALES[options.scale], cells_of(options)
     runs = options.runs or Path("runs") / options.out.resolve().name
-    flags = ["--scale", options.scale, *extra]
+    flags = ["--scale", options.scale, *(["--", *extra] if extra else [])]
     with ending_with_a_sentence():
         jobs = {
             cell.name(seed): cell.command(seed, scale, extra)
@@ -370,7 +370,8 @@ def figure_of(finals: Mapping[Cell, Sequence[float]]) -> Figure:
                     axis.plot([x + shift] * 2, [rate.low, rate.high], color=color, lw=1.5)
                     axis.plot(x + shift, rate.rate, marker, color=color, ms=5)
         axis.set_xticks(range(len(methods)), methods, rotation=45, fontsize="small")
-        axis.set(title=f"{task}, k = {noise:g}", ylim=(-0.03, 1.03))
+        sides = (-0.5, len(methods) - 0.5)
+        axis.set(title=f"{task}, k = {noise:g}", xlim=sides, ylim=(-0.03, 1.03))
         axis.grid(axis="y", alpha=0.25)
     for label, color, marker in (("here", "k", "o"), ("published", "#D55E00", "D")):
         axes[0].plot([], [], marker, color=color, label=label)

@@ -30,9 +30,9 @@ def estimator_named(name: str) -> Estimator:
     Raises:
         ValueError: there is none of that name.
     """
+    if name == RESAMPLED:
+        return make("rp")
     rule, _, leg = name.partition(LEG)
-    if rule == RESAMPLED:
-        rule = "rp"
     return make(rule, legs=leg) if leg else make(rule)
 
 
@@ -70,8 +70,8 @@ class PolicyLine:
         self._parameters = problem.parameters
         self._start = parameters_to_vector(self._parameters).detach().clone()
         generator = torch.Generator().manual_seed(direction)
-        v = torch.randn(self._start.shape, generator=generator, dtype=self._start.dtype)
-        self.direction = v / v.norm()
+        v = torch.randn(len(self._start), generator=generator, dtype=torch.float64)
+        self.direction = (v / v.norm()).to(self._start)
 
     @property
     def digest(self) -> str:
@@ -84,7 +84,7 @@ class PolicyLine:
 
     def draw(self, n: int, seed: int, *, resample: bool = False) -> Noise:
         """The noise of n particles, from a seed."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self._start.device).manual_seed(seed)
         states = len(self.model.start_mean)
         return Noise.draw(self.horizon, n, states, generator, resample=resample)
 

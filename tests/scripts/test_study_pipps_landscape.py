@@ -68,8 +68,9 @@ def test_names_have_legs_after_a_plus():
     assert estimator_named("lr+biw") == make("lr", legs="biw")
     assert estimator_named("tpx") == make("tpx")
     assert estimator_named("gr") == make("rp")
-    with pytest.raises(ValueError, match="unknown"):
-        estimator_named("lr+bow")
+    for wrong in ("lr+bow", "gr+biw"):
+        with pytest.raises(ValueError, match="unknown"):
+            estimator_named(wrong)
 
 
 def test_a_box_is_the_value_of_each_state(line):
