@@ -96,13 +96,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; on wrong usage, exit with code 2."""
     parser = parser_of("study pipps-landscape")
     options = parser.parse_args(arguments)
-    for name, least in (("particles", 6), ("points", 3), ("direction", 0), ("seed", 0)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    if not (0 < options.end < math.inf):
+    bounds = {"particles": 6, "points": 3, "box_points": 2, "direction": 0, "seed": 0}
+    for name, least in bounds.items():
+        if (value := getattr(options, name)) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not 0 < options.end < math.inf:
         parser.error(f"--end must be above 0, got {options.end}")
-    if options.box_points < 2:
-        parser.error(f"--box-points must be at least 2, got {options.box_points}")
     for name in options.estimators:
         if name == RESAMPLED:
             parser.error(
@@ -127,8 +126,8 @@ def measure(options: argparse.Namespace, command: str) -> None:
         "box_points": options.box_points,
         "axes": list(line.state_names[:2]),
     }
-    if len(of_boxes["axes"]) < 2:
-        raise UserError(f"{options.run} has a state of one entry, and a box needs two")
+    if min(len(of_boxes["axes"]), line.horizon) < 2:
+        raise UserError(f"{options.run} has one step, or a state of one entry: a box needs two")
     found = Measurements(
         options.out / "landscape.csv", settings, keys=KEYS, values=NUMBERS, command=command
     )
@@ -177,7 +176,10 @@ def box_at(line: PolicyLine, points: int, seed: int) -> Box:
         centre = model.start_mean.unsqueeze(0)
         found = model.dynamics.predict(centre, line.policy.controller()(centre))
         mean = found.mean[0]
-        std = (found.variance[0] + model.dynamics.noise.square() * model.noise_multiplier).sqrt()
+        variance = model.dynamics.noise.square() * model.noise_multiplier
+        if model.model_uncertainty:
+            variance = variance + found.variance[0]
+        std = variance.sqrt()
         z = torch.linspace(-CORNERS, CORNERS, points).to(mean)
         corners = mean.new_zeros(points, points, len(mean))
         corners[..., 0], corners[..., 1] = z, z.unsqueeze(1)  # [angles, positions, S]
@@ -236,7 +238,7 @@ def table(lines: dict[str, Landscape], settings: dict[str, Any]) -> str:
         "# Variance of PIPPS's gradient along a line of policies", "",
         origin(settings), "",
         f"{settings['particles']} particles with fixed noise (seed {settings['seed']}), direction "
-        f"{settings['direction']}. The value rises from {value.mean[0]:.1f} at Δ = 0 to "
+        f"{settings['direction']}. The value is {value.mean[0]:.1f} at Δ = 0 and "
         f"{value.mean[-1]:.1f} at Δ = {end:g}. A variance is that of one particle's gradient along "
         "the line; that of their mean is its P-th part.", "",
         f"| estimator | variance at Δ = 0 | at Δ = {end:g} | largest | at Δ = | growth to the "
