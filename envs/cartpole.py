@@ -2,7 +2,8 @@
 
 This module holds the equations of motion, their integrator, the two costs of PIPPS and the noisy
 environment. Rendering is in cartpole_render.py. The simulation is not differentiable: agents learn
-a model, and use only `CartPoleSwingUpEnv.cost` and `CartPoleSwingUpEnv.initial_distribution`.
+a model, and use only `CartPoleSwingUpEnv.cost` and `saturating_cost`,
+`CartPoleSwingUpEnv.initial_distribution` and what the class declares of its observations.
 
 The state is [x, theta, x_dot, theta_dot] in m, rad, m/s and rad/s. The pole is upright at theta = 0
 and hangs down at theta = pi. Positive theta leans left: the tip is at (x - l sin theta, l cos
@@ -147,11 +148,16 @@ class CartPoleSwingUpEnv(gym.Env[np.ndarray, np.ndarray]):
             N([0, pi, 0, 0], initial_std² I); 0.02 in the PIPPS demo, 0.1 in PILCO.
         render_mode: None or "rgb_array".
 
+    Attributes:
+        integrated_dims: pairs (position, velocity) of an observation's entries.
+        time_step: s between two observations.
+
     Raises:
         ValueError: an argument is out of range.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    integrated_dims, time_step = ((0, 2), (1, 3)), CONTROL_STEP
     observation_names = ("cart [m]", "pole [rad]", "cart [m/s]", "pole [rad/s]")  # for figures
 
     def __init__(

@@ -3,7 +3,7 @@
 This module holds the equations of motion, their integrator, the cost of PILCO and the noisy
 environment. Rendering is in unicycle_render.py. The simulation is not differentiable: agents learn
 a model, and use only `UnicycleEnv.cost` and `saturating_cost`, `UnicycleEnv.initial_distribution`
-and `UnicycleEnv.invariant_dims`.
+and what `UnicycleEnv` declares of its observations.
 
 A wheel rolls without slip on a floor. Its axle carries a frame, and on top of the frame a
 turntable spins about the frame's long axis. One motor turns the wheel against the frame and
@@ -267,6 +267,8 @@ class UnicycleEnv(gym.Env[np.ndarray, np.ndarray]):
 
     Attributes:
         invariant_dims: entries of an observation that no change depends on: the yaw.
+        integrated_dims: pairs (position, velocity) of an observation's entries: roll, yaw, pitch.
+        time_step: s between two observations, `control_step`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -277,7 +279,7 @@ class UnicycleEnv(gym.Env[np.ndarray, np.ndarray]):
         "roll [rad/s]", "yaw [rad/s]", "wheel [rad/s]", "pitch [rad/s]", "turntable [rad/s]",
         "origin ahead [m]", "origin left [m]", "roll [rad]", "yaw [rad]", "pitch [rad]",
     )  # fmt: skip
-    invariant_dims = (8,)
+    invariant_dims, integrated_dims = (8,), ((7, 0), (8, 1), (9, 3))
 
     def __init__(
         self,
@@ -293,7 +295,7 @@ class UnicycleEnv(gym.Env[np.ndarray, np.ndarray]):
         check_choice("reference_inertia", reference_inertia, (False, True))
         check_choice("render_mode", render_mode, (None, "rgb_array"))
         self.reference_inertia, self.render_mode = reference_inertia, render_mode
-        self.control_step = check_number(
+        self.control_step = self.time_step = check_number(
             "control_step", control_step, "a time > 0 in seconds, e.g. 0.1", positive=True
         )
         if type(episode_steps) is not int or episode_steps < 1:

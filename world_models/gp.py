@@ -43,6 +43,7 @@ LARGEST_LOG = 300.0  # of a hyper-parameter: the square of its exponential is fi
 # In deviations. In one random episode of the cart-pole the differences of the cart's position reach
 # 4; a zero prior mean is no worse than theirs up to 70, and doubles the noise at 700.
 LARGE_OFFSET = 10.0
+Kernel = Literal["rbf", "rbf+linear"]
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # relative to the signal variance, tried in this order
 
 
@@ -62,6 +63,10 @@ class GaussianProcess(nn.Module):
     Source: Rasmussen & Williams 2006, Ch. 2 and 5; Parmas et al. 2018, Sec. 2.4.1 (whose kernel is
     written without the ½).
 
+    The kernel "rbf+linear" adds Σ_d a_d² (x_d - m_d) (x'_d - m_d), m the mean of the data: a plane,
+    whose slopes have the prior deviations a, so that far from the data the mean goes on along it.
+    Amadio et al. 2022 (MC-PILCO) add a polynomial of degree 1 or 2.
+
     Its buffers are float64. A state dict with any number of data points loads.
 
     Args:
@@ -71,6 +76,7 @@ class GaussianProcess(nn.Module):
             "zero" is the model of PILCO; an output whose targets' mean is more than LARGE_OFFSET
             deviations takes that mean all the same, as the signal, and with it the curb on the
             noise, would otherwise grow with the offset.
+        kernel: "rbf" or "rbf+linear".
         rounding: relative; an input whose deviation is less than this times its mean is constant.
             The default is for inputs that were float32.
 
@@ -80,6 +86,7 @@ class GaussianProcess(nn.Module):
         log_lengthscale: [E, D] log l.
         log_signal: [E] log s, of a deviation, not a variance.
         log_noise: [E] log σ_n, of a deviation, not a variance.
+        log_slope: [E, D] log a, with "rbf+linear" alone.
         jitter: relative to the signal variance, what the last factorisation needed on its diagonal;
             0 if the data and noise are well-behaved.
     """
@@ -90,6 +97,7 @@ class GaussianProcess(nn.Module):
     log_lengthscale: Tensor
     log_signal: Tensor
     log_noise: Tensor
+    log_slope: Tensor
     has_fit: Tensor
 
     def __init__(
@@ -98,6 +106,7 @@ class GaussianProcess(nn.Module):
         n_outputs: int,
         *,
         prior_mean: Literal["zero", "data"] = "zero",
+        kernel: Kernel = "rbf",
         rounding: float = ROUNDING[np.float32],
     ) -> None:
         super().__init__()
@@ -108,11 +117,19 @@ class GaussianProcess(nn.Module):
         self.register_buffer("log_lengthscale", torch.zeros(e, d, dtype=dtype))
         self.register_buffer("log_signal", torch.zeros(e, dtype=dtype))
         self.register_buffer("log_noise", torch.full((e,), math.log(0.1), dtype=dtype))
+        if kernel == "rbf+linear":
+            self.register_buffer("log_slope", torch.zeros(e, d, dtype=dtype))
         self.register_buffer("has_fit", torch.tensor(False))
         self._factors: tuple[Any, ...] | None = None
         self._kernel_sum: KernelSum | None = None
         self._prior = torch.zeros(e, dtype=dtype)  # the offset that the factors were made with
         self.jitter = 0.0
+
+    @property
+    def slope_variance(self) -> Tensor | None:
+        """[E, D] a², or None of the kernel "rbf"."""
+        log_slope = self._buffers.get("log_slope")
+        return None if log_slope is None else (2 * log_slope).exp()
 
     @property
     def noise(self) -> Tensor:
@@ -166,8 +183,8 @@ class GaussianProcess(nn.Module):
     def fit(self, *, max_evaluations: int = 200) -> Tensor:
         """Choose the hyper-parameters by L-BFGS on the penalised marginal likelihood, per output.
 
-        The first call starts from l = std(inputs), s = std(targets), σ_n = s / 10. Later calls
-        start from the previous optimum (PILCO's train.m).
+        The first call starts from l = std(inputs), s = std(targets), σ_n = s / 10, and a = s / l.
+        Later calls start from the previous optimum (PILCO's train.m).
 
         Args:
             max_evaluations: likelihood evaluations per output.
@@ -181,6 +198,8 @@ class GaussianProcess(nn.Module):
             self.log_lengthscale.copy_(input_std.log().expand_as(self.log_lengthscale))
             self.log_signal.copy_(target_std.log())
             self.log_noise.copy_((target_std / 10).log())
+            if self.slope_variance is not None:
+                self.log_slope.copy_(self.log_signal.unsqueeze(1) - self.log_lengthscale)
             self.has_fit.fill_(True)
         losses = []
         # SciPy calls NumPy's BLAS between our evaluations. On few cores its threads and PyTorch's
@@ -217,7 +236,10 @@ class GaussianProcess(nn.Module):
 
         Raises:
             RuntimeError: there is no data yet, or a kernel matrix cannot be factorised.
+            ValueError: the kernel is not "rbf", whose moments alone are known.
         """
+        if self.slope_variance is not None:
+            raise ValueError("moment matching needs kernel='rbf', got 'rbf+linear'; take particles")
         if self._kernel_sum is None:
             _, supports = _supports(self, as_root=True)
             points = [self.inputs[support.points] for support in supports]
@@ -241,7 +263,7 @@ class GaussianProcess(nn.Module):
         """
         if state["has_fit"] and not len(state["inputs"]):
             raise ValueError("it has hyper-parameters of a fit and no data")
-        for name in ("log_lengthscale", "log_signal", "log_noise"):
+        for name in [name for name in state if name.startswith("log_")]:
             largest = state[name].abs().amax()
             if largest > LARGEST_LOG:
                 raise ValueError(
@@ -281,6 +303,9 @@ class _PosteriorMoments(torch.autograd.Function):
         precision: Tensor,  # [E, n, n] (K + σ_n² I)⁻¹, or its counterpart on the support
         is_root: bool,  # `precision` is R, with RᵀR the above
         signal_variance: Tensor,  # [E, 1]
+        slope_variance: Tensor | None,  # [E, D, 1] a², or None without a plane
+        slopes: Tensor | None,  # [E, n, D] a² (X - centre)
+        plane: Tensor | None,  # [E, D, 1] slope of the mean, Σ β a² (X - centre)
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Points last: the products with few rows are then twice as fast as with few columns.
         d, e = x.shape[1], len(features)
@@ -289,8 +314,10 @@ class _PosteriorMoments(torch.autograd.Function):
         right = torch.cat((scaled, half_norm, torch.ones_like(half_norm)), 1)
         k = torch.bmm(features, right).exp_()  # [E, n, N]
         mean_sums = torch.bmm(weighted, k)  # [E, D + 1, N]
-        whitened = torch.bmm(precision, k)
+        offset = x.T - centre  # [D, N]
+        whitened = torch.bmm(precision, k if slopes is None else k + slopes @ offset)
         w = torch.bmm(precision.mT, whitened) if is_root else whitened
+        of_plane = None if slopes is None else slopes.mT @ w  # [E, D, N] its share of d(k*ᵀ)w
         variance_sums = torch.bmm(plain, w.mul_(k))  # of k* K⁻¹k*, elementwise
         mean, explained = mean_sums[:, d:], variance_sums[:, d:]  # [E, 1, N]
         mean_jacobian = mean_sums[:, :d] - scaled * mean
@@ -299,7 +326,15 @@ class _PosteriorMoments(torch.autograd.Function):
             explained = whitened.square().sum(1, keepdim=True)
         jacobian = torch.stack((mean_jacobian, variance_jacobian))  # [2, E, D, N]
         jacobian *= inverse_lengthscale
-        variance = (signal_variance - explained.squeeze(1)).clamp_min_(0.0)
+        prior = signal_variance
+        if slope_variance is not None and plane is not None and of_plane is not None:
+            mean = mean + (plane * offset).sum(1, keepdim=True)
+            prior = prior + (slope_variance * offset.square()).sum(1)
+            if not is_root:
+                explained = explained + (of_plane * offset).sum(1, keepdim=True)
+            jacobian[0] += plane
+            jacobian[1] += 2 * (slope_variance * offset - of_plane)
+        variance = (prior - explained.squeeze(1)).clamp_min_(0.0)
         ctx.save_for_backward(jacobian)
         parts = jacobian.permute(0, 3, 1, 2)  # [2, N, E, D]
         outputs = mean.reshape(e, -1).T, variance.T, parts[0], parts[1]
@@ -311,7 +346,7 @@ class _PosteriorMoments(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (jacobian,) = ctx.saved_tensors
         cotangent = torch.stack((grads[0].T, grads[1].T)).unsqueeze(2)  # [2, E, 1, N]
-        return ((cotangent * jacobian).sum((0, 1)).T, *(None,) * 8)
+        return ((cotangent * jacobian).sum((0, 1)).T, *(None,) * 11)
 
 
 def positive_std(x: Tensor, rounding: float) -> Tensor:
@@ -367,6 +402,9 @@ def _supports(gp: GaussianProcess, *, as_root: bool) -> tuple[Tensor, list[Suppo
     targets = gp.targets - gp._prior
     for e in range(gp.targets.shape[1]):
         k = _log_kernel(scaled[e], gp.log_signal[e]).exp()
+        if gp.slope_variance is not None:
+            offset = gp.inputs - gp.inputs.mean(0)
+            k = k + (offset * gp.slope_variance[e]) @ offset.T
         noise_variance = (2 * gp.log_noise[e]).exp()
         factor, jitter = _cholesky(k, noise_variance, (2 * gp.log_signal[e]).exp())
         gp.jitter = max(gp.jitter, jitter)
@@ -386,15 +424,24 @@ def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
     is_point = _padded([torch.ones_like(s.beta) for s in supports])
     plain = torch.cat((scaled, is_point), -1)  # [E, n, D + 1]
     bias = 2 * gp.log_signal[:, None, None] - 0.5 * scaled.square().sum(-1, keepdim=True)
+    beta = _padded([s.beta for s in supports])
+    variance, slopes, plane = gp.slope_variance, None, None
+    if variance is not None:
+        offsets = gp.inputs - centre
+        slopes = _padded([offsets[s.points] * a for s, a in zip(supports, variance)])
+        variance, plane = variance.unsqueeze(2), (slopes * beta).sum(1).unsqueeze(2)
     return (
         centre.unsqueeze(1),
         inverse_lengthscale.mT,
         torch.cat((scaled, torch.ones_like(is_point), bias), -1),
-        (plain * _padded([s.beta for s in supports])).mT.contiguous(),
+        (plain * beta).mT.contiguous(),
         plain.mT.contiguous(),
         _padded([s.precision for s in supports]),
         is_root,
         (2 * gp.log_signal).exp().unsqueeze(1),
+        variance,
+        slopes,
+        plane,
     )
 
 
@@ -459,20 +506,22 @@ def negative_log_likelihood(
     Σ_d ((log l_d - log std x_d) / log 100)³⁰ + ((log s - log σ_n) / log 1000)³⁰ (hypCurb.m).
 
     Args:
-        theta: [D + 2] (log l, log s, log σ_n).
+        theta: [D + 2] (log l, log s, log σ_n), or [2 D + 2] with log a, of the plane, behind.
         inputs: [n, D].
         target: [n].
         log_input_std: [D] log std x_d; None leaves the curbs out.
 
     Returns:
-        The value, and its gradient [D + 2]: ½ tr((K⁻¹ - ββᵀ) dK/dθ) with
+        The value, and its gradient, of theta's shape: ½ tr((K⁻¹ - ββᵀ) dK/dθ) with
         Σ_ij W_ij (x_i - x_j)² written as products of W with the inputs.
     """
     d = inputs.shape[1]
     scaled = (inputs - inputs.mean(0)) * (-theta[:d]).exp()
     noise_variance = (2 * theta[d + 1]).exp()
     k = _log_kernel(scaled, theta[d]).exp()
-    factor, _ = _cholesky(k, noise_variance, (2 * theta[d]).exp())
+    planes = (inputs - inputs.mean(0)) * theta[d + 2 :].exp() if len(theta) > d + 2 else None
+    whole = k if planes is None else k + planes @ planes.T
+    factor, _ = _cholesky(whole, noise_variance, (2 * theta[d]).exp())
     beta = torch.cholesky_solve(target[:, None], factor)
     value = 0.5 * (target @ beta).squeeze() + factor.diagonal().log().sum()
     value += 0.5 * len(target) * math.log(2 * math.pi)
@@ -483,6 +532,8 @@ def negative_log_likelihood(
     gradient[:d] = row_sums @ scaled.square() - (scaled * (w @ scaled)).sum(0)
     gradient[d] = row_sums.sum()
     gradient[d + 1] = noise_variance * residual.diagonal().sum()
+    if planes is not None:
+        gradient[d + 2 :] = (planes * (residual @ planes)).sum(0)
     if log_input_std is not None:
         ratio = (theta[:d] - log_input_std) / LENGTHSCALE_CURB
         snr = (theta[d] - theta[d + 1]) / SNR_CURB
@@ -502,7 +553,11 @@ def _fit_output(gp: GaussianProcess, e: int, log_input_std: Tensor, max_evaluati
     if is_constant:  # the likelihood is unbounded: nothing is fitted, the offset says it all
         scale = constant if constant > 0 else 0.1
         gp.log_signal[e], gp.log_noise[e] = math.log(scale / 200), math.log(scale / 1000)
-    start = torch.cat((gp.log_lengthscale[e], gp.log_signal[e : e + 1], gp.log_noise[e : e + 1]))
+        if gp.slope_variance is not None:
+            gp.log_slope[e] = math.log(scale / 1000) - log_input_std
+    d, has_plane = gp.inputs.shape[1], gp.slope_variance is not None
+    parts = [gp.log_lengthscale[e], gp.log_signal[e : e + 1], gp.log_noise[e : e + 1]]
+    start = torch.cat([*parts, gp.log_slope[e]] if has_plane else parts)
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
         try:
@@ -517,7 +572,10 @@ def _fit_output(gp: GaussianProcess, e: int, log_input_std: Tensor, max_evaluati
     if not is_constant:
         from scipy.optimize import minimize
 
-        bounds = [(None, None)] * (len(start) - 2) + [(math.log(1e-6 * target_std), None)] * 2
+        least = math.log(1e-6 * target_std)
+        bounds = [(None, None)] * d + [(least, None)] * 2
+        if has_plane:  # a slope that explains nothing is as good as 0
+            bounds += [(least - float(log_std), None) for log_std in log_input_std]
         result = minimize(
             objective,
             start.cpu().numpy(),
@@ -527,5 +585,7 @@ def _fit_output(gp: GaussianProcess, e: int, log_input_std: Tensor, max_evaluati
             options={"maxfun": max_evaluations},
         )
         theta = torch.from_numpy(result.x).to(start)
-    gp.log_lengthscale[e], gp.log_signal[e], gp.log_noise[e] = theta[:-2], theta[-2], theta[-1]
+    gp.log_lengthscale[e], gp.log_signal[e], gp.log_noise[e] = theta[:d], theta[d], theta[d + 1]
+    if has_plane:
+        gp.log_slope[e] = theta[d + 2 :]
     return negative_log_likelihood(theta, gp.inputs, target)[0]

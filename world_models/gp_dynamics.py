@@ -7,29 +7,31 @@ moves through it (by particles, by moment matching) is up to the agent.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from totalprop.world_models.gp import ROUNDING, GaussianProcess, outlier
-from totalprop.world_models.moment_matching import Gaussian, join, trigonometry
+from totalprop.world_models.gp import ROUNDING, GaussianProcess, Kernel, outlier
+from totalprop.world_models.moment_matching import Gaussian, join, take, trigonometry
 
 
 class Prediction(NamedTuple):
-    """Marginal distribution of the next state at N states and controls, without noise."""
+    """Marginal distribution of what is predicted of the next state, without noise."""
 
-    mean: Tensor  # [N, S]
-    variance: Tensor  # [N, S]
-    mean_jacobian: Tensor  # [N, S, A] d mean / d control, detached
-    variance_jacobian: Tensor  # [N, S, A] d variance / d control, detached
+    mean: Tensor  # [N, E]
+    variance: Tensor  # [N, E]
+    mean_jacobian: Tensor  # [N, E, A] d mean / d control, detached
+    variance_jacobian: Tensor  # [N, E, A] d variance / d control, detached
 
 
 class GPDynamics(nn.Module):
     """x' - x ~ GP(φ(x), u) and r ~ GP(φ(x'), u), where φ replaces angles by sine and cosine.
 
-    Entries that no change depends on are left out of φ(x), but not of φ(x').
+    Entries that no change depends on are left out of φ(x), but not of φ(x'). Positions
+    whose velocity is an entry, too, need no process of their own: see `complete`.
 
     The reward belongs to the state that a step arrives in. Controls are scaled to [-1, 1]. The
     prior mean of the reward is the mean of those seen: an offset of the rewards changes nothing.
@@ -39,10 +41,14 @@ class GPDynamics(nn.Module):
         n_controls: entries A of a control.
         angle_dims: entries of the state that are angles.
         invariant_dims: entries of the state that no change depends on, such as a yaw.
+        integrated_dims: pairs (position, velocity) of entries; the positions are not predicted.
+        time_step: duration T of a step, in the unit of a position over that of its velocity.
+        kernel: of the dynamics, see `GaussianProcess`.
         rounding: of the observed states, relative, see `GaussianProcess`.
 
     Attributes:
-        gp: the dynamics, from encoded states and controls to state differences.
+        predicted_dims: the E entries of the state that are predicted, all but positions.
+        gp: the dynamics, from encoded states and controls to differences of the E entries.
         reward_gp: the reward, from encoded next states and controls.
     """
 
@@ -53,23 +59,37 @@ class GPDynamics(nn.Module):
         *,
         angle_dims: tuple[int, ...] = (),
         invariant_dims: tuple[int, ...] = (),
+        integrated_dims: Sequence[tuple[int, int]] = (),
+        time_step: float = 1.0,
+        kernel: Kernel = "rbf",
         rounding: float = ROUNDING[np.float32],
     ) -> None:
         super().__init__()
-        self.n_controls, self.angle_dims = n_controls, tuple(angle_dims)
+        self.n_states, self.n_controls = n_states, n_controls
+        self.angle_dims = tuple(angle_dims)
         n_inputs = n_states + len(self.angle_dims) + n_controls
         others = [d for d in range(n_states) if d not in self.angle_dims]
         entries = [*others, *self.angle_dims, *self.angle_dims]  # which a feature is of
         seen = [i for i, d in enumerate(entries) if d not in invariant_dims]
         self.seen = [*seen, *range(len(entries), n_inputs)] if invariant_dims else None
         n_seen = n_inputs if self.seen is None else len(self.seen)
-        self.gp = GaussianProcess(n_seen, n_states, rounding=rounding)
+        positions = {position for position, _ in integrated_dims}
+        self.predicted_dims = [d for d in range(n_states) if d not in positions]
+        n_predicted = len(self.predicted_dims)
+        self.gp = GaussianProcess(n_seen, n_predicted, kernel=kernel, rounding=rounding)
         self.reward_gp = GaussianProcess(n_inputs, 1, prior_mean="data", rounding=rounding)
         self._warned: set[str] = set()
+        by_state = torch.zeros(n_states, n_states, dtype=torch.float64)
+        by_predicted = torch.eye(n_states, dtype=torch.float64)
+        for position, velocity in integrated_dims:
+            by_state[position, position] = 1.0
+            by_state[velocity, position] = by_predicted[velocity, position] = time_step / 2
+        self.register_buffer("_by_state", by_state, persistent=False)  # see `complete`
+        self.register_buffer("_by_predicted", by_predicted[self.predicted_dims], persistent=False)
 
     @property
     def noise(self) -> Tensor:
-        """[S] deviation of the noise of an observed state difference."""
+        """[E] deviation of the noise of an observed difference of predicted entries."""
         return self.gp.noise
 
     @property
@@ -127,7 +147,8 @@ class GPDynamics(nn.Module):
         Raises:
             ValueError: a value is not finite.
         """
-        self.gp.add_data(self.dynamics_inputs(states, controls), next_states - states, keep=keep)
+        changes = (next_states - states)[:, self.predicted_dims]
+        self.gp.add_data(self.dynamics_inputs(states, controls), changes, keep=keep)
         arrival = self.encode(next_states, controls)
         self.reward_gp.add_data(arrival, rewards.unsqueeze(-1), keep=keep)
 
@@ -137,14 +158,13 @@ class GPDynamics(nn.Module):
         Warns of an observation or a difference of observations that ruins the fit.
 
         Returns:
-            [S] negative log marginal likelihood per data point.
+            [E] negative log marginal likelihood per data point.
         """
-        states = self.gp.targets.shape[1]
-        others = [d for d in range(states) if d not in self.angle_dims]
+        others = [d for d in range(self.n_states) if d not in self.angle_dims]
         for column, d in enumerate(others):
             self._warn_of_outlier(f"observation {d}", self.features[:, column])
-        for d in range(states):
-            self._warn_of_outlier(f"the change of observation {d} in a step", self.gp.targets[:, d])
+        for e, d in enumerate(self.predicted_dims):
+            self._warn_of_outlier(f"the change of observation {d} in a step", self.gp.targets[:, e])
         return self.gp.fit(max_evaluations=max_evaluations)
 
     def fit_reward(self, *, max_evaluations: int = 200) -> Tensor:
@@ -172,7 +192,7 @@ class GPDynamics(nn.Module):
             )
 
     def predict(self, states: Tensor, controls: Tensor) -> Prediction:
-        """Next states after one step.
+        """What is predicted of the next states after one step.
 
         Args:
             states: [N, S] float64; gradients flow.
@@ -181,11 +201,28 @@ class GPDynamics(nn.Module):
         delta = self.gp.posterior(self.dynamics_inputs(states, controls))
         by_control = slice(-self.n_controls, None)
         return Prediction(
-            states + delta.mean,
+            take(states, self.predicted_dims, -1) + delta.mean,
             delta.variance,
             delta.mean_jacobian[..., by_control],
             delta.variance_jacobian[..., by_control],
         )
+
+    def complete(self, states: Tensor, predicted: Tensor) -> Tensor:
+        """The next state from what is predicted of it; linear in both arguments.
+
+        q' = q + T/2 (q̇ + q̇'), which is q + T q̇ + T/2 Δq̇: constant acceleration during a step.
+        Amadio et al. 2022 (MC-PILCO), speed-integration model, and code (Model_learning.py).
+
+        Args:
+            states: [..., S]; gradients flow.
+            predicted: [..., E] the predicted entries of the next state; gradients flow.
+
+        Returns:
+            [..., S]; `predicted` itself where there are no positions to integrate.
+        """
+        if len(self.predicted_dims) == self.n_states:
+            return predicted
+        return states @ self._by_state + predicted @ self._by_predicted
 
     def reward(self, next_states: Tensor, controls: Tensor) -> Tensor:
         """Mean reward of arriving in next states [..., S] with controls [..., A]: [...]."""

@@ -10,6 +10,7 @@ problem (cost and start), the controllers, the optimisers and the metrics.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from totalprop.agents.core.metrics import QUIET
-from totalprop.agents.core.validation import AtLeast, Finite, Within
+from totalprop.agents.core.validation import Above, AtLeast, Finite, Within
 from totalprop.agents.pilco.propagation import (
     MomentModel,
     Prediction,
@@ -65,6 +66,16 @@ class PILCO(TrialAlgorithm):
         invariant_dims: entries of the observation that no change of it depends on, such as a yaw:
             the model of the dynamics does not see them. None: the environment's own
             `invariant_dims`, or none.
+        speed_integration: predict velocities alone and integrate the positions, q' = q + T/2
+            (q̇ + q̇'): fewer Gaussian processes, of second-order systems (Amadio et al. 2022). Off, as
+            in the papers: a process for each entry.
+        integrated_dims: pairs (position, velocity) of entries of the observation, for
+            speed_integration. None: the environment's own `integrated_dims`.
+        time_step: time T between two observations, for speed_integration. None: the environment's
+            own `time_step`.
+        start_means: observations that predictions start from in equal shares, each with the
+            deviation of the start. None: the environment's own mean or means, or that of its
+            resets.
         process_noise: add the learned noise variance to every predicted step.
         gp_evaluations: likelihood evaluations per output and fit.
         max_points: newest real steps that the model keeps; 0 for all, as in the paper. A fit takes
@@ -103,6 +114,10 @@ class PILCO(TrialAlgorithm):
         termination: Literal["ignore"] | None = None,
         angle_dims: tuple[int, ...] = (),
         invariant_dims: tuple[int, ...] | None = None,
+        speed_integration: bool = False,
+        integrated_dims: tuple[tuple[int, int], ...] | None = None,
+        time_step: Annotated[float, Above(0)] | None = None,
+        start_means: Sequence[Sequence[float]] | None = None,
         process_noise: bool = True,
         gp_evaluations: Annotated[int, AtLeast(1)] = 200,
         max_points: Annotated[int, AtLeast(0)] = 0,
@@ -126,6 +141,10 @@ class PILCO(TrialAlgorithm):
             termination=termination,
             angle_dims=angle_dims,
             invariant_dims=invariant_dims,
+            speed_integration=speed_integration,
+            integrated_dims=integrated_dims,
+            time_step=time_step,
+            start_means=start_means,
             gp_evaluations=gp_evaluations,
             max_points=max_points,
             policy_kwargs=policy_kwargs,
@@ -202,7 +221,7 @@ class PILCO(TrialAlgorithm):
             self.world_model.fit_reward(max_evaluations=self.gp_evaluations)
         return MomentModel(
             dynamics=self.world_model,
-            start=Gaussian(mean, std.square().diag()),
+            start=Gaussian(mean, std.square().diag().expand(*mean.shape, -1)),
             cost=minus_reward(self.world_model) if own is None else saturating(own),
             process_noise=self.process_noise,
             exploration=self.exploration,
@@ -217,8 +236,8 @@ class PILCO(TrialAlgorithm):
         record("train/gradient_norm", float(np.mean(finite)))
         record("train/gradient_norm_last", finite[-1], exclude=QUIET)
         record("train/skipped_steps", skipped, exclude=QUIET)
-        spread = found.covariances[-1].diagonal().sqrt()
-        for d, value in enumerate(spread.tolist()):
+        spread = found.covariances[-1].diagonal(dim1=-2, dim2=-1).sqrt()  # [S], or of M starts
+        for d, value in enumerate(spread.view(-1, spread.shape[-1]).mean(0).tolist()):
             record(f"prediction/last_std_{d}", value, exclude=QUIET)
 
     # ----------------------------------------------------------------------------------------
@@ -252,8 +271,12 @@ class PILCO(TrialAlgorithm):
 
 
 def _quantiles(found: Prediction) -> np.ndarray:
-    """Predicted states [H + 1, QUANTILES, S], evenly spread over the probability of each."""
+    """Predicted states [H + 1, N, S], evenly spread over the probability of each.
+
+    N is QUANTILES, of each start.
+    """
     level = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
     z = torch.special.ndtri(level).to(found.means)
     std = found.covariances.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    return (found.means.unsqueeze(1) + std.unsqueeze(1) * z[:, None]).cpu().numpy()
+    states = found.means.unsqueeze(-2) + std.unsqueeze(-2) * z[:, None]
+    return states.flatten(1, -2).cpu().numpy()

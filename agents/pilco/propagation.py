@@ -21,6 +21,7 @@ from totalprop.world_models.moment_matching import (
     kernel_sum,
     saturate,
     symmetric,
+    take,
 )
 
 # Mean and variance [...] of a step's cost, from the Gaussian of (next state, control) [..., S + A].
@@ -33,7 +34,7 @@ class MomentModel:
 
     Attributes:
         dynamics: the Gaussian processes of state differences.
-        start: Gaussian [S] that predictions start from.
+        start: Gaussian [S] that predictions start from, or M of them, equally likely, [M, S].
         cost: of a step.
         process_noise: add the learned noise variance σ_n² to every predicted difference.
         exploration: factor of the standard deviation of a step's cost, added to its mean.
@@ -50,9 +51,9 @@ class Prediction(NamedTuple):
     """A policy's trial, as predicted."""
 
     loss: Tensor  # [] sum of the costs, with exploration; has the gradient
-    costs: Tensor  # [H] expected, detached
-    means: Tensor  # [H + 1, S] of the states, detached
-    covariances: Tensor  # [H + 1, S, S] detached
+    costs: Tensor  # [H] expected, or [H, M] of M starts, detached
+    means: Tensor  # [H + 1, (M,) S] of the states, detached
+    covariances: Tensor  # [H + 1, (M,) S, S] detached
 
 
 def predict(model: MomentModel, policy: ControllerPolicy, horizon: int) -> Prediction:
@@ -71,9 +72,9 @@ def predict(model: MomentModel, policy: ControllerPolicy, horizon: int) -> Predi
         arrivals.append(arrival)
         states.append(arrival.marginal(range(model.start.mean.shape[-1])))
     means, variances = model.cost(_stack(arrivals))  # of all steps together
-    loss = means.sum()
+    loss = means.sum(0).mean()
     if model.exploration:
-        loss = loss + model.exploration * variances.clamp_min(1e-12).sqrt().sum()
+        loss = loss + model.exploration * variances.clamp_min(1e-12).sqrt().sum(0).mean()
     path = _stack(states)
     return Prediction(loss, means.detach(), path.mean.detach(), path.covariance.detach())
 
@@ -106,16 +107,19 @@ def propagate(
     if dynamics.seen is not None:
         inputs = [inputs[i] for i in dynamics.seen]
     joint = join(joint, inputs, kernel_sum(joint.marginal(inputs), dynamics.gp.kernel_sum()))
-    # (x + Δ, u): sums of rows, then of columns.
-    mean, rows = joint.mean, joint.covariance
-    at, u, delta = slice(0, s), slice(n + a, n + 2 * a), slice(n + 2 * a, None)
-    mean = torch.cat((mean[..., at] + mean[..., delta], mean[..., u]), -1)
-    rows = torch.cat((rows[..., at, :] + rows[..., delta, :], rows[..., u, :]), -2)
-    covariance = torch.cat((rows[..., at] + rows[..., delta], rows[..., u]), -1)
-    covariance = symmetric(covariance)
+
+    def arrive(z: Tensor) -> Tensor:
+        """(x', u) of (x, ..., u, Δ), a linear map of the last axis."""
+        before, u, delta = z[..., :s], z[..., n + a : n + 2 * a], z[..., n + 2 * a :]
+        changed = take(before, dynamics.predicted_dims, -1) + delta
+        return torch.cat((dynamics.complete(before, changed), u), -1)
+
+    mean = arrive(joint.mean)
+    covariance = symmetric(arrive(arrive(joint.covariance.mT).mT))
     if process_noise:
-        noise = torch.cat((dynamics.noise.square(), x.mean.new_zeros(a)))
-        covariance = covariance + noise.diag()
+        effect = dynamics.complete(x.mean.new_zeros(s), dynamics.noise.diag())  # [E, S]
+        noise = torch.nn.functional.pad(effect.T @ effect, (0, a, 0, a))
+        covariance = covariance + noise
     return Gaussian(mean, covariance)
 
 

@@ -9,7 +9,7 @@ loop (algorithm), the problem (cost and start), the controllers, the optimisers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from totalprop.agents.pipps.search import OptimizerName, SearchSettings, optimis
 from totalprop.agents.trials.algorithm import OnStep, TrialAlgorithm
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.estimators import Estimator
+from totalprop.world_models.gp import Kernel
 
 # Variants of the 2018 paper that are not estimators of a node: (resample, fixed noise).
 VARIANTS = {"gr": (True, False), "rp-fs": (False, True), "gr-fs": (True, True)}
@@ -53,6 +54,13 @@ class PIPPS(TrialAlgorithm):
             other.
         adam_eps: Adam's epsilon.
         momentum: momentum of "rmsprop2018".
+        dropout: probability that a search leaves out a basis function of the policy, in every step
+            of every particle; half of it in the second third of the search, and 0 in the last.
+            Amadio et al. 2022 (MC-PILCO): 0.25. Like noise_stop it halves the step size from third
+            to third, and needs "adam".
+        noise_stop: a third of a search ends as soon as the directions of its gradients agree by
+            less than this many standard errors, the last one with the search; 2, for example. 0:
+            all gradient_steps are made.
         random_trials: first episodes, with uniformly random actions.
         random_scale: these actions as a fraction of the action space, about its middle.
         cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64). Without
@@ -68,8 +76,20 @@ class PIPPS(TrialAlgorithm):
         invariant_dims: entries of the observation that no change of it depends on, such as a yaw:
             the model of the dynamics does not see them. None: the environment's own
             `invariant_dims`, or none.
+        speed_integration: predict velocities alone and integrate the positions, q' = q + T/2
+            (q̇ + q̇'): fewer Gaussian processes, of second-order systems (Amadio et al. 2022). Off, as
+            in the papers: a process for each entry.
+        integrated_dims: pairs (position, velocity) of entries of the observation, for
+            speed_integration. None: the environment's own `integrated_dims`.
+        time_step: time T between two observations, for speed_integration. None: the environment's
+            own `time_step`.
+        start_means: observations that particles start from in equal shares, each with the
+            deviation of the start. None: the environment's own mean or means, or that of its
+            resets.
         model_uncertainty: spread particles by the GP's own uncertainty; off: "TP - σ_f" of 2018.
         noise_multiplier: factor on the learned noise variance in simulation; 100: "TP + σ_n".
+        kernel: of the dynamics: "rbf", as in the papers, or "rbf+linear", whose mean goes on along a
+            plane far from the data, as in MC-PILCO.
         gp_evaluations: likelihood evaluations per output and fit.
         max_points: newest real steps that the model keeps; 0 for all, as in the papers. A fit takes
             time cubic in their number.
@@ -85,6 +105,7 @@ class PIPPS(TrialAlgorithm):
             stable-baselines3's AssertionError.
     """
 
+    fixed_arguments: ClassVar[tuple[str, ...]] = (*TrialAlgorithm.fixed_arguments, "kernel")
     unknown_end: ClassVar[str] = (
         "simulated particles do not end: they go on beyond it, at the costs of the states there. "
         "Pass termination=..., a function of the states, and termination_cost=..., the cost of a "
@@ -106,6 +127,8 @@ class PIPPS(TrialAlgorithm):
         optimizer: OptimizerName = "adam",
         adam_eps: Annotated[float, Above(0)] = 1e-4,
         momentum: Annotated[float, Within(0, 1, open_above=True)] = 0.9,
+        dropout: Annotated[float, Within(0, 1, open_above=True)] = 0.0,
+        noise_stop: Annotated[float, AtLeast(0)] = 0.0,
         random_trials: Annotated[int, AtLeast(1)] = 1,
         random_scale: Annotated[float, Within(0, 1)] = 1.0,
         cost_fn: Callable[[Tensor], Tensor] | None = None,
@@ -113,8 +136,13 @@ class PIPPS(TrialAlgorithm):
         termination_cost: Annotated[float, Finite()] = 0.0,
         angle_dims: tuple[int, ...] = (),
         invariant_dims: tuple[int, ...] | None = None,
+        speed_integration: bool = False,
+        integrated_dims: tuple[tuple[int, int], ...] | None = None,
+        time_step: Annotated[float, Above(0)] | None = None,
+        start_means: Sequence[Sequence[float]] | None = None,
         model_uncertainty: bool = True,
         noise_multiplier: Annotated[float, Above(0)] = 1.0,
+        kernel: Kernel = "rbf",
         gp_evaluations: Annotated[int, AtLeast(1)] = 200,
         max_points: Annotated[int, AtLeast(0)] = 0,
         policy_kwargs: dict[str, Any] | None = None,
@@ -137,6 +165,10 @@ class PIPPS(TrialAlgorithm):
             termination=termination,
             angle_dims=angle_dims,
             invariant_dims=invariant_dims,
+            speed_integration=speed_integration,
+            integrated_dims=integrated_dims,
+            time_step=time_step,
+            start_means=start_means,
             gp_evaluations=gp_evaluations,
             max_points=max_points,
             policy_kwargs=policy_kwargs,
@@ -147,9 +179,10 @@ class PIPPS(TrialAlgorithm):
             device=device,
         )
         self.estimator = estimator
-        self.leg, self.cross_fit = leg, cross_fit
+        self.leg, self.cross_fit, self.kernel = leg, cross_fit, kernel
         self.n_particles, self.optimizer = n_particles, optimizer
         self.adam_eps, self.momentum = adam_eps, momentum
+        self.dropout, self.noise_stop = dropout, noise_stop
         self.termination_cost = termination_cost
         self.model_uncertainty, self.noise_multiplier = model_uncertainty, noise_multiplier
         if _init_setup_model:
@@ -196,6 +229,8 @@ class PIPPS(TrialAlgorithm):
             fixed_noise=fixed_noise,
             adam_eps=self.adam_eps,
             momentum=self.momentum,
+            dropout=self.dropout,
+            noise_stop=self.noise_stop,
         )
 
     def _variant(self) -> tuple[bool, bool]:
@@ -216,7 +251,7 @@ class PIPPS(TrialAlgorithm):
 
     def _simulate_trial(self, model: ParticleModel) -> np.ndarray:
         """States [H + 1, N, S] that the new policy is predicted to visit in the next trial."""
-        size = self.horizon, self.n_particles, len(model.start_mean)
+        size = self.horizon, self.n_particles, model.start_mean.shape[-1]
         noise = Noise.draw(*size, self._generator, resample=False)
         with torch.no_grad():
             _, _, states = simulate(model, self.policy, noise, estimators.make("rp"))
@@ -252,7 +287,27 @@ class PIPPS(TrialAlgorithm):
                 "optimizer 'quasi-newton' needs a deterministic objective; "
                 "choose estimator 'rp-fs' or 'gr-fs'"
             )
+        self._check_search()
         self._check_estimator()
+
+    def _check_search(self) -> None:
+        """What the search's options need of each other."""
+        if (self.dropout or self.noise_stop) and (self.optimizer != "adam" or self._variant()[1]):
+            raise ValueError(
+                f"dropout={self.dropout:g} and noise_stop={self.noise_stop:g} scale the steps of "
+                "optimizer 'adam', whose gradients are noisy; leave both at 0 with another "
+                "optimizer, and with 'rp-fs' and 'gr-fs'"
+            )
+        if self.dropout and self.policy_class.n_basis is ControllerPolicy.n_basis:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"dropout={self.dropout:g} leaves out basis functions, and "
+                f"{self.policy_class.__name__} has none; take 'RBFPolicy', or dropout=0"
+            )
+        if self.start_means is not None and len(self.start_means) > self.n_particles:
+            raise ValueError(
+                f"n_particles must be at least that of the {len(self.start_means)} start_means, "
+                f"got {self.n_particles}"
+            )
 
     def _check_estimator(self) -> None:
         """Its parts by name, and that they work together, on a node of as many particles."""

@@ -17,6 +17,7 @@ from totalprop.agents.trials.problem import Cost, StateFunction
 from totalprop.estimators import ControlProbe, Estimator, assign_credit
 from totalprop.estimators.mixing import pathwise
 from totalprop.world_models.gp_dynamics import GPDynamics, Prediction
+from totalprop.world_models.moment_matching import take
 
 Rows = slice | Tensor  # all particles, or the indices of some
 
@@ -28,19 +29,37 @@ class Noise:
     start: Tensor  # [N, S]
     model: Tensor  # [H, N, S]
     resample: Tensor | None  # [H, N, S], only for Gaussian resampling
+    kept: Tensor | None = None  # [H, N, K] factors of the policy's basis functions, for dropout
 
     @staticmethod
     def draw(
-        horizon: int, particles: int, states: int, generator: torch.Generator, *, resample: bool
+        horizon: int,
+        particles: int,
+        states: int,
+        generator: torch.Generator,
+        *,
+        resample: bool,
+        n_basis: int = 0,
+        dropout: float = 0.0,
     ) -> Noise:
-        """Standard normal noise for one simulation."""
+        """Standard normal noise for one simulation, and what a dropout leaves of the policy.
+
+        Of K = n_basis functions each is left out with probability `dropout`, in every step and
+        particle of its own; the others are scaled by 1 / (1 - dropout), so that the expectation of
+        their sum stays. Amadio et al. 2022 (MC-PILCO), and code (Policy.py).
+        """
         shape = (horizon + 1, particles, states)
         dtype, device = torch.float64, generator.device
         first = torch.randn(shape, generator=generator, dtype=dtype, device=device)
         second = None
         if resample:
             second = torch.randn(shape, generator=generator, dtype=dtype, device=device)[1:]
-        return Noise(first[0], first[1:], second)
+        kept = None
+        if dropout > 0:
+            shape = (horizon, particles, n_basis)
+            is_kept = torch.rand(shape, generator=generator, device=device) >= dropout
+            kept = is_kept.to(dtype) / (1 - dropout)
+        return Noise(first[0], first[1:], second, kept)
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,7 @@ class ParticleModel:
 
     Attributes:
         dynamics: predicts the next state from a state and a control.
-        start_mean: [S] mean of the Gaussian that particles start from.
+        start_mean: [S] mean of the Gaussian that particles start from; of several [M, S], in turn.
         start_std: [S] its standard deviation.
         cost: (next states, controls) -> cost of the step, differentiable.
         model_uncertainty: add the GP's own variance σ_f²; without it, "TP - σ_f" of Parmas et al.
@@ -83,7 +102,8 @@ def simulate(
     """Roll particles out; the gradient of the loss is the estimator's policy gradient.
 
     x_{t+1} ~ N(x_t + m(x_t, u_t), σ_f² + σ_n²), independent across dimensions, u_t = π(x_t);
-    J = mean_i Σ_{t=1..H} c(x_it). Parmas et al. 2018, Sec. 2.4 and 3.1.
+    J = mean_i Σ_{t=1..H} c(x_it). Parmas et al. 2018, Sec. 2.4 and 3.1. Positions that the model
+    integrates have no node: they are functions of the samples, which gradients pass through.
 
     With a termination p(x), the cost of step t is w_t c(x_t) + (1 - w_t) c_end, where
     w_t = Π_{s<t} (1 - p(x_s)) is the probability that the particle is still on its way. A particle
@@ -95,7 +115,7 @@ def simulate(
         noise: sets the horizon H and the number of particles N.
         estimator: the gradient estimator of every node.
         tap: [N, P] zeros; its gradient is that of each particle.
-        meter: [H, S] zeros; its gradient is k.
+        meter: [H, E] zeros, of E predicted entries; its gradient is k.
         gauge: [H, 4, 2] zeros; its gradient measures the legs, see `estimators.gauge`.
 
     Returns:
@@ -103,8 +123,11 @@ def simulate(
     """
     horizon = len(noise.model)
     needs_probe = estimator.probe != "none" or tap is not None
-    noise_variance = model.dynamics.noise.square() * model.noise_multiplier
-    x = model.start_mean + model.start_std * noise.start
+    dynamics, dims = model.dynamics, model.dynamics.predicted_dims
+    noise_variance = dynamics.noise.square() * model.noise_multiplier
+    mean = model.start_mean.view(-1, model.start_mean.shape[-1])
+    turn = torch.arange(len(noise.start), device=mean.device) % len(mean)
+    x = mean[turn] + model.start_std * noise.start
     credit = x.new_zeros(len(x))
     meters = [None] * horizon if meter is None else meter.unbind(0)
     gauges = [None] * horizon if gauge is None else gauge.unbind(0)
@@ -116,8 +139,10 @@ def simulate(
     for t in range(horizon):
         start, u = _get(x, under_way), x.new_zeros(len(x), policy.n_controls)
         if len(start):
-            step_controls = act(start)
-            found = model.dynamics.predict(start, step_controls)
+            step_controls = act(
+                start, None if noise.kept is None else _get(noise.kept[t], under_way)
+            )
+            found = dynamics.predict(start, step_controls)
             if model.model_uncertainty:
                 std = (found.variance + noise_variance).sqrt()
             else:
@@ -127,16 +152,17 @@ def simulate(
             probe = _control_probe(act, t, std, found, node) if needs_probe else None
             if probe is not None and not model.model_uncertainty:
                 probe.zeta_jacobian[1].zero_()
-            arrived, credited = node(
+            sample, credited = node(
                 found.mean,
                 std,
-                _get(noise.model[t], under_way),
+                _get(take(noise.model[t], dims, -1), under_way),
                 _get(credit, under_way),
                 probe=probe,
                 tap=None if tap is None else _get(tap, under_way),
                 meter=meters[t],
                 gauge=gauges[t],
             )
+            arrived = dynamics.complete(start, sample)
             if noise.resample is not None and len(start) > 1:
                 arrived = gaussian_resample(arrived, _get(noise.resample[t], under_way))
             x, credit = _put(x, under_way, arrived), _put(credit, under_way, credited)

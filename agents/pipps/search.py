@@ -16,7 +16,7 @@ from totalprop.agents.core.metrics import PICTURE, QUIET, record_gauge
 from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
 from totalprop.agents.trials import optimisers
 from totalprop.agents.trials.controllers import ControllerPolicy
-from totalprop.agents.trials.optimisers import Evaluation
+from totalprop.agents.trials.optimisers import Cooling, Evaluation
 from totalprop.estimators import Estimator, gradient
 from totalprop.estimators.gauge import SHAPE
 
@@ -39,6 +39,8 @@ class SearchSettings:
     fixed_noise: bool
     adam_eps: float
     momentum: float
+    dropout: float = 0.0
+    noise_stop: float = 0.0
 
 
 @dataclass
@@ -48,7 +50,7 @@ class SearchLog:
     losses: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
     signal_to_noise: list[float] = field(default_factory=list)  # |g|² / tr Var(g)
-    k: list[Tensor] = field(default_factory=list)  # [H, S] each
+    k: list[Tensor] = field(default_factory=list)  # [H, E] each
     gauges: list[Tensor] = field(default_factory=list)  # [H, 4, 2] each, for `estimators.gauge`
     skipped: int = 0  # steps whose gradient was not finite
 
@@ -66,7 +68,7 @@ class SearchLog:
         record("train/gradient_norm", float(norms[np.isfinite(norms)].mean()))
         if self.signal_to_noise:
             record("train/gradient_snr", float(np.mean(self.signal_to_noise)))
-            k = torch.stack(self.k).mean(0)  # [H, S]
+            k = torch.stack(self.k).mean(0)  # [H, E]
             record("train/k", float(k.mean()))
             for d, value in enumerate(k.mean(0).tolist()):
                 record(f"k/coordinate_{d}", value, exclude=QUIET)
@@ -99,12 +101,24 @@ def optimise_policy(
         FloatingPointError: no gradient was finite.
     """
     log, parameters = SearchLog(), list(policy.parameters())
-    n_states = len(model.start_mean)
+    n_states = model.start_mean.shape[-1]
     needs_variance = settings.optimizer == "rmsprop2018"
 
+    cooling = None
+    if settings.dropout or settings.noise_stop:
+        cooling = Cooling(settings.noise_stop, settings.gradient_steps)
+
     def draw() -> Noise:
+        # All of it, half of it, none: the policy that is found has all of its basis functions.
+        dropout = 0.0 if cooling is None else settings.dropout * (1 - cooling.phase / 2)
         return Noise.draw(
-            settings.horizon, settings.n_particles, n_states, generator, resample=settings.resample
+            settings.horizon,
+            settings.n_particles,
+            n_states,
+            generator,
+            resample=settings.resample,
+            n_basis=policy.n_basis,
+            dropout=dropout,
         )
 
     fixed = draw() if settings.fixed_noise else None
@@ -115,7 +129,8 @@ def optimise_policy(
         diagnose = number % DIAGNOSE_EVERY == 0
         meter = gauge = None
         if diagnose:
-            meter = noise.start.new_zeros(settings.horizon, n_states, requires_grad=True)
+            shape = settings.horizon, len(model.dynamics.predicted_dims)
+            meter = noise.start.new_zeros(shape, requires_grad=True)
             if not settings.resample:  # resampled particles depend on each other
                 gauge = noise.start.new_zeros(settings.horizon, *SHAPE, requires_grad=True)
 
@@ -151,7 +166,12 @@ def optimise_policy(
     rate, steps = settings.learning_rate, settings.gradient_steps
     if settings.optimizer == "adam":
         log.skipped = optimisers.adam(
-            parameters, evaluate, steps=steps, learning_rate=rate, eps=settings.adam_eps
+            parameters,
+            evaluate,
+            steps=steps,
+            learning_rate=rate,
+            eps=settings.adam_eps,
+            cooling=cooling,
         )
     elif settings.optimizer == "rmsprop2018":
         log.skipped = optimisers.rmsprop2018(

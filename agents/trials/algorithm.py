@@ -27,12 +27,12 @@ from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.core.metrics import QUIET, record_progress
 from totalprop.agents.core.spaces import describe, to_vector
-from totalprop.agents.core.validation import AtLeast, Within, check_arguments, check_finite
+from totalprop.agents.core.validation import Above, AtLeast, Within, check_arguments, check_finite
 from totalprop.agents.core.workers import explain_dead_workers
 from totalprop.agents.trials import metrics
 from totalprop.agents.trials.controllers import ControllerPolicy, LinearPolicy, RBFPolicy
-from totalprop.agents.trials.problem import Problem
-from totalprop.world_models.gp import ROUNDING, GaussianProcess
+from totalprop.agents.trials.problem import Problem, pairs_flaw
+from totalprop.world_models.gp import ROUNDING, GaussianProcess, Kernel
 from totalprop.world_models.gp_dynamics import GPDynamics
 
 OnStep = Callable[[int, float], None]  # (number of the gradient step, cost)
@@ -45,6 +45,7 @@ class TrialAlgorithm(Algorithm):
     An agent adds `_search`; the arguments are described where the agents have them.
 
     Attributes:
+        kernel: of the dynamics' Gaussian processes; moments are known of "rbf" alone.
         unknown_end: what predictions do where episodes terminate and the agent was not told, and
             the remedy; the second half of a sentence.
     """
@@ -54,12 +55,16 @@ class TrialAlgorithm(Algorithm):
         "LinearPolicy": LinearPolicy,
     }
     action_spaces = (spaces.Box,)
-    fixed_arguments: ClassVar[tuple[str, ...]] = ("policy_kwargs", "angle_dims", "invariant_dims")
+    fixed_arguments: ClassVar[tuple[str, ...]] = (
+        "policy_kwargs", "angle_dims", "invariant_dims", "speed_integration", "integrated_dims",
+        "time_step",
+    )  # fmt: skip
     no_vec_normalize: ClassVar[str] = (
         "the model is fitted to raw observations, whose scale VecNormalize keeps changing; "
         "pass the environment without VecNormalize (the GP scales its inputs itself)"
     )
     unknown_end: ClassVar[str]
+    kernel: Kernel = "rbf"
     policy: ControllerPolicy
 
     def __init__(
@@ -76,6 +81,10 @@ class TrialAlgorithm(Algorithm):
         termination: Callable[[Tensor], Tensor] | Literal["ignore"] | None,
         angle_dims: tuple[int, ...],
         invariant_dims: tuple[int, ...] | None,
+        speed_integration: bool,
+        integrated_dims: tuple[tuple[int, int], ...] | None,
+        time_step: Annotated[float, Above(0)] | None,
+        start_means: Sequence[Sequence[float]] | None,
         gp_evaluations: Annotated[int, AtLeast(1)],
         max_points: Annotated[int, AtLeast(0)],
         policy_kwargs: dict[str, Any] | None,
@@ -107,6 +116,8 @@ class TrialAlgorithm(Algorithm):
                 )
         self.angle_dims = tuple(angle_dims)
         self.invariant_dims = None if invariant_dims is None else tuple(invariant_dims)
+        self.speed_integration, self.integrated_dims = speed_integration, integrated_dims
+        self.time_step, self.start_means = time_step, start_means
         self.gp_evaluations, self.max_points = gp_evaluations, max_points
         self._n_trials = 0
         self._needs_cost_fn = self._needs_termination = False
@@ -126,6 +137,8 @@ class TrialAlgorithm(Algorithm):
         self._problem = self._find_problem()
         if self.invariant_dims is None:
             self.invariant_dims = self._problem.invariant_dims
+        if self.speed_integration:
+            self._complete_integration()
         # They may have been given to `load`.
         self._needs_cost_fn |= self.cost_fn is not None
         self._needs_termination |= callable(self.termination)
@@ -142,10 +155,31 @@ class TrialAlgorithm(Algorithm):
             controls,
             angle_dims=self.angle_dims,
             invariant_dims=self.invariant_dims,
+            integrated_dims=(self.integrated_dims or ()) if self.speed_integration else (),
+            time_step=self.time_step or 1.0,
+            kernel=self.kernel,
             rounding=ROUNDING[kind],
         )
         self.world_model = model.to(self.device)
         self._fix_arguments()
+
+    def _complete_integration(self) -> None:
+        """What speed integration needs to know: given, or of the environment.
+
+        Raises:
+            ValueError: neither says which entries are positions, or how long a step takes.
+        """
+        if self.integrated_dims is None:
+            self.integrated_dims = self._problem.integrated_dims
+        if self.time_step is None:
+            self.time_step = self._problem.time_step
+        if not self.integrated_dims or self.time_step is None:
+            raise ValueError(
+                "speed_integration needs the positions with their velocities and the time of a "
+                "step, which this environment does not declare; pass integrated_dims=((position, "
+                "velocity), ...), entries of the observation, and time_step=..."
+            )
+        self.integrated_dims = tuple((int(q), int(v)) for q, v in self.integrated_dims)
 
     @property
     def dynamics(self) -> GaussianProcess:
@@ -412,8 +446,14 @@ class TrialAlgorithm(Algorithm):
                 )
 
     def _start(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [S] that predictions start from."""
-        return self._problem.start_distribution(self._start_observations, self.world_model.noise)
+        """Mean [S], or means [M, S], and standard deviation [S] that predictions start from."""
+        model = self.world_model
+        # Of an observation, or of a position that is integrated what the velocity's makes of it.
+        noise = model.complete(model.noise.new_zeros(model.n_states), model.noise)
+        mean, std = self._problem.start_distribution(self._start_observations, noise)
+        if self.start_means is not None:
+            mean = torch.as_tensor(self.start_means, dtype=mean.dtype, device=mean.device)
+        return mean, std
 
     # ----------------------------------------------------------------------------------------
     # files
@@ -452,6 +492,25 @@ class TrialAlgorithm(Algorithm):
                 "policy_kwargs"
             )
         self._check_spaces()
+        flaw = pairs_flaw(self.integrated_dims or (), self.observation_space.shape[0])  # type: ignore[index]
+        if flaw is not None:
+            raise ValueError(f"integrated_dims must be {flaw}, got {self.integrated_dims!r}")
+        self._check_start_means()
+
+    def _check_start_means(self) -> None:
+        if self.start_means is None:
+            return
+        n = self.observation_space.shape[0]  # type: ignore[index]
+        try:
+            means = np.asarray(self.start_means, np.float64)
+        except (TypeError, ValueError):
+            means = np.zeros(0)
+        if means.ndim != 2 or means.shape[1] != n or not len(means) or not np.isfinite(means).all():
+            raise ValueError(
+                f"start_means must be one or more observations of {n} numbers each, "
+                f"got {self.start_means!r}"
+            )
+        self.start_means = tuple(map(tuple, means.tolist()))
 
     def _check_spaces(self) -> None:
         space = self.observation_space

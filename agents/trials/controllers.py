@@ -53,6 +53,11 @@ class ControllerPolicy(BasePolicy):
         self.n_features = observation_space.shape[0] + len(self.angle_dims)
         self.n_controls = action_space.shape[0]
 
+    @property
+    def n_basis(self) -> int:
+        """Basis functions that dropout may leave out; 0 where the controller has none."""
+        return 0
+
     def act(self, x: Tensor) -> Tensor:
         """Scaled action in [-1, 1] [N, A] at observations [N, S] (float64); gradients flow."""
         return saturate(self.preactivation(self.features(x)))
@@ -86,8 +91,13 @@ class ControllerPolicy(BasePolicy):
         self.is_placed.fill_(True)
 
     @abstractmethod
-    def parameter_jacobian(self, x: Tensor) -> Tensor:
-        """d action / d parameters, [N, A, P], in the order of `parameters()`; x: [N, S]."""
+    def parameter_jacobian(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """d action / d parameters [N, A, P], in the order of `parameters()`.
+
+        Args:
+            x: [N, S].
+            kept: [N, n_basis] factors of the basis functions under dropout, or None.
+        """
 
     @property
     @abstractmethod
@@ -151,6 +161,10 @@ class RBFPolicy(ControllerPolicy):
         weights = torch.empty(self.n_controls, n_centres, dtype=dtype).uniform_(-bound, bound)
         self.weights = nn.Parameter(weights)
 
+    @property
+    def n_basis(self) -> int:
+        return self.n_centres
+
     def place(self, mean: Tensor, std: Tensor) -> None:
         """Centres, N(0, 1) so far, become N(mean, std²); inverse scales 1 / std."""
         super().place(mean, std)
@@ -201,9 +215,10 @@ class RBFPolicy(ControllerPolicy):
         return z, (exponent - z.square().sum(-1, keepdim=True)).exp()
 
     @torch.no_grad()
-    def parameter_jacobian(self, x: Tensor) -> Tensor:
+    def parameter_jacobian(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         features = self.features(x)
         basis = self.basis(features, self.constants())[1]  # [N, K]
+        basis = basis if kept is None else basis * kept
         n, a, k = len(x), self.n_controls, self.n_centres
         by_weight = basis.unsqueeze(1) * saturate_slope(basis @ self.weights.T).unsqueeze(-1)
         slope = (2 * by_weight * self.weights).unsqueeze(-1)  # [N, A, K, 1]
@@ -259,7 +274,7 @@ class LinearPolicy(ControllerPolicy):
         return moment_matching.linear(features, self.weights, self.bias)
 
     @torch.no_grad()
-    def parameter_jacobian(self, x: Tensor) -> Tensor:
+    def parameter_jacobian(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         features = self.features(x)
         slope = saturate_slope(self.preactivation(features))  # [N, A]
         eye = torch.eye(self.n_controls, dtype=x.dtype, device=x.device)
@@ -276,11 +291,16 @@ class Controller:
 
     def __init__(self, policy: ControllerPolicy) -> None:
         self.policy = policy
-        self.visited: list[Tensor] = []
+        self.visited: list[tuple[Tensor, Tensor | None]] = []  # x, kept
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Scaled action [N, A] at x [N, S]; gradients flow."""
-        self.visited.append(x.detach())
+    def __call__(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Scaled action [N, A]; gradients flow.
+
+        Args:
+            x: [N, S].
+            kept: [N, n_basis] factors of the basis functions under dropout, or None.
+        """
+        self.visited.append((x.detach(), kept))
         return self.policy.act(x)
 
     def jacobian(self, step: int, *, last_layer: bool = False) -> DenseJacobian | RBFJacobian:
@@ -290,7 +310,7 @@ class Controller:
             step: 0 for the first call.
             last_layer: only for the parameters of the last layer (Parmas et al. 2023, Sec. 4).
         """
-        jacobian = self.policy.parameter_jacobian(self.visited[step])
+        jacobian = self.policy.parameter_jacobian(*self.visited[step])
         return DenseJacobian(jacobian[..., self.policy.last_layer] if last_layer else jacobian)
 
 
@@ -305,10 +325,11 @@ class RBFController(Controller):
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []  # scaled features, basis, v
         self.jacobians: list[RBFJacobian] = []
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         z, basis = self.policy.basis(self.policy.features(x), self.constants)
+        basis = basis if kept is None else basis * kept
         v = basis @ self.policy.weights.T
-        self.visited.append(x.detach())
+        self.visited.append((x.detach(), kept))
         self.seen.append((z.detach(), basis.detach(), v.detach()))
         return saturate(v)
 

@@ -23,7 +23,7 @@ def record_gp(logger: Logger, model: GPDynamics, likelihoods: Tensor) -> None:
     Args:
         logger: where the scalars go.
         model: the fitted model.
-        likelihoods: [S] negative log likelihoods per data point, from its last fit.
+        likelihoods: [E] negative log likelihoods per data point, from its last fit.
     """
     gp, record = model.gp, logger.record
     record("gp/data", model.n_points)
@@ -52,7 +52,7 @@ def record_model_fit(
     """
     with torch.no_grad():
         posterior = model.gp.posterior(model.dynamics_inputs(states, controls))
-        error = next_states - states - posterior.mean
+        error = (next_states - states)[:, model.predicted_dims] - posterior.mean
         std = (posterior.variance + model.noise.square()).sqrt()
     logger.record("model_fit/standardised_error", float((error / std).square().mean().sqrt()))
     for d, value in enumerate(error.square().mean(0).sqrt().tolist()):

@@ -7,6 +7,7 @@ it skipped because their gradient was not finite.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,67 @@ class Evaluation(NamedTuple):
 Evaluate = Callable[[], Evaluation]
 
 
+class Cooling:
+    """Three phases of a search, whose step sizes are 1, 1/2 and 1/4 of the first.
+
+    A phase ends where the gradient is within its noise. Gradients of successive steps are
+    independent estimates: with a signal their directions agree, in noise alone the cosine of the
+    angle between them has mean 0. With the mean c and the deviation s of the last n cosines, a
+    phase ends at c < z s / √n, the third one with the search. Successive gradients that no longer
+    agree are Pflug's sign that a constant step size has done what it can (Chee & Toulis 2018,
+    Alg. 1, which sums their inner products); that a search cools in phases and ends by itself is
+    from Amadio et al. 2022 (MC-PILCO), and code (MC_PILCO.py), which watches the cost instead.
+
+    Args:
+        significance: z; 0: no phase ends before its time.
+        steps: gradient steps of the search. A phase takes a third of them at most.
+        window: n, the cosines that a test is of.
+
+    Attributes:
+        phase: 0, 1 or 2.
+        is_over: the search has ended.
+    """
+
+    PHASES = 3
+
+    def __init__(self, significance: float, steps: int, window: int = 50) -> None:
+        self.significance, self.window = significance, window
+        self.longest = -(-steps // self.PHASES)
+        self.phase, self.is_over = 0, False
+        self._begin()
+
+    @property
+    def scale(self) -> float:
+        """Factor on the step size."""
+        return 0.5**self.phase
+
+    def add(self, gradient: Tensor) -> None:
+        """Take in the gradient [P] of a step; those that are not finite count as steps alone."""
+        self._steps += 1
+        norm = float(gradient.norm())
+        if math.isfinite(norm) and norm > 0:
+            direction = gradient / norm
+            if self._direction is not None:
+                self._cosines.append(float(direction @ self._direction))
+            self._direction = direction
+        if self._steps >= self.longest or self._is_noise():
+            self.is_over = self.phase == self.PHASES - 1
+            if not self.is_over:
+                self.phase += 1
+                self._begin()
+
+    def _begin(self) -> None:
+        self._steps, self._cosines = 0, deque[float](maxlen=self.window)
+        self._direction: Tensor | None = None
+
+    def _is_noise(self) -> bool:
+        if self.significance == 0 or len(self._cosines) < self.window:
+            return False
+        cosines = np.array(self._cosines)
+        limit = self.significance * cosines.std(ddof=1) / self.window**0.5
+        return bool(cosines.mean() < limit)
+
+
 def adam(
     parameters: Sequence[Tensor],
     evaluate: Evaluate,
@@ -34,6 +96,7 @@ def adam(
     steps: int,
     learning_rate: float,
     eps: float,
+    cooling: Cooling | None = None,
 ) -> int:
     """Adam with new moments, as in the demo of Parmas et al. 2023.
 
@@ -43,6 +106,7 @@ def adam(
         steps: number of evaluations.
         learning_rate: step size.
         eps: Adam's epsilon.
+        cooling: scales the step size and may end the search early.
 
     Returns:
         Number of skipped steps.
@@ -50,7 +114,13 @@ def adam(
     optimizer, skipped = torch.optim.Adam(parameters, lr=learning_rate, eps=eps), 0
     sizes = [parameter.numel() for parameter in parameters]
     for _ in range(steps):
+        if cooling is not None:
+            if cooling.is_over:
+                break
+            optimizer.param_groups[0]["lr"] = learning_rate * cooling.scale
         gradient = evaluate().gradient
+        if cooling is not None:
+            cooling.add(gradient)
         if not torch.isfinite(gradient).all():
             skipped += 1
             continue

@@ -30,10 +30,11 @@ class Problem:
 
     An environment may have a differentiable `cost(states)`, a `saturating_cost` (the arguments of
     `SaturatingCost` by name, where the cost is one), a `termination(states)`, an
-    `initial_distribution` (mean, std), `invariant_dims` (entries of an observation that no change
-    of it depends on) and `observation_names`. Each is looked up once, cost and termination at
-    construction and the others when first needed; an attribute that does not fit is reported with a
-    UserWarning and not used.
+    `initial_distribution` (mean, std; several means are as many starts, equally likely),
+    `invariant_dims` (entries of an observation that no change of it depends on), `integrated_dims`
+    (pairs of a position and its velocity) with `time_step`, and `observation_names`. Each is looked
+    up once, cost and termination at construction and the others when first needed; an attribute
+    that does not fit is reported with a UserWarning and not used.
 
     Args:
         env: vector environment, or None, of which nothing is known.
@@ -92,7 +93,9 @@ class Problem:
     def start_distribution(
         self, resets: Sequence[np.ndarray], noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean and std [S] of simulated starts: the environment's own, or those of its resets.
+        """Mean [S] and std [S] of simulated starts: the environment's own, or those of its resets.
+
+        Several means of the environment's own are [M, S].
 
         Args:
             resets: observations [S] that episodes began with.
@@ -113,7 +116,8 @@ class Problem:
         At a known start the controller has unit scale; over data it has their spread.
         """
         if self.start is not None:
-            mean = policy.features(self._tensor(self.start[0]))
+            starts = policy.features(self._tensor(self.start[0]))
+            mean = starts.view(-1, starts.shape[-1]).mean(0)
             std = torch.ones_like(mean)
         else:
             mean = model.features.mean(0)
@@ -132,7 +136,7 @@ class Problem:
 
     @cached_property
     def start(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The environment's own `initial_distribution`, a mean and std [S], or None."""
+        """The environment's own `initial_distribution`, or None: mean [S] or [M, S], std [S]."""
         given = self._attribute("initial_distribution")
         if given is None:
             return None
@@ -140,8 +144,8 @@ class Problem:
             mean, std = (np.asarray(part, np.float64) for part in given)
         except (TypeError, ValueError):
             mean = std = np.zeros(0)
-        if mean.shape != self.shape or std.shape != self.shape:
-            why = f"it must be a mean and a std of shape {self.shape}"
+        if mean.ndim not in (1, 2) or mean.shape[-1:] != self.shape or std.shape != self.shape:
+            why = f"it must be a mean, or several, and a std of shape {self.shape}"
             _warn_unused("initial_distribution", why)
             return None
         return mean, std
@@ -158,6 +162,24 @@ class Problem:
             _warn_unused("invariant_dims", why)
             return ()
         return tuple(sorted({int(d) for d in given}))
+
+    @cached_property
+    def integrated_dims(self) -> tuple[tuple[int, int], ...]:
+        """The environment's own `integrated_dims`, or none."""
+        given = self._attribute("integrated_dims")
+        if given is None:
+            return ()
+        flaw = pairs_flaw(given, self.shape[0])
+        if flaw is not None:
+            _warn_unused("integrated_dims", f"it must be {flaw}")
+            return ()
+        return tuple((int(position), int(velocity)) for position, velocity in given)
+
+    @cached_property
+    def time_step(self) -> float | None:
+        """The environment's own `time_step`, the time that passes between observations, or None."""
+        given = self._attribute("time_step")
+        return None if given is None else float(given)
 
     @property
     def time_limit(self) -> int | None:
@@ -255,6 +277,24 @@ class Problem:
             _warn_unused(name, "a wrapper changes what it speaks of")
             return None
         return self.env.get_attr(name, indices=0)[0]
+
+
+def pairs_flaw(pairs: Any, states: int) -> str | None:
+    """What pairs of a position and its velocity should be where they are not, or None."""
+    wanted = (
+        f"pairs (position, velocity) of entries of the observation, 0..{states - 1}, each position "
+        "in one pair and no position a velocity"
+    )
+    try:
+        positions, velocities = zip(*pairs, strict=True)
+    except (TypeError, ValueError):
+        return None if isinstance(pairs, Iterable) and not list(pairs) else wanted
+    fits = (
+        all(d in range(states) for d in (*positions, *velocities))
+        and len(set(positions)) == len(positions)
+        and not set(positions) & set(velocities)
+    )
+    return None if fits else wanted
 
 
 def cost_flaw(cost: Any, states: int, device: torch.device) -> str | None:

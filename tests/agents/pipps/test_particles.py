@@ -367,7 +367,10 @@ START, STD, BOUND = 0.3, 0.4, 1.0
 class Walk:
     """x' ~ N(x + u, 0.4²), with the interface of GPDynamics."""
 
-    noise = torch.tensor([STD], dtype=F64)
+    noise, predicted_dims = torch.tensor([STD], dtype=F64), [0]
+
+    def complete(self, states, predicted):
+        return predicted
 
     def predict(self, states, controls):
         ones = torch.ones(len(states), 1, 1, dtype=F64)
