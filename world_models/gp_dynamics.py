@@ -52,6 +52,9 @@ class GPDynamics(nn.Module):
         reward_gp: the reward, from encoded next states and controls.
     """
 
+    _by_state: Tensor
+    _by_predicted: Tensor
+
     def __init__(
         self,
         n_states: int,

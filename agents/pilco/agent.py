@@ -67,13 +67,13 @@ class PILCO(TrialAlgorithm):
             the model of the dynamics does not see them. None: the environment's own
             `invariant_dims`, or none.
         speed_integration: predict velocities alone and integrate the positions, q' = q + T/2
-            (q̇ + q̇'): fewer Gaussian processes, of second-order systems (Amadio et al. 2022). Off, as
-            in the papers: a process for each entry.
+            (q̇ + q̇'): fewer Gaussian processes, for second-order systems (Amadio et al. 2022). Off:
+            a process for each entry, as in the papers.
         integrated_dims: pairs (position, velocity) of entries of the observation, for
             speed_integration. None: the environment's own `integrated_dims`.
         time_step: time T between two observations, for speed_integration. None: the environment's
             own `time_step`.
-        start_means: observations that predictions start from in equal shares, each with the
+        start_means: observations that predictions start from, equally likely, each with the
             deviation of the start. None: the environment's own mean or means, or that of its
             resets.
         process_noise: add the learned noise variance to every predicted step.

@@ -54,13 +54,13 @@ class PIPPS(TrialAlgorithm):
             other.
         adam_eps: Adam's epsilon.
         momentum: momentum of "rmsprop2018".
-        dropout: probability that a search leaves out a basis function of the policy, in every step
-            of every particle; half of it in the second third of the search, and 0 in the last.
-            Amadio et al. 2022 (MC-PILCO): 0.25. Like noise_stop it halves the step size from third
-            to third, and needs "adam".
+        dropout: probability that a search leaves out a basis function of the policy, in each step
+            of each particle; half of it in the second third of the search, 0 in the last. Amadio et
+            al. 2022 (MC-PILCO): 0.25. It halves the step size from third to third and needs "adam",
+            like noise_stop.
         noise_stop: a third of a search ends as soon as the directions of its gradients agree by
-            less than this many standard errors, the last one with the search; 2, for example. 0:
-            all gradient_steps are made.
+            less than this many standard errors, for example 2, and the search with its last third.
+            0: a search takes all gradient_steps.
         random_trials: first episodes, with uniformly random actions.
         random_scale: these actions as a fraction of the action space, about its middle.
         cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64). Without
@@ -77,19 +77,18 @@ class PIPPS(TrialAlgorithm):
             the model of the dynamics does not see them. None: the environment's own
             `invariant_dims`, or none.
         speed_integration: predict velocities alone and integrate the positions, q' = q + T/2
-            (q̇ + q̇'): fewer Gaussian processes, of second-order systems (Amadio et al. 2022). Off, as
-            in the papers: a process for each entry.
+            (q̇ + q̇'): fewer Gaussian processes, for second-order systems (Amadio et al. 2022). Off:
+            a process for each entry, as in the papers.
         integrated_dims: pairs (position, velocity) of entries of the observation, for
             speed_integration. None: the environment's own `integrated_dims`.
         time_step: time T between two observations, for speed_integration. None: the environment's
             own `time_step`.
-        start_means: observations that particles start from in equal shares, each with the
-            deviation of the start. None: the environment's own mean or means, or that of its
-            resets.
+        start_means: observations that particles start from in equal shares, each with the deviation
+            of the start. None: the environment's own mean or means, or that of its resets.
         model_uncertainty: spread particles by the GP's own uncertainty; off: "TP - σ_f" of 2018.
         noise_multiplier: factor on the learned noise variance in simulation; 100: "TP + σ_n".
-        kernel: of the dynamics: "rbf", as in the papers, or "rbf+linear", whose mean goes on along a
-            plane far from the data, as in MC-PILCO.
+        kernel: of the dynamics: "rbf", as in the papers, or "rbf+linear", whose mean far from the
+            data goes on along a plane, as in MC-PILCO.
         gp_evaluations: likelihood evaluations per output and fit.
         max_points: newest real steps that the model keeps; 0 for all, as in the papers. A fit takes
             time cubic in their number.
@@ -303,10 +302,16 @@ class PIPPS(TrialAlgorithm):
                 f"dropout={self.dropout:g} leaves out basis functions, and "
                 f"{self.policy_class.__name__} has none; take 'RBFPolicy', or dropout=0"
             )
-        if self.start_means is not None and len(self.start_means) > self.n_particles:
+        starts = len(self.start_means or ())
+        if starts > self.n_particles:
             raise ValueError(
-                f"n_particles must be at least that of the {len(self.start_means)} start_means, "
+                f"n_particles must be at least {starts}, one for each of the start_means, "
                 f"got {self.n_particles}"
+            )
+        if starts > 1 and self._variant()[0]:
+            raise ValueError(
+                f"estimator={self.estimator!r} fits one Gaussian to all particles; give one of "
+                "start_means, or take another estimator"
             )
 
     def _check_estimator(self) -> None:

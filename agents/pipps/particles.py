@@ -139,9 +139,8 @@ def simulate(
     for t in range(horizon):
         start, u = _get(x, under_way), x.new_zeros(len(x), policy.n_controls)
         if len(start):
-            step_controls = act(
-                start, None if noise.kept is None else _get(noise.kept[t], under_way)
-            )
+            kept = None if noise.kept is None else _get(noise.kept[t], under_way)
+            step_controls = act(start, kept)
             found = dynamics.predict(start, step_controls)
             if model.model_uncertainty:
                 std = (found.variance + noise_variance).sqrt()

@@ -55,7 +55,7 @@ class ControllerPolicy(BasePolicy):
 
     @property
     def n_basis(self) -> int:
-        """Basis functions that dropout may leave out; 0 where the controller has none."""
+        """Basis functions that a dropout may leave out of a rollout; 0 where there are none."""
         return 0
 
     def act(self, x: Tensor) -> Tensor:
@@ -91,13 +91,8 @@ class ControllerPolicy(BasePolicy):
         self.is_placed.fill_(True)
 
     @abstractmethod
-    def parameter_jacobian(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """d action / d parameters [N, A, P], in the order of `parameters()`.
-
-        Args:
-            x: [N, S].
-            kept: [N, n_basis] factors of the basis functions under dropout, or None.
-        """
+    def parameter_jacobian(self, x: Tensor) -> Tensor:
+        """d action / d parameters, [N, A, P], in the order of `parameters()`; x: [N, S]."""
 
     @property
     @abstractmethod
@@ -216,6 +211,7 @@ class RBFPolicy(ControllerPolicy):
 
     @torch.no_grad()
     def parameter_jacobian(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """As in the base; `kept` as in `Controller.__call__`."""
         features = self.features(x)
         basis = self.basis(features, self.constants())[1]  # [N, K]
         basis = basis if kept is None else basis * kept
@@ -274,7 +270,7 @@ class LinearPolicy(ControllerPolicy):
         return moment_matching.linear(features, self.weights, self.bias)
 
     @torch.no_grad()
-    def parameter_jacobian(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+    def parameter_jacobian(self, x: Tensor) -> Tensor:
         features = self.features(x)
         slope = saturate_slope(self.preactivation(features))  # [N, A]
         eye = torch.eye(self.n_controls, dtype=x.dtype, device=x.device)
@@ -291,16 +287,17 @@ class Controller:
 
     def __init__(self, policy: ControllerPolicy) -> None:
         self.policy = policy
-        self.visited: list[tuple[Tensor, Tensor | None]] = []  # x, kept
+        self.visited: list[Tensor] = []
 
     def __call__(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """Scaled action [N, A]; gradients flow.
 
         Args:
             x: [N, S].
-            kept: [N, n_basis] factors of the basis functions under dropout, or None.
+            kept: [N, n_basis] factors of the basis functions under a dropout; None without one.
         """
-        self.visited.append((x.detach(), kept))
+        assert kept is None, "of a controller with basis functions alone"
+        self.visited.append(x.detach())
         return self.policy.act(x)
 
     def jacobian(self, step: int, *, last_layer: bool = False) -> DenseJacobian | RBFJacobian:
@@ -310,7 +307,7 @@ class Controller:
             step: 0 for the first call.
             last_layer: only for the parameters of the last layer (Parmas et al. 2023, Sec. 4).
         """
-        jacobian = self.policy.parameter_jacobian(*self.visited[step])
+        jacobian = self.policy.parameter_jacobian(self.visited[step])
         return DenseJacobian(jacobian[..., self.policy.last_layer] if last_layer else jacobian)
 
 
@@ -323,19 +320,22 @@ class RBFController(Controller):
         super().__init__(policy)
         self.constants = policy.constants()
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []  # scaled features, basis, v
+        self.kept: list[Tensor | None] = []
         self.jacobians: list[RBFJacobian] = []
 
     def __call__(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         z, basis = self.policy.basis(self.policy.features(x), self.constants)
         basis = basis if kept is None else basis * kept
         v = basis @ self.policy.weights.T
-        self.visited.append((x.detach(), kept))
+        self.visited.append(x.detach())
+        self.kept.append(kept)
         self.seen.append((z.detach(), basis.detach(), v.detach()))
         return saturate(v)
 
     def jacobian(self, step: int, *, last_layer: bool = False) -> DenseJacobian | RBFJacobian:
         if self.policy.n_controls > 1:
-            return super().jacobian(step, last_layer=last_layer)
+            dense = self.policy.parameter_jacobian(self.visited[step], self.kept[step])
+            return DenseJacobian(dense[..., self.policy.last_layer] if last_layer else dense)
         if len(self.jacobians) <= step:
             is_even = len({len(basis) for _, basis, _ in self.seen}) == 1
             groups = [self.seen] if is_even else [[step] for step in self.seen]

@@ -33,11 +33,12 @@ class Cooling:
 
     A phase ends where the gradient is within its noise. Gradients of successive steps are
     independent estimates: with a signal their directions agree, in noise alone the cosine of the
-    angle between them has mean 0. With the mean c and the deviation s of the last n cosines, a
-    phase ends at c < z s / √n, the third one with the search. Successive gradients that no longer
-    agree are Pflug's sign that a constant step size has done what it can (Chee & Toulis 2018,
-    Alg. 1, which sums their inner products); that a search cools in phases and ends by itself is
-    from Amadio et al. 2022 (MC-PILCO), and code (MC_PILCO.py), which watches the cost instead.
+    angle between them has mean 0, and where steps jump across a minimum it is negative. With the
+    mean c and the deviation s of the last n cosines, a phase ends at c < z s / √n, and the search
+    with its third phase. To halve a constant step size when the inner products of successive
+    gradients say that it has done what it can is from Chee & Toulis 2018, after Pflug; to cool a
+    search in such phases and end it by itself, from Amadio et al. 2022 (MC-PILCO), and code
+    (MC_PILCO.py). Differs from MC-PILCO, which watches the changes of the cost.
 
     Args:
         significance: z; 0: no phase ends before its time.
@@ -55,7 +56,9 @@ class Cooling:
         self.significance, self.window = significance, window
         self.longest = -(-steps // self.PHASES)
         self.phase, self.is_over = 0, False
-        self._begin()
+        self._steps = 0
+        self._direction: Tensor | None = None
+        self._cosines = deque[float](maxlen=window)
 
     @property
     def scale(self) -> float:
@@ -73,13 +76,9 @@ class Cooling:
             self._direction = direction
         if self._steps >= self.longest or self._is_noise():
             self.is_over = self.phase == self.PHASES - 1
-            if not self.is_over:
-                self.phase += 1
-                self._begin()
-
-    def _begin(self) -> None:
-        self._steps, self._cosines = 0, deque[float](maxlen=self.window)
-        self._direction: Tensor | None = None
+            self.phase = min(self.phase + 1, self.PHASES - 1)
+            self._steps = 0
+            self._cosines.clear()
 
     def _is_noise(self) -> bool:
         if self.significance == 0 or len(self._cosines) < self.window:

@@ -171,7 +171,7 @@ class Problem:
             return ()
         flaw = pairs_flaw(given, self.shape[0])
         if flaw is not None:
-            _warn_unused("integrated_dims", f"it must be {flaw}")
+            _warn_unused("integrated_dims", f"it must be {flaw}", "pass integrated_dims=...")
             return ()
         return tuple((int(position), int(velocity)) for position, velocity in given)
 

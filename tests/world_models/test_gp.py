@@ -18,6 +18,7 @@ from totalprop.world_models.gp import (
 
 F64 = torch.float64
 N_DATA, N_INPUTS, N_OUTPUTS = 25, 3, 2
+KERNELS = ("rbf", "rbf+linear")
 
 
 def generator(seed=0):
@@ -28,21 +29,28 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=F64, generator=generator(seed))
 
 
-def make_gp(seed=0, noise=0.1):
+def make_gp(seed=0, noise=0.1, kernel="rbf"):
     """A GP with known hyper-parameters, different for every output and input."""
-    gp = GaussianProcess(N_INPUTS, N_OUTPUTS)
+    gp = GaussianProcess(N_INPUTS, N_OUTPUTS, kernel=kernel)
     gp.set_data(randn(N_DATA, N_INPUTS, seed=seed), randn(N_DATA, N_OUTPUTS, seed=seed + 1))
     lengthscale = torch.tensor([[0.7, 1.3, 2.0], [1.1, 0.5, 0.9]], dtype=F64)
     gp.log_lengthscale.copy_(lengthscale.log())
     gp.log_signal.copy_(torch.tensor([1.5, 0.6], dtype=F64).log())
     gp.log_noise.copy_(torch.tensor([noise, 2 * noise], dtype=F64).log())
+    if kernel == "rbf+linear":
+        gp.log_slope.copy_(torch.tensor([[0.3, 1.0, 0.6], [0.8, 0.1, 0.5]], dtype=F64).log())
     return gp
 
 
 def kernel(gp, e, a, b):
-    """s² exp(-½ Σ (a - b)² / l²), written out."""
+    """s² exp(-½ Σ (a - b)² / l²), and the plane's Σ slope² (a - m) (b - m), written out."""
     difference = (a[:, None, :] - b[None, :, :]) / gp.log_lengthscale[e].exp()
-    return gp.log_signal[e].exp() ** 2 * torch.exp(-0.5 * (difference**2).sum(-1))
+    k = gp.log_signal[e].exp() ** 2 * torch.exp(-0.5 * (difference**2).sum(-1))
+    if gp.slope_variance is None:
+        return k
+    m = gp.inputs.mean(0)
+    products = (a - m)[:, None, :] * (b - m)[None, :, :]
+    return k + (gp.log_slope[e].exp() ** 2 * products).sum(-1)
 
 
 def dense_posterior(gp, x):
@@ -54,7 +62,7 @@ def dense_posterior(gp, x):
         k_star = kernel(gp, e, x, gp.inputs)
         means.append(k_star @ torch.linalg.solve(k_xx, gp.targets[:, e]))
         explained = (k_star * torch.linalg.solve(k_xx, k_star.T).T).sum(-1)
-        variances.append(gp.log_signal[e].exp() ** 2 - explained)
+        variances.append(kernel(gp, e, x, x).diagonal() - explained)
     return torch.stack(means, -1), torch.stack(variances, -1)
 
 
@@ -69,8 +77,10 @@ def sample_targets(inputs, lengthscale, signal, noise, seed):
 # The posterior
 
 
-def test_posterior_equals_a_dense_solve():
-    gp, x = make_gp(), randn(17, N_INPUTS, seed=5)
+@pytest.mark.parametrize("noise", [0.1, 1e-3])  # from a ratio of 100 on R is a root
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_posterior_equals_a_dense_solve(kernel, noise):
+    gp, x = make_gp(noise=noise, kernel=kernel), randn(17, N_INPUTS, seed=5)
     mean, variance = dense_posterior(gp, x)
     found = gp.posterior(x)
     torch.testing.assert_close(found.mean, mean, rtol=1e-9, atol=1e-10)
@@ -107,8 +117,9 @@ def test_posterior_equals_gpytorch():
         torch.testing.assert_close(found.variance[:, e], variance, rtol=1e-6, atol=1e-8)
 
 
-def test_gradients_and_jacobians_equal_autograd_through_the_dense_solve():
-    gp = make_gp()
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_and_jacobians_equal_autograd_through_the_dense_solve(kernel):
+    gp = make_gp(kernel=kernel)
     x = randn(9, N_INPUTS, seed=7).requires_grad_()
     found, reference = gp.posterior(x), dense_posterior(gp, x)
     jacobians = found.mean_jacobian, found.variance_jacobian
@@ -121,8 +132,9 @@ def test_gradients_and_jacobians_equal_autograd_through_the_dense_solve():
             torch.testing.assert_close(jacobian[:, e], by_dense, rtol=1e-8, atol=1e-9)
 
 
-def test_gradcheck_of_mean_and_variance():
-    gp = make_gp()
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradcheck_of_mean_and_variance(kernel):
+    gp = make_gp(kernel=kernel)
     x = randn(4, N_INPUTS, seed=8).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: gp.posterior(x)[:2], (x,))
 
@@ -268,11 +280,25 @@ def test_likelihood_equals_the_multivariate_normal():
     assert value == pytest.approx(-float(normal.log_prob(gp.targets[:, 0])), rel=1e-10)
 
 
+def test_likelihood_with_a_plane_equals_the_multivariate_normal():
+    gp = make_gp(kernel="rbf+linear")
+    slopes = torch.tensor([-0.5, 0.3, -1.0], dtype=F64)
+    gp.log_lengthscale[0], gp.log_signal[0], gp.log_noise[0] = THETA[:3], THETA[3], THETA[4]
+    gp.log_slope[0] = slopes
+    covariance = kernel(gp, 0, gp.inputs, gp.inputs)
+    covariance = covariance + math.exp(2 * THETA[4]) * torch.eye(N_DATA, dtype=F64)
+    normal = MultivariateNormal(torch.zeros(N_DATA, dtype=F64), covariance)
+    value, _ = negative_log_likelihood(torch.cat((THETA, slopes)), gp.inputs, gp.targets[:, 0])
+    assert value == pytest.approx(-float(normal.log_prob(gp.targets[:, 0])), rel=1e-10)
+
+
+@pytest.mark.parametrize("slopes", [[], [-0.5, 0.3, -1.0]])
 @pytest.mark.parametrize("curb", [False, True])
-def test_likelihood_gradient_equals_finite_differences(curb):
+def test_likelihood_gradient_equals_finite_differences(curb, slopes):
     gp = make_gp()
     # Far enough from the inputs' spread, and noise far enough below, that the curbs matter.
     theta = torch.tensor([4.7, -0.3, -4.9, 1.5, -5.2], dtype=F64) if curb else THETA
+    theta = torch.cat((theta, torch.tensor(slopes, dtype=F64)))  # of the plane, or none
     log_std = gp.inputs.std(0, correction=0).log() if curb else None
 
     def value(theta):
@@ -305,6 +331,35 @@ def test_curbs_are_those_of_hypcurb():
 
 
 # The fit
+
+
+def test_far_from_the_data_a_plane_goes_on():
+    """y = 2 x + noise on [-1, 1]: at x = 5 the plane says 10 ± 0.5, where "rbf" falls back to 0."""
+    inputs = torch.linspace(-1, 1, 40, dtype=F64)[:, None]
+    targets, far = 2 * inputs + 0.1 * randn(40, 1), torch.tensor([[5.0]], dtype=F64)
+    means, deviations = [], []
+    for kernel in KERNELS:
+        gp = GaussianProcess(1, 1, kernel=kernel)
+        gp.set_data(inputs, targets)
+        gp.fit()
+        gp.log_lengthscale.clamp_(max=0.0)  # as that of a curved function would be
+        found = gp.posterior(far)
+        means.append(float(found.mean)), deviations.append(float(found.variance.sqrt()))
+    assert abs(means[0]) < 0.1 and means[1] == pytest.approx(10, abs=0.5)
+    assert deviations[1] < 1
+
+
+def test_moments_are_matched_of_the_rbf_kernel_alone():
+    with pytest.raises(ValueError, match=r"needs kernel='rbf', got 'rbf[+]linear'; take particles"):
+        make_gp(kernel="rbf+linear").kernel_sum()
+
+
+def test_a_plane_is_in_the_state_dict_and_a_file_without_one_has_none():
+    gp, x = make_gp(kernel="rbf+linear"), randn(4, N_INPUTS, seed=4)
+    other = GaussianProcess(N_INPUTS, N_OUTPUTS, kernel="rbf+linear")
+    other.load_state_dict(gp.state_dict())
+    assert torch.equal(other.posterior(x).mean, gp.posterior(x).mean)
+    assert "log_slope" not in make_gp().state_dict()
 
 
 def test_fit_recovers_the_hyper_parameters_of_sampled_data():

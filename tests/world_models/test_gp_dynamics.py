@@ -109,6 +109,47 @@ def test_dynamics_do_not_see_what_no_change_depends_on(invariant, seen):
     assert not torch.equal(model.reward(states, controls), model.reward(*steps(5, seed=2)[:2]))
 
 
+# x = (q, other, q̇), T = 0.2
+INTEGRATED = {"integrated_dims": ((0, 2),), "time_step": 0.2}
+
+
+def test_a_position_is_integrated_in_numbers():
+    """q' = 1 + 0.2 · 3 + 0.1 · (4 - 3) = 1.7."""
+    model = GPDynamics(S, A, **INTEGRATED)
+    assert model.predicted_dims == [1, 2] and model.gp.targets.shape[1] == 2
+    state = torch.tensor([[1.0, 5.0, 3.0]], dtype=F64)
+    arrived = model.complete(state, torch.tensor([[6.0, 4.0]], dtype=F64))
+    torch.testing.assert_close(arrived, torch.tensor([[1.7, 6.0, 4.0]], dtype=F64))
+    plain = GPDynamics(S, A)
+    assert plain.complete(state, arrived) is arrived and plain.predicted_dims == [0, 1, 2]
+
+
+def test_with_integration_only_the_others_are_predicted_from_all():
+    """The same data and hyper-parameters give the same posterior of q̇ and other."""
+    model, plain = GPDynamics(S, A, **INTEGRATED), GPDynamics(S, A)
+    for each in (model, plain):
+        each.add(*steps(12))
+        each.gp.log_noise.fill_(math.log(0.3))
+    assert torch.equal(model.gp.inputs, plain.gp.inputs)
+    assert torch.equal(model.gp.targets, plain.gp.targets[:, 1:])
+    states, controls, *_ = steps(5, seed=2)
+    found, expected = model.predict(states, controls), plain.predict(states, controls)
+    for part, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(part, whole[:, 1:])
+    arrived = model.complete(states, found.mean)
+    q = states[:, 0] + 0.1 * (states[:, 2] + found.mean[:, 1])
+    torch.testing.assert_close(arrived, torch.cat((q[:, None], found.mean), 1))
+
+
+def test_gradients_flow_through_the_integration():
+    model = GPDynamics(S, A, **INTEGRATED)
+    states, predicted = randn(4, S).requires_grad_(), randn(4, 2).requires_grad_()
+    weights = torch.tensor([1.0, 10.0, 100.0], dtype=F64)
+    (model.complete(states, predicted) @ weights).sum().backward()
+    assert torch.allclose(states.grad, torch.tensor([1.0, 0.0, 0.1], dtype=F64))
+    assert torch.allclose(predicted.grad, torch.tensor([10.0, 100.1], dtype=F64))
+
+
 def test_prediction_is_the_posterior_of_the_difference_added_to_the_state():
     model, (states, controls, *_) = make(), steps(5, seed=2)
     found = model.predict(states, controls)

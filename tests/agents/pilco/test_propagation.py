@@ -34,9 +34,9 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-def make(policy_class=RBFPolicy, controls=2, angle_dims=(1,), n_centres=5, invariant_dims=()):
+def make(policy_class=RBFPolicy, controls=2, angle_dims=(1,), n_centres=5, **changes):
     """Fixed hyper-parameters on 15 random points, and a small controller with large weights."""
-    dynamics = GPDynamics(STATES, controls, angle_dims=angle_dims, invariant_dims=invariant_dims)
+    dynamics = GPDynamics(STATES, controls, angle_dims=angle_dims, **changes)
     for gp, seed in ((dynamics.gp, 0), (dynamics.reward_gp, 5)):
         inputs, outputs = gp.inputs.shape[1], gp.targets.shape[1]
         gp.set_data(randn(15, inputs, seed=seed), 0.5 * randn(15, outputs, seed=seed + 1))
@@ -142,6 +142,21 @@ def test_process_noise_is_added_to_the_next_state_alone():
     torch.testing.assert_close(with_noise - without, noise.diag())
 
 
+@pytest.mark.parametrize("process_noise", [False, True])
+def test_a_step_with_integrated_positions_has_the_moments_of_its_samples(process_noise):
+    dynamics, policy = make(n_centres=3, integrated_dims=((0, 2),), time_step=0.3)
+    x = gaussian(STATES, 1e-6, seed=3)  # so narrow that all is linear
+    found = propagate(dynamics, policy, x, process_noise=process_noise)
+    points = sample(x)
+    with torch.no_grad():
+        controls = policy.act(points)
+        predicted = dynamics.predict(points, controls)
+        variance = predicted.variance + process_noise * dynamics.noise.square()
+        rates = predicted.mean + variance.sqrt() * randn(*variance.shape, seed=30)
+    q = points[:, 0] + 0.15 * (points[:, 2] + rates[:, 1])
+    check(found, torch.cat((q[:, None], rates, controls), 1))
+
+
 # The whole prediction
 
 COST = SaturatingCost([0.2, 0.0, -0.1, 0.5, 0.5], [1.0, 0.0, 0.5, 2.0, 2.0], angles=[[0, 1, 0]])
@@ -177,6 +192,18 @@ def test_a_bolder_policy_search_counts_the_deviation_of_the_cost():
     deviations = sum(COST.moments(x)[1].sqrt() for x in arrivals)
     torch.testing.assert_close(bold.loss, plain.loss - 0.5 * deviations)
     torch.testing.assert_close(bold.costs, plain.costs)
+
+
+def test_several_starts_are_the_mean_of_each():
+    dynamics, policy = make()
+    model, other = model_of(dynamics, exploration=0.2), gaussian(STATES, 0.2, seed=9)
+    both = Gaussian(*(torch.stack(parts) for parts in zip(model.start, other)))
+    first, second, found = (
+        predict(replace(model, start=start), policy, 3) for start in (model.start, other, both)
+    )
+    torch.testing.assert_close(found.loss, (first.loss + second.loss) / 2)
+    torch.testing.assert_close(found.costs, torch.stack((first.costs, second.costs), 1))
+    torch.testing.assert_close(found.means, torch.stack((first.means, second.means), 1))
 
 
 def test_an_unknown_cost_is_minus_the_reward_of_next_state_and_control():

@@ -3,6 +3,7 @@
 All on tiny settings. `CountingEnv` makes every stored number predictable.
 """
 
+import math
 import types
 import warnings
 from pathlib import Path
@@ -143,6 +144,11 @@ WRONG = {
     "gp_evaluations": (0, "at least 1"),
     "max_points": (-1, "at least 0"),
     "learning_rate": (-0.1, "at least 0"),
+    "dropout": (1.0, r"in \[0, 1\)"),
+    "noise_stop": (-1.0, "at least 0"),
+    "time_step": (0.0, "above 0"),
+    "kernel": ("linear", "one of rbf, rbf[+]linear"),
+    "speed_integration": (2, "True or False"),
     "optimizer": ("sgd", "one of .*adam.*rmsprop2018.*quasi-newton"),
 }
 
@@ -174,6 +180,56 @@ def test_unknown_estimator_lists_every_name_that_works(wrong):
 def test_dims_must_be_observations(name, wrong):
     with pytest.raises(ValueError, match=rf"{name} must be .*0\.\.1, each once, got"):
         make(**{name: wrong})
+
+
+@pytest.mark.parametrize(
+    "wrong", [((0, 2),), ((-1, 1),), ((0, 0),), ((0, 1), (1, 0)), (0, 1), ((0, 1, 1),)]
+)
+def test_integrated_dims_must_be_pairs_of_observations(wrong):
+    sentence = (
+        r"integrated_dims must be pairs \(position, velocity\) .*0\.\.1, each position .*, got"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        make(speed_integration=True, integrated_dims=wrong, time_step=1.0)
+
+
+@pytest.mark.parametrize("known", [{}, {"time_step": 0.1}, {"integrated_dims": ((0, 1),)}])
+def test_speed_integration_needs_to_know_the_velocities_and_the_time(known):
+    with pytest.raises(
+        ValueError, match=r"does not declare; pass integrated_dims=.* and time_step"
+    ):
+        make(speed_integration=True, **known)
+
+
+@pytest.mark.parametrize("wrong", [(), ((0.0,),), (0.0, 1.0), ((0.0, math.nan),), (("a", "b"),), 3])
+def test_start_means_must_be_observations(wrong):
+    with pytest.raises(ValueError, match=r"start_means must be one or more observations of 2 numb"):
+        make(start_means=wrong)
+
+
+def test_there_must_be_a_particle_for_each_start():
+    with pytest.raises(
+        ValueError, match=r"n_particles must be at least 21, .* start_means, got 20"
+    ):
+        make(start_means=[(0.0, 0.0)] * 21)
+
+
+@pytest.mark.parametrize("estimator", ["gr", "gr-fs"])
+def test_resampled_particles_have_one_start(estimator):
+    with pytest.raises(ValueError, match=r"fits one Gaussian to all particles; .* start_means"):
+        make(estimator=estimator, start_means=[(0.0, 0.0), (1.0, 1.0)])
+
+
+@pytest.mark.parametrize("option", [{"dropout": 0.5}, {"noise_stop": 2.0}])
+@pytest.mark.parametrize("other", [{"optimizer": "rmsprop2018"}, {"estimator": "rp-fs"}])
+def test_a_cooled_search_needs_adam(option, other):
+    with pytest.raises(ValueError, match=r"scale the steps of optimizer 'adam'.* leave both at 0"):
+        make(**option, **other)
+
+
+def test_dropout_needs_basis_functions():
+    with pytest.raises(ValueError, match=r"LinearPolicy has none; take 'RBFPolicy', or dropout=0"):
+        make(policy="LinearPolicy", dropout=0.5)
 
 
 def space_env(observation=None, action=None):
@@ -398,6 +454,86 @@ def test_invariant_dims_are_the_environments_unless_they_are_given(tmp_path):
     agent.learn(7).save(tmp_path / "agent")
     loaded = PIPPS.load(tmp_path / "agent", env=CountingEnv(), device="cpu")  # says nothing
     assert loaded.learn(7).dynamics.inputs.shape[1] == 2
+
+
+OPTIONS = {
+    "speed_integration": True, "integrated_dims": ((0, 1),), "time_step": 0.5,
+    "start_means": ((0.0, 0.0), (1.0, 0.0)), "kernel": "rbf+linear", "dropout": 0.5,
+    "noise_stop": 2.0, "gradient_steps": 6,
+}  # fmt: skip
+
+
+def test_velocities_are_predicted_and_positions_integrated():
+    agent = make(speed_integration=True, integrated_dims=((0, 1),), time_step=0.5).learn(14)
+    assert agent.dynamics.inputs.shape == (14, 3)  # position, time, action
+    assert agent.dynamics.targets.shape == (14, 1)
+    np.testing.assert_allclose(agent.dynamics.targets, 1.0)  # of the time, which stands in for one
+    q, v = agent._predicted[..., 0], agent._predicted[..., 1]
+    np.testing.assert_allclose(q[1:], q[:-1] + 0.25 * (v[:-1] + v[1:]), atol=1e-12)
+
+
+def test_speed_integration_is_the_environments_unless_it_is_given(tmp_path):
+    class Mechanical(CountingEnv):
+        integrated_dims, time_step = ((0, 1),), 0.25
+
+    agent = make(Mechanical(), speed_integration=True)
+    assert (agent.integrated_dims, agent.time_step) == (((0, 1),), 0.25)
+    assert make(Mechanical(), speed_integration=True, time_step=0.5).time_step == 0.5
+    off = make(Mechanical())
+    assert off.integrated_dims is None and off.dynamics.targets.shape[1] == 2
+    agent.learn(7).save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", env=CountingEnv(), device="cpu")  # says nothing
+    assert loaded.learn(7).dynamics.targets.shape[1] == 1
+
+
+@pytest.mark.parametrize("env_id", [CARTPOLE, "totalprop/Unicycle-v0"])
+def test_our_environments_declare_their_velocities(env_id):
+    """A small step: a position moves by T times its velocity, whatever the action."""
+    env = gym.make(env_id, noise=0.0).unwrapped
+    agent = PIPPS("LinearPolicy", env, speed_integration=True, termination="ignore", device="cpu")
+    before, _ = env.reset(seed=0)
+    after, *_ = env.step(0.1 * np.ones(env.action_space.shape, np.float32))
+    model = agent.world_model
+    assert model.n_states - len(model.predicted_dims) == {4: 2, 10: 3}[model.n_states]
+    states = torch.tensor(np.stack((before, after)), dtype=torch.float64)
+    arrived = model.complete(states[:1], states[1:, model.predicted_dims])[0]
+    positions = [q for q, _ in agent.integrated_dims]
+    moved = (states[1] - states[0])[positions]
+    torch.testing.assert_close((arrived - states[0])[positions], moved, rtol=0.05, atol=1e-3)
+
+
+def test_particles_start_from_the_given_means():
+    agent = make(CostEnv(), start_means=np.array([[5.0, 1.0], [-5.0, 2.0]])).learn(7)
+    assert agent.start_means == ((5.0, 1.0), (-5.0, 2.0))
+    start = agent._predicted[0]
+    for i, mean in enumerate(agent.start_means):
+        assert np.abs((start[i::2] - mean) / [0.1, 0.2]).max() < 5
+
+
+def test_a_saved_agent_with_every_option_predicts_and_learns_the_same(tmp_path):
+    agent = make(**OPTIONS).learn(14)
+    agent.save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
+    for name, value in OPTIONS.items():
+        assert getattr(loaded, name) == value, name
+    observations = np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32)
+    actions = agent.predict(observations)[0]
+    np.testing.assert_array_equal(loaded.predict(observations)[0], actions)
+    states = torch.randn(5, 2, dtype=torch.float64)
+    found, expected = (a.world_model.predict(states, states[:, :1]) for a in (loaded, agent))
+    assert torch.equal(found.mean, expected.mean) and torch.equal(found.variance, expected.variance)
+    assert loaded.learn(7, reset_num_timesteps=False).num_timesteps == 21
+
+
+def test_predict_leaves_nothing_out():
+    """A dropout is of a search: the policy that acts has all of its basis functions."""
+    agent = make(dropout=0.9).learn(14)
+    x = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+    actions, again = agent.predict(x)[0], agent.predict(x)[0]
+    np.testing.assert_array_equal(actions, again)
+    with torch.no_grad():
+        expected = agent.policy.act(torch.tensor(x, dtype=torch.float64)).float().numpy()
+    np.testing.assert_array_equal(actions, agent.policy.unscale_action(expected))
 
 
 def test_angle_dims_reach_model_and_policy():

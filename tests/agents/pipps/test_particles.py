@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from totalprop import estimators
 from totalprop.agents.pipps.particles import Noise, ParticleModel, gaussian_resample, simulate
-from totalprop.agents.trials.controllers import LinearPolicy, RBFPolicy
+from totalprop.agents.trials.controllers import LinearPolicy, RBFPolicy, saturate
 from totalprop.estimators import ParameterProbe, assign_credit
 from totalprop.world_models.gp_dynamics import GPDynamics, Prediction
 
@@ -32,15 +32,22 @@ def state_cost(states, actions):
     return 1 - torch.exp(-0.5 * (states - 0.3).square().sum(-1))
 
 
-def make(controls=1, angle_dims=(), cost=state_cost, policy_class=RBFPolicy, **changes):
+# x = (q, q̇), T = 0.4
+INTEGRATED = {"integrated_dims": ((0, 1),), "time_step": 0.4}
+
+
+def make(
+    controls=1, angle_dims=(), cost=state_cost, policy_class=RBFPolicy, integrated=None, **changes
+):
     """A model with fixed hyper-parameters on 15 random points, and a small controller."""
-    dynamics = GPDynamics(STATES, controls, angle_dims=angle_dims)
-    gp = dynamics.gp
+    dynamics = GPDynamics(STATES, controls, angle_dims=angle_dims, **integrated or {})
+    gp, dims = dynamics.gp, dynamics.predicted_dims
     inputs = torch.randn(15, gp.inputs.shape[1], dtype=F64, generator=generator(0))
-    gp.set_data(inputs, 0.5 * torch.randn(15, STATES, dtype=F64, generator=generator(1)))
+    targets = 0.5 * torch.randn(15, STATES, dtype=F64, generator=generator(1))
+    gp.set_data(inputs, targets[:, dims])
     gp.log_lengthscale.fill_(0.4)
-    gp.log_signal.copy_(torch.tensor([0.5, 0.7], dtype=F64).log())
-    gp.log_noise.copy_(torch.tensor([0.2, 0.3], dtype=F64).log())
+    gp.log_signal.copy_(torch.tensor([0.5, 0.7], dtype=F64)[dims].log())
+    gp.log_noise.copy_(torch.tensor([0.2, 0.3], dtype=F64)[dims].log())
     model = ParticleModel(
         dynamics,
         start_mean=torch.tensor([0.5, -0.5], dtype=F64),
@@ -79,13 +86,18 @@ def flatten(gradients):
 def plain_rollout(model, policy, noise):
     """The reparameterised rollout without nodes, credits or probes."""
     x, total, path = model.start_mean + model.start_std * noise.start, 0.0, []
+    dims = model.dynamics.predicted_dims
     for t in range(len(noise.model)):
         u = policy.act(x)
         found = model.dynamics.gp.posterior(model.dynamics.encode(x, u))
         variance = model.noise_multiplier * model.dynamics.noise**2
         if model.model_uncertainty:
             variance = variance + found.variance
-        x = x + found.mean + variance.sqrt() * noise.model[t]
+        predicted = x[:, dims] + found.mean + variance.sqrt() * noise.model[t][:, dims]
+        if len(dims) < STATES:  # q' = q + T/2 (q̇ + q̇')
+            x = torch.cat((x[:, :1] + 0.2 * (x[:, 1:] + predicted), predicted), 1)
+        else:
+            x = predicted
         if noise.resample is not None:
             x = gaussian_resample(x, noise.resample[t])
         path.append(x)
@@ -99,8 +111,9 @@ def plain_rollout(model, policy, noise):
 @pytest.mark.parametrize("resample", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"model_uncertainty": False}, {"noise_multiplier": 9.0}])
 @pytest.mark.parametrize(("controls", "angle_dims"), [(1, ()), (2, ()), (1, (1,))])
-def test_rp_equals_a_plain_rollout(controls, angle_dims, changes, resample):
-    model, policy = make(controls, angle_dims, cost=cost, **changes)
+@pytest.mark.parametrize("integrated", [None, INTEGRATED])
+def test_rp_equals_a_plain_rollout(controls, angle_dims, changes, resample, integrated):
+    model, policy = make(controls, angle_dims, cost=cost, integrated=integrated, **changes)
     noise = draw(resample=resample)
     loss, costs, states = simulate(model, policy, noise, estimators.make("rp"))
     expected, path = plain_rollout(model, policy, noise)
@@ -460,6 +473,110 @@ def test_after_the_end_costs_are_fixed_and_there_is_no_gradient(name, resample):
     torch.testing.assert_close(found.per_sample, expected.per_sample)
     _, costs, states = simulate(model, policy, noise, estimator if name != "ivw" else RP)
     assert (costs[1:] == 5.0).all() and (states[1:] == states[1]).all()
+
+
+class Pushed(Walk):
+    """q̇' ~ N(q̇ + u, 0.4²), q' = q + T/2 (q̇ + q̇') with T = 0.5."""
+
+    predicted_dims = [1]
+
+    def complete(self, states, predicted):
+        return torch.cat((states[:, :1] + 0.25 * (states[:, 1:] + predicted), predicted), 1)
+
+    def predict(self, states, controls):
+        return super().predict(states[:, 1:], controls)
+
+
+@pytest.mark.parametrize("name", ["rp", "lr", "tp", "tpx", "tpg"])
+def test_the_gradient_of_an_integrated_position_equals_the_closed_form(name):
+    """J = Σ q_t² under a constant control, N = 20000, seed 0, within 4 standard errors.
+
+    E q_t = q_0 + T (q̇_0 t + u t² / 2), and the variance does not depend on u, so that
+    dJ/du = Σ_t 2 E[q_t] T t² / 2.
+    """
+    _, policy = walk(None, alive)
+    policy = LinearPolicy(spaces.Box(-9, 9, (2,)), spaces.Box(-1, 1, (1,)))
+    with torch.no_grad():
+        policy.weights.zero_()
+        policy.bias.fill_(0.18)
+    start = torch.tensor([0.3, -0.2], dtype=F64)
+    square = lambda x, controls: x[..., 0].square()  # noqa: E731
+    model = ParticleModel(Pushed(), start, torch.zeros(2, dtype=F64), square)
+    u = policy.act(torch.zeros(1, 2, dtype=F64))
+    slope = float(torch.autograd.grad(u.sum(), policy.bias)[0])
+    means = {t: 0.3 + 0.5 * (-0.2 * t + float(u.detach()) * t**2 / 2) for t in range(1, 5)}
+    expected = slope * sum(2 * mean * 0.5 * t**2 / 2 for t, mean in means.items())
+    noise = Noise.draw(4, 20000, 2, generator(0), resample=False)
+    found = estimated(model, policy, noise, estimators.make(name), per_sample=True)
+    error = float(found.per_sample[:, 2].std() * 20000**0.5)
+    assert 0 < error < 0.2 * abs(expected)
+    assert abs(float(found.gradients[1]) - expected) < 4 * error
+
+
+def test_several_starts_take_turns():
+    """Particles 0, 2, 4 from the first mean, the others from the second; the loss is of all."""
+    means = torch.tensor([[0.5, -0.5], [-1.0, 2.0]], dtype=F64)
+    model, policy = make(cost=cost, start_mean=means)
+    noise = draw()
+    loss, costs, states = simulate(model, policy, noise, RP)
+    torch.testing.assert_close(states[0], means.repeat(3, 1) + model.start_std * noise.start)
+    for i in range(2):
+        rows = slice(i, None, 2)
+        alone = Noise(noise.start[rows], noise.model[:, rows], None)
+        _, expected, _ = simulate(replace(model, start_mean=means[i]), policy, alone, RP)
+        torch.testing.assert_close(costs[:, rows], expected)
+    torch.testing.assert_close(loss.detach(), costs.sum(0).mean())
+
+
+# Dropout
+
+
+def kept_of(dropout, n=400, seed=3):
+    return Noise.draw(
+        HORIZON, n, STATES, generator(seed), resample=False, n_basis=5, dropout=dropout
+    )
+
+
+def test_dropout_leaves_out_basis_functions_and_keeps_their_expectation():
+    """8000 draws: 0 with probability 0.25, else 4/3; a mean of 1 within 4 standard errors."""
+    kept = kept_of(0.25).kept
+    assert kept.shape == (HORIZON, 400, 5)
+    assert set(kept.unique().tolist()) == {0.0, 1 / 0.75}
+    assert abs(float(kept.mean()) - 1) < 4 * (1 / 3 / kept.numel()) ** 0.5
+    correlation = torch.corrcoef(kept.transpose(0, 1).flatten(1).T)  # of steps and functions
+    assert float(correlation.fill_diagonal_(0).abs().max()) < 4 * 400**-0.5
+
+
+def test_without_dropout_the_noise_is_what_it_was():
+    with_basis, plain = kept_of(0.0), draw(n=400)
+    assert with_basis.kept is None and torch.equal(with_basis.model, plain.model)
+    assert torch.equal(kept_of(0.5).model, plain.model)
+
+
+@pytest.mark.parametrize("controls", [1, 2])
+def test_a_rollout_with_dropout_is_that_of_the_policies_without_the_functions(controls):
+    model, policy = make(controls, cost=cost)
+    noise = kept_of(0.5, n=PARTICLES)
+    loss, _, states = simulate(model, policy, noise, RP)
+    total = 0.0
+    for t in range(HORIZON):
+        basis = policy.basis(policy.features(states[t]), policy.constants())[1]
+        u = saturate((noise.kept[t] * basis) @ policy.weights.T)
+        found = model.dynamics.predict(states[t], u)
+        std = (found.variance + model.dynamics.noise**2).sqrt()
+        torch.testing.assert_close(states[t + 1], found.mean + std * noise.model[t])
+        total = total + model.cost(states[t + 1], u).mean()
+    torch.testing.assert_close(loss, total)
+
+
+@pytest.mark.parametrize("name", ["rp", "tp", "tps", "tpg"])
+@pytest.mark.parametrize("controls", [1, 2])
+def test_gradients_of_particles_know_the_dropout(controls, name):
+    """What enters the tap, by the controller's Jacobian, is what reaches the parameters."""
+    model, policy = make(controls, cost=cost)
+    noise = kept_of(0.5, n=20)
+    found = estimated(model, policy, noise, estimators.make(name), per_sample=True)
+    torch.testing.assert_close(found.per_sample.sum(0), flatten(found.gradients))
 
 
 RP = estimators.make("rp")

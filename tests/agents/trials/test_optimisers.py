@@ -1,11 +1,12 @@
 """The optimisers on costs whose steps are known in closed form, and what they skip."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from totalprop.agents.trials.optimisers import Evaluation, adam, quasi_newton, rmsprop2018
+from totalprop.agents.trials.optimisers import Cooling, Evaluation, adam, quasi_newton, rmsprop2018
 
 F64 = torch.float64
 
@@ -54,6 +55,73 @@ def test_adam_is_torchs():
         (0.5 * Quadratic.weights * torch.cat([p.reshape(-1) for p in theirs]) ** 2).sum().backward()
         reference.step()
     torch.testing.assert_close(flat(ours), flat(theirs), rtol=1e-12, atol=0)
+
+
+# Cooling
+
+
+def cooled(signal, significance=2.0, steps=3000, p=100, seed=0):
+    """Step at which each phase of a search with gradients signal(step) e_1 + N(0, I) ended."""
+    cooling, source, ends = Cooling(significance, steps), torch.Generator().manual_seed(seed), []
+    for step in range(steps):
+        gradient = torch.randn(p, dtype=F64, generator=source)
+        gradient[0] += signal(step)
+        phase = cooling.phase
+        cooling.add(gradient)
+        if cooling.phase > phase or cooling.is_over:
+            ends.append(step)
+        if cooling.is_over:
+            break
+    return ends
+
+
+def test_pure_noise_ends_every_phase_as_soon_as_it_can_be_tested():
+    """51 gradients make 50 cosines; c < 2 s / √50 holds in 98 % of the first tests."""
+    ends = [cooled(lambda step: 0.0, seed=seed) for seed in range(20)]
+    assert all(len(each) == 3 for each in ends)
+    assert sorted(each[0] for each in ends)[15] == 50
+    assert max(each[2] for each in ends) < 250
+
+
+def test_a_signal_as_strong_as_the_noise_ends_no_phase_before_its_time():
+    """|signal|² = tr of the noise: the cosines are 1/2 on average, 5 of their deviations."""
+    assert cooled(lambda step: 10.0, steps=600) == [199, 399, 599]
+
+
+def test_a_phase_ends_where_the_signal_does():
+    ends = cooled(lambda step: 10.0 * (step < 300))
+    assert 300 < ends[0] <= 350 and ends[2] < 600
+
+
+def test_without_significance_phases_are_thirds():
+    assert cooled(lambda step: 0.0, significance=0.0, steps=99) == [32, 65, 98]
+
+
+def test_steps_that_jump_across_a_minimum_are_noise():
+    assert cooled(lambda step: 10.0 * (-1) ** step)[0] == 50
+
+
+def test_gradients_that_are_not_finite_count_as_steps_alone():
+    cooling = Cooling(2.0, 30)
+    for _ in range(10):
+        cooling.add(torch.full((3,), math.nan, dtype=F64))
+    assert cooling.phase == 1 and not cooling.is_over
+
+
+def test_adam_halves_its_steps_from_phase_to_phase_and_ends_with_the_last():
+    """A constant gradient: Adam's steps are as long as the step size; 3 phases of 4 steps."""
+    theta, path = torch.zeros(1, dtype=F64, requires_grad=True), []
+    evaluation = Evaluation(torch.zeros(()), torch.ones(1, dtype=F64))
+
+    def evaluate():
+        path.append(float(theta.detach()))
+        return evaluation
+
+    cooling = Cooling(0.0, 12)
+    adam([theta], evaluate, steps=100, learning_rate=0.8, eps=1e-12, cooling=cooling)
+    path.append(float(theta.detach()))
+    lengths = [before - after for before, after in itertools.pairwise(path)]
+    assert lengths == pytest.approx([0.8] * 4 + [0.4] * 4 + [0.2] * 4, rel=1e-6)
 
 
 def test_rmsprop2018_steps_in_numbers():

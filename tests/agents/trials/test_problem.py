@@ -242,6 +242,37 @@ def test_invariant_dims_of_another_kind_are_not_used_with_a_warning(own):
         assert make(env).invariant_dims == ()
 
 
+def test_the_environments_own_start_may_have_several_means():
+    env = Plain()
+    env.initial_distribution = (
+        np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 8.0]]),
+        np.array([0.1, 0.2]),
+    )
+    problem = make(env)
+    mean, std = problem.start_distribution([], torch.ones(2, dtype=F64))
+    assert mean.tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 8.0]] and std.tolist() == [0.1, 0.2]
+    policy = Placed(spaces.Box(-9, 9, (2,)), spaces.Box(-1, 1, (1,)))
+    problem.place(policy, model())
+    middle = torch.tensor([2.0, 4.0], dtype=F64)
+    torch.testing.assert_close(policy.where[0], middle)
+
+
+@pytest.mark.parametrize("own", [((0, 1),), [[0, 1]], np.array([[0, 1]])])
+def test_the_environments_own_integrated_dims_are_used(own):
+    env = Plain()
+    env.integrated_dims, env.time_step = own, np.float32(0.5)
+    assert make(env).integrated_dims == ((0, 1),) and make(env).time_step == 0.5
+    assert make(Plain()).integrated_dims == () and make(Plain()).time_step is None
+
+
+@pytest.mark.parametrize("own", [((0, 2),), ((0, 0),), ((0, 1), (1, 0)), (0, 1), ((0,),), 1])
+def test_integrated_dims_of_another_kind_are_not_used_with_a_warning(own):
+    env = Plain()
+    env.integrated_dims = own
+    with pytest.warns(UserWarning, match=r"`integrated_dims` is not used, because .* 0\.\.1, each"):
+        assert make(env).integrated_dims == ()
+
+
 def test_an_unknown_start_is_that_of_the_resets():
     """Mean and std of (1, 5), (3, 5); no spread seen is that of one noisy observation."""
     resets = [np.array([1.0, 5.0], np.float32), np.array([3.0, 5.0], np.float32)]
