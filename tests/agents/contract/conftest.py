@@ -54,6 +54,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"policy_kwargs": {
             **SIZES["dreamer"]["policy_kwargs"], "latent": "categorical", "classes": 4}},
     ),
+    "pipps-options": (
+        "pipps",
+        {"speed_integration": True, "integrated_dims": ((0, 1),), "time_step": 0.5,
+         "kernel": "rbf+linear", "dropout": 0.5, "noise_stop": 2.0, "gradient_steps": 4},
+    ),
     "svg-0": ("svg", {"variant": "0"}),
     "svg-inf": ("svg", {"variant": "inf"}),
 }  # fmt: skip
@@ -67,7 +72,7 @@ EXCEPTIONS = {
         "as PPO does, it draws from the global generators",
     **dict.fromkeys(
         (f"test_observations_in_other_units_are_learned_from_alike[{name}-{units}]"
-         for name in ("pipps", "pilco") for units in ("larger", "smaller")),
+         for name in ("pipps", "pipps-options", "pilco") for units in ("larger", "smaller")),
         "Adam's steps on the policy's centres are in the observation's units; the GP has none",
     ),
     **dict.fromkeys(
