@@ -108,14 +108,16 @@ def propagate(
         inputs = [inputs[i] for i in dynamics.seen]
     joint = join(joint, inputs, kernel_sum(joint.marginal(inputs), dynamics.gp.kernel_sum()))
 
-    def arrive(z: Tensor) -> Tensor:
-        """(x', u) of (x, ..., u, Δ), a linear map of the last axis."""
-        before, u, delta = z[..., :s], z[..., n + a : n + 2 * a], z[..., n + 2 * a :]
-        changed = take(before, dynamics.predicted_dims, -1) + delta
-        return torch.cat((dynamics.complete(before, changed), u), -1)
+    def arrive(z: Tensor, axis: int) -> Tensor:
+        """(x', u) of (x, ..., u, Δ), a linear map along an axis."""
+        before, u = z.narrow(axis, 0, s), z.narrow(axis, n + a, a)
+        dims, delta = dynamics.predicted_dims, z.narrow(axis, n + 2 * a, z.shape[axis] - n - 2 * a)
+        changed = take(before, dims, axis) + delta
+        after = dynamics.complete(before.movedim(axis, -1), changed.movedim(axis, -1))
+        return torch.cat((after.movedim(-1, axis), u), axis)
 
-    mean = arrive(joint.mean)
-    covariance = symmetric(arrive(arrive(joint.covariance.mT).mT))
+    mean = arrive(joint.mean, -1)
+    covariance = symmetric(arrive(arrive(joint.covariance, -2), -1))
     if process_noise:
         effect = dynamics.complete(x.mean.new_zeros(s), dynamics.noise.diag())  # [E, S]
         noise = torch.nn.functional.pad(effect.T @ effect, (0, a, 0, a))
