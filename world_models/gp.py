@@ -56,6 +56,14 @@ class Posterior(NamedTuple):
     variance_jacobian: Tensor  # [N, E, D] d variance / d input, detached
 
 
+class Plane(NamedTuple):
+    """What the linear part of the kernel "rbf+linear" adds to the posterior."""
+
+    variance: Tensor  # [E, D, 1] a² of the prior slopes
+    slopes: Tensor  # [E, n, D] a² (X - centre)
+    mean: Tensor  # [E, D, 1] slope of the posterior mean, Σ_i β_i a² (X_i - centre)
+
+
 class GaussianProcess(nn.Module):
     """E independent Gaussian processes over the same D inputs.
 
@@ -303,21 +311,19 @@ class _PosteriorMoments(torch.autograd.Function):
         precision: Tensor,  # [E, n, n] (K + σ_n² I)⁻¹, or its counterpart on the support
         is_root: bool,  # `precision` is R, with RᵀR the above
         signal_variance: Tensor,  # [E, 1]
-        slope_variance: Tensor | None,  # [E, D, 1] a², or None without a plane
-        slopes: Tensor | None,  # [E, n, D] a² (X - centre)
-        plane: Tensor | None,  # [E, D, 1] slope of the mean, Σ β a² (X - centre)
+        plane: Plane | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Points last: the products with few rows are then twice as fast as with few columns.
         d, e = x.shape[1], len(features)
-        scaled = (x.T - centre) * inverse_lengthscale  # [E, D, N]
+        offset = x.T - centre  # [D, N]
+        scaled = offset * inverse_lengthscale  # [E, D, N]
         half_norm = scaled.square().sum(1, keepdim=True).mul_(-0.5)
         right = torch.cat((scaled, half_norm, torch.ones_like(half_norm)), 1)
         k = torch.bmm(features, right).exp_()  # [E, n, N]
         mean_sums = torch.bmm(weighted, k)  # [E, D + 1, N]
-        offset = x.T - centre  # [D, N]
-        whitened = torch.bmm(precision, k if slopes is None else k + slopes @ offset)
+        whitened = torch.bmm(precision, k if plane is None else k + plane.slopes @ offset)
         w = torch.bmm(precision.mT, whitened) if is_root else whitened
-        of_plane = None if slopes is None else slopes.mT @ w  # [E, D, N] its share of d(k*ᵀ)w
+        pull = None if plane is None else plane.slopes.mT @ w  # [E, D, N] of w, before k enters it
         variance_sums = torch.bmm(plain, w.mul_(k))  # of k* K⁻¹k*, elementwise
         mean, explained = mean_sums[:, d:], variance_sums[:, d:]  # [E, 1, N]
         mean_jacobian = mean_sums[:, :d] - scaled * mean
@@ -327,13 +333,13 @@ class _PosteriorMoments(torch.autograd.Function):
         jacobian = torch.stack((mean_jacobian, variance_jacobian))  # [2, E, D, N]
         jacobian *= inverse_lengthscale
         prior = signal_variance
-        if slope_variance is not None and plane is not None and of_plane is not None:
-            mean = mean + (plane * offset).sum(1, keepdim=True)
-            prior = prior + (slope_variance * offset.square()).sum(1)
+        if plane is not None and pull is not None:
+            mean = mean + (plane.mean * offset).sum(1, keepdim=True)
+            prior = prior + (plane.variance * offset.square()).sum(1)
             if not is_root:
-                explained = explained + (of_plane * offset).sum(1, keepdim=True)
-            jacobian[0] += plane
-            jacobian[1] += 2 * (slope_variance * offset - of_plane)
+                explained = explained + (pull * offset).sum(1, keepdim=True)
+            jacobian[0] += plane.mean
+            jacobian[1] += 2 * (plane.variance * offset - pull)
         variance = (prior - explained.squeeze(1)).clamp_min_(0.0)
         ctx.save_for_backward(jacobian)
         parts = jacobian.permute(0, 3, 1, 2)  # [2, N, E, D]
@@ -346,7 +352,7 @@ class _PosteriorMoments(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (jacobian,) = ctx.saved_tensors
         cotangent = torch.stack((grads[0].T, grads[1].T)).unsqueeze(2)  # [2, E, 1, N]
-        return ((cotangent * jacobian).sum((0, 1)).T, *(None,) * 11)
+        return ((cotangent * jacobian).sum((0, 1)).T, *(None,) * 9)
 
 
 def positive_std(x: Tensor, rounding: float) -> Tensor:
@@ -425,11 +431,11 @@ def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
     plain = torch.cat((scaled, is_point), -1)  # [E, n, D + 1]
     bias = 2 * gp.log_signal[:, None, None] - 0.5 * scaled.square().sum(-1, keepdim=True)
     beta = _padded([s.beta for s in supports])
-    variance, slopes, plane = gp.slope_variance, None, None
+    variance, plane = gp.slope_variance, None
     if variance is not None:
-        offsets = gp.inputs - centre
-        slopes = _padded([offsets[s.points] * a for s, a in zip(supports, variance)])
-        variance, plane = variance.unsqueeze(2), (slopes * beta).sum(1).unsqueeze(2)
+        offset = gp.inputs - centre
+        slopes = _padded([offset[s.points] * a for s, a in zip(supports, variance)])
+        plane = Plane(variance.unsqueeze(2), slopes, (slopes * beta).sum(1).unsqueeze(2))
     return (
         centre.unsqueeze(1),
         inverse_lengthscale.mT,
@@ -439,8 +445,6 @@ def _factorise(gp: GaussianProcess) -> tuple[Any, ...]:
         _padded([s.precision for s in supports]),
         is_root,
         (2 * gp.log_signal).exp().unsqueeze(1),
-        variance,
-        slopes,
         plane,
     )
 

@@ -204,6 +204,7 @@ class PIPPS(TrialAlgorithm):
         if self._problem.cost is None:
             self.world_model.fit_reward(max_evaluations=self.gp_evaluations)
         mean, std = self._start()
+        self._check_starts(mean.view(-1, mean.shape[-1]).shape[0])
         return ParticleModel(
             dynamics=self.world_model,
             start_mean=mean,
@@ -302,16 +303,19 @@ class PIPPS(TrialAlgorithm):
                 f"dropout={self.dropout:g} leaves out basis functions, and "
                 f"{self.policy_class.__name__} has none; take 'RBFPolicy', or dropout=0"
             )
-        starts = len(self.start_means or ())
+        self._check_starts(len(self.start_means or ()))
+
+    def _check_starts(self, starts: int) -> None:
+        """That there are particles for every start, given or of the environment."""
         if starts > self.n_particles:
             raise ValueError(
-                f"n_particles must be at least {starts}, one for each of the start_means, "
+                f"n_particles must be at least {starts}, one for each mean of the start, "
                 f"got {self.n_particles}"
             )
         if starts > 1 and self._variant()[0]:
             raise ValueError(
-                f"estimator={self.estimator!r} fits one Gaussian to all particles; give one of "
-                "start_means, or take another estimator"
+                f"estimator={self.estimator!r} fits one Gaussian to all particles, which start "
+                f"from {starts} means; pass start_means=[...] with one, or another estimator"
             )
 
     def _check_estimator(self) -> None:

@@ -39,8 +39,8 @@ class SearchSettings:
     fixed_noise: bool
     adam_eps: float
     momentum: float
-    dropout: float = 0.0
-    noise_stop: float = 0.0
+    dropout: float
+    noise_stop: float
 
 
 @dataclass

@@ -448,7 +448,7 @@ class TrialAlgorithm(Algorithm):
     def _start(self) -> tuple[Tensor, Tensor]:
         """Mean [S], or means [M, S], and standard deviation [S] that predictions start from."""
         model = self.world_model
-        # Of an observation, or of a position that is integrated what the velocity's makes of it.
+        # Of an integrated position: what its velocity's noise makes of it in a step.
         noise = model.complete(model.noise.new_zeros(model.n_states), model.noise)
         mean, std = self._problem.start_distribution(self._start_observations, noise)
         if self.start_means is not None:

@@ -144,7 +144,8 @@ class Problem:
             mean, std = (np.asarray(part, np.float64) for part in given)
         except (TypeError, ValueError):
             mean = std = np.zeros(0)
-        if mean.ndim not in (1, 2) or mean.shape[-1:] != self.shape or std.shape != self.shape:
+        fits = mean.size > 0 and mean.ndim in (1, 2) and mean.shape[-1:] == self.shape
+        if not fits or std.shape != self.shape:
             why = f"it must be a mean, or several, and a std of shape {self.shape}"
             _warn_unused("initial_distribution", why)
             return None

@@ -209,15 +209,26 @@ def test_start_means_must_be_observations(wrong):
 
 def test_there_must_be_a_particle_for_each_start():
     with pytest.raises(
-        ValueError, match=r"n_particles must be at least 21, .* start_means, got 20"
+        ValueError, match=r"n_particles must be at least 21, .* of the start, got 20"
     ):
         make(start_means=[(0.0, 0.0)] * 21)
 
 
 @pytest.mark.parametrize("estimator", ["gr", "gr-fs"])
 def test_resampled_particles_have_one_start(estimator):
-    with pytest.raises(ValueError, match=r"fits one Gaussian to all particles; .* start_means"):
+    with pytest.raises(
+        ValueError, match=r"fits one Gaussian to all particles, .* pass start_means="
+    ):
         make(estimator=estimator, start_means=[(0.0, 0.0), (1.0, 1.0)])
+
+
+def test_the_environments_own_starts_are_checked_too():
+    class Two(CostEnv):
+        initial_distribution = (np.array([[3.0, 0.0], [4.0, 0.0]]), np.array([0.1, 0.2]))
+
+    agent = make(Two(), estimator="gr")
+    with pytest.raises(ValueError, match=r"fits one Gaussian to all particles, which start from 2"):
+        agent.learn(7)
 
 
 @pytest.mark.parametrize("option", [{"dropout": 0.5}, {"noise_stop": 2.0}])

@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector
 from totalprop import estimators
 from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
 from totalprop.agents.pipps.search import DIAGNOSE_EVERY, SearchSettings, optimise_policy
-from totalprop.agents.trials.controllers import LinearPolicy
+from totalprop.agents.trials.controllers import LinearPolicy, RBFController, RBFPolicy
 from totalprop.world_models.gp_dynamics import GPDynamics
 
 F64 = torch.float64
@@ -50,6 +50,8 @@ def settings(**changes):
             fixed_noise=False,
             adam_eps=1e-4,
             momentum=0.9,
+            dropout=0.0,
+            noise_stop=0.0,
         ),
         **changes,
     )
@@ -185,6 +187,38 @@ def test_fixed_noise_is_the_same_in_every_step():
         log = optimise_policy(policy, model, settings(**changes), generator(5))
         spread = max(log.losses) - min(log.losses)
         assert (spread < 1e-9) == fixed
+
+
+# Cooling
+
+
+def test_a_search_ends_where_its_gradient_is_noise():
+    """Three parameters are soon at their best; each phase takes 51 gradients at least."""
+    model, policy = make()
+    log = optimise_policy(
+        policy, model, settings(noise_stop=2.0, gradient_steps=900, n_particles=10), generator()
+    )
+    assert 3 * 51 <= len(log.losses) < 300
+    assert sum(log.losses[-20:]) < sum(log.losses[:20]) - 2
+
+
+def test_a_search_with_dropout_leaves_out_less_and_less():
+    """Basis functions kept per third: 1/2, 3/4, all."""
+    model, _ = make()
+    policy = RBFPolicy(spaces.Box(-9, 9, (S,)), spaces.Box(-1, 1, (1,)), n_centres=40)
+    kept = []
+
+    class Watched(RBFController):
+        def __call__(self, x, factors=None):
+            kept.append(1.0 if factors is None else float((factors > 0).double().mean()))
+            return super().__call__(x, factors)
+
+    policy.controller = lambda: Watched(policy)
+    optimise_policy(policy, model, settings(dropout=0.5, gradient_steps=6), generator())
+    thirds = torch.tensor(kept, dtype=F64).view(3, -1).mean(1)
+    assert len(kept) == 6 * H and thirds[2] == 1
+    # 2 steps of 3 x 20 x 40 Bernoulli draws each
+    torch.testing.assert_close(thirds[:2], torch.tensor([0.5, 0.75], dtype=F64), atol=0.03, rtol=0)
 
 
 # Guards
