@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "leg": "biw",  # Sec. 3.2: batch importance weighting in LR and TP
     },
     # Ours, for second-order systems whose environment declares its velocities: of what MC-PILCO has
-    # (Amadio et al. 2022), the part that earned its place (results/pipps/recommended/)
+    # (Amadio et al. 2022), the part that earned its place (results/pipps/README.md)
     "recommended": {
         "estimator": "tpx",
         "speed_integration": True,  # a third to a half of the one-step errors of positions

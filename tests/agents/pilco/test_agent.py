@@ -170,6 +170,19 @@ def test_options_reach_the_prediction(monkeypatch):
     torch.testing.assert_close(model.start.covariance, std.square().diag())
 
 
+def test_positions_are_integrated_from_each_of_several_starts():
+    """The median of a linear map of Gaussians is that of their means: q' = q + T/2 (q̇ + q̇')."""
+    starts = ((0.0, 0.0), (0.5, 1.0))
+    agent = make(
+        speed_integration=True, integrated_dims=((0, 1),), time_step=0.5, start_means=starts
+    ).learn(2 * LENGTH)
+    assert agent.dynamics.targets.shape == (2 * LENGTH, 1)
+    paths = np.median(agent._predicted.reshape(LENGTH + 1, 2, module.QUANTILES, 2), 2)  # [t, M, S]
+    np.testing.assert_allclose(paths[0], starts, atol=1e-12)
+    q, v = paths[..., 0], paths[..., 1]
+    np.testing.assert_allclose(q[1:], q[:-1] + 0.25 * (v[:-1] + v[1:]), atol=1e-9)
+
+
 def test_the_figure_of_a_trial_has_the_predicted_quantiles():
     agent = make(cost_fn=GOAL).learn(LENGTH)
     with torch.no_grad():
