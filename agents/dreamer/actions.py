@@ -34,6 +34,10 @@ class Continuous:
         """[n, A] uniformly random actions."""
         return rng.uniform(-1.0, 1.0, (n, self.size)).astype(np.float32)
 
+    def extreme(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """[n, A] random actions at the bounds, which move a system most (Seyde et al. 2021)."""
+        return rng.choice(np.array([-1.0, 1.0], np.float32), (n, self.size))
+
     def explore(self, actions: Tensor, amount: float, generator: torch.Generator) -> Tensor:
         """Add normal noise of standard deviation `amount`, within the bounds."""
         noise = torch.randn(actions.shape, generator=generator, device=actions.device)
@@ -65,6 +69,10 @@ class Choices:
         """[n, A] uniformly random actions."""
         parts = [np.eye(k, dtype=np.float32)[rng.integers(k, size=n)] for k in self.sizes]
         return np.concatenate(parts, axis=1)
+
+    def extreme(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """[n, A] uniformly random actions: no choice is more extreme than another."""
+        return self.random(n, rng)
 
     def explore(self, actions: Tensor, amount: float, generator: torch.Generator) -> Tensor:
         """Replace each action by a uniformly random one, with probability `amount`.

@@ -129,9 +129,10 @@ class DreamerTPX(Algorithm):
             their number to gradient_steps. The random steps before learning do not count.
         exploration_noise: standard deviation of the noise added to actions in [-1, 1] while
             collecting; where actions are choices, the probability of a uniformly random one.
-        hold_exponent: while collecting, hold the noise of the policy (and the random actions) for d
-            decisions with probability ∝ d^-hold_exponent, so that exploration has all time scales
-            (Dabney et al. 2021). 0 draws it anew for each decision.
+        hold_exponent: while collecting, hold the policy's noise for d decisions with probability
+            ∝ d^-hold_exponent, so that exploration has all time scales (Dabney et al. 2021). So are
+            the random actions before, which are then at the bounds of a Box (Seyde et al. 2021).
+            0 draws noise anew for each decision.
         kl_scale: weight of the KL term of the model's loss.
         representation_scale: weight of that term's gradient in the posterior, relative to that in
             the prior: 1 is the plain KL divergence of DreamerV1, less is KL balancing (0.2 in
@@ -450,7 +451,9 @@ class DreamerTPX(Algorithm):
             return held(noise, is_first, self.hold_exponent, self._rng)
 
         if is_random:  # without the filter, whose state remains zero, as where sequences begin
-            random = self.policy.actions.random(count(observations), self._rng)
+            form = self.policy.actions
+            draw = form.extreme if self.hold_exponent else form.random
+            random = draw(count(observations), self._rng)
             action = hold(torch.as_tensor(random, device=self.device))
             self._memory = state, action
             return action.cpu().numpy()

@@ -107,7 +107,7 @@ PRESETS["recommended"] = {
     "learning_starts": 1000,
     "train_freq": 20,
     "replay_ratio": 256,
-    "hold_exponent": 1.5,  # white noise never swings the pendulum up, so that nothing is learned
+    "hold_exponent": 1.5,  # white noise hardly ever meets the reward of pendulum-swingup
     "policy_kwargs": {
         "size": "s",
         "vector_std": 0.3,

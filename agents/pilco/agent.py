@@ -28,7 +28,7 @@ from totalprop.agents.pilco.propagation import (
     saturating,
 )
 from totalprop.agents.trials import optimisers
-from totalprop.agents.trials.algorithm import OnStep, TrialAlgorithm
+from totalprop.agents.trials.algorithm import OnStep, SpeedIntegration, TrialAlgorithm
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.agents.trials.optimisers import Evaluation
 from totalprop.agents.trials.problem import Problem
@@ -66,9 +66,10 @@ class PILCO(TrialAlgorithm):
         invariant_dims: entries of the observation that no change of it depends on, such as a yaw:
             the model of the dynamics does not see them. None: the environment's own
             `invariant_dims`, or none.
-        speed_integration: predict velocities alone and integrate the positions, q' = q + T/2
-            (q̇ + q̇'): fewer Gaussian processes, for second-order systems (Amadio et al. 2022). Off:
-            a process for each entry, as in the papers.
+        speed_integration: "on": predict velocities alone and integrate the positions, q' = q + T/2
+            (q̇ + q̇'): fewer Gaussian processes, for second-order systems (Amadio et al. 2022).
+            "auto": where the environment declares its velocities. "off": a process for each entry,
+            as in the papers.
         integrated_dims: pairs (position, velocity) of entries of the observation, for
             speed_integration. None: the environment's own `integrated_dims`.
         time_step: time T between two observations, for speed_integration. None: the environment's
@@ -114,7 +115,7 @@ class PILCO(TrialAlgorithm):
         termination: Literal["ignore"] | None = None,
         angle_dims: tuple[int, ...] = (),
         invariant_dims: tuple[int, ...] | None = None,
-        speed_integration: bool = False,
+        speed_integration: SpeedIntegration = "off",
         integrated_dims: tuple[tuple[int, int], ...] | None = None,
         time_step: Annotated[float, Above(0)] | None = None,
         start_means: Sequence[Sequence[float]] | None = None,

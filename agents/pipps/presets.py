@@ -54,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # (Amadio et al. 2022), the part that earned its place (results/pipps/README.md)
     "recommended": {
         "estimator": "tpx",
-        "speed_integration": True,  # a third to a half of the one-step errors of positions
+        "speed_integration": "auto",  # a third to a half of the one-step errors of positions
         "n_particles": 300,
         "horizon": 30,
         "gradient_steps": 250,

@@ -36,6 +36,7 @@ from totalprop.world_models.gp import ROUNDING, GaussianProcess, Kernel
 from totalprop.world_models.gp_dynamics import GPDynamics
 
 OnStep = Callable[[int, float], None]  # (number of the gradient step, cost)
+SpeedIntegration = Literal["off", "auto", "on"]
 SelfTrials = TypeVar("SelfTrials", bound="TrialAlgorithm")
 
 
@@ -81,7 +82,7 @@ class TrialAlgorithm(Algorithm):
         termination: Callable[[Tensor], Tensor] | Literal["ignore"] | None,
         angle_dims: tuple[int, ...],
         invariant_dims: tuple[int, ...] | None,
-        speed_integration: bool,
+        speed_integration: SpeedIntegration,
         integrated_dims: tuple[tuple[int, int], ...] | None,
         time_step: Annotated[float, Above(0)] | None,
         start_means: Sequence[Sequence[float]] | None,
@@ -137,7 +138,7 @@ class TrialAlgorithm(Algorithm):
         self._problem = self._find_problem()
         if self.invariant_dims is None:
             self.invariant_dims = self._problem.invariant_dims
-        if self.speed_integration:
+        if self.speed_integration != "off":
             self._complete_integration()
         # They may have been given to `load`.
         self._needs_cost_fn |= self.cost_fn is not None
@@ -155,7 +156,7 @@ class TrialAlgorithm(Algorithm):
             controls,
             angle_dims=self.angle_dims,
             invariant_dims=self.invariant_dims,
-            integrated_dims=(self.integrated_dims or ()) if self.speed_integration else (),
+            integrated_dims=() if self.speed_integration == "off" else self.integrated_dims or (),
             time_step=self.time_step or 1.0,
             kernel=self.kernel,
             rounding=ROUNDING[kind],
@@ -164,7 +165,7 @@ class TrialAlgorithm(Algorithm):
         self._fix_arguments()
 
     def _complete_integration(self) -> None:
-        """What speed integration needs to know: given, or of the environment.
+        """What speed integration needs to know: given, or of the environment; or none if "auto".
 
         Raises:
             ValueError: neither says which entries are positions, or how long a step takes.
@@ -174,10 +175,13 @@ class TrialAlgorithm(Algorithm):
         if self.time_step is None:
             self.time_step = self._problem.time_step
         if not self.integrated_dims or self.time_step is None:
+            if self.speed_integration == "auto":
+                self.integrated_dims = ()
+                return
             raise ValueError(
-                "speed_integration needs the positions with their velocities and the time of a "
-                "step, which this environment does not declare; pass integrated_dims=((position, "
-                "velocity), ...), entries of the observation, and time_step=..."
+                "speed_integration='on' needs the positions with their velocities and the time of "
+                "a step, which this environment does not declare; pass integrated_dims=((position, "
+                "velocity), ...), entries of the observation, and time_step=..., or choose 'auto'"
             )
         self.integrated_dims = tuple((int(q), int(v)) for q, v in self.integrated_dims)
 

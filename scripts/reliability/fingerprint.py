@@ -207,7 +207,7 @@ SETTINGS: dict[str, Make | Run] = {
     "pipps cost_fn": lambda: _pipps(PENDULUM, cost_fn=lambda x: x.square().sum(-1)),
     "pipps two envs": lambda: _pipps(make_vec_env(CARTPOLE, 2), noise_multiplier=4.0),
     "pipps schedule": lambda: _pipps(learning_rate=LinearSchedule(0.03, 0.0, 1.0)),
-    "pipps integrated": lambda: _pipps(speed_integration=True, kernel="rbf+linear"),
+    "pipps integrated": lambda: _pipps(speed_integration="on", kernel="rbf+linear"),
     "pipps dropout": lambda: _pipps(dropout=0.25, noise_stop=2.0, gradient_steps=60),
     "pipps loaded": Loaded(_pipps),
     "pipps resumed": Resumed(lambda: _pipps(_rewindable(CARTPOLE))),

@@ -87,7 +87,11 @@ WRONG_OPTIONS = [
     ({"baseline": "critc"}, ValueError, "unknown baseline 'critc': did you mean 'critic'"),
     ({"baseline": None}, TypeError, "a baseline is one of none, mean, .* got None"),
     ({"legs": "bwi"}, ValueError, "unknown leg 'bwi': did you mean 'biw'"),
-    ({"legs": (3,)}, TypeError, "a leg is one of score, biw, first-order, or a function, got 3"),
+    (
+        {"legs": (3,)},
+        TypeError,
+        "a leg is one of score, .* mvd, or a function, got 3",
+    ),
     ({"legs": ()}, ValueError, "legs is a tuple of functions, got"),
     ({"probe": "some"}, ValueError, "probe is 'none', 'all' or 'subset', got 'some'"),
     ({"leg": "biw"}, TypeError, "no option 'leg': choose among .*legs"),

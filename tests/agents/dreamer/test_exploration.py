@@ -64,6 +64,16 @@ def test_a_loaded_state_goes_on_as_the_saved_one():
         assert torch.equal(one(fresh, starts, 1.5, rng), other(fresh, starts, 1.5, same_rng))
 
 
+def test_held_random_actions_are_at_the_bounds():
+    """Both of them, each coordinate by itself; without holding they are uniform."""
+    agents = (make(learning_starts=200, hold_exponent=e, seed=0).learn(150) for e in (1.5, 0.0))
+    held, uniform = (stored(agent).action[1:] for agent in agents)
+    at_bounds = np.abs(held) == 1
+    starts = (held == 0).all(1)  # the entry that an episode begins with has no action
+    assert at_bounds[~starts].all() and {-1.0, 1.0} <= set(held.flat)
+    assert (np.abs(uniform[~(uniform == 0).all(1)]) < 1).all()
+
+
 @pytest.mark.parametrize("learning_starts", [1, 200])
 def test_the_agent_holds_random_actions_and_the_policys_noise(learning_starts):
     """Of the changes from decision to decision, held noise makes most small."""

@@ -174,7 +174,7 @@ def test_positions_are_integrated_from_each_of_several_starts():
     """The median of a linear map of Gaussians is that of their means: q' = q + T/2 (q̇ + q̇')."""
     starts = ((0.0, 0.0), (0.5, 1.0))
     agent = make(
-        speed_integration=True, integrated_dims=((0, 1),), time_step=0.5, start_means=starts
+        speed_integration="on", integrated_dims=((0, 1),), time_step=0.5, start_means=starts
     ).learn(2 * LENGTH)
     assert agent.dynamics.targets.shape == (2 * LENGTH, 1)
     paths = np.median(agent._predicted.reshape(LENGTH + 1, 2, module.QUANTILES, 2), 2)  # [t, M, S]

@@ -148,7 +148,7 @@ WRONG = {
     "noise_stop": (-1.0, "at least 0"),
     "time_step": (0.0, "above 0"),
     "kernel": ("linear", "one of rbf, rbf[+]linear"),
-    "speed_integration": (2, "True or False"),
+    "speed_integration": (True, "one of off, auto, on"),
     "optimizer": ("sgd", "one of .*adam.*rmsprop2018.*quasi-newton"),
 }
 
@@ -190,7 +190,7 @@ def test_integrated_dims_must_be_pairs_of_observations(wrong):
         r"integrated_dims must be pairs \(position, velocity\) .*0\.\.1, each position .*, got"
     )
     with pytest.raises(ValueError, match=sentence):
-        make(speed_integration=True, integrated_dims=wrong, time_step=1.0)
+        make(speed_integration="on", integrated_dims=wrong, time_step=1.0)
 
 
 @pytest.mark.parametrize("known", [{}, {"time_step": 0.1}, {"integrated_dims": ((0, 1),)}])
@@ -198,7 +198,7 @@ def test_speed_integration_needs_to_know_the_velocities_and_the_time(known):
     with pytest.raises(
         ValueError, match=r"does not declare; pass integrated_dims=.* and time_step"
     ):
-        make(speed_integration=True, **known)
+        make(speed_integration="on", **known)
 
 
 @pytest.mark.parametrize("wrong", [(), ((0.0,),), (0.0, 1.0), ((0.0, math.nan),), (("a", "b"),), 3])
@@ -468,14 +468,14 @@ def test_invariant_dims_are_the_environments_unless_they_are_given(tmp_path):
 
 
 OPTIONS = {
-    "speed_integration": True, "integrated_dims": ((0, 1),), "time_step": 0.5,
+    "speed_integration": "on", "integrated_dims": ((0, 1),), "time_step": 0.5,
     "start_means": ((0.0, 0.0), (1.0, 0.0)), "kernel": "rbf+linear", "dropout": 0.5,
     "noise_stop": 2.0, "gradient_steps": 6,
 }  # fmt: skip
 
 
 def test_velocities_are_predicted_and_positions_integrated():
-    agent = make(speed_integration=True, integrated_dims=((0, 1),), time_step=0.5).learn(14)
+    agent = make(speed_integration="on", integrated_dims=((0, 1),), time_step=0.5).learn(14)
     assert agent.dynamics.inputs.shape == (14, 3)  # position, time, action
     assert agent.dynamics.targets.shape == (14, 1)
     np.testing.assert_allclose(agent.dynamics.targets, 1.0)  # of the time, which stands in for one
@@ -483,13 +483,20 @@ def test_velocities_are_predicted_and_positions_integrated():
     np.testing.assert_allclose(q[1:], q[:-1] + 0.25 * (v[:-1] + v[1:]), atol=1e-12)
 
 
-def test_speed_integration_is_the_environments_unless_it_is_given(tmp_path):
-    class Mechanical(CountingEnv):
-        integrated_dims, time_step = ((0, 1),), 0.25
+class Mechanical(CountingEnv):
+    integrated_dims, time_step = ((0, 1),), 0.25
 
-    agent = make(Mechanical(), speed_integration=True)
+
+@pytest.mark.parametrize("env", [CountingEnv, Mechanical])
+def test_automatic_speed_integration_is_for_environments_that_declare_velocities(env):
+    agent = make(env(), speed_integration="auto").learn(14)
+    assert agent.dynamics.targets.shape[1] == (1 if env is Mechanical else 2)
+
+
+def test_speed_integration_is_the_environments_unless_it_is_given(tmp_path):
+    agent = make(Mechanical(), speed_integration="on")
     assert (agent.integrated_dims, agent.time_step) == (((0, 1),), 0.25)
-    assert make(Mechanical(), speed_integration=True, time_step=0.5).time_step == 0.5
+    assert make(Mechanical(), speed_integration="on", time_step=0.5).time_step == 0.5
     off = make(Mechanical())
     assert off.integrated_dims is None and off.dynamics.targets.shape[1] == 2
     agent.learn(7).save(tmp_path / "agent")
@@ -501,7 +508,7 @@ def test_speed_integration_is_the_environments_unless_it_is_given(tmp_path):
 def test_our_environments_declare_their_velocities(env_id):
     """A small step: a position moves by T times its velocity, whatever the action."""
     env = gym.make(env_id, noise=0.0).unwrapped
-    agent = PIPPS("LinearPolicy", env, speed_integration=True, termination="ignore", device="cpu")
+    agent = PIPPS("LinearPolicy", env, speed_integration="on", termination="ignore", device="cpu")
     before, _ = env.reset(seed=0)
     after, *_ = env.step(0.1 * np.ones(env.action_space.shape, np.float32))
     model = agent.world_model
