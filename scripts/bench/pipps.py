@@ -213,7 +213,8 @@ def _gpytorch_model(model: ParticleModel) -> ParticleModel | None:
     likelihood.eval()
 
     class Peer:
-        noise = ours.noise
+        noise, predicted_dims = ours.noise, model.dynamics.predicted_dims
+        complete = model.dynamics.complete
 
         def predict(self, states: Tensor, controls: Tensor) -> Prediction:
             inputs = torch.cat((states, controls), -1)

@@ -1,4 +1,4 @@
-"""The benchmarks of PILCO and SVG: peers that compute what ours compute, and rows of ratios."""
+"""The benchmarks of PIPPS, PILCO and SVG: peers of ours, and rows of ratios."""
 
 import math
 
@@ -65,3 +65,10 @@ def test_points_have_a_default_for_each_benchmark(what, points, monkeypatch):
     monkeypatch.setattr(bench, f"bench_{what}", lambda n, repeats: timed.append(n) or {"n": n})
     bench.main([what, "--threads", "1"])
     assert timed == points
+
+
+def test_a_row_of_pipps_has_the_peer_and_every_ratio():
+    pytest.importorskip("gpytorch")
+    row = bench.bench_pipps(8, 1)
+    assert {"seconds (rp)", "tpx / rp"} <= row.keys() and any("GPyTorch" in name for name in row)
+    assert all(math.isfinite(value) for value in row.values())
