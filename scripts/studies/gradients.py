@@ -51,6 +51,7 @@ from totalprop.scripts.studies.agent_problems import (
     PIPPSProblem,
     agent_problem,
 )
+from totalprop.scripts.studies.estimator_names import estimator_with_leg
 from totalprop.scripts.studies.measurements import write_measurements
 from totalprop.scripts.studies.problems import KINDS, PROBLEMS, Problem
 
@@ -134,8 +135,7 @@ def estimator_named(name: str) -> Estimator:
     """An estimator by name, with a leg (tpx+lax) or a tolerated bias (aobg-0.3)."""
     gamma = _tolerance(name)
     if gamma is None:
-        name, _, leg = name.partition("+")
-        return make(name, legs=leg) if leg else make(name)
+        return estimator_with_leg(name)
     return make("aobg", weight=functools.partial(mixing.aobg, gamma=gamma))
 
 

@@ -38,8 +38,9 @@ from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import ending_with_a_sentence
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.chaos_report import Measured
+from totalprop.scripts.studies.estimator_names import LEG
 from totalprop.scripts.studies.measurements import Measurements, origin, read_measurements
-from totalprop.scripts.studies.policy_line import LEG, RESAMPLED, PolicyLine, estimator_named, style
+from totalprop.scripts.studies.policy_line import RESAMPLED, PolicyLine, estimator_named, style
 
 KEYS, NUMBERS = ("delta", "particles", "estimator"), ("ms", "gradients")
 LEAST = 6  # particles that every estimator can choose its weights from

@@ -19,9 +19,9 @@ from totalprop.estimators import Estimator, PolicyGradient, gradient, make
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.studies.agent_problems import PIPPSProblem, agent_problem
 from totalprop.scripts.studies.chaos_report import STYLES
+from totalprop.scripts.studies.estimator_names import LEG, estimator_with_leg
 
 RESAMPLED = "gr"  # RP through Gaussian resampling, which is no estimator of a node
-LEG = "+"  # before the leg in a name such as lr+biw
 
 
 def estimator_named(name: str) -> Estimator:
@@ -30,10 +30,7 @@ def estimator_named(name: str) -> Estimator:
     Raises:
         ValueError: there is none of that name.
     """
-    if name == RESAMPLED:
-        return make("rp")
-    rule, _, leg = name.partition(LEG)
-    return make(rule, legs=leg) if leg else make(rule)
+    return make("rp") if name == RESAMPLED else estimator_with_leg(name)
 
 
 def style(name: str) -> dict[str, Any]:
