@@ -22,7 +22,8 @@ def record_gauge(logger: Logger, gauge: Tensor, *, draw: bool) -> None:
     """Record z and signal-to-noise ratios, leaving out what could not be measured.
 
     train/z, train/node_snr, train/node_snr_rp and train/node_snr_lr are means over all steps, that
-    of z in the root mean square. z/step_XX and snr/step_XX go to TensorBoard only.
+    of z in the root mean square. z/step_XX and snr/step_XX, where there are several steps, go to
+    TensorBoard only.
 
     Args:
         logger: where they go.
@@ -33,7 +34,7 @@ def record_gauge(logger: Logger, gauge: Tensor, *, draw: bool) -> None:
     for name, value in overall._asdict().items():
         if math.isfinite(value):
             logger.record(f"train/{name.replace('snr', 'node_snr')}", float(value))
-    for name in ("z", "snr"):
+    for name in ("z", "snr") if len(gauge) > 1 else ():
         for t, value in enumerate(getattr(by_step, name).tolist(), 1):
             if math.isfinite(value):
                 logger.record(f"{name}/step_{t:02d}", value, exclude=PICTURE)

@@ -25,7 +25,7 @@ from torch.distributions import Normal, kl_divergence
 import totalprop.agents.svg.gradients as gradients
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
-from totalprop.agents.core.metrics import record_progress
+from totalprop.agents.core.metrics import record_gauge, record_progress
 from totalprop.agents.core.spaces import UnsupportedSpaceError, describe, to_vector
 from totalprop.agents.core.validation import (
     Above,
@@ -42,12 +42,22 @@ from totalprop.agents.svg.networks import Critic, WorldModel
 from totalprop.agents.svg.policy import SVGPolicy, check_sizes
 from totalprop.agents.svg.replay import Replay
 from totalprop.agents.trials.problem import Problem
-from totalprop.estimators import Estimator
+from totalprop.estimators import Estimator, PolicyGradient
+from totalprop.estimators.gauge import SHAPE
 
 Variant = Literal["0", "1", "1-er", "inf", "dpg"]
 USES_MODEL, USES_STATE_VALUE, USES_ACTION_VALUE = ("1", "1-er", "inf"), ("1", "1-er"), ("0", "dpg")
 MOST_STATES = 1000  # the parameters of the model grow with the square
 SelfSVG = TypeVar("SelfSVG", bound="SVG")
+
+
+class Objective(NamedTuple):
+    """What a gradient step minimises."""
+
+    loss: Callable[[Actor], Tensor]
+    samples: int  # of a node
+    states: Tensor  # [..., S] that the policy acts in
+    shape: tuple[int, ...]  # of k, see `Actor.meter`; () if there is no node
 
 
 class Batch(NamedTuple):
@@ -480,17 +490,13 @@ class SVG(Algorithm):
     def _improve_policy(self, log: dict[str, list[float]]) -> None:
         """Take `policy_updates` gradient steps, on new transitions each."""
         start = {name: p.detach().clone() for name, p in self.policy.learned.items()}
-        estimator, parameters = estimators.make(self.estimator), self.policy.learned
-        counted = self.policy.last_layer
-        size = sum(p.numel() for p in counted.values()) if estimator.probe == "subset" else None
-        for _ in range(self.policy_updates):
-            rollout, samples, states = self._objective(counted, log)
-            found = estimators.gradient(
-                rollout, list(parameters.values()), estimator, samples=samples, tap_size=size
-            )
+        parameters = self.policy.learned
+        for number in range(self.policy_updates):
+            objective = self._objective(log)
+            found = self._policy_gradient(objective, measure=number == 0)
             gradient = list(found.gradients)
             if self.kl_weight:
-                kl = self._kl_from(start, states)
+                kl = self._kl_from(start, objective.states)
                 log["kl"].append(float(kl.detach()))
                 of_kl = torch.autograd.grad(self.kl_weight * kl, list(parameters.values()))
                 gradient = [a + b for a, b in zip(gradient, of_kl, strict=True)]
@@ -503,32 +509,57 @@ class SVG(Algorithm):
             self.policy_optimizer.step()
             self._n_updates += 1
 
-    def _objective(
-        self, counted: dict[str, Tensor], log: dict[str, list[float]]
-    ) -> tuple[Callable[[Estimator, Tensor | None], Tensor], int, Tensor]:
-        """The variant's loss on new data: what `estimators.gradient` takes, samples and states."""
+    def _policy_gradient(self, objective: Objective, *, measure: bool) -> PolicyGradient:
+        """The estimator's gradient of an objective; if asked to, record k and what the legs are."""
+        estimator, parameters = estimators.make(self.estimator), self.policy.learned
+        counted = self.policy.last_layer
+        size = sum(p.numel() for p in counted.values()) if estimator.probe == "subset" else None
+        meter = gauge = None
+        if measure and objective.shape:
+            meter = torch.zeros(objective.shape, device=self.device, requires_grad=True)
+            steps = objective.shape[0]
+            gauge = torch.zeros(steps, *SHAPE, device=self.device, requires_grad=True)
+
+        def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
+            return objective.loss(
+                Actor(self.policy.zeta, parameters, estimator, counted, tap, meter, gauge)
+            )
+
+        found = estimators.gradient(
+            rollout, list(parameters.values()), estimator,
+            samples=objective.samples, tap_size=size, meter=meter, gauge=gauge,
+        )  # fmt: skip
+        if found.k is not None and found.gauge is not None:
+            self.logger.record("train/k", float(found.k.mean()))
+            record_gauge(self.logger, found.gauge.sum(0, keepdim=True), draw=False)
+        return found
+
+    def _objective(self, log: dict[str, list[float]]) -> Objective:
+        """The variant's loss on new data."""
         paths: Paths | None = None
         if self.variant == "inf":
             paths = self._paths()
             alive = paths.is_alive.bool()
             samples, states = alive.shape[1], paths.states[:-1][alive]
+            shape: tuple[int, ...] = (len(alive), self._sizes()[1])
         else:
             batch = self._draw(recent=self.variant != "1-er")
             samples, states = len(batch.states), batch.states
+            shape = () if self.variant == "dpg" else (1, self._sizes()[1])
             rows = Transitions(batch.states, batch.actions, batch.next_states, batch.terminated)
             drawn = None
             if self.n_extra_actions and self.variant != "dpg":
-                shape = (self.n_extra_actions, *batch.actions.shape)
-                drawn = torch.randn(shape, generator=self._generator, device=self.device)
-                samples = 1 + self.n_extra_actions
+                drawn = torch.randn(
+                    self.n_extra_actions, *batch.actions.shape,
+                    generator=self._generator, device=self.device,
+                )  # fmt: skip
+                samples, shape = 1 + self.n_extra_actions, (1, *batch.actions.shape)
             weights = None
             if self.variant in USES_STATE_VALUE:
                 weights = self._weights(batch)
                 log["importance_weight"].append(float(weights.mean()))
-        learned = self.policy.learned
 
-        def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
-            actor = Actor(self.policy.zeta, learned, estimator, counted=counted, tap=tap)
+        def loss(actor: Actor) -> Tensor:
             if paths is not None:
                 return gradients.svg_inf(
                     actor, self._predict_next, self._reward_of, paths,
@@ -543,7 +574,7 @@ class SVG(Algorithm):
                 gamma=self.gamma, weights=weights, drawn=drawn, nodes=self.nodes,
             )  # fmt: skip
 
-        return rollout, samples, states
+        return Objective(loss, samples, states, shape)
 
     def _paths(self) -> Paths:
         """The round's episodes, padded with their last state."""

@@ -64,6 +64,10 @@ class Actor:
             all.
         tap: [N, P] zeros, P being the counted parameters; its gradient collects that of each
             sample, see `estimators.gradient`.
+        meter: [T, ..., A] zeros, whose gradient is k at the actions of each step (T is 1 except in
+            `svg_inf`), or None. With drawn actions it is [1, N, A].
+        gauge: [T, 4, 2] zeros, whose gradient measures the legs there, see `estimators.gauge`, or
+            None. Importance weights are no part of them.
     """
 
     policy: Policy
@@ -71,6 +75,8 @@ class Actor:
     estimator: Estimator
     counted: Mapping[str, Tensor] | None = None
     tap: Tensor | None = None
+    meter: Tensor | None = None
+    gauge: Tensor | None = None
 
     def act_again(
         self,
@@ -79,6 +85,8 @@ class Actor:
         credit: Tensor,
         weights: Tensor,
         value: Tensor | None = None,
+        *,
+        step: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Draw given actions again: the values stay, and gradients flow.
 
@@ -90,6 +98,7 @@ class Actor:
                 not the returns: a baseline times a weight that depends on the action would bias the
                 score legs.
             value: [N, ...] for `baselines.critic`.
+            step: of the meter and the gauge.
         Returns:
             The actions [N, ..., A], and the credit for everything downstream.
         """
@@ -99,6 +108,8 @@ class Actor:
         return self.estimator(
             mean, std, infer_noise(mean, std, actions), credit,
             probe=self._probe(states, factor), value=value, tap=self.tap,
+            meter=None if self.meter is None else self.meter[step],
+            gauge=None if self.gauge is None else self.gauge[step],
             carried=tuple(scale_gradient(x, factor) for x in carried),
         )  # fmt: skip
 
@@ -258,7 +269,7 @@ def svg_inf(
     state, credit = paths.states[0], torch.zeros_like(paths.is_alive[0])
     total = torch.zeros_like(credit)
     for t, alive in enumerate(paths.is_alive):
-        action, credit = actor.act_again(state, paths.actions[t], credit, alive)
+        action, credit = actor.act_again(state, paths.actions[t], credit, alive, step=t)
         mean, std = model(state, action)
         noise = infer_noise(mean, std, paths.states[t + 1])
         # What follows the end of an episode has noise of its own, and must not reach it.

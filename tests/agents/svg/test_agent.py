@@ -241,6 +241,39 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("extra", [0, 7])
+@pytest.mark.parametrize("variant", ["0", "1", "1-er", "inf"])
+def test_k_and_the_gauges_are_logged(variant, extra):
+    """k is 0, 1 or between, however many nodes there are, and measuring changes no gradient."""
+    changes = {"variant": variant, "n_extra_actions": extra if variant != "inf" else 0}
+    for name, low, high in (("rp", 0, 0), ("lr", 1, 1), ("tpx", 1e-6, 0.99), ("ivw", 1e-6, 0.99)):
+        if name == "ivw" and extra:  # it compares transitions
+            continue
+        agent, equal = make(estimator=name, **changes), []
+        gradient = agent._policy_gradient
+
+        def both(objective, *, measure, gradient=gradient, equal=equal):
+            plain, found = (gradient(objective, measure=m) for m in (False, measure))
+            equal.extend(map(torch.equal, plain.gradients, found.gradients))
+            return found
+
+        agent._policy_gradient = both
+        agent.learn(4 * STEPS, log_interval=10)
+        found = agent.logger.name_to_value
+        assert low <= found["train/k"] <= high, name
+        assert 0 < found["train/z"] < math.inf
+        assert ("train/node_snr" in found) == (name != "ivw")
+        assert "z/step_01" not in found
+        assert equal and all(equal), name
+
+
+def test_dpg_has_no_node_to_measure():
+    agent = make(variant="dpg")
+    agent.learn(4 * STEPS, log_interval=10)
+    assert not {"train/k", "train/z"} & set(agent.logger.name_to_value)
+    assert agent._n_updates > 0
+
+
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_arguments_are_one_sentence(words):
     with pytest.raises(ValueError, match=words) as error:
