@@ -150,7 +150,7 @@ def imagine(
     meters = [None] * len(noise.latent) if meter is None else meter.unbind(0)
     gauges = [None] * len(noise.latent) if gauge is None else gauge.unbind(0)
     credit = start.stoch.new_zeros(len(start.stoch))
-    state, features, credits, entropies = start, [], [], []
+    state, seen_states, features, credits, entropies = start, [], [], [], []
     for t, (action_noise, latent_noise, step_meter, step_gauge) in enumerate(
         zip(noise.action, noise.latent, meters, gauges)
     ):
@@ -160,9 +160,9 @@ def imagine(
             carried = functional_call(actor, frozen, (seen,))
         if settings.stop_grad_actor_input or is_split:
             seen = seen.detach()
+        seen_states.append(seen.detach())
         hidden = actor.hidden(_with_gradient_times(seen, 1 / factor))
-        plain = actor.output(hidden)
-        raw = _with_gradient_times(plain, factor)
+        raw = _with_gradient_times(actor.output(hidden), factor)
         if tap is not None:
             step_tap = _with_gradient_times(tap, factor)
         if at_action:
@@ -177,10 +177,6 @@ def imagine(
         else:
             action, entropy = actor.act(raw, action_noise)
             entropy = assign_credit(entropy, credit)  # to the previous node
-        if own:  # neither to another action nor times the factor
-            if not settings.stop_grad_actor_input:
-                plain = actor(seen.detach())
-            _, entropy = actor.act(plain, action_noise)
         entropies.append(entropy)
         deter = rssm.recur(state, action)
         prior = rssm.prior(deter)
@@ -200,9 +196,10 @@ def imagine(
         state = State(deter, stoch.flatten(1))  # [N, G, C] -> [N, G C]
         features.append(state.features)
         credits.append(credit)
-    return _losses(
-        policy, torch.stack(features), torch.stack(credits), torch.stack(entropies), settings
-    )
+    entropy = torch.stack(entropies)
+    if own:  # it reaches neither another action nor the factor, and all steps are one batch
+        _, entropy = actor.act(actor(torch.stack(seen_states)), noise.action)
+    return _losses(policy, torch.stack(features), torch.stack(credits), entropy, settings)
 
 
 def _with_gradient_times(x: Tensor, factor: float) -> Tensor:
