@@ -295,6 +295,51 @@ def _sweep(parser: ArgumentParser) -> None:
     )
 
 
+def _plot(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN|SWEEP",
+        help="run folders, results.json files, or folders that hold either",
+    )
+    add(
+        "--labels",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names of the lines, in the order of the legend (default: what differs between them)",
+    )
+    add(
+        "--x",
+        choices=["decisions", "frames"],
+        default="decisions",
+        help="what the horizontal axis counts (default: decisions, with frames above them where "
+        "they differ); frames are decisions x action_repeat",
+    )
+    add(
+        "--success",
+        type=float,
+        metavar="COST",
+        help="cost below which a trial succeeds (default: that of the environment, if it has one)",
+    )
+    add("--profile", action="store_true", help="draw performance profiles over tasks as well")
+    add(
+        "--normalise",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="returns that have the scores 0 and 1, with --profile; of costs the worst comes first "
+        "(default: 0 1000 in the control suite)",
+    )
+    add(
+        "--out",
+        type=Path,
+        help="folder of the pictures (default: plots/NAME, where NAME is the folder of the runs)",
+    )
+
+
 def _gradients(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -707,6 +752,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "sweep": Command(
         "studies.sweep", "train estimators x seeds; write a table and learning curves", _sweep
+    ),
+    "plot": Command(
+        "studies.plot", "draw any runs in one picture: curves, success rates, profiles", _plot
     ),
     "study gradients": Command(
         "studies.gradients", "measure every estimator's error on more than 100 problems", _gradients

@@ -41,14 +41,35 @@ def prediction(particles: np.ndarray, path: np.ndarray, labels: Sequence[str]) -
     return figure
 
 
-def weights(k: np.ndarray) -> Figure:
-    """Plot a heat map of k [H, S]: 0 (blue) is pure RP, 1 (red) is pure LR."""
-    figure = _figure(figsize=(7, 2.4))
-    axis = figure.subplots()
-    image = axis.imshow(k.T, vmin=0, vmax=1, cmap="coolwarm", aspect="auto", origin="lower")
-    ticks = range(0, k.shape[1], -(-k.shape[1] // 16))  # at most 16, which do not overlap
-    axis.set(xlabel="step of the simulation", ylabel="state dimension", yticks=ticks)
-    figure.colorbar(image, label="k (weight of LR)")
+def weights(k: np.ndarray, *, actions: int = 0) -> Figure:
+    """Plot a heat map of k [H, S], 0 for pure RP and 1 for pure LR, and its mean over S by step.
+
+    Args:
+        k: [H, S] entries of the actions first, then those of the state.
+        actions: how many of the S entries belong to actions.
+    """
+    from matplotlib.colors import PowerNorm
+
+    n_steps, n = k.shape
+    figure = _figure(figsize=(7, 4))
+    mean, axis = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.2))
+    steps = np.arange(1, n_steps + 1)
+    mean.plot(steps, k.mean(1), color="0.1", marker=".")
+    mean.set(ylabel="mean of k", title="k, the weight of LR: 0 is pure RP, 1 is pure LR")
+    mean.grid(alpha=0.25)
+    # Small weights matter and are frequent: the square root tells 0.01 from 0.1.
+    image = axis.imshow(
+        k.T, norm=PowerNorm(0.5, 0, 1), cmap="viridis", aspect="auto", origin="lower",
+        extent=(0.5, n_steps + 0.5, -0.5, n - 0.5),
+    )  # fmt: skip
+    ticks = range(0, n, -(-n // 8))  # at most 8, which do not overlap
+    names = [f"action {i}" if i < actions else str(i - actions) for i in ticks]
+    axis.set_yticks(ticks, names, fontsize="small")
+    if 0 < actions < n:
+        axis.axhline(actions - 0.5, color="w", lw=1.5)
+    ylabel = "entry of the action" if actions == n else "entry of the state"
+    axis.set(xlabel="step of the simulation", ylabel=ylabel)
+    figure.colorbar(image, ax=axis, label="k", ticks=(0, 0.01, 0.1, 0.25, 0.5, 1))
     return figure
 
 
@@ -121,20 +142,69 @@ def traces(truth: np.ndarray, model: np.ndarray, context: int) -> Figure:
     n = truth.shape[1]
     columns = min(n, 4)
     rows = -(-n // columns)
-    figure = _figure(figsize=(3 * columns, 1.8 * rows))
+    figure = _figure(figsize=(max(3 * columns, 5), 1.8 * rows + 0.5))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     for d in range(n):
         axes[d].plot(truth[:, d], color="0.3", lw=1.5, label="truth")
         axes[d].plot(model[:, d], color="C3", lw=1.2, label="model")
-        axes[d].axvline(context - 0.5, color="0.6", ls=":", lw=1)
+        axes[d].axvline(
+            context - 0.5, color="0.6", ls=":", lw=1.5, label="from here on it sees actions alone"
+        )
         axes[d].set_title(f"observation {d}", fontsize="small")
     for axis in axes[max(n - columns, 0) : n]:  # the lowest panel of each column
         axis.set_xlabel("decision", fontsize="small")
         axis.tick_params(labelbottom=True)
     for axis in axes[n:]:
         axis.set_visible(False)
-    axes[0].legend(fontsize="small", frameon=False)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper left", ncols=3, fontsize="small", frameon=False)
     return figure
+
+
+def film(strip: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Figure:
+    """Plot a table of images with the names of its rows and columns.
+
+    Args:
+        strip: [R H, F W, 3] R rows of F images.
+        rows: R names.
+        columns: F names.
+    """
+    height, width = strip.shape[0] / len(rows), strip.shape[1] / len(columns)
+    figure = _figure(figsize=(1.1 * len(columns) + 0.9, 1.1 * len(rows) * height / width + 0.6))
+    axis = figure.subplots()
+    axis.imshow(strip)
+    axis.set_xticks((np.arange(len(columns)) + 0.5) * width, columns, fontsize="small")
+    axis.set_yticks((np.arange(len(rows)) + 0.5) * height, rows)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return figure
+
+
+def captioned(frames: np.ndarray, rows: Sequence[str], captions: Sequence[str]) -> np.ndarray:
+    """Write the names of rows to the left of a film's frames, and a caption above each frame.
+
+    Args:
+        frames: [T, H, W, 3] uint8, whose rows are equally high.
+        rows: their names.
+        captions: T texts.
+    Returns:
+        [T, H + above, left + W, 3] uint8.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, left, above = ImageFont.load_default(size=12), 44, 18
+    _, height, width, _ = frames.shape
+    drawn = []
+    for frame, caption in zip(frames, captions):
+        page = Image.new("RGB", (left + width, above + height), "white")
+        page.paste(Image.fromarray(frame), (left, above))
+        pen = ImageDraw.Draw(page)
+        pen.text((left, above // 2), caption, fill="black", font=font, anchor="lm")
+        for i, name in enumerate(rows):
+            middle = above + (i + 0.5) * height / len(rows)
+            pen.text((4, middle), name, fill="black", font=font, anchor="lm")
+        drawn.append(np.asarray(page))
+    return np.stack(drawn)
 
 
 def _figure(figsize: tuple[float, float]) -> Figure:
@@ -144,9 +214,9 @@ def _figure(figsize: tuple[float, float]) -> Figure:
 
 
 def save(figure: Figure, path: Path, *, dpi: int) -> None:
-    """Save a figure as PNG, atomically; a link at the path is replaced, not followed."""
+    """Save a figure as the PNG or SVG of its name, atomically; a link there is replaced."""
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+        figure.savefig(file, format=path.suffix[1:], dpi=dpi)
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, *, fps: float) -> None:

@@ -84,7 +84,8 @@ class Round:
             name = f"action_{d:02d}" if d < actions else f"coordinate_{d - actions:02d}"
             record(f"k/{name}", value, exclude=QUIET)
         if self.draw:
-            record("figures/k", Figure(figures.weights(k.cpu().numpy()), close=True), PICTURE)
+            figure = figures.weights(k.cpu().numpy(), actions=actions)
+            record("figures/k", Figure(figure, close=True), PICTURE)
         if self.gauge is not None:
             record_gauge(self.agent.logger, self.gauge, draw=self.draw)
         record("time/updates_per_second", n / (time.perf_counter() - self.started))

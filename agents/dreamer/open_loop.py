@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Figure, Image
+from stable_baselines3.common.logger import Figure
 from torch import Tensor
 
 from totalprop.agents.core import figures
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from totalprop.agents.dreamer.agent import DreamerTPX
 
 CONTEXT = 5  # filtered steps, as in danijar/dreamer
+ROWS = ("truth", "model", "error")  # of pictures of images
 SEED = 0  # of separate generators, so that predictions do not change what the agent learns
 
 
@@ -75,7 +76,7 @@ def _shown(observations: dict[str, Tensor], entries: Entries | None) -> Tensor:
 def video(truth: np.ndarray, model: np.ndarray) -> np.ndarray:
     """Tile images [T, B, H, W, C] to frames [T, 3 H, B W, 3].
 
-    The rows are truth, model and error; each sequence is a column.
+    The rows are `ROWS`, with an error of 0 in grey; each sequence is a column.
     """
     error = (model - truth + 1) / 2
     rows = [np.concatenate(list(x.swapaxes(0, 1)), axis=2) for x in (truth, model, error)]
@@ -83,17 +84,23 @@ def video(truth: np.ndarray, model: np.ndarray) -> np.ndarray:
     return frames if frames.shape[-1] == 3 else frames[..., :1].repeat(3, -1)
 
 
-def film_strip(truth: np.ndarray, model: np.ndarray, every: int = 5) -> np.ndarray:
+def film_strip(truth: np.ndarray, model: np.ndarray, every: int) -> np.ndarray:
     """Lay out every few frames of the first sequence from left to right: [3 H, frames W, 3]."""
     return np.concatenate(list(video(truth[:, :1], model[:, :1])[::every]), axis=1)
 
 
-def picture(agent: DreamerTPX) -> Figure | Image:
+def captions(steps: int) -> list[str]:
+    """What each step of a prediction is."""
+    return [f"step {t}: {'seen' if t < CONTEXT else 'predicted'}" for t in range(steps)]
+
+
+def picture(agent: DreamerTPX, every: int = 5) -> Figure:
     """Predict one sequence and draw it for a logger: images as a film strip, vectors as curves."""
     truth, model = predict_sequences(agent, 1)
     if truth.ndim == 3:
         return Figure(figures.traces(truth[:, 0], model[:, 0], CONTEXT), close=True)
-    return Image(film_strip(truth, model), "HWC")
+    columns = [text.replace(": ", "\n") for text in captions(len(truth))[::every]]
+    return Figure(figures.film(film_strip(truth, model, every), ROWS, columns), close=True)
 
 
 def write_picture(agent: DreamerTPX, folder: Path) -> list[Path]:
@@ -113,7 +120,8 @@ def write_picture(agent: DreamerTPX, folder: Path) -> list[Path]:
         figures.save(figures.traces(truth[:, 0], model[:, 0], CONTEXT), path, dpi=120)
     else:
         path = folder / "open_loop.gif"
-        figures.save_gif(list(video(truth, model)), path, fps=10)
+        frames = figures.captioned(video(truth, model), ROWS, captions(len(truth)))
+        figures.save_gif(list(frames), path, fps=10)
     return [path]
 
 

@@ -18,19 +18,20 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import trim_mean
 
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, read_json
+from totalprop.scripts.studies.learning_curves import draw_profile, styles_of
+from totalprop.scripts.studies.scores import interval, iqm
 from totalprop.scripts.studies.sweep import read_rows, train_runs
 
 
@@ -77,7 +78,6 @@ GATES = {"blocked": "--stop-grad-actor-input", "open": "--no-stop-grad-actor-inp
 UNGATED = {"lr, action"}  # no path bypasses its nodes: blocked and open are one and the same run
 # Imagined steps, at any horizon: at 15, from 256 starts.
 IMAGINED = 256 * 15
-DRAWS = 2000  # of the bootstrap
 
 
 class Cell(NamedTuple):
@@ -172,28 +172,6 @@ def score(task: str, returns: np.ndarray) -> float:
     return float((last.mean() - random) / (best - random))
 
 
-def iqm(scores: np.ndarray) -> float:
-    """Interquartile mean: the mean of the middle half (Agarwal et al. 2021, Sec. 4.3)."""
-    return float(trim_mean(scores, 0.25))
-
-
-def bootstrap(
-    scores: Sequence[np.ndarray], statistic: Callable[[np.ndarray], Any], draws: int = DRAWS
-) -> np.ndarray:
-    """The statistic of resampled scores: seeds are drawn with replacement within each task.
-
-    Args:
-        scores: [seeds] of each task.
-        statistic: of the scores of all tasks together.
-        draws: number of resamples.
-    """
-    generator = np.random.default_rng(0)
-    return np.array([
-        statistic(np.concatenate([generator.choice(own, len(own)) for own in scores]))
-        for _ in range(draws)
-    ])  # fmt: skip
-
-
 def _of_tasks(rows: Sequence[dict[str, Any]], **wanted: Any) -> list[np.ndarray]:
     """Scores [seeds] of each task that has some."""
     chosen = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
@@ -219,10 +197,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             for task in tasks:
                 found = _of_tasks(rows, horizon=horizon, gate=gate, gradient=gradient, task=task)
                 cells.append(", ".join(f"{x:.2f}" for x in found[0]) if found else "")
-            low, high = np.quantile(bootstrap(own, iqm), [0.025, 0.975])
+            low, high = interval(own, iqm)
             lines.append(
                 f"| {horizon} | {gate} | `{gradient}` | {' | '.join(cells)} "
-                f"| {iqm(np.concatenate(own)):.2f} | {low:.2f} to {high:.2f} |"
+                f"| {iqm(own):.2f} | {low:.2f} to {high:.2f} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -232,23 +210,16 @@ def _profiles(rows: Sequence[dict[str, Any]]) -> Figure:
     settings = _settings(rows)
     figure = Figure(figsize=(4 * len(settings), 3.6), layout="constrained")
     axes = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
-    thresholds = np.linspace(0, 1, 101)
-
-    def above(scores: np.ndarray) -> np.ndarray:
-        return (scores[:, None] > thresholds).mean(0)
-
+    styles = styles_of(GRADIENTS)
     for axis, (horizon, gate) in zip(axes, settings):
-        for i, gradient in enumerate(GRADIENTS):
-            own = _of_tasks(rows, horizon=horizon, gate=gate, gradient=gradient)
-            if not own:
-                continue
-            low, high = np.quantile(bootstrap(own, above), [0.025, 0.975], axis=0)
-            axis.fill_between(thresholds, low, high, color=f"C{i}", alpha=0.12, lw=0)
-            scores = np.concatenate(own)
-            axis.plot(thresholds, above(scores), color=f"C{i}", label=f"{gradient} ({len(scores)})")
-        axis.set(title=f"H = {horizon}, {gate}", xlabel="score τ", xlim=(0, 1), ylim=(0, 1.02))
+        found = {
+            gradient: own for gradient in GRADIENTS
+            if (own := _of_tasks(rows, horizon=horizon, gate=gate, gradient=gradient))
+        }  # fmt: skip
+        draw_profile(axis, found, styles, np.linspace(0, 1, 101))
+        axis.set_title(f"H = {horizon}, {gate}")
         axis.legend(frameon=False, fontsize="small", title="gradient (runs)")
-    axes[0].set_ylabel("share of runs with a score above τ")
+        axis.label_outer()
     return figure
 
 

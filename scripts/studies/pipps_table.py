@@ -33,13 +33,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
 
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import PIPPS_METHODS, PIPPS_TASKS, parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, read_json
+from totalprop.scripts.studies.scores import Rate, rate_of
 from totalprop.scripts.studies.sweep import check_run, read_rows, train_runs
 
 PUBLISHED_RUNS = 100  # of each published rate
@@ -250,26 +250,6 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
 
 
 # ---------------------------------------------------------------------------- report
-
-
-class Rate(NamedTuple):
-    """A success rate and its 95 % interval."""
-
-    successes: int
-    runs: int
-    low: float
-    high: float
-
-    @property
-    def rate(self) -> float:
-        """The share of successes."""
-        return self.successes / self.runs
-
-
-def rate_of(successes: int, runs: int) -> Rate:
-    """A rate with its Wilson score interval, which lies in [0, 1] at rates of 0 and 1, too."""
-    interval = binomtest(successes, runs).proportion_ci(0.95, method="wilson")
-    return Rate(successes, runs, float(interval.low), float(interval.high))
 
 
 def published_of(cell: Cell) -> Rate | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
+import functools
 import itertools
 import json
 import os
@@ -30,8 +31,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from scipy.stats import t as student_t
 
 from totalprop.agents import AGENTS
 from totalprop.agents.core import figures
@@ -43,6 +42,8 @@ from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, import_flag, read_json
 from totalprop.scripts.run.job import Job
 from totalprop.scripts.run.progress import counted
+from totalprop.scripts.studies.learning_curves import figure_of, style
+from totalprop.scripts.studies.plot import labelled, read
 
 THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
 
@@ -244,7 +245,9 @@ def report(options: argparse.Namespace, extra: list[str], earlier: Earlier) -> N
     write_text(options.out / "results.json", json.dumps(record, indent=1) + "\n")
     table = _table({**results, **others}, quantity, options.vary)
     write_text(options.out / "table.md", table)
-    picture = _curves({**results, **others}, quantity, options.vary, options.watch)
+    watched = functools.partial(_draw_watched, results=results, watched=options.watch)
+    curves, legend, _ = labelled(read([options.out / "results.json", *options.beside]))
+    picture = figure_of(curves, legend, further=[watched] if options.watch else [])
     figures.save(picture, options.out / "learning_curves.png", dpi=150)
     print(f"{table}\nwritten to {options.out}: results.json, table.md, learning_curves.png")
 
@@ -323,52 +326,17 @@ def _mean_and_error(values: np.ndarray) -> str:
     return f"{values.mean():.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}"
 
 
-def _curves(
-    results: dict[str, dict[str, Any]], quantity: str, varied: str, watched: str = ""
-) -> Figure:
-    figure = Figure(figsize=(12 if watched else 7, 4), layout="constrained")
-    axis, *beside = figure.subplots(1, 2 if watched else 1, squeeze=False)[0]
-    if watched:
-        _draw_watched(beside[0], results, watched)
-    drawn = []
-    for i, (value, seeds) in enumerate(results.items()):
-        curves = [np.array(seed[f"{quantity}s"]) for seed in seeds.values()]
-        times = [np.arange(1, len(curve) + 1) for curve in curves]
-        if quantity == "return":
-            times = [np.array(seed["timesteps"]) for seed in seeds.values()]
-        for time, curve in zip(times, curves):
-            axis.plot(time, curve, color=f"C{i}", lw=0.6, alpha=0.4)
-        drawn.extend(curves)
-        x = min(times, key=len)  # up to the shortest run
-        values = np.array([curve[: len(x)] for curve in curves])
-        mean, n = values.mean(0), len(values)
-        if n > 1:  # Student's t, since the standard deviation is estimated from few seeds
-            error = student_t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
-            axis.fill_between(x, mean - error, mean + error, color=f"C{i}", alpha=0.1, lw=0)
-        axis.plot(x, mean, color=f"C{i}", lw=2, label=f"{value} ({len(values)})")
-    if quantity == "cost":
-        axis.axhline(THRESHOLDS[1], color="0.4", ls="--", lw=1)
-    xlabel = "trial" if quantity == "cost" else "decisions (calls of env.step)"
-    title = "thin: seeds, thick: their mean, band: 95 % interval of the mean"
-    axis.set(xlabel=xlabel, ylabel=f"{quantity} of an episode", title=title)
-    low, high = min(map(np.min, drawn)), max(map(np.max, drawn))
-    margin = 0.05 * (high - min(low, 0)) or 1
-    axis.set_ylim(0 if low >= 0 else low - margin, high + margin)  # fits the runs, not the bands
-    axis.legend(frameon=False, title=f"{varied.replace('-', ' ')} (seeds)")
-    return figure
-
-
 def _draw_watched(axis: Axes, results: dict[str, dict[str, Any]], watched: str) -> None:
     """Plot one line per seed; there is no mean, as the runs log at different steps."""
     lowest = np.inf
     for i, seeds in enumerate(results.values()):
         for seed in seeds.values():
-            if watched not in seed:  # of a peer
+            if watched not in seed:  # of another machine, where it was not asked for
                 continue
             series = seed[watched]
-            axis.plot(series["timesteps"], series["values"], color=f"C{i}", lw=0.8, alpha=0.7)
+            axis.plot(series["timesteps"], series["values"], lw=0.8, alpha=0.7, **style(i))
             lowest = min(lowest, *series["values"])
-    axis.set(xlabel="steps", ylabel=watched, yscale="log" if lowest > 0 else "linear")
+    axis.set(xlabel="decisions", ylabel=watched, yscale="log" if lowest > 0 else "linear")
 
 
 if __name__ == "__main__":

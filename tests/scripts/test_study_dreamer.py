@@ -1,4 +1,4 @@
-"""The study of gradients: its runs, and its statistics against hand-computed numbers."""
+"""The study of gradients: its runs, their scores, and the report."""
 
 import json
 
@@ -45,20 +45,6 @@ def test_a_score_is_the_last_third_between_random_and_best():
     assert dreamer.score("balance", np.array([0.0, 0, 0, 0, half, half])) == pytest.approx(0.5)
     assert dreamer.score("balance", np.array([best])) == 1
     assert dreamer.score("balance", np.full(9, random)) == 0
-
-
-def test_the_interquartile_mean_is_that_of_the_middle_half():
-    assert dreamer.iqm(np.array([-100.0, 1, 2, 3, 4, 5, 6, 100])) == 3.5
-
-
-def test_the_bootstrap_draws_seeds_within_each_task():
-    """Two tasks of constant scores have no spread, however different the tasks are."""
-    constant = [np.full(3, 0.1), np.full(3, 0.9)]
-    assert np.ptp(dreamer.bootstrap(constant, np.mean)) == pytest.approx(0, abs=1e-12)
-    scores = [np.random.default_rng(0).normal(size=20), np.random.default_rng(1).normal(size=20)]
-    spread = dreamer.bootstrap(scores, np.mean).std()
-    expected = np.sqrt(sum(own.var() for own in scores) / 20) / 2  # of the mean of both
-    assert spread == pytest.approx(expected, rel=4 / np.sqrt(2 * dreamer.DRAWS))
 
 
 def test_the_report_covers_what_is_finished(tmp_path, capsys):

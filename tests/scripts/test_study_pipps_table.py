@@ -1,7 +1,6 @@
 """The study of success rates: its runs, its resuming, and its statistics by hand."""
 
 import json
-import math
 
 import pytest
 
@@ -63,18 +62,6 @@ def test_the_published_numbers_are_those_of_the_tables():
     for method, total in columns.items():
         found = sum(row[method] for (task, _), row in PUBLISHED.items() if task != "unicycle")
         assert found == pytest.approx(total)
-
-
-@pytest.mark.parametrize(("successes", "runs"), [(4, 5), (0, 5), (5, 5), (99, 100)])
-def test_the_interval_is_wilsons(successes, runs):
-    """Wilson 1927: (p + z²/2n ± z √(p (1 - p) / n + z²/4n²)) / (1 + z²/n)."""
-    z, p = 1.959964, successes / runs
-    middle, scale = p + z**2 / (2 * runs), 1 + z**2 / runs
-    half = z * math.sqrt(p * (1 - p) / runs + z**2 / (4 * runs**2))
-    found = pipps_table.rate_of(successes, runs)
-    expected = ((middle - half) / scale, (middle + half) / scale)
-    assert (found.low, found.high) == pytest.approx(expected, abs=1e-6)
-    assert 0 <= found.low <= found.rate <= found.high <= 1
 
 
 SMALL = ["--tasks", "angle", "--noise", "1", "--methods", "PILCO", "TP", "--jobs", "1"]

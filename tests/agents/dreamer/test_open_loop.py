@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.logger import Figure, Image, KVWriter, Logger
+from stable_baselines3.common.logger import KVWriter, Logger
 
 from totalprop.agents import DreamerTPX
 from totalprop.agents.dreamer import open_loop
@@ -187,8 +187,14 @@ def test_pictures_are_logged_when_due_and_change_nothing(channels, tmp_path):
 
     weights, pictures = train(OpenLoopPictures(40))
     assert len(pictures) == 2  # after the first updates, and 40 steps later
-    assert isinstance(pictures[0], Image if channels else Figure)
-    if channels:
-        assert pictures[0].image.shape == (3 * 64, 2 * 64, 3)  # truth, model, error; steps 0, 5
+    axis = pictures[0].figure.axes[0]
+    if channels:  # steps 0 and 5
+        assert axis.images[0].get_array().shape == (3 * 64, 2 * 64, 3)
+        assert [text.get_text() for text in axis.get_yticklabels()] == ["truth", "model", "error"]
+        below = [text.get_text() for text in axis.get_xticklabels()]
+        assert below == ["step 0\nseen", "step 5\npredicted"]
+    else:
+        names = [text.get_text() for text in pictures[0].figure.legends[0].get_texts()]
+        assert names == ["truth", "model", "from here on it sees actions alone"]
     other, none = train(None)
     assert not none and torch.equal(weights, other)
