@@ -81,7 +81,9 @@ class _OneLineErrors(ArgumentParser):
 
 
 def _evaluate(parser: ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="run folder, as printed by totalprop train")
+    parser.add_argument(
+        "run", help="run folder, as printed by totalprop train, or hf://ORG/NAME of the Hub"
+    )
     parser.add_argument(
         "--episodes", type=int, default=30, help="number of episodes to average (default: 30)"
     )
@@ -102,6 +104,43 @@ def _evaluate(parser: ArgumentParser) -> None:
         "(default: 10000); a GIF shows 1000 at most",
     )
     parser.add_argument("--no-gif", action="store_true", help="do not record a GIF")
+    add_import(parser)
+
+
+def _export(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "run", help="run folder, as printed by totalprop train, or hf://ORG/NAME of the Hub"
+    )
+    for kind, reader in (("pt2", "torch.export.load"), ("onnx", "ONNX Runtime and others")):
+        parser.add_argument(
+            f"--{kind}",
+            type=Path,
+            nargs="?",
+            const=False,
+            metavar="FILE",
+            help=f"write a file for {reader} (default: RUN/policy.{kind}); without --pt2 and "
+            "--onnx, both are written",
+        )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=300,
+        help="steps of the run's environment in which the files are checked (default: 300)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=12345, help="seed of the environment (default: 12345)"
+    )
+    add_import(parser)
+
+
+def _push(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument(
+        "repo_id", metavar="ORG/NAME", help="repository of the Hub, made if there is none"
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="make a new repository a private one"
+    )
     add_import(parser)
 
 
@@ -743,6 +782,11 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         "evaluate", "evaluate a trained run and record a GIF of its policy", _evaluate
     ),
+    "export": Command(
+        "export", "write a trained policy as a .pt2 or ONNX file, and check it", _export
+    ),
+    "push": Command("push", "push a trained run to the Hugging Face Hub", _push),
+    "zoo": Command("zoo", "run RL-Zoo's train and enjoy with our agents"),
     "doctor": Command("doctor", "check versions, rendering, GPU and disk space, and suggest fixes"),
     "diagnose": Command(
         "studies.diagnose", "compare the estimators' accuracy on a trained world model", _diagnose

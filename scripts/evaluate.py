@@ -19,6 +19,7 @@ from totalprop.agents.core.evaluation import evaluate as evaluate_agent
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, make_env, record_gif
+from totalprop.scripts.run.hub import local
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
 
 
@@ -47,7 +48,7 @@ def check_picture(path: Path) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Load the agent, roll it out, print the returns or costs and record the GIF."""
-    folder = RunFolder.open(options.run, imports=options.imports)
+    folder = RunFolder.open(local(options.run), imports=options.imports)
     path = options.gif or folder.path / "evaluation.gif"
     if options.gif is not None and not options.no_gif:
         check_picture(path)

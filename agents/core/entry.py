@@ -10,6 +10,7 @@ from typing import Any, Literal
 from stable_baselines3.common.callbacks import BaseCallback
 
 from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.deployment import Deployed
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class AgentEntry:
             checkpoints, which keep their state.
         pictures: draws what a trained agent has to show besides its learning curve into the run's
             folder; returns the paths, and raises ValueError if it cannot.
+        deployed: the policy as a module of tensors.
         small_run: options of a run of seconds that uses every part of a run, for the kill test.
         kill_test_factor: factor on the steps of `small_run`, for 20 kills or more.
         long_run: options of a run whose memory is bounded, and full within minutes, for the soak
@@ -50,6 +52,7 @@ class AgentEntry:
     rewinds: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
     callbacks: Callable[[int], Mapping[str, BaseCallback]] = lambda total_timesteps: {}
     pictures: Callable[[Any, Path], Sequence[Path]] = lambda agent, folder: ()
+    deployed: type[Deployed] = Deployed
     small_run: Mapping[str, Any] = field(default_factory=dict)
     kill_test_factor: int = 1
     long_run: Mapping[str, Any] = field(default_factory=dict)

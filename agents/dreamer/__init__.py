@@ -2,6 +2,7 @@
 
 from totalprop.agents.core.entry import AgentEntry
 from totalprop.agents.dreamer.agent import DreamerTPX
+from totalprop.agents.dreamer.deployment import RecurrentDeployed
 from totalprop.agents.dreamer.open_loop import OpenLoopPictures, write_picture
 from totalprop.agents.dreamer.presets import PRESETS
 
@@ -20,6 +21,7 @@ ENTRY = AgentEntry(
     ),
     callbacks=lambda steps: {"pictures": OpenLoopPictures(max(steps // 10, 1))},
     pictures=write_picture,
+    deployed=RecurrentDeployed,
     small_run={
         "preset": "recommended", "total_timesteps": 300, "learning_starts": 60,
         "sequence_length": 8, "batch_size": 4, "imagination_starts": 8, "replay_ratio": 2.9,

@@ -16,7 +16,7 @@ from stable_baselines3.common.preprocessing import is_image_space_channels_first
 from torch import Tensor
 
 from totalprop.agents.core.spaces import FLATTEN, UnsupportedSpaceError, describe
-from totalprop.agents.dreamer.resize import area_resize
+from totalprop.agents.dreamer.resize import area_resize, area_resize_tensors
 from totalprop.world_models.latent.networks import IMAGE_SIZE
 from totalprop.world_models.latent.observations import Choices, Entry, Observation
 
@@ -112,6 +112,14 @@ class ObservationForm:
         else:
             batch = np.asarray(observation)[None]
         return first(self(batch))
+
+    def of_tensors(self, observations: Any) -> Observation:
+        """Convert a batch of tensors by tensor operations alone; choices are not checked."""
+        if self.is_plain:
+            return self._parts[ALONE].of_tensor(observations)
+        if not isinstance(self.space, spaces.Dict):
+            observations = {ALONE: observations}
+        return {name: part.of_tensor(observations[name]) for name, part in self._parts.items()}
 
     def batch(self, observation: Any) -> tuple[Arrays, bool]:
         """Convert what `predict` is given: one observation or a batch, images in either order.
@@ -233,6 +241,16 @@ class _Part:
                 "environment, or its observation space"
             )
         return choices.astype(self.dtype)
+
+    def of_tensor(self, batch: Tensor) -> Tensor:
+        """The same as a call, of tensors; choices keep their dtype and are not checked."""
+        if self.image:
+            if batch.shape[1:] != self.image and batch.ndim == 4:
+                batch = batch.permute(0, 3, 1, 2)
+            images = batch.reshape(-1, *self.image)
+            return area_resize_tensors(images, IMAGE_SIZE) if self.is_resized else images
+        batch = batch.reshape(-1, *self.shape)
+        return batch if isinstance(self.entry, tuple) else batch - torch.as_tensor(self.lowest)
 
 
 def _is_image(space: spaces.Box) -> bool:

@@ -10,6 +10,8 @@ import functools
 import math
 
 import numpy as np
+import torch
+from torch import Tensor
 
 LARGEST_EXACT = 2**24  # all whole numbers up to it are exact in float32
 
@@ -32,6 +34,15 @@ def area_resize(images: np.ndarray, size: int) -> np.ndarray:
     dtype = np.float32 if 255 * area < LARGEST_EXACT else np.float64
     total = rows.astype(dtype) @ images.astype(dtype) @ cols.astype(dtype).T
     return np.rint(total / area).astype(np.uint8)
+
+
+def area_resize_tensors(images: Tensor, size: int) -> Tensor:
+    """`area_resize` by operations on tensors, for graphs."""
+    rows, cols = (_overlaps(n, size) for n in images.shape[-2:])
+    area = int(rows[0].sum() * cols[0].sum())
+    dtype = torch.float32 if 255 * area < LARGEST_EXACT else torch.float64
+    left, right = (torch.as_tensor(overlaps, dtype=dtype) for overlaps in (rows, cols.T))
+    return (left @ images.to(dtype) @ right / area).round().to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=16)

@@ -32,6 +32,7 @@ from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.commands import add_import
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import check_import, parse_env_args
+from totalprop.scripts.run.hub import local
 from totalprop.scripts.run.job import NOT_FLAGS, Job, RunOptions
 from totalprop.scripts.run.policy_kwargs import (
     SB3_FLAGS,
@@ -137,6 +138,7 @@ def _parse(arguments: list[str], usage: str) -> Job:
     config, imports = _take(arguments, "--config"), []
     while (module := _take(arguments, "--import")) is not None:
         imports.append(module)
+    config = config and str(local(config))
     settings = {} if config is None else read_settings(Path(config))
     if config is not None and (not arguments or arguments[0].startswith("-")):
         if "agent" not in settings:
@@ -228,7 +230,7 @@ def _parse_flags(
                 prog=f"totalprop train {agent}",
                 description=f"{entry.cls.__doc__.splitlines()[0]}\n"  # type: ignore[union-attr]
                 f"--preset {{{','.join(entry.presets)}}} starts from a paper's or our settings.\n"
-                "--config FILE starts from a run's config.json, or from a YAML file of settings.\n"
+                "--config FILE starts from a run's config.json, hf://ORG/NAME, or a YAML file.\n"
                 "--import MODULE allows the file's environment, MODULE:ID, to import its module.\n"
                 "Flags override both.",
                 default=command(*defaults),

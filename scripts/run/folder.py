@@ -219,11 +219,11 @@ class RunFolder:
         assert isinstance(steps, list)
         return steps, np.array(returns)
 
-    def load_agent(self, env: VecEnv) -> BaseAlgorithm:
+    def load_agent(self, env: VecEnv, *, device: str = "auto") -> BaseAlgorithm:
         """Load the trained agent of this run."""
         config = self.read_config()
         try:
-            return AGENTS[config["agent"]].cls.load(self.model, env=env)
+            return AGENTS[config["agent"]].cls.load(self.model, env=env, device=device)
         except FileNotFoundError as error:
             raise UserError(
                 f"{self.model} does not exist: the run has not finished; continue it with "

@@ -273,6 +273,8 @@ def _for_convolution(x: Tensor) -> Tensor:
 
 def _chunks(batch: Tensor) -> Iterator[slice]:
     """Slices of rows; on a CPU, small batches keep the convolutions' activations in the cache."""
+    if torch.compiler.is_exporting():  # of a symbolic size
+        return iter([slice(None)])
     n = len(batch)
     size = CPU_CHUNK if batch.device.type == "cpu" else n
     return (slice(i, i + size) for i in range(0, n, max(size, 1)))
