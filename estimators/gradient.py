@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from totalprop.estimators.collectives import gathered, own
 from totalprop.estimators.declarations import has
 from totalprop.estimators.gauge import without_mixture
 from totalprop.estimators.legs import nothing
@@ -73,7 +74,7 @@ def gradient(
     Returns:
         The loss and its gradients; the per-sample gradients and k if they were asked for.
     """
-    size = tap_size or sum(p.numel() for p in parameters)
+    size, group = tap_size or sum(p.numel() for p in parameters), estimator.group
 
     def backward(estimator: Estimator, tapped: bool) -> PolicyGradient:
         tap = parameters[0].new_zeros(samples, size, requires_grad=True) if tapped else None
@@ -83,10 +84,18 @@ def gradient(
         found = torch.autograd.grad(loss, [*parameters, *extra], materialize_grads=True)
         rest = iter(found[n:])
         of_tap, k, of_gauge = (None if x is None else next(rest) for x in (tap, meter, gauge))
+        if group is not None and of_tap is not None:
+            (of_tap,) = gathered(group, [of_tap])
         return PolicyGradient(loss.detach(), found[:n], of_tap, k, of_gauge)
 
+    def of_own(found: PolicyGradient) -> PolicyGradient:
+        """Keep the per-sample gradients of this process."""
+        if group is None or found.per_sample is None:
+            return found
+        return found._replace(per_sample=own(group, found.per_sample))
+
     if not estimator.several_passes:
-        return backward(estimator, per_sample)
+        return of_own(backward(estimator, per_sample))
     nodewise, recorder = replace(estimator, whole_graph=False, base=()), _Recorder()
     rp = backward(replace(nodewise, weight=recorder, legs=(nothing,)), estimator.whole_graph)
     graph = recorder.graph()
@@ -94,14 +103,15 @@ def gradient(
     def bound(estimator: Estimator) -> Estimator:
         """The estimator with those legs made that need the graph."""
         made = [leg(graph) if has(leg, "needs_graph") else leg for leg in estimator.legs]
-        return replace(estimator, legs=tuple(made))
+        return replace(estimator, legs=tuple(made), group=group)
 
     if not estimator.whole_graph:
-        return backward(bound(estimator), per_sample)
+        return of_own(backward(bound(estimator), per_sample))
     if estimator.base:
         # The composites' k were fitted to the same samples, one for each node that a coordinate's
         # gradient came through; so their variance counts more (Akaike 1974; Mallows 1973).
-        factor = 1 + 2 * len(graph.nodes) / samples
+        whole = samples if group is None else samples * group.size()
+        factor = 1 + 2 * len(graph.nodes) / whole
         calmest = functools.reduce(_calmer, (backward(bound(e), True) for e in estimator.base))
         rp = _calmer(calmest, rp, factor**0.5)
     lr = backward(bound(replace(nodewise, weight=likelihood_ratio)), True)
@@ -118,7 +128,8 @@ def gradient(
     legs = rp.gauge
     if legs is not None:
         legs = without_mixture(legs)
-    return PolicyGradient(rp.loss, gradients, mix(rp.per_sample, lr.per_sample), used, legs)
+    mixed = mix(rp.per_sample, lr.per_sample)
+    return of_own(PolicyGradient(rp.loss, gradients, mixed, used, legs))
 
 
 def _calmer(a: PolicyGradient, b: PolicyGradient, factor: float = 1.0) -> PolicyGradient:

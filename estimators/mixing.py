@@ -282,7 +282,9 @@ def tp(
         v_rp, v_lr = variances.unbind()
         if guarded:
             doubted = torch.stack([x.any() for x in _doubted(rp, legs[0])]).any()
-            square, variance = (m[0, 0] + m[1, 1] - 2 * m[0, 1] for m in reversed(products))
+            square, variance = (
+                m[0, 0] + m[1, 1] - 2 * m[0, 1] for m in (products.mean, products.covariance)
+            )
             bias = (square * (len(rp[0]) - 1) - variance).clamp_min(0.0)
             v_rp = v_rp + torch.where(doubted, bias, 0.0)
         return [_share(v_rp, v_lr).view((1,) * rp[0].ndim)]
@@ -361,7 +363,7 @@ def tpg(
     scale = torch.stack(largest).amax()
     scale = scale.clamp_min(_tiny(scale))
     scaled = [tuple(g / scale for g in leg) for leg in (rp, legs[0])]
-    covariance, means = gram_of_variables(_require(probe, "tpg"), scaled)
+    covariance, means, _ = gram_of_variables(_require(probe, "tpg"), scaled)
     d = len(usable)
     c_rp, c_lr = covariance[:d, :d], covariance[d:, d:]
     penalty = carried * c_lr.diagonal()

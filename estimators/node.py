@@ -16,18 +16,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from totalprop.estimators.baselines import Baseline, leave_one_out
+from totalprop.estimators.collectives import gathered, own
 from totalprop.estimators.declarations import declared, has
 from totalprop.estimators.gauge import SHAPE, measure
 from totalprop.estimators.legs import Leg, Zeta, draw, nothing, pathwise, score
 from totalprop.estimators.mixing import Context, K, Weight, largest_usable
-from totalprop.estimators.probes import Probe, restrict
+from totalprop.estimators.probes import GroupProbe, Probe, restrict
 
 HALF = (torch.bfloat16, torch.float16)
 UNCREDITED = (
@@ -108,6 +110,10 @@ class Estimator:
         base: of a whole-graph rule, nodewise estimators. The gradient of the one whose per-sample
             gradients vary least has the place of RP's, if they vary less than RP's do.
         source: paper and equation.
+        group: processes over which the samples of every node are spread, equally many each: k and
+            baselines are of all of them. The loss is an average over the process's own samples; the
+            average of the processes' gradients is then that of one process with all samples. None:
+            this process alone, whatever process groups there are.
 
     Raises:
         ValueError: a field is not what it should be, or the fields do not work together.
@@ -122,6 +128,7 @@ class Estimator:
     carry: Literal["mixture", "pathwise"] = "mixture"
     base: tuple[Estimator, ...] = ()
     source: str = ""
+    group: dist.ProcessGroup | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         named = isinstance(self.legs, tuple) and len(self.legs) > 0
@@ -159,6 +166,11 @@ class Estimator:
             raise ValueError(
                 "a node's critic is a function of all its samples, and cross_fit takes them in "
                 "halves: set cross_fit=False, or legs='score'"
+            )
+        if self.needs_critic and self.group is not None:
+            raise ValueError(
+                "a node's critic is a function of this process's samples, and a group takes those "
+                "of all processes: set legs='score', or group=None"
             )
 
     @property
@@ -297,7 +309,13 @@ def stochastic_node(
         raise ValueError(
             f"gauge must be zeros {list(SHAPE)}, got {_shown(gauge)}; each node takes its own"
         )
-    node = _TransformedNode if _is_transformed() else _Node
+    is_transformed = _is_transformed()
+    if is_transformed and estimator.group is not None:
+        raise ValueError(
+            "torch.func cannot transform a node whose samples are spread over processes: set "
+            "group=None, or take the gradient with torch.autograd"
+        )
+    node = _TransformedNode if is_transformed else _Node
     sample, credit = node.apply(
         estimator, probe, noise, credit, value, meter, gauge, tap, len(zeta), *zeta, *carried
     )
@@ -332,13 +350,13 @@ def _check_shapes(zeta: Zeta, noise: Tensor, credit: Tensor, value: Tensor | Non
             f"value must have the credit's shape, {list(credit.shape)}, got {list(value.shape)}; "
             "a critic's [N, 1] needs value.squeeze(-1)"
         )
-    for name, x, own in (
+    for name, x, made in (
         ("std", zeta[-1], "std.expand_as(mean)"), ("noise", noise, "torch.randn_like(mean)")
     ):  # fmt: skip
         if not isinstance(x, Tensor) or x.shape != shape:
             raise ValueError(
                 f"{name} must have the node's shape, {list(shape)}, got {_shown(x)}; "
-                f"every entry needs its own value: {own}"
+                f"every entry needs its own value: {made}"
             )
     # In half precision the credit is float32: its gradients are sums of costs.
     if credit.dtype not in (mean.dtype, torch.promote_types(mean.dtype, torch.float32)):
@@ -434,6 +452,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(noise, value, *zeta[:members])
 
 
+class _Batch(NamedTuple):
+    """What a node's backward pass makes a mixture of, see `mix`."""
+
+    zeta: Zeta
+    noise: Tensor
+    g_sample: Tensor
+    returns: Tensor
+    value: Tensor | None
+    probe: Probe | None
+
+    def of_all(self, group: dist.ProcessGroup) -> _Batch:
+        """The samples of all processes."""
+        value = [] if self.value is None else [self.value]
+        noise, g_sample, returns, *rest = gathered(
+            group, [self.noise, self.g_sample, self.returns, *value, *self.zeta]
+        )
+        zeta = tuple(rest[len(value) :])
+        probe = None if self.probe is None else GroupProbe(self.probe, group)
+        return _Batch(zeta, noise, g_sample, returns, rest[0] if value else None, probe)
+
+
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -446,23 +485,30 @@ class _Node(torch.autograd.Function):
         ctx: Any, g_sample: Tensor | None, returns: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         noise, value, *zeta = ctx.saved_tensors
-        received = g_sample, returns
+        has_path, is_credited = g_sample is not None, returns is not None
         if returns is None:
             if ctx.estimator.needs_score:
                 warnings.warn(UNCREDITED, stacklevel=2)
             returns = zeta[0].new_zeros(ctx.credit_shape)
         if g_sample is None:
             g_sample = torch.zeros_like(zeta[0])
-        g_zeta, k = mix(ctx.estimator, tuple(zeta), noise, g_sample, returns, value, ctx.probe)
+        batch = _Batch(tuple(zeta), noise, g_sample, returns, value, ctx.probe)
+        group = ctx.estimator.group if ctx.estimator.needs_score or ctx.has_gauge else None
+        if group is not None:
+            batch = batch.of_all(group)
+        g_zeta, k = mix(ctx.estimator, *batch)
+        g_gauge = None
+        if ctx.has_gauge:
+            received = batch.g_sample if has_path else None, batch.returns if is_credited else None
+            parts = _score_parts(ctx.estimator)
+            g_gauge = measure(batch.zeta, batch.noise, *received, batch.value, g_zeta, *parts)
+        if group is not None:
+            g_zeta = tuple(own(group, g) for g in g_zeta)
         if torch.is_grad_enabled() and ctx.estimator.needs_score:
             g_zeta = _Once.apply(*g_zeta, g_sample, returns, *zeta)[: len(g_zeta)]
         g_meter = None
         if ctx.meter_shape is not None:
             g_meter = torch.where(_has_pathwise(k), k, 1.0).mean(0).expand(ctx.meter_shape)
-        g_gauge = None
-        if ctx.has_gauge:
-            parts = _score_parts(ctx.estimator)
-            g_gauge = measure(tuple(zeta), noise, *received, value, g_zeta, *parts)
         g_tap = ctx.probe(g_zeta) if ctx.has_tap else None
         g_carried: Zeta = ()
         if ctx.is_split:

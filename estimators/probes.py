@@ -12,8 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+
+from totalprop.estimators.collectives import gathered, own, summed
 
 Zeta = tuple[Tensor, ...]
 Probe = Callable[[Zeta], Tensor]
@@ -26,10 +29,12 @@ class Gram(NamedTuple):
         covariance: [M, M] Σ_p Cov_i(B_a[i, p], B_b[i, p]); the factor 1 / (N - 1) is left out.
         mean: [M, M] Σ_p of the products of the means over i, times N. Noise of zero mean adds
             covariance / (N - 1) to it.
+        total: [M, P] Σ_i B_a[i, p], with the parameters in an order of the probe's own.
     """
 
     covariance: Tensor
     mean: Tensor
+    total: Tensor
 
 
 def gram(probe: Probe, cotangents: Zeta) -> Gram:
@@ -39,13 +44,13 @@ def gram(probe: Probe, cotangents: Zeta) -> Gram:
         probe: any probe; B_a is its result for cotangent a.
         cotangents: each [M, N, ..., D], like zeta with a leading axis M.
     """
-    if isinstance(probe, ControlProbe):
+    if isinstance(probe, ControlProbe | GroupProbe):
         return probe.gram(cotangents)
     b = torch.stack([probe(one) for one in zip(*cotangents, strict=True)])  # [M, N, P]
     b = b.to(torch.promote_types(b.dtype, torch.float32))
     mean = b.mean(1)
     centred = (b - mean.unsqueeze(1)).flatten(1)
-    return Gram(centred @ centred.T, mean @ mean.T * b.shape[1])
+    return Gram(centred @ centred.T, mean @ mean.T * b.shape[1], mean * b.shape[1])
 
 
 def gram_of_variables(probe: Probe, legs: Sequence[Zeta]) -> Gram:
@@ -61,6 +66,8 @@ def gram_of_variables(probe: Probe, legs: Sequence[Zeta]) -> Gram:
     Returns:
         [L V, L V] each; the V variables of the first leg come first.
     """
+    if isinstance(probe, GroupProbe):
+        return probe.gram_of_variables(legs)
     if isinstance(probe, ControlProbe) and len(legs[0]) == 1:
         return probe.gram_of_categoricals([leg[0] for leg in legs])
     # One field per leg and variable, [L V, N, ..., D].
@@ -174,7 +181,7 @@ def gram_of_products(weighted: Tensor, alpha: Tensor, total: Tensor) -> Gram:
     """
     n, second = alpha.shape[1], weighted.flatten(1) @ alpha.flatten(1).T
     covariance = torch.addmm(second, total, total.T, alpha=-1 / n)
-    return Gram(covariance, total @ total.T / n)
+    return Gram(covariance, total @ total.T / n, total)
 
 
 class ControlProbe:
@@ -240,3 +247,37 @@ class ControlProbe:
         for c, j in rest:
             products = torch.addcmul(products, c, j)
         return products.sum(-1, keepdim=True)
+
+
+class GroupProbe:
+    """The probe of a batch that is spread over processes, see `estimators.collectives`.
+
+    Args:
+        probe: of this process's N samples.
+        group: the processes.
+    """
+
+    def __init__(self, probe: Probe, group: dist.ProcessGroup) -> None:
+        self.probe, self.group = probe, group
+
+    def __call__(self, cotangent: Zeta) -> Tensor:
+        """[W N, P] per-sample parameter gradients."""
+        mine = self.probe(tuple(own(self.group, c) for c in cotangent))
+        return gathered(self.group, [mine])[0]
+
+    def gram(self, cotangents: Zeta) -> Gram:
+        """Of all samples, see `estimators.probes.gram`."""
+        mine = tuple(own(self.group, c, axis=1) for c in cotangents)
+        return self._of_all(gram(self.probe, mine), mine[0].shape[1])
+
+    def gram_of_variables(self, legs: Sequence[Zeta]) -> Gram:
+        """Of all samples, see `estimators.probes.gram_of_variables`."""
+        mine = [tuple(own(self.group, g) for g in leg) for leg in legs]
+        return self._of_all(gram_of_variables(self.probe, mine), len(mine[0][0]))
+
+    def _of_all(self, mine: Gram, n: int) -> Gram:
+        """Add the scatter within the processes and that of their means, without cancelling."""
+        total, size = summed(self.group, mine.total), n * self.group.size()
+        apart = mine.total / n - total / size
+        covariance = summed(self.group, torch.addmm(mine.covariance, apart, apart.T, alpha=n))
+        return Gram(covariance, total @ total.T / size, total)

@@ -10,6 +10,7 @@ totalprop train daappo --env-id dm_control/cartpole-swingup-v0 --env-arg action_
 totalprop train daappo --preset recommended --action-source rewind
 totalprop train --config runs/NAME --seed 1            # the settings of a run, with another seed
 totalprop train --resume runs/NAME                     # continue after a kill or Ctrl-C
+torchrun --nproc-per-node 2 -m totalprop train dreamer # one agent learned by two processes
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from typing import Any, cast
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
@@ -33,13 +36,14 @@ from tqdm import tqdm
 from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.evaluation import Evaluation
+from totalprop.agents.core.processes import ALONE, Processes
 from totalprop.agents.core.spaces import UnsupportedSpaceError
 from totalprop.agents.persistence.checkpoint import Checkpoints, Stateful, TrainingStopped
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import train_usage
 from totalprop.scripts.run.arguments import parse, parse_resume
 from totalprop.scripts.run.errors import UsageError, UserError
-from totalprop.scripts.run.folder import RunFolder, import_flag, program
+from totalprop.scripts.run.folder import RunFolder, import_flag
 from totalprop.scripts.run.interruption import locked, stopping_on_signals
 from totalprop.scripts.run.job import Job, RunOptions
 from totalprop.scripts.run.log import make_logger
@@ -47,6 +51,14 @@ from totalprop.scripts.run.normalisation import save_statistics
 from totalprop.scripts.run.progress import Pace, said
 from totalprop.scripts.run.report import report
 from totalprop.scripts.run.threads import owned_cores
+from totalprop.scripts.run.torchrun import (
+    check_agent,
+    check_size,
+    checkpoint_folder,
+    load_together,
+    processes_of_torchrun,
+    resume_command,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,10 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     resumed = parse_resume(arguments) if is_resumed else None
     job = None if resumed else parse(arguments, usage=train_usage())
     try:
-        if resumed:
-            resume(*resumed)
-        elif job:
-            train(job)
+        with processes_of_torchrun() as processes:
+            if resumed:
+                resume(*resumed, processes=processes)
+            elif job:
+                train(job, processes)
     except Exception as error:
         if os.environ.get("TOTALPROP_TRACEBACK"):
             raise
@@ -110,16 +123,18 @@ def sentence(error: Exception) -> str:
     )
 
 
-def train(job: Job) -> RunFolder:
+def train(job: Job, processes: Processes = ALONE) -> RunFolder:
     """Make environment, agent and run folder, then train and report.
 
     Args:
         job: what to train.
+        processes: that train it together; the first one writes the folder.
     Returns:
         The run folder.
     """
     options, arguments = job.options, job.arguments
     options.check()
+    check_agent(job.agent, processes)
     check_device(arguments["device"])
     if not options.threads:  # recorded, since bits depend on it
         number = owned_cores()
@@ -131,17 +146,22 @@ def train(job: Job) -> RunFolder:
     say_what_surprises(job)
     # Whatever may fail is made before the folder, so that a typo leaves nothing behind.
     env, eval_env = job.environments()
-    algorithm = job.algorithm(env)
+    algorithm = job.algorithm(env, processes)
     method = "_".join(str(arguments[name]) for name in AGENTS[job.agent].named_by)
     task = options.env_id.rsplit("/", 1)[-1]
     name = options.name or f"{job.agent}_{task}_{method}_seed{arguments['seed']}"
-    folder = RunFolder.create(options.runs, name, job.config())
+    folder = None
+    if processes.rank == 0:
+        folder = RunFolder.create(options.runs, name, job.config())
+    folder = processes.objects(folder)[0]
+    assert folder is not None
     print(f"Training {job.agent} ({method}) on {options.env_id}, writing to {folder.path}")
     try:
-        with locked(folder.path):
-            learn(job, folder, algorithm, eval_env)
+        with locked(folder.path) if processes.rank == 0 else contextlib.nullcontext():
+            learn(job, folder, algorithm, eval_env, processes=processes)
     except MemoryError:
-        if not algorithm.num_timesteps:  # `learn` could not allocate the replay: nothing to resume
+        is_begun = algorithm.num_timesteps > 0 or processes.size > 1
+        if not is_begun:  # `learn` could not allocate the replay: nothing to resume
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
     return folder
@@ -174,26 +194,32 @@ def say_what_surprises(job: Job) -> None:
 
 
 def resume(
-    path: Path, total_timesteps: int | None = None, imports: Sequence[str] = ()
-) -> RunFolder:
+    path: Path, total_timesteps: int | None = None, imports: Sequence[str] = (),
+    *, processes: Processes = ALONE,
+) -> RunFolder:  # fmt: skip
     """Resume a run from its last checkpoint.
 
     Args:
         path: the run folder.
         total_timesteps: steps at which to stop, to extend the run; None for its own number.
         imports: modules that the run's environment may import.
+        processes: that train it together, as many as before.
     Returns:
         The run folder.
     Raises:
-        UserError: the run is finished, or `total_timesteps` is less than its own number.
+        UserError: the run is finished, `total_timesteps` is less than its own number, or there
+            were more or fewer processes.
     """
     folder = RunFolder.open(path, imports=imports)
     job = Job.read(folder)
+    check_agent(job.agent, processes)
+    check_size(folder, processes)
     check_device(job.arguments["device"])
     own = job.options.total_timesteps
     total_timesteps = own if total_timesteps is None else total_timesteps
-    with locked(folder.path):
-        folder.sweep()
+    with locked(folder.path) if processes.rank == 0 else contextlib.nullcontext():
+        if processes.rank == 0:
+            folder.sweep()
         if folder.summary.exists() and total_timesteps <= own:
             raise UserError(
                 f"{folder.path} is finished ({own} steps); to extend it, pass a larger "
@@ -209,7 +235,7 @@ def resume(
             job = dataclasses.replace(job, options=options)
         set_up_torch(job.options)
         env, eval_env = job.environments()
-        learn(job, folder, None, eval_env, env)
+        learn(job, folder, None, eval_env, env, processes=processes)
     return folder
 
 
@@ -232,6 +258,8 @@ def learn(
     algorithm: Algorithm | None,
     eval_env: VecEnv,
     env: VecEnv | None = None,
+    *,
+    processes: Processes = ALONE,
 ) -> None:
     """Train to the end with checkpoints, then save the agent and report.
 
@@ -241,6 +269,8 @@ def learn(
         algorithm: the agent to train; None loads the newest checkpoint.
         eval_env: environment for evaluations.
         env: environment of the loaded agent; required if `algorithm` is None.
+        processes: that train together. The first one evaluates, logs and reports, and each writes
+            checkpoints of its own.
     """
     options = job.options
     evaluation = Evaluation(
@@ -253,29 +283,39 @@ def learn(
         quantity=AGENTS[job.agent].quantity,
     )
     stopwatch = Stopwatch()
-    also: dict[str, Stateful] = {"evaluation": evaluation, "stopwatch": stopwatch}
+    place, is_first = checkpoint_folder(folder, processes.rank), processes.rank == 0
+    also: dict[str, Stateful] = {}
+    if is_first:
+        also = {"evaluation": evaluation, "stopwatch": stopwatch}
+    else:
+        place.mkdir(parents=True, exist_ok=True)  # so that a resumed run knows how many there were
     checkpoints = Checkpoints(
-        folder.checkpoints, every_seconds=options.checkpoint_seconds, also=also
+        place, every_seconds=options.checkpoint_seconds, also=also, agree=processes.any
     )
     if algorithm is None:
         assert env is not None
-        device = job.arguments["device"]
-        algorithm = checkpoints.load(AGENTS[job.agent].cls, env, device) or job.algorithm(env)
+        device = processes.device(job.arguments["device"])
+        cls = AGENTS[job.agent].cls
+        algorithm = load_together(checkpoints, cls, env, device, processes)
+        algorithm = algorithm or job.algorithm(env, processes)
         print(f"Resuming {folder.path} after {algorithm.num_timesteps} steps")
-    logger, also["table"] = make_logger(
-        folder.path, tensorboard=options.tensorboard, first_step=algorithm.num_timesteps
-    )
+    logger, is_drawing = Logger(None, []), is_first and options.tensorboard
+    if is_first:
+        logger, also["table"] = make_logger(
+            folder.path, tensorboard=options.tensorboard, first_step=algorithm.num_timesteps
+        )
     checkpoints.also = also
     algorithm.set_logger(logger)
-    algorithm.tensorboard_log = str(folder.path) if options.tensorboard else None
-    callbacks: list[BaseCallback] = [Pace(), evaluation]
-    if options.tensorboard:
+    algorithm.tensorboard_log = str(folder.path) if is_drawing else None
+    callbacks: list[BaseCallback] = [Pace(), evaluation] if is_first else []
+    if is_drawing:
         for name, pictures in AGENTS[job.agent].callbacks(options.total_timesteps).items():
             callbacks.append(pictures)
             also[name] = cast(Stateful, pictures)
     callbacks.append(checkpoints)
     checkpoints.restore(algorithm)
-    if env is not None and Job.read(folder) != job:  # the run is extended, and it could be restored
+    is_resumed = env is not None and is_first
+    if is_resumed and Job.read(folder) != job:  # it is extended, and could be restored
         write_text(folder.config, job.config())
         folder.summary.unlink(missing_ok=True)
     if algorithm.n_cut_episodes:
@@ -300,13 +340,15 @@ def learn(
         except TrainingStopped:
             print(
                 f"stopped after {checkpoints.newest_step()} of {options.total_timesteps} steps; "
-                f"continue with: {program('python')} -m totalprop train --resume {folder.quoted}"
+                f"continue with: {resume_command(folder, processes.size)}"
                 f"{import_flag(options.env_id)}",
                 file=sys.stderr,
             )
-            raise SystemExit(128 + signals[0]) from None
+            raise SystemExit(128 + (signals or [signal.SIGTERM])[0]) from None
         finally:
             close_bars()
+    if not is_first:
+        return
     algorithm.save(folder.model)
     statistics = algorithm.get_vec_normalize_env()
     if statistics is not None:

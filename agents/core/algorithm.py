@@ -14,15 +14,17 @@ from typing import IO, Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
-from torch import Tensor
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, unwrap_vec_normalize
+from torch import Tensor, nn
 
 from totalprop.agents.core.checked_env import check_environments
 from totalprop.agents.core.file_contents import (
@@ -33,6 +35,7 @@ from totalprop.agents.core.file_contents import (
     not_finite,
     with_own_devices,
 )
+from totalprop.agents.core.processes import Processes, share_statistics
 from totalprop.agents.core.spaces import (
     UnsupportedSpaceError,
     describe,
@@ -41,6 +44,7 @@ from totalprop.agents.core.spaces import (
     to_actions,
 )
 from totalprop.agents.core.validation import check_arguments
+from totalprop.agents.core.vector_env import GymnasiumVecEnv
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import UNREADABLE, BadFileError, NotInFile
 
@@ -102,6 +106,7 @@ class Algorithm(BaseAlgorithm):
     action_spaces: ClassVar[tuple[type[spaces.Space], ...]] = ()
     check_observations = True
     fixed_arguments: ClassVar[tuple[str, ...]] = ("policy_kwargs",)
+    group: dist.ProcessGroup | None = None  # an argument of agents that several can learn
     _fixed: Mapping[str, Any] = MappingProxyType({})
     _generator: torch.Generator
 
@@ -120,12 +125,36 @@ class Algorithm(BaseAlgorithm):
         seed = self._draw_seed() if seed is None else seed
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
+    @property
+    def _processes(self) -> Processes:
+        return Processes(self.group)
+
+    def _join(self) -> None:
+        """Begin with the parameters of the first process, and with random numbers of one's own."""
+        processes = self._processes
+        if processes.size == 1:
+            return
+        for name in self._get_torch_save_params()[0]:
+            if isinstance(thing := recursive_getattr(self, name), nn.Module):
+                processes.send(thing)
+        self.set_random_seed(processes.seed(processes.objects(self._generator.initial_seed())[0]))
+
+    def recent_episodes(self) -> tuple[list[Any], list[Any]]:
+        """Monitor's records of the last episodes of all processes, and their successes."""
+        both = self.ep_info_buffer or (), self.ep_success_buffer or ()
+        infos, successes = (
+            [entry for part in self._processes.objects(list(own)) for entry in part] for own in both
+        )
+        return infos, successes
+
     def _draw_seed(self) -> int:
         return int(torch.randint(2**31, ()))
 
     @classmethod
     def _wrap_env(cls, env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         env = maybe_make_env(env, verbose)  # `load` and `set_env` take ids, too
+        if isinstance(env, VectorEnv):
+            env = VecMonitor(GymnasiumVecEnv(env))
         seen, actions = env.observation_space, env.action_space
         if remedy := _remedy(seen):
             raise UnsupportedSpaceError(
@@ -191,6 +220,7 @@ class Algorithm(BaseAlgorithm):
                 )
         self._check_arguments()
         self._setup_lr_schedule()
+        share_statistics(unwrap_vec_normalize(self.env), self._processes)
         return super()._setup_learn(*args, **kwargs)
 
     def _check_arguments(self) -> None:
@@ -199,10 +229,11 @@ class Algorithm(BaseAlgorithm):
 
     def _fix_arguments(self) -> None:
         """Remember `fixed_arguments`; an agent's `_setup_model` ends with it."""
-        self._fixed = {name: copy.copy(getattr(self, name)) for name in self.fixed_arguments}
+        fixed = {name: copy.copy(getattr(self, name)) for name in self.fixed_arguments}
+        self._fixed = {**fixed, "group": self.group}  # which cannot be copied
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_fixed"]
+        return [*super()._excluded_save_params(), "_fixed", "group"]
 
     def refuse_vec_normalize(self, env: GymEnv | None) -> None:
         """Raise ValueError if `env` is in VecNormalize and the agent cannot work with that."""
@@ -473,7 +504,7 @@ class Algorithm(BaseAlgorithm):
         self._last_obs = None
         self.n_cut_episodes += self.env.num_envs
         if self.seed is not None:  # or the first episodes would be repeated
-            self.env.seed(self.seed + self.num_timesteps)
+            self.env.seed(self._processes.seed(self.seed) + self.num_timesteps)
 
     @classmethod
     def _file_kind(cls) -> str:

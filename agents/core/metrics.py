@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Figure, Logger
 from stable_baselines3.common.utils import safe_mean
 from torch import Tensor
 
 from totalprop.agents.core import figures
+from totalprop.agents.core.algorithm import Algorithm
 from totalprop.estimators.gauge import read
 
 # For the argument `exclude` of `logger.record`.
@@ -43,18 +43,19 @@ def record_gauge(logger: Logger, gauge: Tensor, *, draw: bool) -> None:
         logger.record("figures/z_and_snr", Figure(figures.gauges(**curves), close=True), PICTURE)
 
 
-def record_progress(agent: BaseAlgorithm) -> float:
+def record_progress(agent: Algorithm) -> float:
     """Record episode statistics, elapsed time and steps under SB3's keys, except time/fps.
 
     Returns:
         Environment steps per second since `learn` began; the agent records them as time/fps.
     """
     record = agent.logger.record
-    if agent.ep_info_buffer:
-        record("rollout/ep_rew_mean", safe_mean([info["r"] for info in agent.ep_info_buffer]))
-        record("rollout/ep_len_mean", safe_mean([info["l"] for info in agent.ep_info_buffer]))
-    if agent.ep_success_buffer:
-        record("rollout/success_rate", safe_mean(agent.ep_success_buffer))
+    infos, successes = agent.recent_episodes()
+    if infos:
+        record("rollout/ep_rew_mean", safe_mean([info["r"] for info in infos]))
+        record("rollout/ep_len_mean", safe_mean([info["l"] for info in infos]))
+    if successes:
+        record("rollout/success_rate", safe_mean(successes))
     seconds = max((time.time_ns() - agent.start_time) / 1e9, 1e-9)
     record("time/time_elapsed", int(seconds), exclude="tensorboard")
     record("time/total_timesteps", agent.num_timesteps, exclude="tensorboard")

@@ -10,12 +10,14 @@ start of a rollout.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import warnings
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -145,6 +147,10 @@ class DAAPPO(Algorithm, PPO):
         verbose: 1 prints the logged scalars.
         seed: seeds everything random; the same seed gives the same run on the same CPU.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        group: processes that learn this agent together (torch.distributed), on Box vectors and Box
+            actions. Each passes environments of its own, equally many; batch_size and steps count
+            those of all. The source's model is fitted to all transitions, in each process. None:
+            this one alone.
 
     Raises:
         ValueError: a value out of range, with what was expected.
@@ -213,19 +219,24 @@ class DAAPPO(Algorithm, PPO):
         verbose: int = 0,
         seed: int | None = None,
         device: torch.device | str = "auto",
+        group: dist.ProcessGroup | None = None,
         _init_setup_model: bool = True,
     ) -> None:
         if isinstance(policy, str):  # or stable-baselines3 advises another policy before we check
             policy = cast("type[ActorCriticPolicy]", self._get_policy_from_name(policy))
-        super().__init__(
-            policy, env,  # type: ignore[arg-type]  # None is what `load` passes
-            learning_rate, n_steps, batch_size, n_epochs, gamma, gae_lambda,
-            clip_range, clip_range_vf, normalize_advantage, ent_coef, vf_coef, max_grad_norm,
-            use_sde, sde_sample_freq, rollout_buffer_class, rollout_buffer_kwargs,
-            target_kl=target_kl, policy_kwargs=policy_kwargs, stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log, verbose=verbose, seed=seed, device=device,
-            _init_setup_model=False,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            if group is not None:  # of the batch of all processes beside the rollout of one
+                warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+            super().__init__(
+                policy, env,  # type: ignore[arg-type]  # None is what `load` passes
+                learning_rate, n_steps, batch_size, n_epochs, gamma, gae_lambda,
+                clip_range, clip_range_vf, normalize_advantage, ent_coef, vf_coef, max_grad_norm,
+                use_sde, sde_sample_freq, rollout_buffer_class, rollout_buffer_kwargs,
+                target_kl=target_kl, policy_kwargs=policy_kwargs,
+                stats_window_size=stats_window_size, tensorboard_log=tensorboard_log,
+                verbose=verbose, seed=seed, device=device, _init_setup_model=False,
+            )  # fmt: skip
+        self.group = group
         self.action_source, self.estimator = action_source, estimator
         self.n_extra_actions, self.simulation_horizon = n_extra_actions, simulation_horizon
         self.grow_fraction, self.real_advantage = grow_fraction, real_advantage
@@ -253,11 +264,20 @@ class DAAPPO(Algorithm, PPO):
             self.rollout_buffer_class = ManyActionRolloutBuffer
         super()._setup_model()
         self.source = self._new_source()
+        self._join()
         self._fix_arguments()
+
+    def _join(self) -> None:
+        super()._join()
+        if self.source is not None and self._processes.size > 1:
+            # All processes fit the model to the same batches, and draw actions of their own.
+            self.source.set_common_seed(self._processes.objects(self._generator.initial_seed())[0])
 
     def _new_source(self) -> Source | None:
         source_class = SOURCES[self.action_source]
-        return None if source_class is None else source_class(self._source_settings())
+        if source_class is None:
+            return None
+        return source_class(self._source_settings(), self._processes)
 
     def _source_settings(self) -> SourceSettings:
         return SourceSettings(
@@ -285,7 +305,7 @@ class DAAPPO(Algorithm, PPO):
     def _is_ppo(self) -> bool:
         """Whether stable-baselines3's own update will do."""
         is_usual = not self.separate_grad_clip and self.value_clipping == "clipped"
-        return SOURCES[self.action_source] is None and is_usual
+        return SOURCES[self.action_source] is None and is_usual and self._processes.size == 1
 
     @property
     def value_model(self) -> nn.Module | None:
@@ -352,12 +372,16 @@ class DAAPPO(Algorithm, PPO):
         A schedule's first value is then that of the first update, and a schedule that falls to 0
         leaves the last update its step size.
         """
-        start = num_timesteps - self.n_steps * self.n_envs
+        start = num_timesteps - self._rollout_steps
         super()._update_current_progress_remaining(start, total_timesteps)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kw: Any) -> bool:
-        """Like SB3's, except that the last step is kept when a callback stops the rollout."""
+        """Like SB3's, except that the last step is kept when a callback stops the rollout.
+
+        The steps of other processes count once the rollout is over.
+        """
         if super().collect_rollouts(env, callback, *args, **kw):
+            self.num_timesteps += self._rollout_steps - self.n_steps * self.n_envs
             return True
         self._last_obs = callback.locals["new_obs"]
         self._last_episode_starts = callback.locals["dones"]
@@ -370,9 +394,18 @@ class DAAPPO(Algorithm, PPO):
             iteration: 0 always writes; other numbers, which `learn` passes, write every
                 `log_interval` iterations.
         """
-        done = self.num_timesteps // (self.n_steps * self.n_envs)
+        done = self.num_timesteps // self._rollout_steps
         if iteration == 0 or (self._log_interval and done % self._log_interval == 0):
+            own = self.ep_info_buffer, self.ep_success_buffer
+            # stable-baselines3 reads them from here.
+            self.ep_info_buffer, self.ep_success_buffer = map(deque, self.recent_episodes())
             super().dump_logs(done)
+            self.ep_info_buffer, self.ep_success_buffer = own
+
+    @property
+    def _rollout_steps(self) -> int:
+        """Steps of a rollout, over all environments of all processes."""
+        return self.n_steps * self.n_envs * self._processes.size
 
     # ----------------------------------------------------------------------------------------
     # train: fit the source, draw extra actions, update the policy
@@ -415,11 +448,14 @@ class DAAPPO(Algorithm, PPO):
         source.settings = self._source_settings()  # the user or a callback may have changed some
         normalization = Normalization(self.get_vec_normalize_env(), self.device)
         behaviour = Behaviour(self.policy, normalization, source.generator)
-        minibatches = -(-len(rollout.states) // self.batch_size)
+        source.share_transitions()
+        of_all = Rollout(*map(self._processes.gathered, rollout))
+        minibatches = -(-len(of_all.states) // self.batch_size)
         steps = self.dynamics_steps or self.n_epochs * minibatches
-        for name, loss in source.fit(rollout, behaviour, steps=steps).items():
+        for name, loss in source.fit(of_all, behaviour, steps=steps).items():
             self.logger.record(f"dynamics/{name}", loss)
         if source.model is not None:
+            self._processes.send(source.model)  # a GPU's sums depend on the order of its threads
             remedy = "dynamics_learning_rate, or with VecNormalize"
             self._check_parts(["value_model", "value_optimizer"], remedy)
         buffer.extra = None
@@ -431,7 +467,8 @@ class DAAPPO(Algorithm, PPO):
             extra = source(rollout, behaviour, self.k, returns, gradient=gradient)
             buffer.extra = extra.leave_one_out() if self._compares_actions() else extra
             if source.extra_steps is not None:
-                self.logger.record("time/extra_env_steps", source.extra_steps)
+                steps = sum(self._processes.objects(source.extra_steps))
+                self.logger.record("time/extra_env_steps", steps)
         self.logger.record("train/extra_actions", self.k if buffer.extra is not None else 0)
         self.logger.record("train/simulation_horizon", self.horizon)
 
@@ -474,7 +511,7 @@ class DAAPPO(Algorithm, PPO):
 
     def _train_epochs(self) -> None:
         """PPO's epochs on the rollout buffer, like `stable_baselines3.PPO.train`."""
-        policy, buffer = self.policy, self.rollout_buffer
+        policy, buffer, processes = self.policy, self.rollout_buffer, self._processes
         policy.set_training_mode(True)
         progress = self._current_progress_remaining
         self._update_learning_rate(policy.optimizer)
@@ -483,11 +520,12 @@ class DAAPPO(Algorithm, PPO):
         if self.clip_range_vf is not None:
             clip_range_vf = self.clip_range_vf(progress)  # type: ignore[operator]
         estimator = self._resolved_estimator()
+        batch_size = processes.share(batch_size=self.batch_size)
         log: dict[str, list[float]] = defaultdict(list)
         stop = False
         for epoch in range(self.n_epochs):
             log["approx_kl"] = []  # SB3 logs that of the last epoch
-            batches: Any = buffer.get(self.batch_size)
+            batches: Any = buffer.get(batch_size)
             for batch in batches:
                 distribution: Any = policy.get_distribution(batch.observations)
                 values = policy.predict_values(batch.observations).flatten()
@@ -496,11 +534,12 @@ class DAAPPO(Algorithm, PPO):
                 of_policy = policy_loss(
                     batch, log_prob, zeta, estimator,
                     clip_range=clip_range, normalize_advantage=self.normalize_advantage,
+                    processes=processes,
                 )  # fmt: skip
                 of_values = value_loss(values, batch, clip_range_vf, self.value_clipping)
                 of_entropy = -distribution.entropy().mean()
                 loss = of_policy.total + self.ent_coef * of_entropy + self.vf_coef * of_values
-                kl = approximate_kl(log_prob, batch.old_log_prob)
+                kl = float(processes.average_one(approximate_kl(log_prob, batch.old_log_prob)))
                 log["approx_kl"].append(kl)
                 log["clip_fraction"].append(of_policy.clip_fraction)
                 log["policy_gradient_loss"].append(float(of_policy.total.detach()))
@@ -516,15 +555,18 @@ class DAAPPO(Algorithm, PPO):
                     break
                 policy.optimizer.zero_grad()
                 loss.backward()
+                processes.average_gradients(policy.parameters())
                 for parameters in self._clip_groups():
                     nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
                 policy.optimizer.step()
             self._n_updates += 1
             if stop:
                 break
-        for name, entries in log.items():
-            self.logger.record(f"train/{name}", np.mean(entries))
-        fit = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        averages = [np.mean(entries) for entries in log.values()]
+        for name, value in zip(log, np.mean(processes.objects(averages), 0), strict=True):
+            self.logger.record(f"train/{name}", value)
+        own = buffer.values.flatten(), buffer.returns.flatten()
+        fit = explained_variance(*np.concatenate(processes.objects(own), axis=1))
         self.logger.record("train/explained_variance", fit)
         self.logger.record("train/std", float(policy.log_std.detach().exp().mean()))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -617,6 +659,7 @@ class DAAPPO(Algorithm, PPO):
                 f"n_extra_actions must be at least 2, got {self.n_extra_actions}"
             )
         self._try_estimator()
+        self._processes.share(batch_size=self.batch_size)
         source = SOURCES[self.action_source]
         if not self._is_ppo:
             self._check_spaces()
@@ -688,33 +731,30 @@ class DAAPPO(Algorithm, PPO):
             ) from error
 
     def _check_spaces(self) -> None:
-        what = "extra actions, separate_grad_clip and value_clipping='max'"
+        what = "extra actions, separate_grad_clip, value_clipping='max' and several processes"
+        alone = "use action_source='none' and the defaults of the others, in one process"
         seen, actions = self.observation_space, self.action_space
         if not isinstance(seen, spaces.Box) or len(seen.shape) != 1:
             # stable-baselines3's CNN takes colour images of at least 36 x 36.
             shape = seen.shape or ()
             is_seen = len(shape) == 3 and min(shape[1:]) >= 36
             policy = "CnnPolicy" if is_seen else "MlpPolicy"
-            images = f"use action_source='none' and policy='{policy}', and the defaults of both"
+            images = f"{alone}, and policy='{policy}'"
             raise UnsupportedSpaceError(
                 f"{what} need one vector as observation, got {describe(seen)}; "
                 f"{to_vector(seen, otherwise=images)}"
             )
         if not isinstance(actions, spaces.Box) or len(actions.shape) != 1:
             raise UnsupportedSpaceError(
-                f"{what} need one vector as action, got {describe(actions)}; "
-                "use action_source='none' and the defaults of both"
+                f"{what} need one vector as action, got {describe(actions)}; {alone}"
             )
         if self.use_sde:
-            raise ValueError(
-                "extra actions, separate_grad_clip and value_clipping='max' need a plain Gaussian "
-                "policy: use_sde must be False"
-            )
+            raise ValueError(f"{what} need a plain Gaussian policy: use_sde must be False")
         if self.rollout_buffer_class not in (None, ManyActionRolloutBuffer):
             raise ValueError(
-                "extra actions, separate_grad_clip and value_clipping='max' need their own rollout "
-                f"buffer, got rollout_buffer_class={self.rollout_buffer_class.__name__}; leave it "
-                "None, or use action_source='none' and the defaults of both"
+                f"{what} need their own rollout buffer, got "
+                f"rollout_buffer_class={self.rollout_buffer_class.__name__}; leave it None, or "
+                f"{alone}"
             )
 
     def _check_wrappers(self, env: VecEnv) -> None:

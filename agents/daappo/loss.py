@@ -10,6 +10,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from totalprop.agents.core.processes import ALONE, Processes
 from totalprop.agents.daappo.recorder import ManyActionSamples
 from totalprop.agents.daappo.sources import ExtraActions
 from totalprop.estimators import Estimator, infer_noise, surrogates
@@ -33,6 +34,7 @@ def policy_loss(
     *,
     clip_range: float,
     normalize_advantage: bool,
+    processes: Processes = ALONE,
 ) -> PolicyLoss:
     """Clipped loss, averaged over the B real and the K·B extra actions of a minibatch.
 
@@ -46,10 +48,12 @@ def policy_loss(
         estimator: of the extra actions' gradient.
         clip_range: ε of the probability ratio.
         normalize_advantage: standardise the advantages of real and extra actions together.
+        processes: that have a part of the minibatch each; the average of their losses is the loss
+            of all.
     """
     advantages, extra = batch.advantages, batch.extra
     if normalize_advantage:
-        advantages, extra = normalised(advantages, extra)
+        advantages, extra = normalised(advantages, extra, processes)
     ratio = (log_prob - batch.old_log_prob).exp()
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
     terms = -torch.min(advantages * ratio, advantages * bounded)
@@ -61,7 +65,7 @@ def policy_loss(
         n: Any = losses.numel()
         extra_mean = losses.detach().mean()
         if extra.weights is not None:
-            losses, n = losses * extra.weights.T, extra.weights.sum()
+            losses, n = losses * extra.weights.T, processes.average_one(extra.weights.sum())
             extra_mean = losses.detach().sum() / n
         total, count = total + losses.sum(), count + n
     clip_fraction = float(((ratio - 1).abs() > clip_range).float().mean())
@@ -96,28 +100,30 @@ def value_loss(
 
 
 @torch.no_grad()
-def approximate_kl(log_prob: Tensor, old_log_prob: Tensor) -> float:
+def approximate_kl(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
     """KL divergence of old and current policy: mean of (r - 1) - log r, r = π / π_old.
 
     As in stable-baselines3; see http://joschu.net/blog/kl-approx.html.
     """
     log_ratio = log_prob - old_log_prob
-    return float((log_ratio.exp() - 1 - log_ratio).mean())
+    return (log_ratio.exp() - 1 - log_ratio).mean()
 
 
 def normalised(
-    advantages: Tensor, extra: ExtraActions | None
+    advantages: Tensor, extra: ExtraActions | None, processes: Processes = ALONE
 ) -> tuple[Tensor, ExtraActions | None]:
-    """Advantages standardised over real and extra actions together.
+    """Advantages standardised over real and extra actions of all processes together.
 
     The extra actions' slopes are divided by the same standard deviation.
     """
     block = advantages if extra is None else torch.cat((advantages, extra.advantages.flatten()))
+    block = processes.gathered(block)
     if len(block) < 2:
         return advantages, extra
     mean, scale = block.mean(), block.std() + 1e-8
     if extra is not None and extra.weights is not None:
         weights = torch.cat((torch.ones_like(advantages), extra.weights.flatten()))
+        weights = processes.gathered(weights)
         mean = (weights * block).sum() / weights.sum()
         variance = (weights * (block - mean).square()).sum() / (weights.sum() - 1)
         scale = variance.sqrt() + 1e-8

@@ -18,6 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor, nn
 
+from totalprop.agents.core.processes import ALONE, Processes
 from totalprop.agents.persistence.segments import Segments
 from totalprop.world_models import mlp_dynamics
 from totalprop.world_models.mlp_dynamics import Activation, MLPDynamics, Target
@@ -251,8 +252,9 @@ class Source:
     optimizer: torch.optim.Optimizer | None = None
     extra_steps: int | None = None
 
-    def __init__(self, settings: SourceSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: SourceSettings, processes: Processes = ALONE) -> None:
+        self.settings, self.processes = settings, processes
+        self._recorded: list[tuple[np.ndarray, ...]] = []  # of this process's part of a rollout
         self.transitions = TransitionBuffer(
             settings.buffer_size, settings.state_size, settings.action_size, settings.state_dtype
         )
@@ -270,6 +272,10 @@ class Source:
     def set_random_seed(self, seed: int) -> None:
         """Seed both generators."""
         self.generator = torch.Generator(self.settings.device).manual_seed(seed)
+        self.set_common_seed(seed)
+
+    def set_common_seed(self, seed: int) -> None:
+        """Seed the generator that draws the same in all processes."""
         self.rng = np.random.default_rng(seed)
 
     def _new_model(self) -> nn.Module | None:
@@ -310,7 +316,17 @@ class Source:
             next_states: [n, S], at the end of an episode its last state.
             terminated: [n] whether the episode terminated, rather than reach a time limit.
         """
-        self.transitions.add(states, actions, rewards, next_states, terminated)
+        step = states, actions, rewards, next_states, terminated
+        if self.processes.size == 1:
+            self.transitions.add(*step)
+        else:
+            self._recorded.append(step)
+
+    def share_transitions(self) -> None:
+        """Store what all processes recorded of a rollout, as one process with all environments."""
+        for steps in zip(*self.processes.objects(self._recorded), strict=True):
+            self.transitions.add(*map(np.concatenate, zip(*steps, strict=True)))
+        self._recorded = []
 
     def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
         """Fit the model, after each rollout.
@@ -526,8 +542,8 @@ class RewindSource(Source):
     needs_snapshots = True
     extra_steps: int
 
-    def __init__(self, settings: SourceSettings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: SourceSettings, processes: Processes = ALONE) -> None:
+        super().__init__(settings, processes)
         self.extra_steps = 0
         self.snapshots: list[list[Any]] = []  # per environment: before each step and at the end
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
@@ -156,6 +158,9 @@ class DreamerTPX(Algorithm):
         verbose: 1 prints the logged scalars.
         seed: seeds everything random; the same seed gives the same run on the same CPU.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        group: processes that learn this agent together (torch.distributed). Each passes
+            environments of its own, equally many, and holds its part of the replay; batch_size,
+            imagination_starts, buffer_size and steps count those of all. None: this one alone.
 
     Raises:
         ValueError: a value out of range, with what was expected.
@@ -224,6 +229,7 @@ class DreamerTPX(Algorithm):
         verbose: int = 0,
         seed: int | None = None,
         device: torch.device | str = "auto",
+        group: dist.ProcessGroup | None = None,
         _init_setup_model: bool = True,
     ) -> None:
         super().__init__(
@@ -238,6 +244,7 @@ class DreamerTPX(Algorithm):
             support_multi_env=True,
             seed=seed,
         )
+        self.group = group
         self.estimator, self.node, self.baseline = estimator, node, baseline
         self.credit, self.leg = credit, leg
         self.horizon, self.stop_grad_actor_input = horizon, stop_grad_actor_input
@@ -292,6 +299,7 @@ class DreamerTPX(Algorithm):
             self.observation_space, self.action_space, self.lr_schedule, **kwargs
         ).to(self.device)
         self._update = DreamerUpdate(self.policy, self._update_settings())
+        self._join()
         self._fix_arguments()
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -322,6 +330,7 @@ class DreamerTPX(Algorithm):
         if not self._has_offset and not self._n_updates and self.pretrained_world_model is None:
             batch = to_tensors(self.policy.to_model(self._last_obs), self.device)
             self.policy.model.set_offset(first(batch))
+            self._processes.send(self.policy.model)
         self._has_offset = True
         if is_reset or self._memory is None:
             self.replay_buffer.start(self.policy.to_model(self._last_obs))
@@ -329,11 +338,11 @@ class DreamerTPX(Algorithm):
             self._held_random, self._held_noise = HeldNoise(), HeldNoise()
         return total, callback
 
-    def _new_replay(self) -> SequenceReplay:
-        """An empty replay for the environments that are set."""
+    def _new_replay(self, parts: int | None = None) -> SequenceReplay:
+        """An empty replay for the environments that are set, one of so many parts of the whole."""
         assert self.env is not None
         return SequenceReplay(
-            self.buffer_size,
+            self.buffer_size // (parts or self._processes.size),
             self.policy.to_model.shapes,
             self.policy.to_model.dtypes,
             self.policy.n_actions,
@@ -395,7 +404,7 @@ class DreamerTPX(Algorithm):
             made, self._since_round = self._since_round, 0
             assert self.replay_buffer is not None
             has_windows = self.replay_buffer.has_windows(self.sequence_length)
-            if has_windows and (updates := self._updates_due(made)):
+            if not self._processes.any(not has_windows) and (updates := self._updates_due(made)):
                 self.train(updates)
                 self._rounds += 1
                 if log_interval and self._rounds % log_interval == 0:
@@ -416,14 +425,15 @@ class DreamerTPX(Algorithm):
         """Act until `until` steps are made; False if a callback stopped the rollout."""
         env, replay, to_model = self.env, self.replay_buffer, self.policy.to_model
         assert env is not None and replay is not None
+        n_envs = env.num_envs * self._processes.size
         callback.on_rollout_start()
         seen = to_model(self._last_obs)
         while self.num_timesteps < until:
             actions = self._act(seen)
             new_obs, rewards, dones, infos = env.step(self.policy.to_env(actions))
             check_finite(self.num_timesteps, new_obs, rewards, infos, dones)  # type: ignore[arg-type]
-            self.num_timesteps += env.num_envs
-            self._since_round += env.num_envs
+            self.num_timesteps += n_envs
+            self._since_round += n_envs
             seen = to_model(new_obs)
             ends = list(infos)  # callbacks see the environment's own
             for i in np.flatnonzero(dones):
@@ -472,7 +482,7 @@ class DreamerTPX(Algorithm):
         if not self.replay_ratio:
             return self.gradient_steps
         # The first round ends with the warm-up, of which it counts what any other round has.
-        steps = min(steps, self.train_freq + self.n_envs - 1)
+        steps = min(steps, self.train_freq + self.n_envs * self._processes.size - 1)
         owed = self._owed + steps * self.replay_ratio
         updates, self._owed = divmod(owed, self.batch_size * self.sequence_length)
         return int(updates)
@@ -489,9 +499,10 @@ class DreamerTPX(Algorithm):
         draw = self.tensorboard_log is not None and time.monotonic() >= self._figures_due
         if draw:
             self._figures_due = time.monotonic() + FIGURE_SECONDS
+        batch_size = self._processes.share(batch_size=self.batch_size)
         with Round(self, draw=draw) as log:
             for step in range(gradient_steps):
-                batch = self.replay_buffer.sample(self.batch_size, self.sequence_length, self._rng)
+                batch = self.replay_buffer.sample(batch_size, self.sequence_length, self._rng)
                 measure = step % GAUGE_EVERY == 0
                 record = self._update(batch, self._generator, measure=measure)
                 self._n_updates += 1
@@ -503,7 +514,7 @@ class DreamerTPX(Algorithm):
 
     def _notice_terminations(self, replay: SequenceReplay) -> None:
         """The first episode that terminates switches the discount head on, or is a warning."""
-        if self._has_terminated or not replay.has_terminal():
+        if self._has_terminated or not self._processes.any(replay.has_terminal()):
             return
         self._has_terminated = True
         if not self.discount_head:
@@ -578,6 +589,8 @@ class DreamerTPX(Algorithm):
         }
         if self.replay_buffer is not None:
             state |= self.replay_buffer.state_dict(folder)
+        if self.group is not None:  # for who reads it alone, such as `totalprop diagnose`
+            state["replay_parts"] = self._processes.size
         return state
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
@@ -592,7 +605,7 @@ class DreamerTPX(Algorithm):
             for held, kept in zip((self._held_random, self._held_noise), state["held"]):
                 held.load_state_dict(kept, self.device)
         if state["replay"] is not None:
-            self.replay_buffer = self._new_replay()
+            self.replay_buffer = self._new_replay(state.get("replay_parts"))
             self.replay_buffer.load_state_dict(state, folder)
 
     def cut_episodes(self) -> None:
@@ -627,6 +640,12 @@ class DreamerTPX(Algorithm):
         self._check_estimator()
         self._check_credit()
         self._check_spaces()
+        self._processes.share(batch_size=self.batch_size)
+        if self.cuda_graph and self._processes.size > 1:
+            raise ValueError(
+                "a CUDA graph records one process alone, and the group has "
+                f"{self._processes.size}: pass cuda_graph=False"
+            )
 
     def _check_estimator(self) -> None:
         is_object = isinstance(self.estimator, estimators.Estimator)
@@ -689,10 +708,11 @@ class DreamerTPX(Algorithm):
         ObservationForm(self.observation_space)  # raises for a space that is not supported
         self.refuse_vec_normalize(self.env)
         length = self.sequence_length
-        if self.env is not None and self.buffer_size // self.env.num_envs < length:
+        n_envs = 0 if self.env is None else self.env.num_envs * self._processes.size
+        if n_envs and self.buffer_size // n_envs < length:
             raise ValueError(
                 f"buffer_size must hold a sequence of every environment, at least "
-                f"{length} x {self.env.num_envs}, got {self.buffer_size}"
+                f"{length} x {n_envs}, got {self.buffer_size}"
             )
         if self._has_choices() and self.exploration_noise > 1:
             raise ValueError(
@@ -702,8 +722,9 @@ class DreamerTPX(Algorithm):
 
     def _update_settings(self) -> UpdateSettings:
         """The agent's arguments, as they are now, as the settings of a gradient step."""
+        processes = self._processes
         return UpdateSettings(
-            estimator=self._resolved_estimator(),
+            estimator=replace(self._resolved_estimator(), group=self.group),
             imagination=ImaginationSettings(
                 gamma=self.gamma,
                 lam=self.lam,
@@ -723,9 +744,10 @@ class DreamerTPX(Algorithm):
                 gamma=self.gamma,
                 discount_scale=self.discount_scale,
                 learned_discount=self._has_terminated,
+                average=processes.average_one if processes.size > 1 else None,
             ),
             horizon=self.horizon,
-            imagination_starts=self.imagination_starts,
+            imagination_starts=processes.share(imagination_starts=self.imagination_starts),
             learning_rate=self.lr_schedule(1.0),
             model_learning_rate=self.model_learning_rate,
             adam_eps=self.adam_eps,
@@ -735,4 +757,5 @@ class DreamerTPX(Algorithm):
             bf16=self.bf16,
             compile=self.compile,
             cuda_graph=self.cuda_graph and self.device.type == "cuda",  # or a model could not move
+            processes=processes,
         )  # fmt: skip

@@ -68,7 +68,8 @@ class Round:
         if kind is not None or self.count == 0:
             return
         record = self.agent.logger.record
-        for name, value in self.scalars.items():
+        averages = self.agent._processes.average(list(self.scalars.values()))
+        for name, value in zip(self.scalars, averages, strict=True):
             record(f"train/{name}", float(value if name == COUNTED else value / self.count))
         n = self.count
         if n > 1:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import totalprop.estimators as estimators
+from totalprop.agents.core.processes import ALONE, Processes
 from totalprop.agents.dreamer.actions import Choices
 from totalprop.agents.dreamer.cuda_graph import GraphedFunction
 from totalprop.agents.dreamer.imagination import (
@@ -53,6 +54,7 @@ class UpdateSettings:
     bf16: bool
     compile: bool
     cuda_graph: bool
+    processes: Processes = ALONE  # each has a part of the batch, and its part of the numbers above
 
 
 class UpdateNoise(NamedTuple):
@@ -174,20 +176,20 @@ class DreamerUpdate:
         self, batch: SequenceBatch, noise: UpdateNoise, measure: bool = False
     ) -> UpdateRecord:
         """Take a step without drawing random numbers or waiting for results, for a CUDA graph."""
-        settings, policy = self.settings, self.policy
+        settings, policy, processes = self.settings, self.policy, self.settings.processes
         model_parameters = self._model_parameters()
         with self._precision():
             loss, states = policy.model.loss(
                 batch.observation, batch.action, batch.reward, batch.is_first, batch.is_terminal,
                 noise.posterior, settings.model,
             )  # fmt: skip
-        model_gradient = torch.autograd.grad(loss.total, model_parameters)
+        model_gradient = processes.average(torch.autograd.grad(loss.total, model_parameters))
         start = State(*(x.detach().flatten(0, 1)[noise.starts] for x in states))
         actor_gradient, imagined = self.actor_gradient(start, noise.imagination, measure=measure)
         with self._precision():
             value_loss, values = critic_loss(policy, imagined)
         critic_parameters = list(policy.critic.parameters())
-        critic_gradient = torch.autograd.grad(value_loss, critic_parameters)
+        critic_gradient = processes.average(torch.autograd.grad(value_loss, critic_parameters))
         norms = {
             "model": self._apply(self.model_optimizer, model_parameters, model_gradient),
             "actor": self._apply(
@@ -197,7 +199,7 @@ class DreamerUpdate:
         }
         policy.follow(settings.slow_critic_rate, settings.slow_actor_rate)
         if settings.imagination.scale_returns:
-            policy.follow_returns(imagined.returns)
+            policy.follow_returns(processes.gathered(imagined.returns))
         scalars = {
             "model_loss": loss.total, "observation_loss": loss.observation,
             "reward_loss": loss.reward, "kl": loss.kl, "discount_loss": loss.discount,
@@ -259,7 +261,8 @@ class DreamerUpdate:
                 meter=meter,
                 gauge=gauge,
             )
-        return gradient, imagined[-1]
+        gradients = tuple(settings.processes.average(gradient.gradients))
+        return gradient._replace(gradients=gradients), imagined[-1]
 
     def _apply(
         self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter],

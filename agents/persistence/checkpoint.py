@@ -13,7 +13,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -104,6 +104,8 @@ class Checkpoints(BaseCallback):
             of its own, since a run that is told to stop does not wait for its end. Writing
             checkpoints takes at most 2 % of the run time.
         also: other objects whose state is kept, by name: callbacks, a log file.
+        agree: of several processes that learn one agent, each with a folder of its own: whether any
+            of them passed True. They save together, and none is more than one checkpoint ahead.
     """
 
     def __init__(
@@ -112,8 +114,10 @@ class Checkpoints(BaseCallback):
         *,
         every_seconds: float = 60.0,
         also: Mapping[str, Stateful] | None = None,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         super().__init__()
+        self.agree = agree
         self.folder, self.every_seconds, self.also = Path(folder), every_seconds, dict(also or {})
         self.cost = 0.0  # s of the last save
         self._last = self._began = time.monotonic()  # last save, begin of the round
@@ -144,17 +148,18 @@ class Checkpoints(BaseCallback):
     def _on_rollout_start(self) -> None:
         now = time.monotonic()
         waited, least = now - self._last, self.every_seconds if now - self._began < GRACE else 0.0
-        if self._stop or waited >= max(least, self.cost / MAX_TIME_FRACTION):
+        if self.agree(self._stop or waited >= max(least, self.cost / MAX_TIME_FRACTION)):
             self.save()
         self._began = time.monotonic()
-        if self._stop:
+        if self.agree(self._stop):
             raise TrainingStopped
 
     def _on_step(self) -> bool:
         return True
 
     def _on_training_end(self) -> None:
-        self.save()
+        if self.agree(True):
+            self.save()
 
     def save(self) -> None:
         """Write a checkpoint; valid only between rollouts.
@@ -231,6 +236,17 @@ class Checkpoints(BaseCallback):
         """The agent's steps in the newest checkpoint; -1 if there is none."""
         paths = self.paths()
         return _number_and_steps(paths[-1])[1] if paths else -1
+
+    def newest_number(self) -> int:
+        """The number of the newest checkpoint; 0 if there is none."""
+        paths = self.paths()
+        return _number_and_steps(paths[-1])[0] if paths else 0
+
+    def forget_after(self, number: int) -> None:
+        """Remove the checkpoints that have larger numbers, which other processes lack."""
+        for path in self.paths():
+            if _number_and_steps(path)[0] > number:
+                path.unlink()
 
     def load(
         self, cls: type[Agent], env: GymEnv, device: torch.device | str = "auto", **replaced: Any

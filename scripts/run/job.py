@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.evaluation import MAX_STEPS
+from totalprop.agents.core.processes import ALONE, Processes
 from totalprop.agents.core.validation import AtLeast, constructor_hints, expectation
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.run.errors import UserError
@@ -33,7 +34,7 @@ from totalprop.scripts.run.threads import owned_cores
 # Constructor arguments that are not flags: set by the run, or not expressible as text.
 NOT_FLAGS = {
     "self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose", "rollout_buffer_class",
-    "rollout_buffer_kwargs",
+    "rollout_buffer_kwargs", "group",
 }  # fmt: skip
 
 
@@ -113,9 +114,12 @@ class Job:
         env = normalise(env, self.options.normalize, gamma=self.arguments.get("gamma", 1.0))
         return env, normalise_like(eval_env, unwrap_vec_normalize(env))
 
-    def algorithm(self, env: VecEnv) -> Algorithm:
-        """Make the untrained agent."""
+    def algorithm(self, env: VecEnv, processes: Processes = ALONE) -> Algorithm:
+        """Make the untrained agent, which several processes may learn together."""
         arguments = dict(self.arguments)
+        if processes.size > 1:
+            arguments["group"] = processes.group
+            arguments["device"] = processes.device(arguments["device"])
         if self.options.learning_rate_schedule == "linear":
             rate = arguments["learning_rate"]
             if not 0 < rate < math.inf:

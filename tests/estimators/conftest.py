@@ -25,7 +25,8 @@ def gram_by_hand(b: Tensor) -> Gram:
     """The `Gram` of per-sample gradients [M, N, P]."""
     mean = b.mean(1)
     centred = b - mean.unsqueeze(1)
-    return Gram(torch.einsum("anp,bnp->ab", centred, centred), b.shape[1] * mean @ mean.T)
+    covariance = torch.einsum("anp,bnp->ab", centred, centred)
+    return Gram(covariance, b.shape[1] * mean @ mean.T, b.sum(1))
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def test_every_argument_of_an_agent_is_a_flag_or_said_not_to_be(agent):
     names = set(inspect.signature(AGENTS[agent].cls.__init__).parameters)
     flags = {field.name for field in dataclasses.fields(agent_flags(agent))}
     not_flags = {"self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose"}
-    not_flags |= {"rollout_buffer_class", "rollout_buffer_kwargs"}
+    not_flags |= {"rollout_buffer_class", "rollout_buffer_kwargs", "group"}
     assert names - flags - not_flags == {"_init_setup_model"}
 
 

@@ -9,7 +9,7 @@ and its gradient, are in agents/dreamer/imagination.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +62,8 @@ class ModelLossSettings(NamedTuple):
         gamma: target of the discount head while the episode continues.
         discount_scale: weight of the discount head's cross entropy.
         learned_discount: train the discount head, if there is one.
+        average: the mean over processes that each have a part of the batch, of a number []. The
+            free nats are compared with the mean of all. None: the batch is whole.
     """
 
     kl_scale: float
@@ -71,6 +73,7 @@ class ModelLossSettings(NamedTuple):
     gamma: float
     discount_scale: float
     learned_discount: bool = True
+    average: Callable[[Tensor], Tensor] | None = None
 
 
 class LatentModel(nn.Module):
@@ -344,7 +347,10 @@ def _kl_penalty(
     def penalty(kl: Tensor) -> Tensor:
         if settings.free_nats_per_step:
             return kl.clamp_min(settings.free_nats).mean()
-        return kl.mean().clamp_min(settings.free_nats)
+        mean = kl.mean()
+        if settings.average is not None:  # whose value counts, and its own gradient
+            mean = mean + (settings.average(mean.detach()) - mean.detach())
+        return mean.clamp_min(settings.free_nats)
 
     kl, scale = posterior.kl(prior), settings.representation_scale
     if scale == 1:

@@ -15,7 +15,7 @@ from totalprop.agents.trials.saturating_cost import SaturatingCost
 # What is no setting of the method: stable-baselines3's own behaviour.
 NOT_SETTINGS = {
     "policy", "env", "tensorboard_log", "verbose", "seed", "device", "stats_window_size",
-    "_init_setup_model",
+    "group", "_init_setup_model",
 }  # fmt: skip
 # A value of every argument that is neither its default nor that of the small sizes.
 OTHERS: dict[str, dict[str, Any]] = {
