@@ -299,22 +299,66 @@ def _add_runs(parser: ArgumentParser, of: str, *, seeds: str = "", out: str = ""
 
 
 def _sweep(parser: ArgumentParser) -> None:
-    parser.add_argument("agent", choices=list(AGENTS), help="agent to train")
-    parser.add_argument(
+    add = parser.add_argument
+    known = ",".join(AGENTS)
+    add("agents", nargs="*", metavar="AGENT", help=f"agents to train, of {{{known}}}")
+    add("--estimators", nargs="+", metavar="NAME", help="estimators to compare")
+    add(
         "--vary",
-        default="estimator",
+        action="append",
         metavar="FLAG",
-        help="flag of totalprop train to vary, without dashes (default: estimator)",
+        help="flag of totalprop train to vary, without dashes; several times for a grid (default: "
+        "estimator)",
     )
-    parser.add_argument(
+    add(
         "--values",
-        "--estimators",
+        action="append",
+        default=[],
         nargs="+",
-        required=True,
         metavar="VALUE",
-        help="values of that flag to compare",
+        help="values of that flag to compare; true and false are those of a switch",
     )
-    _add_runs(parser, "value")
+    add(
+        "--grid",
+        type=Path,
+        metavar="FILE",
+        help="YAML with agent, seed and flags by name, each a value or a list of values to compare",
+    )
+    _add_runs(parser, "setting", seeds="those of --grid")
+    parser.set_defaults(jobs=None)
+    add(
+        "--address",
+        default="",
+        help="cluster of Ray to train on, such as auto or HOST:6379 (default: this machine); "
+        "without --jobs, it has all runs at once",
+    )
+    add(
+        "--cpus-per-run",
+        type=float,
+        metavar="N",
+        help="cores that a run occupies on Ray or Slurm, on Ray maybe a fraction (default: 1)",
+    )
+    add(
+        "--gpus-per-run",
+        type=float,
+        metavar="N",
+        help="GPUs that a run occupies, likewise (default: none are assigned)",
+    )
+    add(
+        "--slurm",
+        nargs="?",
+        const="slurm",
+        choices=("slurm", "local"),
+        help="submit the runs as Slurm's jobs; local is submitit's stand-in, all runs at once here",
+    )
+    add(
+        "--slurm-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameter of submitit's executor, such as slurm_partition=gpu or timeout_min=600 "
+        "(default: 1440)",
+    )
     parser.add_argument(
         "--watch",
         default="",
@@ -665,6 +709,17 @@ def _kill_test(parser: ArgumentParser) -> None:
     )
 
 
+def _kill_sweep(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--agent", choices=list(AGENTS), default="daappo", help="agent to train (default: daappo)")
+    add("--trials", type=int, default=12, help="runs of the sweep (default: 12)")
+    add("--workers", type=int, default=2, help="workers of Ray to kill (default: 2)")
+    add("--runs", type=int, default=2, help="training processes to kill (default: 2)")
+    add("--drivers", type=int, default=1, help="kills of the sweep itself (default: 1)")
+    add("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    add("--out", type=Path, help="folder for kill_sweep.json (default: not written)")
+
+
 def _fingerprint(parser: ArgumentParser) -> None:
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--out", type=Path, help="write the hashes to this file")
@@ -833,6 +888,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "kill-test": Command(
         "reliability.kill_test", "kill and resume runs; compare with undisturbed ones", _kill_test
+    ),
+    "kill-sweep": Command(
+        "reliability.kill_sweep", "kill the parts of a sweep on Ray; compare likewise", _kill_sweep
     ),
     "fingerprint": Command(
         "reliability.fingerprint",

@@ -138,8 +138,9 @@ def act(predict: Callable[..., Any], see: Callable[[Any], Any], env: VecEnv, ste
         started = time.perf_counter()
         action, state = predict(see(observation), state, is_first, deterministic=True)
         episode.seconds.append(time.perf_counter() - started)
-        for entries, value in zip(episode, (observation, is_first, action), strict=False):
-            entries.append(value)
+        episode.observations.append(observation)
+        episode.is_first.append(is_first)
+        episode.actions.append(action)
         observation, _, is_first, _ = env.step(action)
     return episode
 

@@ -17,8 +17,9 @@ import pytest
 
 from totalprop import PIPPS
 from totalprop.estimators import registry
-from totalprop.scripts import cli, train
+from totalprop.scripts import cli, commands, train
 from totalprop.scripts.run import arguments as train_arguments
+from totalprop.scripts.studies import grid
 
 ROOT = Path(__file__).parents[1]
 # docs/results is a link to results/, which has no Python.
@@ -101,7 +102,7 @@ def commands_of(text: str) -> list[list[str]]:
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in (*PAGES, *STUDIES))
 COMMANDS = commands_of(f"{TEXT}\n```bash\n{train.__doc__}\n```\n")
 TRAINING = [words[1:] for words in COMMANDS if words[0] == "train"]
-[YAML] = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+YAML, GRID = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 OTHERS = [words for words in COMMANDS if words[0] != "train"]
 
 
@@ -152,6 +153,15 @@ def test_command_has_its_flags(command, capsys, monkeypatch):
     assert {word for word in words if word.startswith("--")} <= set(known)
     for arguments in trained:  # of `totalprop sweep AGENT ... -- arguments`
         train_arguments.parse([words[0], *arguments.split()], usage="")
+
+
+def test_the_grid_of_a_sweep_is_understood(tmp_path):
+    (tmp_path / "grid.yaml").write_text(GRID)
+    words = ["--grid", str(tmp_path / "grid.yaml"), "--out", "out"]
+    found = grid.read_grid(commands.parser_of("sweep").parse_args(words), [])
+    assert found.varied == "setting" and len(found.settings()) * len(found.seeds) == 24
+    for setting in found.settings().values():
+        train_arguments.parse(setting.command(0), usage="")
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"^make ([\w-]+)", TEXT, re.MULTILINE))))

@@ -327,13 +327,15 @@ def current_commit() -> str:
     return commit + "-dirty" * bool(is_changed) or "unknown"
 
 
-def parse_env_args(arguments: tuple[str, ...]) -> dict[str, Any]:
+def parse_env_args(
+    arguments: tuple[str, ...], flag: str = "--env-arg", example: str = "noise=4"
+) -> dict[str, Any]:
     """Parse NAME=VALUE arguments: ("cost=tip", "noise=4") -> {"cost": "tip", "noise": 4}."""
     parsed: dict[str, Any] = {}
     for argument in arguments:
         name, separator, text = argument.partition("=")
         if not separator or not name.isidentifier():
-            raise UserError(f"--env-arg expects NAME=VALUE, got '{argument}'; for example noise=4")
+            raise UserError(f"{flag} expects NAME=VALUE, got '{argument}'; for example {example}")
         try:
             parsed[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

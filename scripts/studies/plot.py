@@ -47,6 +47,7 @@ from totalprop.scripts.run.errors import UsageError, UserError, ending_with_a_se
 from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.run.job import Job
 from totalprop.scripts.studies import scores
+from totalprop.scripts.studies.grid import read_grid
 from totalprop.scripts.studies.learning_curves import (
     AGGREGATES,
     Curve,
@@ -184,12 +185,12 @@ def _read_results(path: Path, threshold: float | None) -> Iterator[Found]:
                 yield _found(row, row, source, path, threshold)
             return
         for name, seeds in record["results"].items():
-            varied = {}
+            varied: dict[str, str] = {}
             if "settings" in record:  # of a peer
                 settings = {"agent": name, **record["settings"]}
             else:
-                job, flag = _swept(record["command"], name, path)
-                settings, varied = _described(job), {flag: name}
+                job, varied = _swept(record["command"], name, path)
+                settings = _described(job)
             for seed, entry in seeds.items():
                 run = _found(entry, {**settings, "seed": seed}, source, path, threshold)
                 yield run._replace(settings={**varied, **run.settings, **varied})
@@ -199,22 +200,23 @@ def _read_results(path: Path, threshold: float | None) -> Iterator[Found]:
         ) from error
 
 
-def _swept(command: str, value: str, path: Path) -> tuple[Job, str]:
-    """The run that a sweep's command trains with one of its values, and the name of its flag."""
+def _swept(command: str, label: str, path: Path) -> tuple[Job, dict[str, str]]:
+    """A run of one setting of a sweep's command, and that setting's values of the flags varied."""
     words = shlex.split(command)
     words = words[[word.endswith("sweep") for word in words].index(True) + 1 :]
     split = words.index("--") if "--" in words else len(words)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            sweep = parser_of("sweep").parse_args(words[:split])
-            flags = [f"--{sweep.vary}", value, *words[split + 1 :]]
-            return parse([sweep.agent, *flags], usage=""), sweep.vary.replace("-", "_")
+            options = parser_of("sweep").parse_args(words[:split])
+            setting = read_grid(options, words[split + 1 :]).settings()[label]
+            job = parse(setting.command(0), usage="")
     except SystemExit:
         _, _, reason = said.getvalue().strip().rpartition("error: ")
         raise UserError(
             f"{path} is of a command that this version does not know: {' '.join(reason.split())}"
         ) from None
+    return job, {name.replace("-", "_"): value for name, value in setting.values.items()}
 
 
 def _described(job: Job) -> dict[str, Any]:

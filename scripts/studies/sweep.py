@@ -1,15 +1,21 @@
-r"""Train several estimators with several seeds; write raw results, a table and learning curves.
+r"""Train agents x values of flags x seeds; write raw results, tables and learning curves.
 
     totalprop sweep pipps --estimators tpx lr rp --seeds 0 1 2 3 4 --out results/pipps
     totalprop sweep daappo --vary action-source --values none dynamics --seeds 0 1 2 \
         --out results/daa_ppo/cartpole -- --preset recommended
     totalprop sweep dreamer --estimators rp tpx --seeds 0 1 2 --out results/dreamer/h60 \
         --watch train/actor_gradient_norm -- --preset laptop --horizon 60
+    totalprop sweep daappo svg --vary env-id --values CartPole-v1 Pendulum-v1 \
+        --vary gamma --values 0.9 0.99 --seeds 0 1 --out results/grid
+    totalprop sweep --grid grid.yaml --out results/grid --address auto --cpus-per-run 0.5
 
 Every run is a separate `totalprop train`; its flags can be given after `--`. After a kill, the same
-command continues the sweep: finished runs are not repeated, others are resumed. A run folder that
-was trained with different flags is an error. On another machine, results.json in --out is enough:
-runs that it holds of the same flags are finished.
+command continues the sweep: finished runs are not repeated, others are resumed, and one that is
+still trained is waited for. A run folder that was trained with different flags is an error. On
+another machine, results.json in --out is enough: runs that it holds of the same flags are finished.
+
+The runs start on Ray if it is installed (the extra `ray`), on this machine or with --address on a
+cluster, else from this process; with --slurm (the extra `slurm`) they are Slurm's jobs.
 """
 
 from __future__ import annotations
@@ -18,14 +24,15 @@ import argparse
 import csv
 import difflib
 import functools
+import importlib.util
+import io
 import itertools
 import json
+import math
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +46,12 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.arguments import parse
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, import_flag, read_json
+from totalprop.scripts.run.folder import RunFolder, parse_env_args, read_json
 from totalprop.scripts.run.job import Job
-from totalprop.scripts.run.progress import counted
+from totalprop.scripts.studies.executors import Executor, Trial, chosen
+from totalprop.scripts.studies.grid import Grid, read_grid
 from totalprop.scripts.studies.learning_curves import figure_of, style
+from totalprop.scripts.studies.live import watched
 from totalprop.scripts.studies.plot import labelled, read
 
 THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
@@ -54,25 +63,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    for name in ("jobs", "cpus_per_run", "gpus_per_run"):
+        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value is not None and not 0 < value < math.inf:
+            least = "at least 1" if name == "jobs" else "above 0"
+            parser.error(f"{flag} must be {least}, got {value}")
+        if options.slurm and value is not None and value != int(value):
+            parser.error(f"{flag} must be a whole number with --slurm, got {value}")
+    if options.slurm and options.address:
+        parser.error("--address is a cluster of Ray, --slurm one of Slurm: pass one of them")
     default = Path("runs") / options.out.resolve().name
     options.is_default, options.runs = options.runs in (None, default), options.runs or default
     with ending_with_a_sentence():
-        for value in options.values:
-            for seed in options.seeds:
-                flags = [f"--{options.vary}", value, "--seed", str(seed), *extra]
-                check_run(options.runs / run_name(value, seed), [options.agent, *flags])
-        earlier = read_earlier(options, extra)
-        failed = 0 if options.report_only else train_all(options, extra, earlier)
-        report(options, extra, earlier)
+        grid = read_grid(options, extra)
+        executor = chosen(
+            address=options.address, cpus=options.cpus_per_run, gpus=options.gpus_per_run,
+            slurm=options.slurm,
+            parameters=parse_env_args(tuple(options.slurm_arg), "--slurm-arg", "timeout_min=600"),
+        )  # fmt: skip
+        for setting, seed in itertools.product(grid.settings().values(), grid.seeds):
+            path = options.runs / setting.run_name(seed)
+            if seed == grid.seeds[0] or path.exists():  # a check takes 50 ms
+                check_run(path, setting.command(seed))
+        earlier = read_earlier(options, grid)
+        failed = 0 if options.report_only else train_all(options, grid, earlier, executor)
+        report(options, grid, earlier)
     if failed:
         raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
-
-
-def run_name(value: str, seed: int) -> str:
-    """Name of a run's folder and log; slashes in values (paths, environment ids) are replaced."""
-    return f"{value.replace('/', '_')}_seed{seed}"
 
 
 def check_run(path: Path, command: Sequence[str]) -> None:
@@ -93,11 +110,11 @@ def check_run(path: Path, command: Sequence[str]) -> None:
 class Earlier(NamedTuple):
     """What results.json holds of the runs that are asked for, where their folders are not here."""
 
-    results: dict[str, dict[str, Any]]  # value -> seed -> entry
+    results: dict[str, dict[str, Any]]  # label of a setting -> seed -> entry
     commits: set[str]
 
 
-def read_earlier(options: argparse.Namespace, extra: list[str]) -> Earlier:
+def read_earlier(options: argparse.Namespace, grid: Grid) -> Earlier:
     """Read the runs of the same flags that results.json in --out holds, maybe of another machine.
 
     Raises:
@@ -110,17 +127,30 @@ def read_earlier(options: argparse.Namespace, extra: list[str]) -> Earlier:
     try:
         command = shlex.split(record["command"])
         split = command.index("--") if "--" in command else len(command)
-        prefix = shlex.split(_start_of_command(options))
-        if command[: len(prefix)] != prefix or command[split + 1 :] != extra:
+        if _without_values(command) != _without_values(shlex.split(grid.command())):
             return found
-        for value, seed in itertools.product(options.values, map(str, options.seeds)):
-            is_here = RunFolder(options.runs / run_name(value, int(seed))).path.exists()
-            if not is_here and seed in record["results"].get(value, {}):
-                found.results.setdefault(value, {})[seed] = record["results"][value][seed]
+        if command[split + 1 :] != grid.flags:
+            return found
+        for (label, setting), seed in itertools.product(grid.settings().items(), grid.seeds):
+            is_here = (options.runs / setting.run_name(seed)).exists()
+            if not is_here and str(seed) in record["results"].get(label, {}):
+                found.results.setdefault(label, {})[str(seed)] = record["results"][label][str(seed)]
         found.commits.update(record["commit"].split(", ") if found.results else [])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} was not written by a sweep ({error!r}); move it away") from error
     return found
+
+
+def _without_values(command: Sequence[str]) -> list[str]:
+    """A sweep's command up to its seeds: the agents and what is varied, but not the values."""
+    kept, is_value = [], False
+    for word in itertools.takewhile(lambda word: word != "--seeds", command):
+        if word.startswith("--"):
+            is_value = word in ("--values", "--estimators")
+        elif is_value:
+            continue
+        kept.append(word)
+    return kept
 
 
 def read_rows(
@@ -153,109 +183,118 @@ def read_rows(
     return {name: row for name, row in named.items() if not (runs / name).exists()}
 
 
-def train_all(options: argparse.Namespace, extra: list[str], earlier: Earlier) -> int:
+def train_all(options: argparse.Namespace, grid: Grid, earlier: Earlier, executor: Executor) -> int:
     """Start or resume all unfinished runs; return the number of runs that failed."""
     jobs = {
-        run_name(value, seed): [
-            options.agent, f"--{options.vary}", value, "--seed", str(seed), *extra
-        ]
-        for seed in options.seeds
-        for value in options.values
-        if str(seed) not in earlier.results.get(value, {})
-    }  # fmt: skip
-    return train_runs(jobs, options.runs, options.jobs)
+        setting.run_name(seed): setting.command(seed)
+        for seed in grid.seeds
+        for label, setting in grid.settings().items()
+        if str(seed) not in earlier.results.get(label, {})
+    }
+    is_elsewhere = options.address or options.slurm
+    workers = options.jobs or (len(jobs) if is_elsewhere else os.cpu_count() or 1)
+    return train_runs(jobs, options.runs, workers, executor)
 
 
-def train_runs(jobs: Mapping[str, Sequence[str]], runs: Path, workers: int) -> int:
+def train_runs(
+    jobs: Mapping[str, Sequence[str]], runs: Path, workers: int, executor: Executor | None = None
+) -> int:
     """Start or resume unfinished runs in their order, one thread each.
 
     Args:
         jobs: name of a run -> arguments of `totalprop train`.
         runs: folder of the runs.
         workers: runs at the same time.
+        executor: where they are started; None for Ray on this machine, or threads without it.
     Returns:
         The number of runs that failed.
     """
-
-    def run(name: str) -> bool:
-        folder = RunFolder(runs / name)
-        if folder.summary.exists():
-            return True
-        command = [sys.executable, "-m", "totalprop.scripts.train"]
-        if folder.config.exists():
-            command += ["--resume", str(folder.path)]
-            command += shlex.split(import_flag(Job.read(folder).options.env_id))
-        else:
-            agent, *flags = jobs[name]
-            command += [agent, "--runs", str(runs), "--name", name]
-            command += ["--threads", "1", "--no-progress", "--no-tensorboard", *flags]
-        runs.mkdir(parents=True, exist_ok=True)
-        with open(runs / f"{name}.log", "a") as log:
-            code = subprocess.run(
-                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            ).returncode
-        print(f"{name}: {'done' if code == 0 else f'FAILED, see {log.name}'}", flush=True)
-        return code == 0
-
-    failed = 0
-    with ThreadPoolExecutor(workers) as pool, counted(len(jobs), "runs") as advance:
-        for succeeded in pool.map(run, jobs):
-            failed += not succeeded
-            advance()
+    trials = [
+        Trial(name, str(runs), tuple(arguments), os.getcwd()) for name, arguments in jobs.items()
+    ]
+    unfinished, failed = [trial for trial in trials if not trial.is_finished], 0
+    if unfinished:
+        with watched(unfinished) as end:
+            for trial, succeeded in (executor or chosen())(unfinished, workers):
+                failed += not succeeded
+                end(trial, succeeded)
     return failed
 
 
-def report(options: argparse.Namespace, extra: list[str], earlier: Earlier) -> None:
-    """Write results.json (raw results per seed), table.md and learning_curves.png."""
-    quantity = AGENTS[options.agent].quantity
-    sign = -1 if quantity == "cost" else 1
+def report(options: argparse.Namespace, grid: Grid, earlier: Earlier) -> None:
+    """Write results.json, table.md and learning_curves.png, and a table of all evaluations."""
+    quantities = {AGENTS[agent].quantity for agent in grid.agents}
+    quantity = quantities.pop() if len(quantities) == 1 else "return"
     results: dict[str, dict[str, Any]] = {}
     commits = set(earlier.commits)
-    for value in options.values:
-        for seed in options.seeds:
-            if str(seed) in earlier.results.get(value, {}):
-                results.setdefault(value, {})[str(seed)] = earlier.results[value][str(seed)]
-                continue
-            folder = RunFolder(options.runs / run_name(value, seed))
-            if folder.summary.exists():
-                summary, (steps, returns) = read_json(folder.summary), folder.read_evaluations()
-                if not is_finite(summary.get(f"final_{quantity}")):
-                    raise UserError(f"{folder.summary} has no number final_{quantity}")
-                commits.add(str(read_json(folder.config).get("commit", "unknown")))
-                means = sign * returns.mean(1)
-                curve = {
-                    "timesteps": steps,
-                    f"{quantity}s": means.round(3).tolist(),
-                }
-                entry = {**summary, **curve}
-                if options.watch:
-                    entry[options.watch] = _watched(folder, options.watch)
-                results.setdefault(value, {})[str(seed)] = entry
+    for (label, setting), seed in itertools.product(grid.settings().items(), grid.seeds):
+        if str(seed) in earlier.results.get(label, {}):
+            results.setdefault(label, {})[str(seed)] = earlier.results[label][str(seed)]
+            continue
+        folder = RunFolder(options.runs / setting.run_name(seed))
+        if folder.summary.exists():
+            summary, (steps, returns) = read_json(folder.summary), folder.read_evaluations()
+            own = AGENTS[setting.agent].quantity
+            if not is_finite(summary.get(f"final_{own}")):
+                raise UserError(f"{folder.summary} has no number final_{own}")
+            if own != quantity:  # beside an agent of the other one
+                summary[f"final_{quantity}"] = -summary[f"final_{own}"]
+            commits.add(str(read_json(folder.config).get("commit", "unknown")))
+            means = (-1 if quantity == "cost" else 1) * returns.mean(1)
+            curve = {
+                "timesteps": steps,
+                f"{quantity}s": means.round(3).tolist(),
+            }
+            entry = {**summary, **curve}
+            if options.watch:
+                entry[options.watch] = _watched(folder, options.watch)
+            results.setdefault(label, {})[str(seed)] = entry
     if not results:
         raise UserError(f"no finished run in {options.runs}; see the .log files there")
     others = _read_others(options.beside, quantity)
     options.out.mkdir(parents=True, exist_ok=True)
-    command = f"{_start_of_command(options)} {' '.join(options.values)} "
-    command += f"--seeds {' '.join(map(str, options.seeds))} --out {options.out}"
+    command = f"{grid.command()} --seeds {' '.join(map(str, grid.seeds))} --out {options.out}"
     command += "" if options.is_default else f" --runs {options.runs}"
     command += f" --watch {options.watch}" if options.watch else ""
     command += f" --beside {' '.join(map(str, options.beside))}" if options.beside else ""
-    command += f" -- {' '.join(extra)}" if extra else ""
+    command += f" -- {' '.join(grid.flags)}" if grid.flags else ""
     record = {"command": command, "commit": ", ".join(sorted(commits)), "results": results}
     write_text(options.out / "results.json", json.dumps(record, indent=1) + "\n")
-    table = _table({**results, **others}, quantity, options.vary)
+    table = _table({**results, **others}, quantity, grid.varied)
     write_text(options.out / "table.md", table)
-    watched = functools.partial(_draw_watched, results=results, watched=options.watch)
+    beside = functools.partial(_draw_watched, results=results, watched=options.watch)
     curves, legend, _ = labelled(read([options.out / "results.json", *options.beside]))
-    picture = figure_of(curves, legend, further=[watched] if options.watch else [])
+    picture = figure_of(curves, legend, further=[beside] if options.watch else [])
     figures.save(picture, options.out / "learning_curves.png", dpi=150)
-    print(f"{table}\nwritten to {options.out}: results.json, table.md, learning_curves.png")
+    evaluations = _write_evaluations(options.runs, grid, results, quantity)
+    print(
+        f"{table}\nwritten to {options.out}: results.json, table.md, learning_curves.png; all "
+        f"evaluations: {evaluations}"
+    )
 
 
-def _start_of_command(options: argparse.Namespace) -> str:
-    """The sweep's command up to the values of the flag that it varies."""
-    varied = "--estimators" if options.vary == "estimator" else f"--vary {options.vary} --values"
-    return f"totalprop sweep {options.agent} {varied}"
+def _write_evaluations(
+    runs: Path, grid: Grid, results: dict[str, dict[str, Any]], quantity: str
+) -> Path:
+    """Write a tidy table beside the runs, as CSV and, with pyarrow, as Parquet: a row each."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["agent", *grid.axes, "seed", "decisions", quantity])
+    settings = grid.settings()
+    for label, seeds in results.items():
+        own = settings[label]
+        for seed, entry in seeds.items():
+            for steps, value in zip(entry["timesteps"], entry[f"{quantity}s"]):
+                writer.writerow([own.agent, *own.values.values(), seed, steps, value])
+    path = runs / "evaluations.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
+    if importlib.util.find_spec("pyarrow"):
+        from pyarrow import csv as arrow_csv
+        from pyarrow import parquet
+
+        parquet.write_table(arrow_csv.read_csv(path), path.with_suffix(".parquet"))
+    return path
 
 
 def _read_others(paths: Sequence[Path], quantity: str) -> dict[str, dict[str, Any]]:

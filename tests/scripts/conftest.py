@@ -3,12 +3,12 @@
 import pytest
 
 from tests.scripts import forked
-from totalprop.scripts.studies import sweep
+from totalprop.scripts.studies import executors, sweep
 
 
 @pytest.fixture
 def sweep_by_fork(monkeypatch):
-    """Called, it has a sweep's runs forked; one test starts one as a user does."""
+    """Called, it has a sweep's runs forked from threads; one test starts one as a user does."""
 
     def run(command, *, stdout, **_):
         assert command[1:3] == ["-m", "totalprop.scripts.train"]
@@ -16,4 +16,8 @@ def sweep_by_fork(monkeypatch):
         stdout.write(done.stdout + done.stderr)
         return done
 
-    return lambda: monkeypatch.setattr(sweep.subprocess, "run", run)
+    def patch():
+        monkeypatch.setattr(executors.subprocess, "run", run)
+        monkeypatch.setattr(sweep, "chosen", lambda **_: executors.in_threads)
+
+    return patch

@@ -16,7 +16,7 @@ from totalprop.envs.cartpole import CartPoleSwingUpEnv
 from totalprop.scripts import evaluate, train
 from totalprop.scripts.run import folder as run_folder
 from totalprop.scripts.run import report as run_report
-from totalprop.scripts.studies import sweep
+from totalprop.scripts.studies import executors, sweep
 
 TINY = ["pipps", "--total-timesteps", "60", "--gradient-steps", "3", "--n-particles", "20"]
 TINY += ["--eval-episodes", "5", "--threads", "1", "--no-progress"]
@@ -290,7 +290,7 @@ def test_a_sweep_over_environments(tmp_path, monkeypatch, sweep_by_fork):
     command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--jobs", "1"]
     monkeypatch.setattr("sys.argv", [*command, "--", *TINY[1:7], "--eval-episodes", "5"])
     sweep.main()
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "runs").glob("*_seed*")) == [
         "totalprop_CartPoleSwingUp-v0_seed0", "totalprop_CartPoleSwingUp-v0_seed0.log"
     ]  # fmt: skip
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
@@ -319,7 +319,8 @@ def test_a_sweep_says_that_a_run_failed(finished, tmp_path, monkeypatch, capsys)
     command = ["sweep", "pipps", "--estimators", "tpx", "--seeds", "0", "1", "--jobs", "1"]
     command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
     shutil.copytree(finished.folder, tmp_path / "runs" / "tpx_seed0")
-    monkeypatch.setattr(sweep.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1))
+    monkeypatch.setattr(executors.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1))
+    monkeypatch.setattr(sweep, "chosen", lambda **_: executors.in_threads)
     monkeypatch.setattr("sys.argv", [*command, "--", *TINY[1:]])
     with pytest.raises(SystemExit, match=r"^error: 1 of the runs failed"):
         sweep.main()
