@@ -211,10 +211,11 @@ def _swept(command: str, label: str, path: Path) -> tuple[Job, dict[str, str]]:
             options = parser_of("sweep").parse_args(words[:split])
             setting = read_grid(options, words[split + 1 :]).settings()[label]
             job = parse(setting.command(0), usage="")
-    except SystemExit:
-        _, _, reason = said.getvalue().strip().rpartition("error: ")
+    except (SystemExit, UsageError) as error:
+        text = said.getvalue() if isinstance(error, SystemExit) else str(error)
+        reason = " ".join(text.rpartition("error: ")[2].split())
         raise UserError(
-            f"{path} is of a command that this version does not know: {' '.join(reason.split())}"
+            f"{path} is of a command that this version does not know: {reason}"
         ) from None
     return job, {name.replace("-", "_"): value for name, value in setting.values.items()}
 

@@ -110,9 +110,9 @@ def test_wrong_places_are_one_sentence(flags, message, tmp_path, capsys):
 
 def test_costs_beside_returns_are_negative_returns(tmp_path, capsys):
     """Runs as they are read: the folders hold what `totalprop train` writes."""
-    words = f"pipps daappo --vary gamma --values 0.9 --seeds 0 --runs {tmp_path / 'runs'}"
+    words = f"pipps daappo --vary learning-rate --values 0.9 --seeds 0 --runs {tmp_path / 'runs'}"
     for agent, quantity, final in (("pipps", "cost", 3.0), ("daappo", "return", -2.0)):
-        folder = tmp_path / "runs" / f"agent={agent}_gamma=0.9_seed0"
+        folder = tmp_path / "runs" / f"agent={agent}_learning-rate=0.9_seed0"
         folder.mkdir(parents=True)
         (folder / "config.json").write_text('{"commit": "abc"}')
         (folder / "summary.json").write_text(json.dumps({f"final_{quantity}": final}))
@@ -123,11 +123,11 @@ def test_costs_beside_returns_are_negative_returns(tmp_path, capsys):
     grid = read_grid(options, [])
     sweep.report(options, grid, sweep.Earlier({}, set()))
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
-    assert results["agent=pipps, gamma=0.9"]["0"]["final_return"] == -3.0
-    assert "agent=daappo, gamma=0.9" in capsys.readouterr().out
+    assert results["agent=pipps, learning-rate=0.9"]["0"]["final_return"] == -3.0
+    assert "agent=daappo, learning-rate=0.9" in capsys.readouterr().out
     lines = (tmp_path / "runs" / "evaluations.csv").read_text().splitlines()
     assert lines == [
-        "agent,gamma,seed,decisions,return",
+        "agent,learning-rate,seed,decisions,return",
         "pipps,0.9,0,30,-6.0", "pipps,0.9,0,60,-3.0",
         "daappo,0.9,0,30,-6.0", "daappo,0.9,0,60,-3.0",
     ]  # fmt: skip
