@@ -78,8 +78,11 @@ class DreamerTPX(Algorithm):
             (Discrete, MultiDiscrete, MultiBinary), or a Dict of these, actions a bounded Box,
             Discrete or MultiDiscrete.
         learning_rate: step size of actor and critic, or a schedule over training progress.
-        estimator: name in the registry ("rp", "lr", "tps", "tpx", "tpg", ...) or an
-            `estimators.Estimator`. Rules that weigh in parameter space use the actor's last layer.
+        estimator: name in the registry ("rp", "lr", "tps", "tpx", "tpg", ...), an
+            `estimators.Estimator`, or "auto": "tpx" for a Box, and for choices "lr" with the critic
+            as its baseline, since their pathwise gradient is biased and calm, which misleads every
+            rule that weighs by variance. Rules that weigh in parameter space use the actor's last
+            layer.
         node: where the estimator mixes its legs: at the "latent" state that an action leads to
             (Parmas et al. 2023), at the "action", where "lr" is REINFORCE, at "both", or "auto":
             the latent for a Box, the action for choices. Choices elsewhere than at the action are
@@ -697,12 +700,17 @@ class DreamerTPX(Algorithm):
 
     def _resolved_estimator(self) -> estimators.Estimator:
         """The estimator, with the agent's baseline and leg where these are not the default."""
+        name: str | Estimator = self.estimator
         changes: dict[str, Any] = {}
+        if name == "auto":
+            name = "tpx"
+            if self._has_choices() and self._resolved_node() == "action":
+                name, changes["baseline"] = "lr", "critic"
         if self.baseline != "leave-one-out":
             changes["baseline"] = self.baseline
         if self.leg != "score":
             changes["legs"] = self.leg
-        return estimators.make(self.estimator, **changes)
+        return estimators.make(name, **changes)
 
     def _check_spaces(self) -> None:
         ObservationForm(self.observation_space)  # raises for a space that is not supported

@@ -118,11 +118,7 @@ class Catch(gym.Env):
         screen[rows, columns] = colour if screen.ndim == 3 else 255
 
 
-TASKS = {
-    "room": (Room, "laptop"),
-    "catch": (Catch, "laptop-pixels"),
-    "catch-grey": (lambda: Catch((84, 84)), "laptop-pixels"),
-}
+TASKS = {"room": Room, "catch": Catch, "catch-grey": lambda: Catch((84, 84))}
 
 
 class Curve(BaseCallback):
@@ -147,10 +143,10 @@ class Curve(BaseCallback):
 def learn(
     name: str, seed: int, steps: int, every: int, episodes: int = 20, **changes: Any
 ) -> Curve:
-    """Learn a task with its preset, and return the learning curve."""
-    make, preset = TASKS[name]
+    """Learn a task with the preset `recommended`, and return the learning curve."""
+    make = TASKS[name]
     curve = Curve(make(), every, episodes)
-    arguments = {**PRESETS[preset], "seed": seed, "device": "cpu", **changes}
+    arguments = {**PRESETS["recommended"], "seed": seed, "device": "cpu", **changes}
     DreamerTPX("DreamerPolicy", make(), **arguments).learn(steps, curve)
     return curve
 

@@ -173,6 +173,24 @@ def test_a_registered_estimator_keeps_its_baseline(monkeypatch):
     assert make(estimator="mine")._update.settings.estimator == mine
 
 
+@pytest.mark.parametrize("changes", [{}, {"baseline": "mean"}, {"leg": "first-order"}])
+def test_auto_is_tpx_for_a_box_and_lr_with_a_critic_for_choices(changes):
+    """Unless the choices are differentiated straight-through under every estimator."""
+
+    def found(env, **own):
+        return make(env, **own, **changes)._update.settings.estimator
+
+    baseline = {} if "baseline" in changes else {"baseline": "critic"}
+    choices = found("CartPole-v1", estimator="auto")
+    assert choices == found("CartPole-v1", estimator="lr", **baseline)
+    for env, node in (
+        ("CartPole-v1", "latent"),
+        ("Pendulum-v1", "auto"),
+        ("Pendulum-v1", "action"),
+    ):
+        assert found(env, estimator="auto", node=node) == found(env, estimator="tpx", node=node)
+
+
 def test_arguments_reach_the_update():
     changes = {
         "gamma": 0.9, "lam": 0.8, "stop_grad_actor_input": False, "discount_weights": False,

@@ -9,7 +9,7 @@ from tests.agents.dreamer.tasks import AGENT, BLUE, EMPTY, RED, TASKS, Catch, Ro
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_tasks_are_gymnasiums(name):
-    check_env(TASKS[name][0](), skip_render_check=True)
+    check_env(TASKS[name](), skip_render_check=True)
 
 
 @pytest.mark.parametrize(("wanted", "reward"), [(1, 1.0), (2, -1.0)])
