@@ -51,7 +51,7 @@ MOST_STATES = 1000  # the parameters of the model grow with the square
 SelfSVG = TypeVar("SelfSVG", bound="SVG")
 
 
-class Objective(NamedTuple):
+class _Objective(NamedTuple):
     """What a gradient step minimises."""
 
     loss: Callable[[Actor], Tensor]
@@ -509,7 +509,7 @@ class SVG(Algorithm):
             self.policy_optimizer.step()
             self._n_updates += 1
 
-    def _policy_gradient(self, objective: Objective, *, measure: bool) -> PolicyGradient:
+    def _policy_gradient(self, objective: _Objective, *, measure: bool) -> PolicyGradient:
         """The estimator's gradient of an objective; if asked to, record k and what the legs are."""
         estimator, parameters = estimators.make(self.estimator), self.policy.learned
         counted = self.policy.last_layer
@@ -534,7 +534,7 @@ class SVG(Algorithm):
             record_gauge(self.logger, found.gauge.sum(0, keepdim=True), draw=False)
         return found
 
-    def _objective(self, log: dict[str, list[float]]) -> Objective:
+    def _objective(self, log: dict[str, list[float]]) -> _Objective:
         """The variant's loss on new data."""
         paths: Paths | None = None
         if self.variant == "inf":
@@ -574,7 +574,7 @@ class SVG(Algorithm):
                 gamma=self.gamma, weights=weights, drawn=drawn, nodes=self.nodes,
             )  # fmt: skip
 
-        return Objective(loss, samples, states, shape)
+        return _Objective(loss, samples, states, shape)
 
     def _paths(self) -> Paths:
         """The round's episodes, padded with their last state."""

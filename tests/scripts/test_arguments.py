@@ -66,7 +66,8 @@ def test_the_help_shows_every_flag_with_text_and_default(agent, capsys):
         assert len(words) > len(flag) + 25, words
 
 
-@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "train"])
+# train reads constructors, and zoo passes its flags on.
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("train", "zoo")])
 def test_every_flag_of_every_command_has_a_help(command, monkeypatch, capsys):
     parsers = []
 

@@ -61,7 +61,7 @@ def test_the_command_waits_passively_before_torch_is_imported():
 
 
 def test_a_run_records_its_threads_but_is_repeated_with_the_machine_s(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "learn", lambda *_: None)
+    monkeypatch.setattr(train, "learn", lambda *_, **__: None)
     monkeypatch.setattr(train, "owned_cores", lambda: 1)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     train.main(["daappo", "--env-id", "Pendulum-v1", "--threads", "0", "--runs", str(tmp_path),
@@ -99,7 +99,7 @@ def test_an_interrupted_bar_draws_no_more(signals, tmp_path, monkeypatch):
 
 
 def test_flags_without_an_effect_are_named_at_the_start(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "learn", lambda *_: None)
+    monkeypatch.setattr(train, "learn", lambda *_, **__: None)
     command = ["dreamer", "--env-id", "Pendulum-v1", "--device", "cpu", "--runs", str(tmp_path)]
     command += ["--deter", "8", "--hidden", "8", "--width", "8", "--stoch", "4"]
     train.main([*command, "--cuda-graph", "--learning-starts", "900", "--eval-every", "100"])
