@@ -261,7 +261,7 @@ def _found(
         times=np.array(times),
         values=np.array(values, dtype=float),
         action_repeat=_action_repeat(env_id, settings.get("env_args") or {}),
-        threshold=threshold if threshold is not None else _threshold(env_id),
+        threshold=_threshold(env_id, threshold) if quantity == "cost" else None,
     )
     return Found(curve, {**_flat(settings), SOURCE: source})
 
@@ -291,8 +291,10 @@ def _action_repeat(env_id: str, env_args: Mapping[str, Any]) -> int | None:
     return repeat if env_id and is_whole(repeat) else None
 
 
-def _threshold(env_id: str) -> float | None:
-    """Cost below which an environment counts as solved, from its registration."""
+def _threshold(env_id: str, given: float | None) -> float | None:
+    """Cost below which an environment counts as solved: the given one, or its registration's."""
+    if given is not None:
+        return given
     spec = gym.registry.get(env_id)
     return None if spec is None or spec.reward_threshold is None else -spec.reward_threshold
 

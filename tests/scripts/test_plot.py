@@ -328,3 +328,11 @@ def test_frames_of_unknown_length_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         plot.main([str(path), "--x", "frames"])
     assert "frames of a decision in balance are unknown" in capsys.readouterr().err
+
+
+def test_returns_have_no_success_panel_though_the_environment_has_a_threshold(tmp_path):
+    command = "totalprop sweep dreamer --estimators rp --seeds 0 --out x -- --env-id CartPole-v1"
+    sweep_file(tmp_path / "a", {"rp": entries(0)}, command)
+    curves, legend, _ = plot.labelled(plot.read([tmp_path / "a"], threshold=3.0))
+    assert [curve.threshold for curve in curves] == [None]
+    assert len(figure_of(curves, legend).axes) == 1
