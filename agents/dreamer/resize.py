@@ -29,23 +29,29 @@ def area_resize(images: np.ndarray, size: int) -> np.ndarray:
     Returns:
         [..., size, size] uint8.
     """
-    rows, cols = (_overlaps(n, size) for n in images.shape[-2:])
-    area = int(rows[0].sum() * cols[0].sum())
-    dtype = np.float32 if 255 * area < LARGEST_EXACT else np.float64
-    total = rows.astype(dtype) @ images.astype(dtype) @ cols.astype(dtype).T
-    return np.rint(total / area).astype(np.uint8)
+    left, right, area = _factors(*images.shape[-2:], size)
+    return np.rint(left @ images.astype(left.dtype) @ right / area).astype(np.uint8)
 
 
 def area_resize_tensors(images: Tensor, size: int) -> Tensor:
     """`area_resize` by operations on tensors, for graphs."""
-    rows, cols = (_overlaps(n, size) for n in images.shape[-2:])
-    area = int(rows[0].sum() * cols[0].sum())
-    dtype = torch.float32 if 255 * area < LARGEST_EXACT else torch.float64
-    left, right = (torch.as_tensor(overlaps, dtype=dtype) for overlaps in (rows, cols.T))
-    return (left @ images.to(dtype) @ right / area).round().to(torch.uint8)
+    *factors, area = _factors(*images.shape[-2:], size)
+    left, right = map(torch.tensor, factors)
+    return (left @ images.to(left.dtype) @ right / area).round().to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=16)
+def _factors(height: int, width: int, size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Factors [size, H] and [W, size] that sum what a pixel covers, and how much that is.
+
+    Their dtype holds every sum exactly.
+    """
+    rows, cols = _overlaps(height, size), _overlaps(width, size)
+    area = int(rows[0].sum() * cols[0].sum())
+    dtype = np.float32 if 255 * area < LARGEST_EXACT else np.float64
+    return rows.astype(dtype), cols.astype(dtype).T, area
+
+
 def _overlaps(n: int, size: int) -> np.ndarray:
     """[size, n] lengths that output pixels share with input pixels, in a unit that divides both.
 
