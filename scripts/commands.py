@@ -324,6 +324,13 @@ def _sweep(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="YAML with agent, seed and flags by name, each a value or a list of values to compare",
     )
+    add(
+        "--tune",
+        type=int,
+        metavar="N",
+        help="search N settings instead, with Optuna: values may be ranges, low..high or "
+        "low..high:log; needs seeds from 100 on",
+    )
     _add_runs(parser, "setting", seeds="those of --grid")
     parser.set_defaults(jobs=None)
     add(

@@ -19,8 +19,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,9 @@ class Trial:
         return [*command, "--import", module] if colon else command
 
 
-# Trains runs, so many at a time at most, and yields each with whether it is finished.
-Executor = Callable[[Sequence[Trial], int], Iterator[tuple[Trial, bool]]]
+# Trains runs, so many at a time at most, and yields each with whether it is finished. Those of
+# threads and of Ray ask for a run when they can start it, so that it may depend on earlier ones.
+Executor = Callable[[Iterable[Trial], int], Iterator[tuple[Trial, bool]]]
 
 
 def chosen(
@@ -152,20 +153,22 @@ def chosen(
     return in_threads
 
 
-def in_threads(trials: Sequence[Trial], jobs: int) -> Iterator[tuple[Trial, bool]]:
+def in_threads(trials: Iterable[Trial], jobs: int) -> Iterator[tuple[Trial, bool]]:
     """Start the runs from threads of this process."""
+    waiting, running = iter(trials), dict[Future[bool], Trial]()
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(trial): trial for trial in trials}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            for future in futures:
-                future.cancel()
+        while True:
+            room = jobs - len(running)
+            running.update((pool.submit(t), t) for t in itertools.islice(waiting, room))
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result()
 
 
 def on_ray(
-    trials: Sequence[Trial],
+    trials: Iterable[Trial],
     jobs: int,
     *,
     address: str = "",
@@ -214,9 +217,8 @@ def on_ray(
         running.update((train.remote(trial), trial) for trial in itertools.islice(waiting, jobs))
         while running:
             (done, *_), _ = ray.wait(list(running))
-            trial, succeeded = running.pop(done), ray.get(done)
+            yield running.pop(done), ray.get(done)
             running.update((train.remote(trial), trial) for trial in itertools.islice(waiting, 1))
-            yield trial, succeeded
     except ConnectionError as error:
         raise UserError(f"no cluster of Ray answers at {address} ({error})") from error
     finally:
@@ -232,7 +234,7 @@ def _train(trial: Trial) -> bool:
 
 
 def on_slurm(
-    trials: Sequence[Trial],
+    trials: Iterable[Trial],
     jobs: int,
     *,
     cluster: str = "slurm",
@@ -257,6 +259,7 @@ def on_slurm(
     """
     import submitit
 
+    trials = list(trials)
     wanted: dict[str, Any] = {
         "name": "totalprop", "timeout_min": TIME_LIMIT, "slurm_array_parallelism": jobs,
         "cpus_per_task": int(cpus or 1),

@@ -16,16 +16,19 @@ from totalprop.scripts.studies.executors import Trial
 
 
 @contextlib.contextmanager
-def watched(trials: Sequence[Trial]) -> Iterator[Callable[[Trial, bool], None]]:
+def watched(
+    trials: Sequence[Trial], total: int | None = None
+) -> Iterator[Callable[[Trial, bool], None]]:
     """Show runs while they are trained.
 
     Args:
-        trials: the runs.
+        trials: the runs, to which more may be added.
+        total: how many there will be; None for those that are there.
     Yields:
         A function to be called with each run that ends, and whether it is finished.
     """
     ended: dict[str, bool] = {}
-    is_drawn = sys.stdout.isatty()
+    is_drawn, total = sys.stdout.isatty(), len(trials) if total is None else total
 
     def end(trial: Trial, succeeded: bool) -> None:
         ended[trial.name] = succeeded
@@ -36,19 +39,19 @@ def watched(trials: Sequence[Trial]) -> Iterator[Callable[[Trial, bool], None]]:
     with contextlib.ExitStack() as stack:
         if is_drawn:
             stack.enter_context(
-                Live(get_renderable=lambda: table(trials, ended), refresh_per_second=1)
+                Live(get_renderable=lambda: table(trials, ended, total), refresh_per_second=1)
             )
         else:
-            stack.enter_context(said(lambda: f"{len(ended)} of {len(trials)} runs"))
+            stack.enter_context(said(lambda: f"{len(ended)} of {total} runs"))
         yield end
 
 
-def table(trials: Sequence[Trial], ended: Mapping[str, bool]) -> Table:
+def table(trials: Sequence[Trial], ended: Mapping[str, bool], total: int) -> Table:
     """The runs that are trained now, those that failed, and how many are done."""
     failed = [trial for trial in trials if ended.get(trial.name) is False]
     running = [trial for trial in trials if trial.name not in ended and trial.is_running]
     drawn = Table(
-        caption=f"{sum(ended.values())} of {len(trials)} runs done, {len(running)} running, "
+        caption=f"{sum(ended.values())} of {total} runs done, {len(running)} running, "
         f"{len(failed)} failed",
         caption_justify="left",
     )

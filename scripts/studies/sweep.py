@@ -16,6 +16,14 @@ another machine, results.json in --out is enough: runs that it holds of the same
 
 The runs start on Ray if it is installed (the extra `ray`), on this machine or with --address on a
 cluster, else from this process; with --slurm (the extra `slurm`) they are Slurm's jobs.
+
+    totalprop sweep daappo --tune 40 --vary learning-rate --values 1e-5..1e-2:log \
+        --vary clip-range --values 0.1 0.2 0.3 --seeds 100 101 --out results/tuned -- \
+        --env-id Pendulum-v1 --total-timesteps 30000
+
+searches instead (Optuna, the extra `tune`): 40 settings from ranges and choices, each trained on
+seeds that no report uses, and judged by their mean final evaluation. The same command continues a
+stopped search; a larger --tune extends it.
 """
 
 from __future__ import annotations
@@ -45,7 +53,7 @@ from totalprop.agents.core.validation import is_finite
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.arguments import parse
-from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.errors import UsageError, UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, parse_env_args, read_json
 from totalprop.scripts.run.job import Job
 from totalprop.scripts.studies.executors import Executor, Trial, chosen
@@ -53,6 +61,7 @@ from totalprop.scripts.studies.grid import Grid, read_grid
 from totalprop.scripts.studies.learning_curves import figure_of, style
 from totalprop.scripts.studies.live import watched
 from totalprop.scripts.studies.plot import labelled, read
+from totalprop.scripts.studies.tune import check_installed, tune
 
 THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
 
@@ -75,12 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = Path("runs") / options.out.resolve().name
     options.is_default, options.runs = options.runs in (None, default), options.runs or default
     with ending_with_a_sentence():
+        if options.tune is not None:
+            _check_tune(options)
         grid = read_grid(options, extra)
         executor = chosen(
             address=options.address, cpus=options.cpus_per_run, gpus=options.gpus_per_run,
             slurm=options.slurm,
             parameters=parse_env_args(tuple(options.slurm_arg), "--slurm-arg", "timeout_min=600"),
         )  # fmt: skip
+        if options.tune is not None:
+            tune(options, grid, executor)
+            return
         for setting, seed in itertools.product(grid.settings().values(), grid.seeds):
             path = options.runs / setting.run_name(seed)
             if seed == grid.seeds[0] or path.exists():  # a check takes 50 ms
@@ -90,6 +104,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report(options, grid, earlier)
     if failed:
         raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
+
+
+def _check_tune(options: argparse.Namespace) -> None:
+    """Raise a UserError where a search cannot be what is asked for."""
+    if options.tune < 1:
+        raise UsageError(f"--tune must be at least 1, got {options.tune}")
+    if options.slurm:
+        raise UsageError("--tune needs each result before it proposes more: use --address on Ray")
+    if options.address and not options.jobs:
+        raise UsageError("--tune on a cluster needs --jobs, the runs at the same time")
+    if options.watch or options.beside:
+        raise UsageError("--watch and --beside are for a sweep's report, which --tune has none of")
+    check_installed()
 
 
 def check_run(path: Path, command: Sequence[str]) -> None:

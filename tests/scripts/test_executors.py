@@ -117,7 +117,7 @@ def test_the_table_shows_what_runs_and_what_failed(trial_of):
     (running.folder / "config.json").write_text('{"options": {"total_timesteps": 9600}}')
     with open(running.log, "a") as log:
         executors.fcntl.flock(log, executors.fcntl.LOCK_EX)
-        drawn = live.table(trials, {"done": True, "failed": False})
+        drawn = live.table(trials, {"done": True, "failed": False}, len(trials))
     columns = [list(column.cells) for column in drawn.columns]
     assert columns[0] == ["failed", "running"]
     assert columns[2][1] == "2,400 of 9,600" and columns[3][1] == "1.5"
