@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from totalprop.agents.core.validation import try_estimator
 from totalprop.agents.pipps.particles import Noise, simulate
 from totalprop.estimators import Estimator, PolicyGradient, gradient, make
 from totalprop.scripts.run.errors import UserError
@@ -28,9 +29,11 @@ def estimator_named(name: str) -> Estimator:
     """A registered estimator, with a leg of its own after a plus: "tp", "lr+biw"; or "gr".
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or none without a critic.
     """
-    return make("rp") if name == RESAMPLED else estimator_with_leg(name)
+    estimator = make("rp") if name == RESAMPLED else estimator_with_leg(name)
+    try_estimator(estimator, [6])  # the least number of particles
+    return estimator
 
 
 def style(name: str) -> dict[str, Any]:

@@ -71,6 +71,8 @@ def test_names_have_legs_after_a_plus():
     for wrong in ("lr+bow", "gr+biw"):
         with pytest.raises(ValueError, match="unknown"):
             estimator_named(wrong)
+    with pytest.raises(ValueError, match="need a critic"):
+        estimator_named("tpx+lax")
 
 
 def test_a_box_is_the_value_of_each_state(line):
