@@ -105,8 +105,8 @@ class Cell(NamedTuple):
         ]  # fmt: skip
 
 
-def _name_of(row: dict[str, Any]) -> str:
-    return Cell(*(row[field] for field in Cell._fields)).name(row["seed"])
+def _run_of(row: Mapping[str, Any]) -> tuple[Cell, int]:
+    return Cell(*(row[field] for field in Cell._fields)), row["seed"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -126,10 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     runs = options.runs or Path("runs") / options.out.resolve().name
     with ending_with_a_sentence():
-        failed, earlier = 0, read_rows(options.out, runs, extra, _name_of)
+        failed, earlier = 0, read_rows(options.out, extra, _run_of)
         if not options.report_only:
             jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
-            jobs = {name: command for name, command in jobs.items() if name not in earlier}
+            for name in {cell.name(seed) for cell, seed in earlier}:
+                if not (runs / name).exists():
+                    jobs.pop(name, None)
             failed = train_runs(jobs, runs, options.jobs)
         report(options.out, runs, cells, options.seeds, extra, earlier)
     if failed:
@@ -138,22 +140,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def report(
     out: Path, runs: Path, cells: Sequence[Cell], seeds: Sequence[int], extra: Sequence[str],
-    earlier: Mapping[str, dict[str, Any]],
+    earlier: Mapping[tuple[Cell, int], dict[str, Any]],
 ) -> None:  # fmt: skip
     """Write results.json, table.md and profiles.png from the runs that are finished."""
-    rows: list[dict[str, Any]] = []
+    found = dict(earlier)
+    named = {cell.name(seed): row for (cell, seed), row in earlier.items()}
     for cell, seed in itertools.product(cells, seeds):
         folder = RunFolder(runs / cell.name(seed))
-        if cell.name(seed) in earlier:
-            rows.append({**earlier[cell.name(seed)], **cell._asdict()})
-        elif folder.summary.exists():
+        if folder.summary.exists():
             steps, returns = folder.read_evaluations()
             means = returns.mean(1)
-            rows.append({
+            found[cell, seed] = {
                 **cell._asdict(), "seed": seed, "score": round(score(cell.task, means), 4),
                 "timesteps": list(steps), "returns": means.round(2).tolist(),
                 "commit": str(read_json(folder.config).get("commit", "unknown")),
-            })  # fmt: skip
+            }  # fmt: skip
+        elif cell.name(seed) in named:  # maybe of the other gate
+            found[cell, seed] = {**named[cell.name(seed)], **cell._asdict()}
+    rows = list(found.values())
     if not rows:
         raise UserError(f"no finished run in {runs}; see the .log files there")
     out.mkdir(parents=True, exist_ok=True)

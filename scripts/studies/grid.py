@@ -6,12 +6,14 @@ import argparse
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from totalprop.agents import AGENTS
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.run.arguments import read_settings
 from totalprop.scripts.run.errors import UsageError
+
+T = TypeVar("T")
 
 
 class Setting(NamedTuple):
@@ -72,6 +74,11 @@ class Grid(NamedTuple):
             found[label] = Setting(label, agent, own, self.flags)
         return found
 
+    def joined(self, other: Grid) -> Grid:
+        """With another one's values of the same axes, and its seeds."""
+        axes = {flag: _union(values, other.axes[flag]) for flag, values in self.axes.items()}
+        return self._replace(axes=axes, seeds=_union(self.seeds, other.seeds))
+
     def command(self) -> str:
         """The sweep's command without the seeds and what follows."""
         words = ["totalprop sweep", *self.agents]
@@ -79,6 +86,10 @@ class Grid(NamedTuple):
             words.append("--estimators" if name == "estimator" else f"--vary {name} --values")
             words.extend(values)
         return " ".join(words)
+
+
+def _union(first: Sequence[T], then: Sequence[T]) -> list[T]:
+    return list(dict.fromkeys((*first, *then)))
 
 
 def read_grid(options: argparse.Namespace, flags: Sequence[str]) -> Grid:

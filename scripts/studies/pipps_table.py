@@ -211,11 +211,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = cell.name(seed)
             if seed == options.seeds[0] or (runs / name).exists():  # a check takes 50 ms
                 check_run(runs / name, jobs[name])
-        earlier = read_rows(options.out, runs, flags, lambda row: cell_of(row).name(row["seed"]))
+        earlier = read_rows(options.out, flags, lambda row: (cell_of(row), row["seed"]))
         failed = 0
         if not options.report_only:
-            missing = {name: command for name, command in jobs.items() if name not in earlier}
-            failed = train_runs(missing, runs, options.jobs)
+            for name in {cell.name(seed) for cell, seed in earlier}:
+                if not (runs / name).exists():
+                    jobs.pop(name, None)
+            failed = train_runs(jobs, runs, options.jobs)
         report(options.out, runs, cells, options.seeds, flags, earlier)
     if failed:
         raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
@@ -252,6 +254,11 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
 # ---------------------------------------------------------------------------- report
 
 
+def _order(run: tuple[Cell, int]) -> tuple[int, float, int, int]:
+    (task, noise, method), seed = run
+    return list(TASKS).index(task), noise, PIPPS_METHODS.index(method), seed
+
+
 def published_of(cell: Cell) -> Rate | None:
     """The paper's rate, or None."""
     rate = PUBLISHED.get((cell.task, cell.noise), {}).get(cell.method)
@@ -260,22 +267,21 @@ def published_of(cell: Cell) -> Rate | None:
 
 def report(
     out: Path, runs: Path, cells: Sequence[Cell], seeds: Sequence[int], flags: Sequence[str],
-    earlier: Mapping[str, dict[str, Any]],
+    earlier: Mapping[tuple[Cell, int], dict[str, Any]],
 ) -> None:  # fmt: skip
     """Write results.json, table.md and success.png from the runs that are finished."""
-    rows: list[dict[str, Any]] = []
+    found = dict(earlier)
     for cell, seed in itertools.product(cells, seeds):
         folder = RunFolder(runs / cell.name(seed))
-        if cell.name(seed) in earlier:
-            rows.append({**earlier[cell.name(seed)], **cell._asdict()})
-        elif folder.summary.exists():
+        if folder.summary.exists():
             steps, returns = folder.read_evaluations()
-            rows.append({
+            found[cell, seed] = {
                 **cell._asdict(), "seed": seed, "timesteps": list(steps),
                 "costs": (-returns.mean(1)).round(3).tolist(),
                 "seconds": read_json(folder.summary).get("seconds"),
                 "commit": str(read_json(folder.config).get("commit", "unknown")),
-            })  # fmt: skip
+            }  # fmt: skip
+    rows = [found[run] for run in sorted(found, key=_order)]
     if not rows:
         raise UserError(f"no finished run in {runs}; see the .log files there")
     out.mkdir(parents=True, exist_ok=True)
@@ -283,7 +289,7 @@ def report(
     finals: dict[Cell, list[float]] = {}
     for row in rows:
         finals.setdefault(cell_of(row), []).append(row["costs"][-1])
-    expected = len(cells) * len(seeds)
+    expected = len({*found, *itertools.product(cells, seeds)})
     text = table(finals, flags, sorted({row["commit"] for row in rows}), expected)
     write_text(out / "table.md", text)
     figures.save(figure_of(finals), out / "success.png", dpi=150)

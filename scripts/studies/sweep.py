@@ -13,6 +13,7 @@ Every run is a separate `totalprop train`; its flags can be given after `--`. Af
 command continues the sweep: finished runs are not repeated, others are resumed, and one that is
 still trained is waited for. A run folder that was trained with different flags is an error. On
 another machine, results.json in --out is enough: runs that it holds of the same flags are finished.
+Further values and seeds are added to it.
 
 The runs start on Ray if it is installed (the extra `ray`), on this machine or with --address on a
 cluster, else from this process; with --slurm (the extra `slurm`) they are Slurm's jobs.
@@ -29,6 +30,7 @@ stopped search; a larger --tune extends it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import difflib
 import functools
@@ -42,7 +44,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -63,6 +65,7 @@ from totalprop.scripts.studies.live import watched
 from totalprop.scripts.studies.plot import labelled, read
 from totalprop.scripts.studies.tune import check_installed, tune
 
+Run = TypeVar("Run")
 THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
 
 
@@ -99,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path = options.runs / setting.run_name(seed)
             if seed == grid.seeds[0] or path.exists():  # a check takes 50 ms
                 check_run(path, setting.command(seed))
-        earlier = read_earlier(options, grid)
+        earlier = read_earlier(options.out, grid)
         failed = 0 if options.report_only else train_all(options, grid, earlier, executor)
         report(options, grid, earlier)
     if failed:
@@ -135,89 +138,91 @@ def check_run(path: Path, command: Sequence[str]) -> None:
 
 
 class Earlier(NamedTuple):
-    """What results.json holds of the runs that are asked for, where their folders are not here."""
+    """What results.json in --out holds, of runs whose folders may be elsewhere."""
 
+    grid: Grid  # which runs it is about
     results: dict[str, dict[str, Any]]  # label of a setting -> seed -> entry
     commits: set[str]
 
 
-def read_earlier(options: argparse.Namespace, grid: Grid) -> Earlier:
-    """Read the runs of the same flags that results.json in --out holds, maybe of another machine.
+def read_earlier(out: Path, grid: Grid) -> Earlier:
+    """Read what results.json holds of a grid's agents and flags, of any values and seeds.
 
     Raises:
-        UserError: the file is not one that a sweep wrote.
+        UserError: it has results of another sweep, which would be lost, or is not one of a sweep.
     """
-    path, found = options.out / "results.json", Earlier({}, set())
+    path = out / "results.json"
     if not path.exists():
-        return found
+        return Earlier(grid._replace(seeds=()), {}, set())
     record = read_json(path)
     try:
-        command = shlex.split(record["command"])
-        split = command.index("--") if "--" in command else len(command)
-        if _without_values(command) != _without_values(shlex.split(grid.command())):
-            return found
-        if command[split + 1 :] != grid.flags:
-            return found
-        for (label, setting), seed in itertools.product(grid.settings().items(), grid.seeds):
-            is_here = (options.runs / setting.run_name(seed)).exists()
-            if not is_here and str(seed) in record["results"].get(label, {}):
-                found.results.setdefault(label, {})[str(seed)] = record["results"][label][str(seed)]
-        found.commits.update(record["commit"].split(", ") if found.results else [])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        own = _grid_of(record["command"])
+        results = {label: dict(seeds) for label, seeds in record["results"].items()}
+        commits = set(record["commit"].split(", "))
+    except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{path} was not written by a sweep ({error!r}); move it away") from error
-    return found
+    same = [(g.agents, list(g.axes), list(g.flags)) for g in (own, grid)]
+    if same[0] != same[1]:
+        raise UserError(
+            f"{path} holds the results of `{record['command']}`, another sweep; choose another "
+            "--out, or move it away"
+        )
+    return Earlier(own, results, commits)
 
 
-def _without_values(command: Sequence[str]) -> list[str]:
-    """A sweep's command up to its seeds: the agents and what is varied, but not the values."""
-    kept, is_value = [], False
-    for word in itertools.takewhile(lambda word: word != "--seeds", command):
-        if word.startswith("--"):
-            is_value = word in ("--values", "--estimators")
-        elif is_value:
-            continue
-        kept.append(word)
-    return kept
+def _grid_of(command: str) -> Grid:
+    """The grid of a sweep's command, as results.json quotes it."""
+    words = shlex.split(command)
+    words = words[next(i for i, w in enumerate(words) if w.rpartition(".")[2] == "sweep") + 1 :]
+    split = words.index("--") if "--" in words else len(words)
+    usage = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(usage):
+            options = parser_of("sweep").parse_args(words[:split])
+    except SystemExit:
+        raise ValueError(usage.getvalue().strip().splitlines()[-1]) from None
+    return read_grid(options, words[split + 1 :])
 
 
 def read_rows(
-    out: Path, runs: Path, flags: Sequence[str], name_of: Callable[[dict[str, Any]], str]
-) -> dict[str, dict[str, Any]]:
-    """The runs of a study's results.json, of the same flags and without a folder here.
+    out: Path, flags: Sequence[str], run_of: Callable[[dict[str, Any]], Run]
+) -> dict[Run, dict[str, Any]]:
+    """The runs that a study's results.json holds; their folders may be elsewhere.
 
     Args:
         out: folder of results.json, with "flags" and a list of "runs".
-        runs: folder of the runs.
         flags: what the runs must have been trained with.
-        name_of: the name of the run of a row.
+        run_of: the run of a row.
     Returns:
-        Name of a run -> its row.
+        Run -> its row.
     Raises:
-        UserError: the file is not one of the study.
+        UserError: it has results of other flags, which would be lost, or is not one of the study.
     """
     path = out / "results.json"
     if not path.exists():
         return {}
     record = read_json(path)
     try:
-        if record["flags"] != list(flags):
-            return {}
-        named = {name_of(row): row for row in record["runs"]}
+        found, rows = record["flags"], {run_of(row): row for row in record["runs"]}
     except (LookupError, TypeError) as error:
         raise UserError(
             f"{path} was not written by this study ({error!r}); move it away"
         ) from error
-    return {name: row for name, row in named.items() if not (runs / name).exists()}
+    if found != list(flags):
+        raise UserError(
+            f"{path} holds runs with the flags {shlex.join(found) or 'of the defaults'}; choose "
+            "another --out, or move it away"
+        )
+    return rows
 
 
 def train_all(options: argparse.Namespace, grid: Grid, earlier: Earlier, executor: Executor) -> int:
     """Start or resume all unfinished runs; return the number of runs that failed."""
-    jobs = {
-        setting.run_name(seed): setting.command(seed)
-        for seed in grid.seeds
-        for label, setting in grid.settings().items()
-        if str(seed) not in earlier.results.get(label, {})
-    }
+    jobs = {}
+    for seed, (label, setting) in itertools.product(grid.seeds, grid.settings().items()):
+        name = setting.run_name(seed)
+        if str(seed) not in earlier.results.get(label, {}) or (options.runs / name).exists():
+            jobs[name] = setting.command(seed)
     is_elsewhere = options.address or options.slurm
     workers = options.jobs or (len(jobs) if is_elsewhere else os.cpu_count() or 1)
     return train_runs(jobs, options.runs, workers, executor)
@@ -250,14 +255,12 @@ def train_runs(
 
 def report(options: argparse.Namespace, grid: Grid, earlier: Earlier) -> None:
     """Write results.json, table.md and learning_curves.png, and a table of all evaluations."""
+    grid = earlier.grid.joined(grid)
     quantities = {AGENTS[agent].quantity for agent in grid.agents}
     quantity = quantities.pop() if len(quantities) == 1 else "return"
     results: dict[str, dict[str, Any]] = {}
     commits = set(earlier.commits)
     for (label, setting), seed in itertools.product(grid.settings().items(), grid.seeds):
-        if str(seed) in earlier.results.get(label, {}):
-            results.setdefault(label, {})[str(seed)] = earlier.results[label][str(seed)]
-            continue
         folder = RunFolder(options.runs / setting.run_name(seed))
         if folder.summary.exists():
             summary, (steps, returns) = read_json(folder.summary), folder.read_evaluations()
@@ -276,6 +279,8 @@ def report(options: argparse.Namespace, grid: Grid, earlier: Earlier) -> None:
             if options.watch:
                 entry[options.watch] = _watched(folder, options.watch)
             results.setdefault(label, {})[str(seed)] = entry
+        elif str(seed) in earlier.results.get(label, {}):
+            results.setdefault(label, {})[str(seed)] = earlier.results[label][str(seed)]
     if not results:
         raise UserError(f"no finished run in {options.runs}; see the .log files there")
     others = _read_others(options.beside, quantity)

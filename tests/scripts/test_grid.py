@@ -1,6 +1,7 @@
 """The grid of a sweep: which runs it has, what they are called, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 
@@ -121,7 +122,7 @@ def test_costs_beside_returns_are_negative_returns(tmp_path, capsys):
     options = parser_of("sweep").parse_args([*words.split(), "--out", str(tmp_path / "out")])
     options.is_default = False
     grid = read_grid(options, [])
-    sweep.report(options, grid, sweep.Earlier({}, set()))
+    sweep.report(options, grid, sweep.read_earlier(options.out, grid))
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert results["agent=pipps, learning-rate=0.9"]["0"]["final_return"] == -3.0
     assert "agent=daappo, learning-rate=0.9" in capsys.readouterr().out
@@ -131,12 +132,22 @@ def test_costs_beside_returns_are_negative_returns(tmp_path, capsys):
         "pipps,0.9,0,30,-6.0", "pipps,0.9,0,60,-3.0",
         "daappo,0.9,0,30,-6.0", "daappo,0.9,0,60,-3.0",
     ]  # fmt: skip
-    # On another machine, the results of the same grid are enough; those of another flag are not.
+    # On another machine, the results are enough, and further seeds and values join them.
     options.runs = tmp_path / "elsewhere"
-    found = sweep.read_earlier(options, grid)
+    found = sweep.read_earlier(options.out, grid)
     assert found.results == results and found.commits == {"abc"}
-    assert not sweep.read_earlier(options, grid._replace(flags=["--seed", "1"])).results
-    assert not sweep.read_earlier(options, grid._replace(axes={"horizon": ["0.9"]})).results
+    other = grid._replace(axes={"learning-rate": ["0.5"]}, seeds=[1])
+    folder = tmp_path / "elsewhere" / "agent=pipps_learning-rate=0.5_seed1"
+    shutil.copytree(tmp_path / "runs" / "agent=pipps_learning-rate=0.9_seed0", folder)
+    sweep.report(options, other, sweep.read_earlier(options.out, other))
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    added = record["results"].pop("agent=pipps, learning-rate=0.5")
+    assert list(added) == ["1"] and record["results"] == results
+    assert "--values 0.9 0.5 --seeds 0 1" in record["command"]
+    # Another sweep's results would be lost.
+    for changed in (grid._replace(flags=["--gamma", "1"]), grid._replace(axes={"gamma": ["0.9"]})):
+        with pytest.raises(UserError, match="holds the results of `totalprop sweep pipps daappo"):
+            sweep.read_earlier(options.out, changed)
 
 
 def test_a_table_of_evaluations_is_parquet_too(tmp_path):

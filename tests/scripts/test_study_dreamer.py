@@ -76,7 +76,11 @@ def test_the_report_covers_what_is_finished(tmp_path, capsys):
     assert json.loads((out / "results.json").read_text())["runs"] == rows
     with pytest.raises(SystemExit, match="1"):
         dreamer.main([*command, "--", "--gamma", "0.9"])
-    assert "no finished run" in capsys.readouterr().err
+    assert "holds runs with the flags of the defaults" in capsys.readouterr().err
+    # Nor are they lost where others are asked for.
+    command[command.index("--seeds") + 1 : command.index("--report-only")] = ["7"]
+    dreamer.main(command)
+    assert json.loads((out / "results.json").read_text())["runs"] == rows
 
 
 @pytest.mark.parametrize("flag", ["--tasks", "--gates", "--gradients"])

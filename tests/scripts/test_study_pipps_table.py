@@ -91,6 +91,9 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path, capsys, sweep_by_fork
     command[command.index(str(runs))] = str(tmp_path / "elsewhere")
     pipps_table.main([*command, "--seeds", "0", "1", *FLAGS])
     assert not (tmp_path / "elsewhere").exists()
+    pipps_table.main([*command, "--seeds", "7", "--report-only", *FLAGS])
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 4
+    assert "4 of 6 runs" in (out / "table.md").read_text()
     # Other flags are other runs.
     command[command.index(str(tmp_path / "elsewhere"))] = str(runs)
     with pytest.raises(SystemExit, match="1"):

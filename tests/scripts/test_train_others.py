@@ -393,8 +393,10 @@ def test_a_sweep_goes_on_where_only_its_results_are(tmp_path, monkeypatch, capsy
     both = swept(["0", "1"], "b")
     assert both["0"] == first["0"] and list(both) == ["0", "1"]
     assert [path.name for path in (tmp_path / "b").glob("*/")] == ["none_seed1"]
-    swept(["0"], "c", "--gamma", "0.9")
-    assert (tmp_path / "c" / "none_seed0").exists()  # other flags are another sweep
+    assert swept(["1"], "c") == both and not (tmp_path / "c" / "none_seed1").exists()
+    with pytest.raises(SystemExit, match="1"):
+        swept(["0"], "c", "--gamma", "0.9")
+    assert "another sweep; choose another --out" in capsys.readouterr().err
     (out / "results.json").write_text('{"results": {}}')
     with pytest.raises(SystemExit, match="1"):
         swept(["0"], "d")
