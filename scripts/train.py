@@ -8,6 +8,7 @@ totalprop train dreamer --preset laptop --env-id dm_control/walker-walk-v0 --hor
 totalprop train dreamer --env-id dm_control/walker-walk-v0 --env-arg observation=pixels
 totalprop train daappo --env-id dm_control/cartpole-swingup-v0 --env-arg action_repeat=4
 totalprop train daappo --preset recommended --action-source rewind
+totalprop train dreamer --preset recommended --offline mujoco/hopper/medium-v0   # from data alone
 totalprop train --config runs/NAME --seed 1            # the settings of a run, with another seed
 totalprop train --resume runs/NAME                     # continue after a kill or Ctrl-C
 torchrun --nproc-per-node 2 -m totalprop train dreamer # one agent learned by two processes
@@ -24,7 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
@@ -48,6 +49,7 @@ from totalprop.scripts.run.interruption import locked, stopping_on_signals
 from totalprop.scripts.run.job import Job, RunOptions
 from totalprop.scripts.run.log import make_logger
 from totalprop.scripts.run.normalisation import save_statistics
+from totalprop.scripts.run.offline import dataset_of, environments, with_environment
 from totalprop.scripts.run.progress import Pace, said
 from totalprop.scripts.run.report import report
 from totalprop.scripts.run.threads import owned_cores
@@ -59,6 +61,9 @@ from totalprop.scripts.run.torchrun import (
     processes_of_torchrun,
     resume_command,
 )
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -145,17 +150,25 @@ def train(job: Job, processes: Processes = ALONE) -> RunFolder:
     set_up_torch(options)
     say_what_surprises(job)
     # Whatever may fail is made before the folder, so that a typo leaves nothing behind.
-    env, eval_env = job.environments()
-    algorithm = job.algorithm(env, processes)
+    dataset = dataset_of(job, processes)
+    if dataset is not None:
+        job = with_environment(job, dataset)
+        options = job.options
+    env, eval_env = environments(job, dataset) if dataset is not None else job.environments()
+    algorithm = job.algorithm(env, processes, dataset)
     method = "_".join(str(arguments[name]) for name in AGENTS[job.agent].named_by)
-    task = options.env_id.rsplit("/", 1)[-1]
+    task, where = options.env_id.rsplit("/", 1)[-1], options.env_id
+    if dataset is not None:
+        task = dataset.id.replace("/", "-")
+        where = f"{dataset.total_steps:,} steps of {dataset.id}"
+        where += f", evaluated in {options.env_id}" if eval_env else ""
     name = options.name or f"{job.agent}_{task}_{method}_seed{arguments['seed']}"
     folder = None
     if processes.rank == 0:
         folder = RunFolder.create(options.runs, name, job.config())
     folder = processes.objects(folder)[0]
     assert folder is not None
-    print(f"Training {job.agent} ({method}) on {options.env_id}, writing to {folder.path}")
+    print(f"Training {job.agent} ({method}) on {where}, writing to {folder.path}")
     try:
         with locked(folder.path) if processes.rank == 0 else contextlib.nullcontext():
             learn(job, folder, algorithm, eval_env, processes=processes)
@@ -185,7 +198,7 @@ def say_what_surprises(job: Job) -> None:
         print(f"--cuda-graph has no effect on {device}: it needs a CUDA device", file=sys.stderr)
     steps, every = job.options.total_timesteps, job.options.eval_every
     starts = max(job.arguments.get(name) or 0 for name in ("learning_starts", "n_steps"))
-    if every and every < starts:  # no policy is new before
+    if every and every < starts and not job.options.offline:  # no policy is new before
         print(
             f"the first evaluation is after about {min(starts, steps)} steps, the first that are "
             f"learned from, not after --eval-every {every}",
@@ -234,8 +247,9 @@ def resume(
             options = dataclasses.replace(job.options, total_timesteps=total_timesteps)
             job = dataclasses.replace(job, options=options)
         set_up_torch(job.options)
-        env, eval_env = job.environments()
-        learn(job, folder, None, eval_env, env, processes=processes)
+        dataset = dataset_of(job, processes)
+        env, eval_env = environments(job, dataset) if dataset is not None else job.environments()
+        learn(job, folder, None, eval_env, env, processes=processes, dataset=dataset)
     return folder
 
 
@@ -256,10 +270,11 @@ def learn(
     job: Job,
     folder: RunFolder,
     algorithm: Algorithm | None,
-    eval_env: VecEnv,
+    eval_env: VecEnv | None,
     env: VecEnv | None = None,
     *,
     processes: Processes = ALONE,
+    dataset: MinariDataset | None = None,
 ) -> None:
     """Train to the end with checkpoints, then save the agent and report.
 
@@ -267,26 +282,32 @@ def learn(
         job: what to train.
         folder: the run's folder.
         algorithm: the agent to train; None loads the newest checkpoint.
-        eval_env: environment for evaluations.
+        eval_env: environment for evaluations, or None for none.
         env: environment of the loaded agent; required if `algorithm` is None.
         processes: that train together. The first one evaluates, logs and reports, and each writes
             checkpoints of its own.
+        dataset: of an offline run, for an agent that no checkpoint holds yet.
     """
     options = job.options
-    evaluation = Evaluation(
-        eval_env,
-        n_episodes=options.eval_episodes,
-        every=options.eval_every,
-        max_steps=options.eval_max_steps,
-        path=folder.evaluations,
-        verbose=1,
-        quantity=AGENTS[job.agent].quantity,
-    )
+    evaluation = None
+    if eval_env is not None:
+        evaluation = Evaluation(
+            eval_env,
+            n_episodes=options.eval_episodes,
+            every=options.eval_every,
+            max_steps=options.eval_max_steps,
+            path=folder.evaluations,
+            verbose=1,
+            quantity=AGENTS[job.agent].quantity,
+            unit="updates" if options.offline else "real steps",
+        )
     stopwatch = Stopwatch()
     place, is_first = checkpoint_folder(folder, processes.rank), processes.rank == 0
     also: dict[str, Stateful] = {}
     if is_first:
-        also = {"evaluation": evaluation, "stopwatch": stopwatch}
+        also = {"stopwatch": stopwatch}
+        if evaluation is not None:
+            also["evaluation"] = evaluation
     else:
         place.mkdir(parents=True, exist_ok=True)  # so that a resumed run knows how many there were
     checkpoints = Checkpoints(
@@ -297,7 +318,7 @@ def learn(
         device = processes.device(job.arguments["device"])
         cls = AGENTS[job.agent].cls
         algorithm = load_together(checkpoints, cls, env, device, processes)
-        algorithm = algorithm or job.algorithm(env, processes)
+        algorithm = algorithm or job.algorithm(env, processes, dataset)
         print(f"Resuming {folder.path} after {algorithm.num_timesteps} steps")
     logger, is_drawing = Logger(None, []), is_first and options.tensorboard
     if is_first:
@@ -307,7 +328,9 @@ def learn(
     checkpoints.also = also
     algorithm.set_logger(logger)
     algorithm.tensorboard_log = str(folder.path) if is_drawing else None
-    callbacks: list[BaseCallback] = [Pace(), evaluation] if is_first else []
+    callbacks: list[BaseCallback] = [Pace()] if is_first else []
+    if evaluation is not None and is_first:
+        callbacks.append(evaluation)
     if is_drawing:
         for name, pictures in AGENTS[job.agent].callbacks(options.total_timesteps).items():
             callbacks.append(pictures)
@@ -331,7 +354,8 @@ def learn(
             stack.enter_context(said(lambda: f"{started.num_timesteps} of {total} steps"))
         try:
             if remaining > 0:
-                algorithm.learn(
+                name = "learn_offline" if options.offline else "learn"
+                getattr(algorithm, name)(
                     remaining,
                     callback=callbacks,
                     progress_bar=is_drawn,

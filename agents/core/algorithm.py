@@ -501,6 +501,8 @@ class Algorithm(BaseAlgorithm):
     def cut_episodes(self) -> None:
         """Begin new episodes at the next `learn`; the running ones count as truncated."""
         assert self.env is not None
+        if self._last_obs is None:  # none is running, as while learning from data alone
+            return
         self._last_obs = None
         self.n_cut_episodes += self.env.num_envs
         if self.seed is not None:  # or the first episodes would be repeated

@@ -116,6 +116,7 @@ class Evaluation(BaseCallback):
         path: JSON file, rewritten after every evaluation: {"timesteps": [k], "returns": [k][n]}.
         verbose: 1 prints a line per evaluation.
         quantity: what that line gives, an episode's "return" or its "cost" (-return).
+        unit: what the steps are, for that line.
     """
 
     def __init__(
@@ -128,9 +129,10 @@ class Evaluation(BaseCallback):
         path: Path | None = None,
         verbose: int = 0,
         quantity: Literal["return", "cost"] = "return",
+        unit: str = "real steps",
     ) -> None:
         super().__init__(verbose)
-        self.quantity = quantity
+        self.quantity, self.unit = quantity, unit
         self.eval_env, self.n_episodes, self.path = eval_env, n_episodes, path
         self.every, self.max_steps = every, max_steps
         self._said_cut = False
@@ -211,7 +213,7 @@ class Evaluation(BaseCallback):
         self.logger.dump(self.num_timesteps)  # after the last evaluation no other dump follows
         if self.verbose:
             shown = f"{self.quantity} {-mean if self.quantity == 'cost' else mean:8.2f} ± {std:.2f}"
-            tqdm.write(f"{self.num_timesteps:6d} real steps: {shown}")
+            tqdm.write(f"{self.num_timesteps:6d} {self.unit}: {shown}")
         if self.path is not None:
             record = {"timesteps": self.timesteps, "returns": self.returns}
             safe_file.write_text(self.path, json.dumps(record) + "\n")

@@ -30,6 +30,13 @@ class Continuous:
         found: np.ndarray = low + 0.5 * (scaled + 1.0) * (high - low)
         return np.clip(found, low, high).astype(self.space.dtype)
 
+    def from_env(self, actions: np.ndarray) -> np.ndarray:
+        """[n, *shape] in the environment's units -> [n, A]; in [-1, 1] where within the bounds."""
+        low, high = self.space.low.astype("f8"), self.space.high.astype("f8")
+        span = np.where(high > low, high - low, np.inf)  # 0 where there is nothing to choose
+        scaled = 2.0 * (actions - low) / span - (high > low)
+        return scaled.reshape(len(actions), self.size).astype(np.float32)
+
     def random(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """[n, A] uniformly random actions."""
         return rng.uniform(-1.0, 1.0, (n, self.size)).astype(np.float32)
@@ -64,6 +71,19 @@ class Choices:
         shaped = numbers.reshape(-1, *np.shape(self.space.start))
         found: np.ndarray = (shaped + self.space.start).astype(self.space.dtype)
         return found
+
+    def from_env(self, actions: np.ndarray) -> np.ndarray:
+        """[n, *shape] whole numbers as the environment takes them -> [n, A] one-hot vectors.
+
+        Raises:
+            ValueError: a number is none of the options.
+        """
+        numbers = (actions - self.space.start).reshape(len(actions), -1)
+        if ((numbers < 0) | (numbers >= self.sizes)).any():
+            row = np.flatnonzero(((numbers < 0) | (numbers >= self.sizes)).any(1))[0]
+            raise ValueError(f"action {actions[row]} is not in {self.space}")
+        parts = [np.eye(k, dtype=np.float32)[numbers[:, i]] for i, k in enumerate(self.sizes)]
+        return np.concatenate(parts, axis=1)
 
     def random(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """[n, A] uniformly random actions."""

@@ -14,7 +14,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import get_latest_run_id
 from torch import Tensor
 
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.datasets import check_spaces, open_dataset
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.core.validation import (
     Above,
@@ -45,6 +47,7 @@ from totalprop.agents.dreamer.metrics import (
     FIGURE_SECONDS,
     GAUGE_EVERY,
     Round,
+    record_data,
     record_decisions,
 )
 from totalprop.agents.dreamer.observations import (
@@ -57,10 +60,14 @@ from totalprop.agents.dreamer.observations import (
 from totalprop.agents.dreamer.policy import DreamerPolicy, RecurrentState
 from totalprop.agents.dreamer.pretrained import load_world_model
 from totalprop.agents.dreamer.replay import SequenceReplay
+from totalprop.agents.dreamer.replay_data import fill
 from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings
 from totalprop.estimators import Estimator
 from totalprop.estimators.declarations import has
 from totalprop.world_models.latent.model import ModelLossSettings, State
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
 
 OPTIMIZED = ("model", "actor", "critic")
 SelfDreamerTPX = TypeVar("SelfDreamerTPX", bound="DreamerTPX")
@@ -330,16 +337,52 @@ class DreamerTPX(Algorithm):
             if self.device.type == "cpu":
                 keep_freed_memory()
         check_finite(self.num_timesteps, self._last_obs)
-        if not self._has_offset and not self._n_updates and self.pretrained_world_model is None:
-            batch = to_tensors(self.policy.to_model(self._last_obs), self.device)
-            self.policy.model.set_offset(first(batch))
-            self._processes.send(self.policy.model)
-        self._has_offset = True
+        self._settle_offset(self.policy.to_model(self._last_obs))
         if is_reset or self._memory is None:
             self.replay_buffer.start(self.policy.to_model(self._last_obs))
             self._memory = self.policy.initial_state(self.env.num_envs)
             self._held_random, self._held_noise = HeldNoise(), HeldNoise()
         return total, callback
+
+    def _setup_offline(
+        self, total_timesteps: int, callback: MaybeCallback, reset_num_timesteps: bool,
+        tb_log_name: str, progress_bar: bool,
+    ) -> tuple[int, BaseCallback]:  # fmt: skip
+        """Like `_setup_learn`, but the environment is left alone, which SB3 would reset."""
+        replay = self.replay_buffer
+        if replay is None:
+            raise ValueError(
+                "there is no experience to learn from: call load_dataset or load_replay_buffer "
+                "first"
+            )
+        if not replay.has_windows(self.sequence_length):
+            raise ValueError(
+                f"{replay} holds less than a sequence of each environment, {self.n_envs} x "
+                f"{self.sequence_length} entries: take a smaller sequence_length, or more data"
+            )
+        if reset_num_timesteps:
+            self.num_timesteps = self._rounds = 0
+            self.ep_info_buffer = self.ep_success_buffer = None
+            if self.tensorboard_log is not None and not self._custom_logger:
+                # SB3 begins a new folder of events only where it resets; else it takes the newest.
+                number = 1 + get_latest_run_id(self.tensorboard_log, tb_log_name)
+                Path(self.tensorboard_log, f"{tb_log_name}_{number}").mkdir(parents=True)
+        self._last_obs = np.empty(0)  # or SB3 would reset
+        total, callback = super()._setup_learn(
+            total_timesteps, callback, False, tb_log_name, progress_bar
+        )
+        self._last_obs = self._memory = None
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self._settle_offset(replay.oldest())
+        return total, callback
+
+    def _settle_offset(self, observations: Arrays) -> None:
+        """Learn vectors as differences from the first of these, unless something was learned."""
+        if not self._has_offset and not self._n_updates and self.pretrained_world_model is None:
+            self.policy.model.set_offset(first(to_tensors(observations, self.device)))
+            self._processes.send(self.policy.model)
+        self._has_offset = True
 
     def _new_replay(self, parts: int | None = None) -> SequenceReplay:
         """An empty replay for the environments that are set, one of so many parts of the whole."""
@@ -408,10 +451,7 @@ class DreamerTPX(Algorithm):
             assert self.replay_buffer is not None
             has_windows = self.replay_buffer.has_windows(self.sequence_length)
             if not self._processes.any(not has_windows) and (updates := self._updates_due(made)):
-                self.train(updates)
-                self._rounds += 1
-                if log_interval and self._rounds % log_interval == 0:
-                    self.dump_logs()
+                self._round(updates, log_interval)
         callback.on_training_end()
         steps = self.num_timesteps - before[0]
         if self.verbose and steps and self._n_updates == before[1]:
@@ -423,6 +463,76 @@ class DreamerTPX(Algorithm):
                 f"{self.sequence_length} entries"
             )
         return self
+
+    def learn_offline(
+        self: SelfDreamerTPX,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "DreamerTPX",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfDreamerTPX:
+        """Learn from the replay alone, which `load_dataset` or `load_replay_buffer` has filled.
+
+        A step is a gradient update here: it counts in `num_timesteps`, on which logs, evaluations
+        and checkpoints go by, and is a step for callbacks. Updates are those of `learn`, in rounds
+        of `gradient_steps`. The environment is neither stepped nor reset, and the next `learn`
+        begins new episodes. What is about acting has no effect: `learning_starts`, `train_freq`,
+        `replay_ratio`, `exploration_noise` and `hold_exponent`.
+
+        Logged are, besides what `learn` logs, the mean and the largest return of the stored
+        episodes (data/ep_rew_mean, data/ep_rew_max), and their mean discounted return-to-go
+        (data/return), of which train/return is the imagined counterpart.
+
+        Args:
+            total_timesteps: updates to make.
+            callback: as in SB3.
+            log_interval: rounds of updates between log dumps.
+            tb_log_name: as in SB3.
+            reset_num_timesteps: as in SB3.
+            progress_bar: as in SB3.
+
+        Raises:
+            ValueError: the replay is empty, or holds no sequence.
+        """
+        total_timesteps, callback = self._setup_offline(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        assert self.replay_buffer is not None
+        data = self.replay_buffer.returns(self.gamma)
+        callback.on_training_start(locals(), globals())
+        while self.num_timesteps < total_timesteps:
+            callback.on_rollout_start()
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            made = self.num_timesteps % self.gradient_steps  # of a round that was cut
+            updates = min(self.gradient_steps - made, total_timesteps - self.num_timesteps)
+            if not self._round(updates, log_interval, callback, data):
+                break
+            callback.on_rollout_end()
+        callback.on_training_end()
+        return self
+
+    def _round(
+        self, updates: int, log_interval: int, callback: BaseCallback | None = None,
+        data: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> bool:  # fmt: skip
+        """Make a round of updates and write the logs.
+
+        Args:
+            updates: their number.
+            log_interval: rounds between log dumps.
+            callback: of `learn_offline`, to which each update is a step.
+            data: what the data earned that all is learned from, as `SequenceReplay.returns` says.
+
+        Returns:
+            False if the callback stopped it.
+        """
+        goes_on = self.train(updates, callback)
+        self._rounds += 1
+        if log_interval and self._rounds % log_interval == 0:
+            self.dump_logs() if data is None else self._dump_offline(*data)
+        return goes_on
 
     def _collect(self, callback: BaseCallback, until: int) -> bool:
         """Act until `until` steps are made; False if a callback stopped the rollout."""
@@ -490,9 +600,18 @@ class DreamerTPX(Algorithm):
         updates, self._owed = divmod(owed, self.batch_size * self.sequence_length)
         return int(updates)
 
-    def train(self, gradient_steps: int) -> None:
-        """Update world model, actor and critic `gradient_steps` times."""
+    def train(self, gradient_steps: int, callback: BaseCallback | None = None) -> bool:
+        """Update world model, actor and critic `gradient_steps` times.
+
+        Args:
+            gradient_steps: number of updates.
+            callback: if given, each update is a step: it is counted, and the callback called.
+
+        Returns:
+            False if the callback stopped it.
+        """
         assert self.replay_buffer is not None
+        goes_on = True
         self.policy.set_training_mode(True)
         self._notice_terminations(self.replay_buffer)
         self._update.configure(self._update_settings())
@@ -513,7 +632,14 @@ class DreamerTPX(Algorithm):
                     norms = {n: record.scalars[f"{n}_gradient_norm"] for n in OPTIMIZED}
                     check_gradients(self.num_timesteps, self._n_updates, norms)
                 log.add(record)
+                if callback is not None:
+                    self.num_timesteps += 1
+                    callback.update_locals(locals())
+                    goes_on = callback.on_step()
+                    if not goes_on:
+                        break
         self.policy.set_training_mode(False)
+        return goes_on
 
     def _notice_terminations(self, replay: SequenceReplay) -> None:
         """The first episode that terminates switches the discount head on, or is a warning."""
@@ -542,6 +668,11 @@ class DreamerTPX(Algorithm):
     def dump_logs(self) -> None:
         """Write everything recorded since the last dump, every `log_interval` rounds."""
         record_decisions(self)
+        self.logger.dump(step=self.num_timesteps)
+
+    def _dump_offline(self, episodes: np.ndarray, to_go: np.ndarray) -> None:
+        """`dump_logs` of learning from data alone, with what they earned."""
+        record_data(self, episodes, to_go)
         self.logger.dump(step=self.num_timesteps)
 
     # ----------------------------------------------------------------------------------------
@@ -578,6 +709,53 @@ class DreamerTPX(Algorithm):
         self._last_obs = self._memory = self.replay_buffer = None
         self.replay_buffer = self._new_replay()
         self.replay_buffer.load(path)
+
+    def load_dataset(self, dataset: str | Path | MinariDataset) -> None:
+        """Fill the replay with the episodes of a Minari dataset, in place of what it held.
+
+        Each step of the dataset is taken for one decision: data of an environment with an action
+        repeat were recorded outside of it. Actions are scaled by the bounds of the action space,
+        and clipped to them, with a warning. Images are resized as while acting.
+
+        Args:
+            dataset: a Minari dataset, its id ("mujoco/hopper/medium-v0"), which is downloaded where
+                it is not found, or the folder that holds it.
+
+        Raises:
+            ValueError: the dataset cannot be read, is of other spaces than the agent, is larger
+                than the replay, or holds what no episode gives. No environment is set, or several
+                processes learn this agent.
+        """
+        if self.env is None:
+            raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
+        if self._processes.size > 1:
+            raise ValueError(
+                f"a dataset is learned from in one process, and the group has "
+                f"{self._processes.size}: leave out `group`"
+            )
+        data = open_dataset(dataset)
+        check_spaces(data, self, "the agent")
+        entries = data.total_steps + data.total_episodes
+        if entries > (room := self.buffer_size // self.n_envs * self.n_envs):
+            raise ValueError(
+                f"the dataset '{data.id}' has {data.total_steps:,} steps in "
+                f"{data.total_episodes:,} episodes, which are {entries:,} entries, and the replay "
+                f"has room for {room:,}: pass buffer_size={entries} (--buffer-size {entries}), or "
+                "part of the dataset (minari.split_dataset)"
+            )
+        # As in `load_replay_buffer`, the old one is freed first.
+        self._last_obs = self._memory = self.replay_buffer = None
+        replay = self._new_replay()
+        if self.verbose:
+            print(replay.describe())
+        n_clipped = fill(replay, data, ObservationForm(data.observation_space), self.policy.actions)
+        if n_clipped:
+            warnings.warn(
+                f"{n_clipped:,} of the dataset's {data.total_steps:,} actions lie outside of the "
+                "action space and were clipped to its bounds, as most environments do",
+                stacklevel=2,
+            )
+        self.replay_buffer = replay
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Add the generators, the filter's state, and the replay in segments."""

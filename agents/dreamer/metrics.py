@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
+import numpy as np
 import torch
 from stable_baselines3.common.logger import Figure
 from torch import Tensor
@@ -99,6 +100,21 @@ def record_decisions(agent: Algorithm) -> None:
     record("time/fps", int(record_progress(agent)))
     record("time/decisions", agent.num_timesteps)
     record("time/frames", agent.num_timesteps * action_repeat(agent))
+
+
+def record_data(agent: Algorithm, episodes: np.ndarray, to_go: np.ndarray) -> None:
+    """Record progress, where a step is an update, and what the data earned.
+
+    Args:
+        agent: who learns from the data.
+        episodes: undiscounted return of each episode.
+        to_go: discounted return from each of their states on, the counterpart of train/return.
+    """
+    record = agent.logger.record
+    record_progress(agent)
+    record("data/ep_rew_mean", float(episodes.mean()))
+    record("data/ep_rew_max", float(episodes.max()))
+    record("data/return", float(to_go.mean()))
 
 
 def action_repeat(agent: Algorithm) -> int:

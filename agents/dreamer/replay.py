@@ -207,6 +207,49 @@ class SequenceReplay:
             self._add(env, info["terminal_observation"], action, reward, is_terminal)
             self._add(env, observation)
 
+    def append(
+        self,
+        observations: np.ndarray | dict[str, np.ndarray],
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        *,
+        terminated: bool,
+    ) -> None:
+        """Store a whole episode of T steps, in the ring that holds the least; nothing is lost.
+
+        Args:
+            observations: [T + 1, *observation_shape], or a dictionary of such entries.
+            actions: [T, A], scaled as the model sees them; the first leads to the second
+                observation.
+            rewards: [T], each received on arriving at the next observation.
+            terminated: whether the last observation is terminal; otherwise it was truncated.
+
+        Raises:
+            ValueError: there is no room, or an array is not of these shapes or not finite.
+        """
+        n = len(rewards) + 1
+        env = int(np.argmin(self._count))
+        first = self._count[env]
+        if first + n > self._ring:
+            raise ValueError(
+                f"{repr(self)[:-1]}, has no room for an episode of {n:,} more: raise buffer_size"
+            )
+        seen: dict[str, Any] = {"observation": observations}
+        if self._parts:
+            assert isinstance(observations, dict)
+            seen = {field: observations[name] for name, field in self._parts.items()}
+        no_action = np.zeros((1, *self._fields["action"][0]))
+        rows = {
+            **seen,
+            "action": np.concatenate([no_action, actions]),
+            "reward": np.concatenate([[0.0], rewards]),
+            "is_terminal": np.arange(n) == (n - 1 if terminated else n),
+        }
+        for name, (_, dtype) in self._fields.items():
+            if np.can_cast(rows[name].dtype, dtype, "same_kind"):  # `_put_rows` refuses others
+                rows[name] = np.ascontiguousarray(rows[name], dtype)
+        self._put_rows(env, first, {**rows, "position": np.arange(n, dtype=np.int32)})
+
     def sample(self, batch_size: int, length: int, generator: np.random.Generator) -> SequenceBatch:
         """Draw windows with replacement, uniformly from the stored windows of `length` entries.
 
@@ -247,6 +290,41 @@ class SequenceReplay:
         return any(
             bool(ends[env, : min(count, self._ring)].any()) for env, count in enumerate(self._count)
         )
+
+    def oldest(self) -> np.ndarray | dict[str, np.ndarray]:
+        """The oldest stored observation of the first environment, as a batch [1, ...]."""
+        count = self._count[0]
+        first = count - min(count, self._ring)
+        rows = self._rows(0, first, first + 1)
+        if self._parts:
+            return {name: rows[field] for name, field in self._parts.items()}
+        return rows["observation"]
+
+    def returns(self, gamma: float) -> tuple[np.ndarray, np.ndarray]:
+        """What the stored experience earned.
+
+        Args:
+            gamma: discount per decision.
+
+        Returns:
+            The undiscounted return of each episode, as far as it is stored, and the discounted
+            return rₜ + γ rₜ₊₁ + ... from each entry but the first of an episode to the end of that
+            episode. What would have followed a truncation is not in them.
+        """
+        from scipy.signal import lfilter  # here: a help text needs no SciPy
+
+        whole, to_go = [], []
+        for env in range(self.n_envs):
+            slots = self._slots(env)
+            position = self._position[env, slots]
+            rows = torch.from_numpy(slots).to(self._arrays["reward"].device)
+            reward = self._arrays["reward"][env].index_select(0, rows).cpu().numpy().astype("f8")
+            for episode in np.split(reward, np.flatnonzero(position == 0)):
+                earned = episode[1:]  # the first entry has no reward
+                if len(earned):
+                    whole.append(earned.sum())
+                    to_go.append(lfilter([1.0], [1.0, -gamma], earned[::-1])[::-1])
+        return np.array(whole), np.concatenate(to_go) if to_go else np.zeros(0)
 
     def save(self, path: Path | str) -> None:
         """Write the stored entries, oldest first, to one .npz file, replacing `path` atomically."""

@@ -165,6 +165,8 @@ def _parse(arguments: list[str], usage: str) -> Job:
     if config is not None:
         flags = [*_as_flags(settings, config, defaults), *flags]
     run, own, policy = _parse_flags(agent, flags, defaults)
+    if run.offline and not any(re.match(r"--env[-_]id(=|$)", flag) for flag in flags):
+        run = dataclasses.replace(run, env_id="")  # that of the dataset, not the agent's default
     if config is not None and not is_own:
         _check_import(run.env_id, Path(config), imports)
     # A run's config.json holds all arguments of its environment, and the preset may have changed.

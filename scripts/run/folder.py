@@ -371,6 +371,10 @@ def make_env(
         UserError: the environment cannot be made.
     """
     env_id = env_id.replace("dm_control/", "dmc/", 1)
+    if not env_id:
+        raise UsageError(
+            "no environment is named (a run of --offline may have none): pass --env-id"
+        )
     if env_id not in gym.registry and ":" not in env_id:
         near = nearest_env(env_id)
         hint = f"; did you mean '{near}'?" if near else ""

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Set
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from stable_baselines3.common.utils import LinearSchedule
@@ -31,6 +31,9 @@ from totalprop.scripts.run.policy_kwargs import (
 )
 from totalprop.scripts.run.threads import owned_cores
 
+if TYPE_CHECKING:
+    from minari import MinariDataset
+
 # Constructor arguments that are not flags: set by the run, or not expressible as text.
 NOT_FLAGS = {
     "self", "env", "policy_kwargs", "cost_fn", "tensorboard_log", "verbose", "rollout_buffer_class",
@@ -46,10 +49,14 @@ class RunOptions:
     """Gymnasium id of the environment; "module:id" imports the module first."""
     env_arg: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=VALUE passed to the environment's constructor; may be given several times."""
+    offline: str = ""
+    """Minari dataset, an id or a folder, to learn from without acting; dreamer only. Steps are then
+    gradient updates, and the environment, --env-id or the dataset's own, serves evaluations only.
+    """
     normalize: Normalised = "none"
     """Scale observations, rewards or both by running statistics (VecNormalize); daappo only."""
     total_timesteps: Annotated[int, AtLeast(1)] = 1
-    """Environment steps (decisions) to learn for."""
+    """Environment steps (decisions) to learn for; with --offline, gradient updates."""
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
     """"linear" decreases --learning-rate to 0 over the run, so that the policy settles."""
     runs: Path = Path("runs")
@@ -90,6 +97,11 @@ class RunOptions:
                 f"{self.threads}"
             )
 
+    @property
+    def unit(self) -> str:
+        """What the steps of the run are."""
+        return "gradient updates" if self.offline else "environment steps"
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -104,18 +116,35 @@ class Job:
 
     def environments(self) -> tuple[VecEnv, VecEnv]:
         """Make the environments for training and for evaluation."""
-        env_id, is_rewound = self.options.env_id, AGENTS[self.agent].rewinds(self.arguments)
-        limit, seed = self.options.step_timeout, self.arguments["seed"]
-        env = make_env(env_id, self.env_args, seed=None, rewindable=is_rewound, step_timeout=limit)
-        eval_env = make_env(
-            env_id, self.env_args, seed=None if seed is None else 1000 + seed, n_envs=5,
-            step_timeout=limit,
+        env = make_env(
+            self.options.env_id, self.env_args, seed=None, step_timeout=self.options.step_timeout,
+            rewindable=AGENTS[self.agent].rewinds(self.arguments),
         )  # fmt: skip
-        env = normalise(env, self.options.normalize, gamma=self.arguments.get("gamma", 1.0))
-        return env, normalise_like(eval_env, unwrap_vec_normalize(env))
+        env = self.normalised(env)
+        return env, normalise_like(self.evaluation_environment(), unwrap_vec_normalize(env))
 
-    def algorithm(self, env: VecEnv, processes: Processes = ALONE) -> Algorithm:
-        """Make the untrained agent, which several processes may learn together."""
+    def evaluation_environment(self) -> VecEnv:
+        """Make the environment for evaluation, not normalised."""
+        seed = self.arguments["seed"]
+        return make_env(
+            self.options.env_id, self.env_args, seed=None if seed is None else 1000 + seed,
+            n_envs=5, step_timeout=self.options.step_timeout,
+        )  # fmt: skip
+
+    def normalised(self, env: VecEnv) -> VecEnv:
+        """The environment for training in the VecNormalize that the options ask for."""
+        return normalise(env, self.options.normalize, gamma=self.arguments.get("gamma", 1.0))
+
+    def algorithm(
+        self, env: VecEnv, processes: Processes = ALONE, dataset: MinariDataset | None = None
+    ) -> Algorithm:
+        """Make the untrained agent.
+
+        Args:
+            env: its environment.
+            processes: that learn it together.
+            dataset: that fills its replay, or None.
+        """
         arguments = dict(self.arguments)
         if processes.size > 1:
             arguments["group"] = processes.group
@@ -127,12 +156,16 @@ class Job:
             arguments["learning_rate"] = LinearSchedule(rate, end=0.0, end_fraction=1.0)
         cls = AGENTS[self.agent].cls
         kwargs = accepted(cls, arguments["policy"], self.policy_kwargs)
-        return cls(env=env, policy_kwargs=policy_kwargs_from_json(kwargs), **arguments)
+        made = cls(env=env, policy_kwargs=policy_kwargs_from_json(kwargs), **arguments)
+        if dataset is not None:
+            made.load_dataset(dataset)  # type: ignore[attr-defined]
+        return made
 
     def flags(self) -> dict[str, Any]:
         """The settings that determine what a run learns."""
         learning = (
             "env_id",
+            "offline",
             "total_timesteps",
             "learning_rate_schedule",
             "normalize",
@@ -141,10 +174,12 @@ class Job:
             "eval_max_steps",
         )
         options = {name: getattr(self.options, name) for name in learning}
+        options["env_args"] = self.env_args
+        if self.options.offline:  # the environment evaluates only, and may be the dataset's own
+            del options["env_id"], options["env_args"]
         return {
             "agent": self.agent,
             "preset": self.preset,
-            "env_args": self.env_args,
             **options,
             **self.arguments,
             "policy_kwargs": self.policy_kwargs,

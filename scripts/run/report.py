@@ -28,7 +28,7 @@ from totalprop.scripts.run.normalisation import normalise_like
 def report(
     algorithm: Algorithm,
     folder: RunFolder,
-    evaluation: Evaluation,
+    evaluation: Evaluation | None,
     options: RunOptions,
     env_args: dict[str, Any],
     seconds: float,
@@ -38,10 +38,41 @@ def report(
     Args:
         algorithm: the trained agent.
         folder: the run's folder.
-        evaluation: the evaluations made during training.
+        evaluation: the evaluations made during training; None for a run without an environment.
         options: the run's options.
         env_args: keyword arguments of the environment.
         seconds: time spent on training.
+    """
+    summary: dict[str, Any] = {}
+    outcome, pictures = "DONE: not evaluated, for want of an environment,", list[str]()
+    if evaluation is not None:
+        summary, outcome, pictures = _evaluated(algorithm, folder, evaluation, options)
+    summary |= {
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    pictures += _replay_and_pictures(algorithm, folder, options, env_args)
+    # The presence of summary.json marks a run as finished, so it is written last.
+    safe_file.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+    evaluate = f"{program('python')} -m totalprop evaluate {folder.quoted}"
+    evaluate += f"{import_flag(options.env_id)}   |   "
+    print(
+        f"{outcome} after {algorithm.num_timesteps} {options.unit}, {seconds / 60:.1f} min, "
+        f"{summary['peak_memory_gb']} GB of memory at peak.\n"
+        f"Results in {folder.path}/: {', '.join([*pictures, 'progress.csv'])}, TensorBoard.\n"
+        f"Next: {evaluate if options.env_id else ''}"
+        f"{program('tensorboard')} --logdir {quote(str(folder.path.parent))}"
+    )
+
+
+def _evaluated(
+    algorithm: Algorithm, folder: RunFolder, evaluation: Evaluation, options: RunOptions
+) -> tuple[dict[str, Any], str, list[str]]:
+    """Draw the learning curve.
+
+    Returns:
+        Entries of summary.json, the outcome in words, and the names of the files written.
     """
     # The curve of an agent that minimises a cost counts trials, as its papers do.
     is_cost = AGENTS[folder.read_config()["agent"]].quantity == "cost"
@@ -49,12 +80,13 @@ def report(
     values = sign * np.array(evaluation.returns)
     threshold = reward_threshold(evaluation.eval_env)
     limit = None if threshold is None else sign * threshold
+    steps = "gradient updates" if options.offline else "decisions (calls of env.step)"
 
     def draw_curve() -> list[Path]:
         curve = figures.learning_curve(
             np.arange(1, len(values) + 1) if is_cost else np.array(evaluation.timesteps),
             values,
-            xlabel="trial (real episodes seen)" if is_cost else "decisions (calls of env.step)",
+            xlabel="trial (real episodes seen)" if is_cost else steps,
             ylabel=f"{quantity} of an episode",
             threshold=limit,
             title=f"{type(algorithm).__name__}, {options.env_id}",
@@ -69,28 +101,12 @@ def report(
         f"final_{quantity}_std": std,
         "success": success,
         "success_threshold": limit,
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
-    pictures = [
-        *_drawn("learning curve", draw_curve),
-        *_replay_and_pictures(algorithm, folder, options, env_args),
-    ]
-    # The presence of summary.json marks a run as finished, so it is written last.
-    safe_file.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
     verdict = {True: "SUCCESS", False: "NO SUCCESS", None: "DONE"}[success]
     side = "below" if is_cost else "above"
     bound = "" if limit is None else f" (success {side} {limit:g})"
-    print(
-        f"{verdict}: {quantity} {mean:.2f} ± {std:.2f} over {values.shape[1]} rollouts{bound} "
-        f"after {algorithm.num_timesteps} environment steps, {seconds / 60:.1f} min, "
-        f"{summary['peak_memory_gb']} GB of memory at peak.\n"
-        f"Results in {folder.path}/: {', '.join(pictures)}, progress.csv, TensorBoard.\n"
-        f"Next: {program('python')} -m totalprop evaluate {folder.quoted}"
-        f"{import_flag(options.env_id)}"
-        f"   |   {program('tensorboard')} --logdir {quote(str(folder.path.parent))}"
-    )
+    outcome = f"{verdict}: {quantity} {mean:.2f} ± {std:.2f} over {values.shape[1]} rollouts{bound}"
+    return summary, outcome, _drawn("learning curve", draw_curve)
 
 
 def _replay_and_pictures(
@@ -106,10 +122,13 @@ def _replay_and_pictures(
         algorithm.save_replay_buffer(folder.replay)  # type: ignore[attr-defined]
         written.append(folder.replay.name)
     statistics = algorithm.get_vec_normalize_env()
-    shown = record_gif(
-        options.env_id, env_args, algorithm, folder.video, seed=0,
-        normalised=lambda env: normalise_like(env, statistics), max_steps=options.eval_max_steps,
-    )  # fmt: skip
+    shown = None
+    if options.env_id:
+        shown = record_gif(
+            options.env_id, env_args, algorithm, folder.video, seed=0,
+            normalised=lambda env: normalise_like(env, statistics),
+            max_steps=options.eval_max_steps,
+        )  # fmt: skip
     if shown is not None:
         written.append(folder.video.name)
         if shown[0] != WHOLE:
