@@ -370,7 +370,7 @@ def _sweep(parser: ArgumentParser) -> None:
         "--watch",
         default="",
         metavar="COLUMN",
-        help="column of progress.csv to plot as well, such as train/actor_gradient_norm",
+        help="column of progress.csv or k.csv to plot as well, such as train/actor_gradient_norm",
     )
     parser.add_argument(
         "--beside",

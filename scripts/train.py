@@ -9,6 +9,7 @@ totalprop train dreamer --env-id dm_control/walker-walk-v0 --env-arg observation
 totalprop train daappo --env-id dm_control/cartpole-swingup-v0 --env-arg action_repeat=4
 totalprop train daappo --preset recommended --action-source rewind
 totalprop train dreamer --preset recommended --offline mujoco/hopper/medium-v0   # from data alone
+totalprop train daappo --track mlflow                  # or wandb, trackio: send the logs there, too
 totalprop train --config runs/NAME --seed 1            # the settings of a run, with another seed
 totalprop train --resume runs/NAME                     # continue after a kill or Ctrl-C
 torchrun --nproc-per-node 2 -m totalprop train dreamer # one agent learned by two processes
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -42,6 +44,7 @@ from totalprop.agents.core.spaces import UnsupportedSpaceError
 from totalprop.agents.persistence.checkpoint import Checkpoints, Stateful, TrainingStopped
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import train_usage
+from totalprop.scripts.run import trackers
 from totalprop.scripts.run.arguments import parse, parse_resume
 from totalprop.scripts.run.errors import UsageError, UserError
 from totalprop.scripts.run.folder import RunFolder, import_flag
@@ -72,12 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_resumed = any(argument.partition("=")[0] == "--resume" for argument in arguments)
     resumed = parse_resume(arguments) if is_resumed else None
     job = None if resumed else parse(arguments, usage=train_usage())
+    command = shlex.join(["totalprop", "train", *arguments])
     try:
         with processes_of_torchrun() as processes:
             if resumed:
-                resume(*resumed, processes=processes)
+                resume(*resumed, processes=processes, command=command)
             elif job:
-                train(job, processes)
+                train(job, processes, command=command)
     except Exception as error:
         if os.environ.get("TOTALPROP_TRACEBACK"):
             raise
@@ -128,12 +132,13 @@ def sentence(error: Exception) -> str:
     )
 
 
-def train(job: Job, processes: Processes = ALONE) -> RunFolder:
+def train(job: Job, processes: Processes = ALONE, *, command: str = "") -> RunFolder:
     """Make environment, agent and run folder, then train and report.
 
     Args:
         job: what to train.
         processes: that train it together; the first one writes the folder.
+        command: what was typed, for the tracker.
     Returns:
         The run folder.
     """
@@ -141,6 +146,7 @@ def train(job: Job, processes: Processes = ALONE) -> RunFolder:
     options.check()
     check_agent(job.agent, processes)
     check_device(arguments["device"])
+    trackers.check(options.track)
     if not options.threads:  # recorded, since bits depend on it
         number = owned_cores()
         if os.environ.get("OMP_NUM_THREADS"):
@@ -171,10 +177,12 @@ def train(job: Job, processes: Processes = ALONE) -> RunFolder:
     print(f"Training {job.agent} ({method}) on {where}, writing to {folder.path}")
     try:
         with locked(folder.path) if processes.rank == 0 else contextlib.nullcontext():
-            learn(job, folder, algorithm, eval_env, processes=processes)
-    except MemoryError:
+            tracker = trackers.start(job, folder, command) if processes.rank == 0 else None
+            with tracker or contextlib.nullcontext():
+                learn(job, folder, algorithm, eval_env, processes=processes, tracker=tracker)
+    except (MemoryError, trackers.TrackingError):
         is_begun = algorithm.num_timesteps > 0 or processes.size > 1
-        if not is_begun:  # `learn` could not allocate the replay: nothing to resume
+        if not is_begun:  # `learn` could not allocate the replay, say: nothing to resume
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
     return folder
@@ -208,7 +216,7 @@ def say_what_surprises(job: Job) -> None:
 
 def resume(
     path: Path, total_timesteps: int | None = None, imports: Sequence[str] = (),
-    *, processes: Processes = ALONE,
+    *, processes: Processes = ALONE, command: str = "",
 ) -> RunFolder:  # fmt: skip
     """Resume a run from its last checkpoint.
 
@@ -217,6 +225,7 @@ def resume(
         total_timesteps: steps at which to stop, to extend the run; None for its own number.
         imports: modules that the run's environment may import.
         processes: that train it together, as many as before.
+        command: what was typed, for the tracker.
     Returns:
         The run folder.
     Raises:
@@ -249,7 +258,12 @@ def resume(
         set_up_torch(job.options)
         dataset = dataset_of(job, processes)
         env, eval_env = environments(job, dataset) if dataset is not None else job.environments()
-        learn(job, folder, None, eval_env, env, processes=processes, dataset=dataset)
+        tracker = trackers.resume(job, folder, command) if processes.rank == 0 else None
+        with tracker or contextlib.nullcontext():
+            learn(
+                job, folder, None, eval_env, env,
+                processes=processes, dataset=dataset, tracker=tracker,
+            )  # fmt: skip
     return folder
 
 
@@ -275,6 +289,7 @@ def learn(
     *,
     processes: Processes = ALONE,
     dataset: MinariDataset | None = None,
+    tracker: trackers.Tracker | None = None,
 ) -> None:
     """Train to the end with checkpoints, then save the agent and report.
 
@@ -287,6 +302,7 @@ def learn(
         processes: that train together. The first one evaluates, logs and reports, and each writes
             checkpoints of its own.
         dataset: of an offline run, for an agent that no checkpoint holds yet.
+        tracker: gets what the first one logs.
     """
     options = job.options
     evaluation = None
@@ -320,11 +336,15 @@ def learn(
         algorithm = load_together(checkpoints, cls, env, device, processes)
         algorithm = algorithm or job.algorithm(env, processes, dataset)
         print(f"Resuming {folder.path} after {algorithm.num_timesteps} steps")
-    logger, is_drawing = Logger(None, []), is_first and options.tensorboard
+    logger, is_drawing = Logger(None, []), is_first and (options.tensorboard or tracker is not None)
     if is_first:
-        logger, also["table"] = make_logger(
-            folder.path, tensorboard=options.tensorboard, first_step=algorithm.num_timesteps
-        )
+        logger, tables = make_logger(
+            folder.path, tensorboard=options.tensorboard, first_step=algorithm.num_timesteps,
+            further=[] if tracker is None else [tracker],
+        )  # fmt: skip
+        also |= tables
+        if tracker is not None:
+            also["tracker"] = tracker
     checkpoints.also = also
     algorithm.set_logger(logger)
     algorithm.tensorboard_log = str(folder.path) if is_drawing else None

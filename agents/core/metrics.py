@@ -14,7 +14,7 @@ from totalprop.agents.core.algorithm import Algorithm
 from totalprop.estimators.gauge import read
 
 # For the argument `exclude` of `logger.record`.
-QUIET = ("stdout", "log")  # scalars by the dozen go to CSV, JSON and TensorBoard only
+QUIET = ("stdout", "log")  # scalars by the dozen go to files and TensorBoard only
 PICTURE = ("stdout", "log", "json", "csv")  # all but TensorBoard
 
 

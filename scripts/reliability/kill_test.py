@@ -4,8 +4,8 @@
 
 Processes get SIGKILL at random moments, and while they write checkpoints (before a file is synced).
 The test compares all parameters, optimiser states, counters, generators, environments and replays
-in the last checkpoint, the model file, evaluations.json, and progress.csv except for its times.
-Exit code 1 if anything differs.
+in the last checkpoint, the model file, evaluations.json, k.csv, and progress.csv except for its
+times. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ def differences(agent: str, first: Path, second: Path) -> list[str]:
                 "checkpoint": state,
                 "model": safe_file.read(folder.model, f"{name} model"),
                 "evaluations": json.loads(folder.evaluations.read_text()),
-                "progress": _progress(path / "progress.csv"),
+                "progress": _rows(path / "progress.csv"),
+                "weights": _rows(path / "k.csv"),
             }
         )
     found: list[str] = []
@@ -247,7 +248,9 @@ def _joined(training: dict[str, Any], folder: Path) -> dict[str, Any]:
     return joined
 
 
-def _progress(path: Path) -> list[dict[str, str]]:
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():  # not every agent has weights
+        return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 

@@ -44,8 +44,8 @@ from totalprop.scripts.run.policy_kwargs import (
     to_words,
 )
 
-# Entries of a run's config.json that are not settings.
-RECORDED = {"commit", "env_arg", "runs", "threads"}
+# Entries of a run's config.json that are not settings. A stranger's file starts no upload.
+RECORDED = {"commit", "env_arg", "runs", "threads", "track", "track_project"}
 
 
 def agent_flags(agent: str) -> type:

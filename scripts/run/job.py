@@ -81,6 +81,10 @@ class RunOptions:
     control group); 0: as many as that, or OMP_NUM_THREADS."""
     tensorboard: bool = True
     """Write TensorBoard events (scalars and figures)."""
+    track: Literal["none", "wandb", "mlflow", "trackio"] = "none"
+    """Also send scalars, figures and settings to Weights & Biases, MLflow or Trackio."""
+    track_project: str = "totalprop"
+    """Project of Weights & Biases or Trackio, or experiment of MLflow, that --track sends to."""
     progress: bool = True
     """Show progress bars."""
 

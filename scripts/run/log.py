@@ -1,10 +1,11 @@
-"""The logs of a run: a CSV file that a resumed run continues, and TensorBoard events."""
+"""The logs of a run: CSV files that a resumed run continues, and TensorBoard events."""
 
 from __future__ import annotations
 
 import csv
 import io
 import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,35 @@ from stable_baselines3.common.logger import (
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.run.errors import UserError
 
+STEPS = "time/total_timesteps"  # the column that says when a row was logged, in every table
+
+
+def is_weight(key: str) -> bool:
+    """Whether a key is one of the many weights k of single nodes, which have their own table."""
+    return key.startswith("k/")
+
+
+def table_of(folder: Path, key: str) -> Path:
+    """The CSV file of a run's folder that has a key as a column."""
+    own = folder / "k.csv"  # older runs have no such file, but all columns in progress.csv
+    return own if is_weight(key) and own.exists() else folder / "progress.csv"
+
 
 class ResumableCSV(KVWriter):
-    """Writer of progress.csv, one row per dump and one column per key, which survives kills.
+    """Writer of a table, one row per dump and one column per key, which survives kills.
 
     Differs from SB3's CSVOutputFormat in three ways. An existing file is kept until
     `load_state_dict`, or the first row, determines which of its rows are valid. New columns are
     added by replacing the file atomically. Columns have a fixed order.
+
+    Args:
+        path: the file.
+        holds: which keys it holds; a dump of none of them has no row. Steps are a column of every
+            table.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, holds: Callable[[str], bool] = lambda key: True) -> None:
+        self.path, self.holds = path, holds
         self.keys: list[str] = []
         self.n_rows = 0
 
@@ -37,7 +56,13 @@ class ResumableCSV(KVWriter):
     ) -> None:
         """Append a row."""
         values = filter_excluded_keys(key_values, key_excluded, "csv")
-        row = {key: str(value) for key, value in values.items() if value is not None}
+        row = {
+            key: str(value)
+            for key, value in values.items()
+            if value is not None and (key == STEPS or self.holds(key))
+        }
+        if not row.keys() - {STEPS}:
+            return
         new = sorted(row.keys() - set(self.keys))
         if new or not self.n_rows:
             rows = self._read()
@@ -89,8 +114,8 @@ class ResumableCSV(KVWriter):
 
 
 def make_logger(
-    folder: Path, *, tensorboard: bool, first_step: int = 0
-) -> tuple[Logger, ResumableCSV]:
+    folder: Path, *, tensorboard: bool, first_step: int = 0, further: Sequence[KVWriter] = ()
+) -> tuple[Logger, dict[str, ResumableCSV]]:
     """Make the logger of a run.
 
     Args:
@@ -98,11 +123,15 @@ def make_logger(
         tensorboard: whether to write TensorBoard events too.
         first_step: the step from which a run resumes; TensorBoard hides the events that an earlier
             process logged after it.
+        further: writers that get everything, too.
     Returns:
-        The logger, and its CSV writer, whose state belongs in checkpoints.
+        The logger, and its tables by their names in checkpoints, where their state belongs.
     """
-    table = ResumableCSV(folder / "progress.csv")
-    formats: list[KVWriter] = [table]
+    tables = {
+        "table": ResumableCSV(folder / "progress.csv", lambda key: not is_weight(key)),
+        "weights": ResumableCSV(folder / "k.csv", is_weight),
+    }
+    formats: list[KVWriter] = [*tables.values()]
     if tensorboard:
         events = TensorBoardOutputFormat(str(folder))
         if first_step:
@@ -111,4 +140,4 @@ def make_logger(
             events.writer.close()
             events.writer = SummaryWriter(str(folder), purge_step=first_step)
         formats.append(events)
-    return Logger(str(folder), formats), table
+    return Logger(str(folder), [*formats, *further]), tables

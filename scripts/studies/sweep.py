@@ -58,6 +58,7 @@ from totalprop.scripts.run.arguments import parse
 from totalprop.scripts.run.errors import UsageError, UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, parse_env_args, read_json
 from totalprop.scripts.run.job import Job
+from totalprop.scripts.run.log import STEPS, table_of
 from totalprop.scripts.studies.executors import Executor, Trial, chosen
 from totalprop.scripts.studies.grid import Grid, read_grid
 from totalprop.scripts.studies.learning_curves import figure_of, style
@@ -346,8 +347,8 @@ def _read_others(paths: Sequence[Path], quantity: str) -> dict[str, dict[str, An
 
 
 def _watched(folder: RunFolder, column: str) -> dict[str, list[float]]:
-    """Read one column of a run's progress.csv, with the steps at which it was logged."""
-    path = folder.path / "progress.csv"
+    """Read one column of a run's progress.csv or k.csv, with the steps at which it was logged."""
+    path = table_of(folder.path, column)
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
@@ -356,18 +357,16 @@ def _watched(folder: RunFolder, column: str) -> dict[str, list[float]]:
     known = [key for key in rows[0] if key is not None] if rows else []
     if column not in known:
         near = difflib.get_close_matches(column, known, cutoff=0.3)
-        raise UserError(
-            f"{folder.path}/progress.csv has no column {column!r}; close to it: {', '.join(near)}"
-        )
+        raise UserError(f"{path} has no column {column!r}; close to it: {', '.join(near)}")
     rows = [row for row in rows if row[column]]
     try:
         return {
-            "timesteps": [float(row["time/total_timesteps"]) for row in rows],
+            "timesteps": [float(row[STEPS]) for row in rows],
             "values": [float(f"{float(row[column]):.4g}") for row in rows],
         }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} does not hold numbers under {column} and time/total_timesteps ({error})"
+            f"{path} does not hold numbers under {column} and {STEPS} ({error})"
         ) from error
 
 

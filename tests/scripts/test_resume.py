@@ -213,6 +213,34 @@ def test_the_table_of_a_resumed_run_has_neither_gaps_nor_doubles(tmp_path):
     assert path.read_text() == 'a,b,d\n1,"x, y",\n2,,\n3,,1\n'
 
 
+def test_weights_have_a_table_of_their_own_which_resumes_alike(tmp_path):
+    def log(logger, *rows):
+        for step, row in rows:
+            for key, value in row.items():
+                logger.record(key, value)
+            logger.record("time/total_timesteps", step)
+            logger.dump(step)
+
+    def read(name):
+        return (tmp_path / name).read_text()
+
+    logger, tables = make_logger(tmp_path, tensorboard=False)
+    log(logger, (10, {"train/k": 0.5, "k/step_01": 1.0, "k/step_02": 0.0}), (10, {"eval/x": 3}))
+    assert read("k.csv") == "k/step_01,k/step_02,time/total_timesteps\n1.0,0.0,10\n"
+    state = {name: table.state_dict() for name, table in tables.items()}
+    log(logger, (20, {"train/k": 0.2, "k/step_01": 0.4, "k/action_00": 0.2}))
+    with open(tmp_path / "k.csv", "a") as file:
+        file.write("0.1,")  # killed while writing a row
+    logger, tables = make_logger(tmp_path, tensorboard=False, first_step=10)
+    for name, table in tables.items():
+        table.load_state_dict(state[name])
+    log(logger, (20, {"train/k": 0.3, "k/step_01": 0.6, "k/step_02": 0.0}))
+    assert read("k.csv") == "k/step_01,k/step_02,time/total_timesteps\n1.0,0.0,10\n0.6,0.0,20\n"
+    assert read("progress.csv") == (
+        "time/total_timesteps,train/k,eval/x\n10,0.5,\n10,,3\n20,0.3,\n"
+    )
+
+
 def test_a_checkpoint_before_the_first_row_needs_no_table(tmp_path):
     path = tmp_path / "progress.csv"
     state = ResumableCSV(path).state_dict()

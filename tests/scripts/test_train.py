@@ -16,6 +16,8 @@ from totalprop.envs.cartpole import CartPoleSwingUpEnv
 from totalprop.scripts import evaluate, train
 from totalprop.scripts.run import folder as run_folder
 from totalprop.scripts.run import report as run_report
+from totalprop.scripts.run.errors import UserError
+from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.studies import executors, sweep
 
 TINY = ["pipps", "--total-timesteps", "60", "--gradient-steps", "3", "--n-particles", "20"]
@@ -243,6 +245,34 @@ def test_every_evaluation_is_a_row_of_progress(finished):
     means = [np.mean(returns) for returns in evaluations["returns"]]
     assert list(found) == evaluations["timesteps"] == [30, 60]
     assert list(found.values()) == pytest.approx(means, rel=1e-5)
+
+
+def test_weights_of_single_nodes_are_rows_of_k_csv_alone(finished):
+    with open(finished.folder / "progress.csv", newline="") as file:
+        progress = list(csv.DictReader(file))
+    with open(finished.folder / "k.csv", newline="") as file:
+        weights = list(csv.DictReader(file))
+    assert "train/k" in progress[0] and not any(key.startswith("k/") for key in progress[0])
+    means = {
+        row["time/total_timesteps"]: float(row["train/k"]) for row in progress if row["train/k"]
+    }
+    assert [row.pop("time/total_timesteps") for row in weights] == list(means)
+    for row, mean in zip(weights, means.values()):
+        assert {key.split("_")[0] for key in row} == {"k/step", "k/coordinate"}
+        steps = [float(value) for key, value in row.items() if key.startswith("k/step")]
+        assert np.mean(steps) == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_column_of_either_table_is_watched(finished, tmp_path):
+    for column in ("train/k", "k/step_01"):
+        found = sweep._watched(RunFolder(finished.folder), column)
+        assert found["timesteps"] == [30, 60] and np.isfinite(found["values"]).all()
+    with pytest.raises(UserError, match=r"k.csv has no column 'k/step_1'; close to it: k/step_"):
+        sweep._watched(RunFolder(finished.folder), "k/step_1")
+    older = tmp_path / "older"  # had all columns in one table
+    older.mkdir()
+    (older / "progress.csv").write_text("k/step_01,time/total_timesteps\n0.5,30\n")
+    assert sweep._watched(RunFolder(older), "k/step_01") == {"timesteps": [30], "values": [0.5]}
 
 
 def test_what_is_to_be_typed_next_runs_from_here(tmp_path, monkeypatch):
