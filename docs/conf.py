@@ -12,6 +12,7 @@ from typing import Any
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -22,7 +23,7 @@ copyright = author
 release = metadata.version("totalprop")
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # MyST, and notebooks with the outputs that are committed
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -31,10 +32,13 @@ extensions = [
 
 html_theme = "furo"
 html_title = "totalprop"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
 
 myst_enable_extensions = ["colon_fence"]
+nb_execution_mode = "off"
 myst_heading_anchors = 3
 
 default_role = "code"  # docstrings write `name`, as in Markdown
@@ -63,6 +67,7 @@ nitpick_ignore_regex = [
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):")
 _ITEM = re.compile(r"\s*([-*]|\d+\.) ")
 _AS_IT_IS = re.compile(r"(`[^`]*`|(?<!\w)\*\w+\*(?!\w))")  # code, and one *word* of emphasis
+_LINKED: set[tuple[str, str]] = set()  # pages of viewcode, and names on them
 _MARKUP = re.compile(r"([*|]|(?<=\w)_(?!\w))")
 
 
@@ -133,10 +138,62 @@ def find_results(app: Sphinx, doctree: nodes.document) -> None:
             node["reftarget"] = target.relative_to(ROOT).as_posix()
 
 
+def mark_cells(app: Sphinx, doctree: nodes.document) -> None:
+    """Mark long keys, and the sentences of wide tables, for _static/tables.css."""
+    for table in doctree.findall(nodes.tgroup):
+        for row in table.findall(nodes.row):
+            for i, cell in enumerate(row.children):
+                text = cell.astext()
+                if i == 0 and max(map(len, text.split()), default=0) > 14:
+                    cell["classes"].append("key")
+                if table["cols"] > 2 and len(text) > 50:
+                    cell["classes"].append("prose")
+
+
+def link_sources(app: Sphinx, doctree: nodes.document) -> None:
+    """A link [`name`](.../module.py) leads to the name's lines in the page that viewcode makes."""
+    if app.builder.format != "html":
+        return
+    for node in list(doctree.findall(addnodes.download_reference)):
+        path = (Path(app.srcdir) / app.env.docname).parent / node["reftarget"]
+        path = (Path(app.srcdir) / node["reftarget"].lstrip("/")) if not path.exists() else path
+        if path.suffix != ".py":
+            continue
+        module = path.resolve().relative_to(ROOT).with_suffix("").as_posix()
+        page, name = f"_modules/totalprop/{module}", node.astext()
+        uri = app.builder.get_relative_uri(app.env.docname, page)
+        link = nodes.reference("", "", *node.children, internal=True, refuri=f"{uri}#{name}")
+        node.replace_self(link)
+        _LINKED.add((page, name))
+
+
+def mark_sources(app: Sphinx, exception: Exception | None) -> None:
+    """Give names that are linked an anchor; viewcode gives one to what the API reference shows."""
+    missing = []
+    for page, name in sorted(_LINKED) if exception is None else ():
+        path = Path(app.outdir) / f"{page}.html"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if f'id="{name}"' in text:
+            continue
+        # The class first, then the method after it.
+        spans = (rf'<span class="(?:nc|nf|fm)">{part}</span>' for part in name.split("."))
+        found = re.search("(?:.*?)".join(spans), text, re.DOTALL)
+        if found is None:
+            missing.append(f"{page}: {name}")
+            continue
+        start = text.rindex("<span", 0, found.end()) + len("<span")
+        path.write_text(f'{text[:start]} id="{name}"{text[start:]}', encoding="utf-8")
+    if missing:
+        raise ExtensionError(f"linked but not found, is the module in docs/api? {missing}")
+
+
 def setup(app: Sphinx) -> None:
     """Connect the functions above; napoleon reads docstrings at priority 500, so after us."""
     app.connect("source-read", title_table)
     app.connect("doctree-read", find_results)
+    app.connect("doctree-read", mark_cells)
+    app.connect("doctree-read", link_sources)
+    app.connect("build-finished", mark_sources)
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-skip-member", leave_out)

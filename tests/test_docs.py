@@ -1,16 +1,20 @@
 """What the README and the documentation show works as printed.
 
 Every Python block runs, in a fresh namespace and an empty folder. A block whose info string has
-`no-run` (```python no-run) is only compiled. A comment `<!-- docs-test: A -> B -->` before a block
+`no-run` (```python no-run) is only compiled. Where a ```text block follows at once, it is what the
+block prints, up to round-off. A block after `<!-- docs-test-file: name.py -->` is a module that the
+others of its page can import. A comment `<!-- docs-test: A -> B -->` before a block
 replaces A by B here, so that it takes seconds instead of minutes; several may follow each other.
 
 Every command is parsed, not run. `totalprop train` has a parser for that; the flags of the others
 are looked up in their help. Files that a page names or links exist.
 """
 
+import ast
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +48,32 @@ def python_blocks(text: str) -> list[tuple[int, str, str]]:
     return blocks
 
 
+def printed_after(text: str, first_line: int) -> str | None:
+    """What the block whose code begins in this line is said to print."""
+    rest = "".join(text.splitlines(keepends=True)[first_line - 1 :])
+    found = re.match(r".*?^```[ \t]*\n\n```text\n(.*?)^```", rest, re.DOTALL | re.MULTILINE)
+    return found and found[1] if found and "```" not in rest[: found.start(1) - 13] else None
+
+
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def assert_same_output(found: str, expected: str) -> None:
+    """The words are equal; numbers may differ by one in the last digit that is printed."""
+    words = [" ".join(NUMBER.sub("#", text).split()) for text in (found, expected)]
+    assert words[0] == words[1]
+    for one, other in zip(NUMBER.findall(found), NUMBER.findall(expected), strict=True):
+        mantissa, _, exponent = other.partition("e")
+        digit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+        assert abs(float(one) - float(other)) <= 1.01 * digit, f"{one}, the page has {other}"
+
+
+def files_of(text: str) -> dict[str, str]:
+    """Modules that a page asks to be saved, by name."""
+    saved = r"^<!-- docs-test-file: (\w+)\.py -->\n```python\n(.*?)^```[ \t]*$"
+    return dict(re.findall(saved, text, re.DOTALL | re.MULTILINE))
+
+
 BLOCKS = [
     pytest.param(page, *block, id=f"{page.relative_to(ROOT)}:{block[0]}")
     for page in PAGES
@@ -60,7 +90,7 @@ def _short_and_without_trace(monkeypatch):
 
 @pytest.mark.usefixtures("_short_and_without_trace")
 @pytest.mark.parametrize(("page", "first_line", "info", "source"), BLOCKS)
-def test_block_runs(page, first_line, info, source, tmp_path, monkeypatch):
+def test_block_runs(page, first_line, info, source, tmp_path, monkeypatch, capsys):
     # The blank lines make a traceback point at the line of the page.
     code = compile("\n" * (first_line - 1) + source, str(page), "exec")
     if "no-run" in info:
@@ -68,7 +98,15 @@ def test_block_runs(page, first_line, info, source, tmp_path, monkeypatch):
     if "import minari" in source:
         pytest.importorskip("minari")  # which needs Python 3.11
     monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    for name, module in files_of(text).items():
+        (tmp_path / f"{name}.py").write_text(module, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, name, raising=False)
     exec(code, {"__name__": "__main__"})
+    expected = printed_after(text, first_line)
+    if expected is not None:
+        assert_same_output(capsys.readouterr().out, expected)
 
 
 def test_readme_has_python_blocks():
@@ -78,6 +116,16 @@ def test_readme_has_python_blocks():
 def test_blocks_are_found_with_their_line_and_info():
     text = "a\n```python\nx = 1\n```\n```bash\nls\n```\n\n```python no-run\ny\nz\n```\n"
     assert python_blocks(text) == [(3, "", "x = 1\n"), (10, " no-run", "y\nz\n")]
+
+
+def test_what_a_block_prints_is_compared():
+    text = "```python\nx\n```\n\n```text\nx 1.50\n```\n```python\ny\n```\nthen\n```text\nz\n```\n"
+    assert printed_after(text, 2) == "x 1.50\n"
+    assert printed_after(text, 9) is None
+    assert_same_output("x  1.51\n", "x 1.50\n")
+    for wrong in ("x 1.53", "y 1.50", "x 1.50 2"):
+        with pytest.raises(AssertionError):
+            assert_same_output(wrong, "x 1.50\n")
 
 
 def test_a_block_can_be_shortened_for_the_test():
@@ -192,3 +240,33 @@ def test_the_costs_of_daappo_are_those_recorded():
         text,
     )
     assert found == [(f"{none:.2f}", *(f"{cost:.1f}" for cost in costs))]
+
+
+def names_of(path: Path) -> set[str]:
+    """Functions and classes of a module, and methods as Class.method."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            found |= {f"{node.name}.{f.name}" for f in inner if isinstance(f, ast.FunctionDef)}
+    return found
+
+
+API = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/api/*.md"))
+SOURCE = re.compile(r"\[`([\w.]+)`\]\(([\w./]+\.py)\)")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_that_a_page_links_exist(path):
+    for name, target in SOURCE.findall(path.read_text(encoding="utf-8")):
+        assert name in names_of(path.parent / target), f"{name} is not in {target}"
+        module = (path.parent / target).resolve().relative_to(ROOT).with_suffix("")
+        assert f"automodule:: totalprop.{'.'.join(module.parts)}\n" in API, f"docs/api: {module}"
+
+
+def test_every_agent_links_its_functions():
+    for path in sorted((ROOT / "docs" / "agents").glob("*.md")):
+        if path.name != "index.md":
+            assert len(SOURCE.findall(path.read_text(encoding="utf-8"))) >= 4
+    assert "PIPPS.save" not in names_of(ROOT / "agents/pipps/agent.py")

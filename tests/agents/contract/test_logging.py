@@ -1,6 +1,8 @@
 """What is logged where: keys, intervals, outputs, TensorBoard's folders."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from stable_baselines3.common.logger import configure
 
 from tests.agents.contract.environments import LENGTH, RETURN
 from tests.agents.contract.probes import logged
+
+PAGES = Path(__file__).parents[3] / "docs" / "agents"
 
 KEYS = {
     "rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps", "time/total_timesteps",
@@ -116,3 +120,37 @@ def test_without_tensorboard_no_figure_is_drawn(make):
     dumps = logged(agent)
     agent.learn(28)
     assert not any(name.startswith("figures") for values, _ in dumps for name in values)
+
+
+def keys_explained(page: str) -> set[str]:
+    """The keys in the first column of the tables of a page."""
+    cells = re.findall(
+        r"^\| (`\w+/.*?) \|", (PAGES / page).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return {key for cell in cells for key in re.findall(r"`(\w+/\w+)`", cell)}
+
+
+def is_explained(key: str, pages: set[str]) -> bool:
+    """Capital letters in a page's key stand for numbers, as in k/step_XX."""
+    return any(re.fullmatch(re.sub(r"[A-Z]+", r"\\d+", known), key) for known in pages)
+
+
+def test_every_logged_key_is_explained_on_the_page_of_the_agent(make, tmp_path):
+    agent = make(tensorboard_log=str(tmp_path))
+    dumps = logged(agent)
+    agent.learn(49)
+    found = {key for values, _ in dumps for key in values}
+    known = keys_explained("index.md") | keys_explained(f"{make.name}.md")
+    assert {key for key in found if not is_explained(key, known)} == set()
+
+
+def test_keys_that_nothing_logs_are_not_explained():
+    root = PAGES.parents[1]
+    folders = ("agents", "world_models")
+    source = "".join(p.read_text() for f in folders for p in sorted((root / f).rglob("*.py")))
+    source += "time/iterations"  # by stable-baselines3's PPO
+    for page in sorted(PAGES.glob("*.md")):
+        for key in keys_explained(page.name):
+            last = re.split(r"_?[A-Z]", key.split("/")[1])[0].removeprefix("node_")
+            assert re.search(rf"\b{last.removesuffix('_gradient_norm')}", source), (page.name, key)
+    assert is_explained("k/step_07", {"k/step_XX"}) and not is_explained("k/step_x", {"k/step_XX"})
