@@ -21,6 +21,12 @@ PIPPS_TASKS = ("angle", "tip", "unicycle")
 PIPPS_METHODS = (
     "PILCO", "RP", "RP-FS", "GR", "GR-FS", "LR", "TP", "TP-sf", "TP+sn", "TPX", "TPG"
 )  # fmt: skip
+REPRODUCTIONS = (
+    "tpx-fig3", "tpx-fig6", "tpx-fig7", "tpx-fig8", "tpx-ablation",
+    "pipps-fig2", "pipps-fig3", "pipps-table1", "pipps-table2",
+    "daa-table1", "daa-fig1", "daa-fig3", "daa-fig4", "daa-fig5", "daa-fig6", "daa-fig7",
+    "svg-fig",
+)  # fmt: skip
 MODES = ("compile", "cuda_graph", "bf16")  # of the dreamer's benchmark: fields of `UpdateSettings`
 
 
@@ -428,6 +434,53 @@ def _plot(parser: ArgumentParser) -> None:
         type=Path,
         help="folder of the pictures (default: plots/NAME, where NAME is the folder of the runs)",
     )
+
+
+def _reproduce(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "name",
+        nargs="?",
+        choices=REPRODUCTIONS,
+        metavar="NAME",
+        help=f"what to reproduce, of {', '.join(REPRODUCTIONS)} (default: list them)",
+    )
+    add("--list", action="store_true", help="list claims, costs, and the verdicts in --out")
+    add("--scale", choices=["small", "paper"], default="small", help="see above (default: small)")
+    add(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FOLDER",
+        help="folder laid out as this project's results/, whose measurements of the same protocol "
+        "are read and not made again",
+    )
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help="seeds of what is trained (default: those of the scale)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/reproduce"),
+        help="folder of the results (default: results/reproduce)",
+    )
+    add(
+        "--runs",
+        type=Path,
+        default=Path("runs/reproduce"),
+        help="folder of the runs (default: runs/reproduce)",
+    )
+    add(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="runs at the same time, one thread each (default: one per core)",
+    )
+    add("--report-only", action="store_true", help="measure nothing, only write the report")
 
 
 def _gradients(parser: ArgumentParser) -> None:
@@ -861,6 +914,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "plot": Command(
         "studies.plot", "draw any runs in one picture: curves, success rates, profiles", _plot
+    ),
+    "reproduce": Command(
+        "reproduce.command",
+        "reproduce a figure or table of a paper, and decide its claims",
+        _reproduce,
     ),
     "study gradients": Command(
         "studies.gradients", "measure every estimator's error on more than 100 problems", _gradients

@@ -165,7 +165,7 @@ def report(
     write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
     table = _table(rows)
     write_text(out / "table.md", table)
-    figures.save(_profiles(rows), out / "profiles.png", dpi=150)
+    figures.save(profiles(rows), out / "profiles.png", dpi=150)
     print(f"{table}\nwritten to {out}: results.json, table.md, profiles.png")
 
 
@@ -209,7 +209,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _profiles(rows: Sequence[dict[str, Any]]) -> Figure:
+def profiles(rows: Sequence[dict[str, Any]]) -> Figure:
     """Performance profiles: the share of runs above each score (Agarwal et al. 2021, Sec. 4.2)."""
     settings = _settings(rows)
     figure = Figure(figsize=(4 * len(settings), 3.6), layout="constrained")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -30,7 +30,13 @@ from torch.func import functional_call, grad, vmap
 
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.envs.rewind import Snapshot
-from totalprop.estimators.analysis.many_actions import Advice, advise, optimal_actions, table
+from totalprop.estimators.analysis.many_actions import (
+    Advice,
+    VarianceComponents,
+    advise,
+    optimal_actions,
+    table,
+)
 from totalprop.estimators.analysis.many_actions_data import ComponentEstimate, estimate_components
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
@@ -92,8 +98,12 @@ def measure(options: argparse.Namespace) -> None:
     found = estimate_components(gradients, stationary=False, generator=generator)
     print(report(found, options, env_id, sampler.interactions))
     if options.json is not None:
-        c = found.components
-        record = {**table(c), "policy_share": c.policy_share, "options": vars(options)}
+        rows = rows_of(found)
+        record = {
+            **{name: row(found.components) for name, row in rows.items()},
+            "intervals": {name: found.interval(row) for name, row in rows.items()},
+            "options": vars(options),
+        }
         write_text(options.json, json.dumps(record, indent=1, default=str) + "\n")
         print(f"written to {options.json}")
 
@@ -218,6 +228,15 @@ def _policy(options: argparse.Namespace, env: VecEnv) -> ActorCriticPolicy:
     return ActorCriticPolicy(env.observation_space, env.action_space, lambda _: 0.0, **kwargs)  # type: ignore[arg-type]
 
 
+def rows_of(found: ComponentEstimate) -> dict[str, Callable[[VarianceComponents], float]]:
+    """The rows of Table 1 and the policy's share, each as a function of the components."""
+    rows: dict[str, Callable[[VarianceComponents], float]] = {
+        name: lambda c, name=name: table(c)[name]  # type: ignore[misc]
+        for name in table(found.components)
+    }
+    return {**rows, "policy_share": lambda c: c.policy_share}
+
+
 def report(
     found: ComponentEstimate, options: argparse.Namespace, env_id: str, interactions: int
 ) -> str:
@@ -228,11 +247,12 @@ def report(
         "",
         f"{'component (mean over the parameters)':<40} {'estimate':>11}   95 % interval",
     ]
-    for name, value in table(found.components).items():
-        low, high = found.interval(lambda c, name=name: table(c)[name])  # type: ignore[misc]
-        lines.append(f"{name:<40} {value:11.4g}   [{low:.4g}, {high:.4g}]")
-    c = found.components
-    low, high = found.interval(lambda c: c.policy_share)
+    c, rows = found.components, rows_of(found)
+    share = rows.pop("policy_share")
+    for name, row in rows.items():
+        low, high = found.interval(row)
+        lines.append(f"{name:<40} {row(c):11.4g}   [{low:.4g}, {high:.4g}]")
+    low, high = found.interval(share)
     lines.append("")
     lines.append(
         f"policy-dependent share: {c.policy_share:.1%} [{low:.1%}, {high:.1%}]; in the paper: "

@@ -221,6 +221,9 @@ def test_variance_prints_the_table_and_the_advice(tmp_path, capsys):
     is_decided = "Best at the cost of" in output
     assert is_decided != ("within its noise" in output)
     first = json.loads((tmp_path / "v.json").read_text())
+    low, high = first["intervals"]["policy_share"]
+    assert f"share: {first['policy_share']:.1%} [{low:.1%}, {high:.1%}]" in output
+    assert set(first) == {*first["intervals"], "intervals", "options"}
     variance.main(command)
     assert json.loads((tmp_path / "v.json").read_text()) == first  # the same seed, the same result
     assert int(output.split("; ")[1].split(" steps in all")[0]) == 6 * 5 * (2 * 2 * 3 + 1)

@@ -1,0 +1,326 @@
+r"""Reproduce a figure or table of a paper, and decide each of its claims.
+
+    totalprop reproduce                            # the names, their claims, costs and verdicts
+    totalprop reproduce pipps-fig3                 # minutes; others take hours, see the list
+    totalprop reproduce tpx-fig3 --from results    # from measurements that are there already
+    totalprop reproduce tpx-fig8 --seeds 3 4 5     # more seeds, for a narrower interval
+    totalprop reproduce daa-fig3 --scale paper -- --device cuda
+
+NAME's studies and sweeps are run one after the other, each a command of its own that is printed.
+Stopped, the same command continues: finished runs are not repeated, others are resumed. --scale
+small is a protocol for a small machine, --scale paper that of the paper. Flags of `totalprop train`
+after -- count in all runs.
+
+--from FOLDER takes what a folder laid out as this project's results/ holds of the same protocol,
+complete or not, and measures the rest.
+
+--out/NAME (NAME_paper at that scale) gets the figures as PNG and SVG, numbers.json with the numbers
+behind them, verdicts.json, and table.md with the claims and the published numbers beside ours.
+
+A claim is about one or more numbers, its parts, with 95 % intervals. It is reproduced if the
+intervals of all parts (of more than half of them, where the claim is about most tasks) lie where it
+says. It is not reproduced if that is contradicted: an interval lies elsewhere (half of them do), at
+a level that accounts for the number of parts. All else is not decidable at this scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from totalprop.agents.core import figures
+from totalprop.agents.persistence.safe_file import write_text
+from totalprop.scripts.commands import COMMANDS, REPRODUCTIONS, parser_of
+from totalprop.scripts.reproduce import many_actions, pipps, svg, tpx
+from totalprop.scripts.reproduce.protocol import Claim, Data, Missing, Reproduction, Scale, Step
+from totalprop.scripts.reproduce.verdicts import LEVEL, Part, Verdict, decide
+from totalprop.scripts.run.errors import UsageError, UserError, ending_with_a_sentence
+from totalprop.scripts.run.folder import current_commit, read_json
+
+ENTRIES: dict[str, Reproduction] = {
+    name: entry
+    for module in (tpx, pipps, many_actions, svg)
+    for name, entry in module.ENTRIES.items()
+}
+ENTRIES = {name: ENTRIES[name] for name in REPRODUCTIONS}
+VERDICTS, NUMBERS = "verdicts.json", "numbers.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options, extra = parse(arguments[:split]), arguments[split + 1 :]
+    with ending_with_a_sentence():
+        if options.name is None or options.list:
+            print(listing(options.out, [options.name] if options.name else list(ENTRIES)))
+            return
+        reproduce(options, extra, shlex.join(["totalprop", "reproduce", *arguments]))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; on wrong usage, exit with code 2."""
+    parser = parser_of("reproduce")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    if options.seeds and min(options.seeds) < 0:
+        parser.error(f"--seeds must be at least 0, got {min(options.seeds)}")
+    if options.source is not None and not options.source.is_dir():
+        parser.error(f"--from {options.source} is no folder; results is that of a checkout")
+    return options
+
+
+def folder_of(out: Path, name: str, scale: str) -> Path:
+    """Where a reproduction's results go."""
+    return out / (name if scale == "small" else f"{name}_{scale}")
+
+
+def reproduce(options: argparse.Namespace, extra: Sequence[str], command: str) -> None:
+    """Run what is missing, then decide the claims and write the folder."""
+    entry = ENTRIES[options.name]
+    scale = entry.scales[options.scale]
+    if (extra or options.seeds) and not any(step.trains for step in scale.steps):
+        what = "flags after --" if extra else "--seeds"
+        raise UsageError(f"{options.name} trains nothing, so it takes no {what}")
+    out = folder_of(options.out, options.name, options.scale)
+    data = Data()
+    for step in scale.steps:
+        found = options.source / step.committed if options.source and step.committed else None
+        if found is not None and found.is_file():
+            print(f"{step.name}: from {found}", flush=True)
+            data[step.name] = found
+        elif (path := out / step.name / step.file).is_file() and not step.resumes:
+            data[step.name] = path
+    for step in scale.steps:
+        if step.name in data or step.prepares in data:
+            continue
+        path = out / step.name / step.file
+        if not options.report_only:
+            words = command_of(step, options, scale, extra)
+            print(f"{step.name}: totalprop {shlex.join(words)}", flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _run(step, words)
+        if path.is_file():
+            data[step.name] = path
+    if not data:
+        raise UserError(f"nothing was measured in {out}; run without --report-only first")
+    write(out, options, entry, data, command)
+
+
+def command_of(
+    step: Step, options: argparse.Namespace, scale: Scale, extra: Sequence[str]
+) -> list[str]:
+    """A step's command line, after `totalprop`."""
+    out = folder_of(options.out, options.name, options.scale)
+    runs = options.runs
+    own = step.runs or f"{out.name}_{step.name}"
+    words = [word.format(out=out / step.name, runs=runs) for word in step.arguments]
+    if step.trains:
+        seeds = step.seeds or options.seeds or scale.seeds
+        words += ["--seeds", *map(str, seeds), "--jobs", str(options.jobs)]
+        words += ["--out", str(out / step.name), "--runs", str(runs / own)]
+        if flags := [*step.flags, *extra]:
+            words += ["--", *flags]
+    return [*step.command.split(), *words]
+
+
+def _run(step: Step, words: Sequence[str]) -> None:
+    """Run a command in this process.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    arguments = words[len(step.command.split()) :]
+    main_of = import_module(f"totalprop.scripts.{COMMANDS[step.command].module}").main
+    with _named(f"totalprop {step.command}"):
+        main_of(arguments)
+
+
+@contextlib.contextmanager
+def _named(program: str) -> Iterator[None]:
+    """Set the program name that argparse prints."""
+    before, sys.argv[0] = sys.argv[0], program
+    try:
+        yield
+    finally:
+        sys.argv[0] = before
+
+
+# ---------------------------------------------------------------------------- report
+
+
+def judged(entry: Reproduction, data: Data) -> list[dict[str, Any]]:
+    """The verdict on each claim, with its parts, as verdicts.json has them."""
+    found = []
+    for claim in entry.claims:
+        parts = parts_of(claim, data)
+        found.append({
+            "key": claim.key, "claim": claim.text, "place": claim.place, "test": claim.test,
+            "rule": str(claim.rule), "verdict": decide(parts, claim.rule).value,
+            "parts": [
+                {"what": p.what, "estimate": _json(p.estimate),
+                 "interval": [_json(end) for end in p.interval(LEVEL)],
+                 "agrees": claim.rule.of_interval(p.interval(LEVEL)).value}
+                for p in parts
+            ],
+        })  # fmt: skip
+    return found
+
+
+def parts_of(claim: Claim, data: Data) -> Sequence[Part]:
+    """The parts of a claim; none if they have not been measured."""
+    try:
+        return claim.parts(data)
+    except Missing:
+        return []
+
+
+def _json(value: float) -> float | None:
+    """A number of JSON, which has no infinity."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def write(
+    out: Path, options: argparse.Namespace, entry: Reproduction, data: Data, command: str
+) -> None:
+    """Write figures, numbers.json, verdicts.json and table.md, and print the last."""
+    out.mkdir(parents=True, exist_ok=True)
+    claims = judged(entry, data)
+    record = {
+        "name": options.name, "scale": options.scale, "command": command,
+        "commit": current_commit(), "source": entry.source,
+        "differs": entry.scales[options.scale].differs, "claims": claims,
+    }  # fmt: skip
+    write_text(out / VERDICTS, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    numbers = [
+        {"what": number.what, "published": number.published, "ours": ours}
+        for number in entry.numbers
+        if (ours := _ours(number.ours, data)) is not None
+    ]
+    raw = {
+        "from": {step: str(path) for step, path in data.items()},
+        "published beside ours": numbers,
+        "raw": entry.raw(data),
+    }
+    write_text(out / NUMBERS, json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
+    drawn = []
+    for name, figure in entry.figures.items():
+        try:
+            picture = figure(data)
+        except Missing:
+            continue
+        drawn.append(name)
+        for suffix in (".png", ".svg"):
+            figures.save(picture, out / f"{name}{suffix}", dpi=150)
+    steps = entry.scales[options.scale].steps
+    missing = [s.name for s in steps if s.name not in data and not s.prepares]
+    text = page(options.name, record, entry, numbers, drawn, missing)
+    write_text(out / "table.md", text)
+    pictures = "".join(f"{name}.png, {name}.svg, " for name in drawn)
+    print(f"{text}\nwritten to {out}: {pictures}{NUMBERS}, {VERDICTS}, table.md")
+
+
+def _ours(ours: Any, data: Data) -> str | None:
+    try:
+        return str(ours(data))
+    except Missing:
+        return None
+
+
+def page(
+    name: str, record: Mapping[str, Any], entry: Reproduction, numbers: Sequence[Mapping[str, str]],
+    drawn: Sequence[str], missing: Sequence[str],
+) -> str:  # fmt: skip
+    """table.md."""
+    title = entry.title[0].upper() + entry.title[1:]
+    lines = [f"# {name}: {entry.title}", "", f"{entry.source}, at the scale `{record['scale']}`."]
+    if record["differs"]:
+        lines[-1] += f" Differs from the paper: {record['differs']}."
+    if missing:
+        lines[-1] += f" Not measured yet: {', '.join(missing)}."
+    lines += ["", f"`{record['command']}`, commit {record['commit']}.", ""]
+    lines += [line for figure in drawn for line in (f"![{title}]({figure}.png)", "")]
+    lines += ["## Claims", "", "| claim | where | verdict |", "|---|---|---|"]
+    lines += [f"| {c['claim']} | {c['place']} | **{c['verdict']}** |" for c in record["claims"]]
+    for claim in record["claims"]:
+        if not claim["parts"]:
+            continue
+        lines += ["", f"### {claim['claim']}", "", f"{claim['verdict'].capitalize()}. "
+                  f"Test: {claim['test']}.", "", "| | estimate | 95 % interval | agrees |",
+                  "|---|---|---|---|"]  # fmt: skip
+        for part in claim["parts"]:
+            low, high = map(_shown, part["interval"])
+            lines.append(
+                f"| {part['what']} | {_shown(part['estimate'])} | {low} to {high} "
+                f"| {AGREES[part['agrees']]} |"
+            )
+    if numbers:
+        lines += [
+            "",
+            "## Published numbers, and ours",
+            "",
+            "| | published | ours |",
+            "|---|---|---|",
+        ]
+        lines += [f"| {n['what']} | {n['published']} | {n['ours']} |" for n in numbers]
+    return "\n".join(lines) + "\n"
+
+
+AGREES = {
+    Verdict.REPRODUCED.value: "yes",
+    Verdict.NOT_REPRODUCED.value: "no",
+    Verdict.NOT_DECIDABLE.value: "?",
+}
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+# ---------------------------------------------------------------------------- list
+
+
+def listing(out: Path, names: Sequence[str]) -> str:
+    """The names with their claims, costs, and the verdicts that are in a folder."""
+    lines = []
+    for name in names:
+        entry = ENTRIES[name]
+        costs = ", ".join(f"{s} {_hours(own.hours)}" for s, own in entry.scales.items())
+        lines += [f"{name}: {entry.title}", f"  {entry.source}; core hours: {costs}"]
+        for scale in entry.scales:
+            verdicts = _verdicts(folder_of(out, name, scale) / VERDICTS)
+            if scale == "small" or verdicts:
+                suffix = "" if scale == "small" else f" ({scale})"
+                lines += [
+                    f"  {verdicts.get(claim.key, Verdict.NOT_MEASURED.value)}{suffix}: {claim.text}"
+                    for claim in entry.claims
+                ]
+        lines.append("")
+    return "\n".join([*lines, f"Verdicts are those in {out}. Next: totalprop reproduce NAME"])
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:g}"
+
+
+def _verdicts(path: Path) -> dict[str, str]:
+    """Key of a claim -> its verdict, of a verdicts.json if it is there."""
+    if not path.is_file():
+        return {}
+    try:
+        return {claim["key"]: claim["verdict"] for claim in read_json(path)["claims"]}
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{path} was not written by totalprop reproduce ({error!r})") from error
+
+
+if __name__ == "__main__":
+    main()

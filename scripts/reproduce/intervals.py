@@ -1,0 +1,139 @@
+"""Intervals of what the claims of the papers are about, at any level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+from scipy.stats import binomtest
+
+from totalprop.scripts.reproduce.verdicts import Interval, Part
+
+DRAWS = 4000  # of a bootstrap
+
+
+def ratio_of_variances(
+    what: str, points: Sequence[tuple[np.ndarray, np.ndarray]], *, paired: bool = True
+) -> Part:
+    """log10 of the ratio of two variances, the first over the second: its mean over the points.
+
+    The interval is the percentile bootstrap's over the repeats, drawn together if both have seen
+    the same noise. It is too narrow where a few repeats make the whole variance.
+
+    Args:
+        what: names the part.
+        points: [R] gradients of both at each point.
+        paired: whether the repeats of both belong together.
+    """
+    generator = np.random.default_rng(0)
+    estimate, draws = [], []
+    for first, second in points:
+        estimate.append(_log_variance(first[None])[0] - _log_variance(second[None])[0])
+        rows = generator.integers(len(first), size=(DRAWS, len(first)))
+        others = rows if paired else generator.integers(len(second), size=(DRAWS, len(second)))
+        draws.append(_log_variance(first[rows]) - _log_variance(second[others]))
+    return Part(what, float(np.mean(estimate)), _percentiles(np.mean(draws, axis=0)))
+
+
+def _log_variance(rows: np.ndarray) -> np.ndarray:
+    """[D] log10 of the variance of each row of [D, R]; huge numbers do not overflow."""
+    deviation = rows - rows.mean(1, keepdims=True)
+    scale = np.maximum(np.abs(deviation).max(1, keepdims=True), np.finfo(float).tiny)
+    squares = np.square(deviation / scale).sum(1) / (rows.shape[1] - 1)
+    return np.log10(np.maximum(squares, np.finfo(float).tiny)) + 2 * np.log10(scale[:, 0])
+
+
+def bootstrapped(
+    what: str, groups: Sequence[np.ndarray], statistic: Callable[[Sequence[np.ndarray]], float]
+) -> Part:
+    """A statistic of groups of rows [n, ...], whose rows are drawn with replacement."""
+    generator = np.random.default_rng(0)
+    draws = [
+        statistic([own[generator.integers(len(own), size=len(own))] for own in groups])
+        for _ in range(DRAWS)
+    ]
+    return Part(what, float(statistic(groups)), _percentiles(np.array(draws)))
+
+
+def drawn(what: str, estimate: float, draws: np.ndarray) -> Part:
+    """A number of which there are draws."""
+    return Part(what, estimate, _percentiles(draws))
+
+
+def _percentiles(draws: np.ndarray) -> Callable[[float], Interval]:
+    def interval(level: float) -> Interval:
+        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+    return interval
+
+
+def difference_of_means(
+    what: str, first: Sequence[np.ndarray], second: Sequence[np.ndarray]
+) -> Part:
+    """The mean of the first less that of the second, averaged over the tasks.
+
+    The interval is Student's with Welch's degrees of freedom, since there are few seeds.
+
+    Args:
+        what: names the part.
+        first: [seeds] scores of each task.
+        second: the same tasks'.
+    """
+    estimates = [a.mean() - b.mean() for a, b in zip(first, second, strict=True)]
+    samples = [own for pair in zip(first, second, strict=True) for own in pair]
+    return _student(what, float(np.mean(estimates)), samples, 1 / len(first))
+
+
+def mean_of(what: str, values: np.ndarray) -> Part:
+    """The mean of [n] numbers, with Student's interval."""
+    return _student(what, float(np.mean(values)), [np.asarray(values, float)], 1.0)
+
+
+def _student(what: str, estimate: float, samples: Sequence[np.ndarray], weight: float) -> Part:
+    """A sum of means, each times ± the weight; Welch and Satterthwaite's degrees of freedom."""
+    if min(map(len, samples)) < 2:
+        return Part(what, estimate, lambda level: (-math.inf, math.inf))
+    terms = [weight**2 * own.var(ddof=1) / len(own) for own in samples]
+    error = math.sqrt(sum(terms))
+    below = sum(term**2 / (len(own) - 1) for term, own in zip(terms, samples))
+    freedom = sum(terms) ** 2 / below if below else 1.0
+
+    def interval(level: float) -> Interval:
+        half = float(stats.t.ppf((1 + level) / 2, freedom)) * error
+        return estimate - half, estimate + half
+
+    return Part(what, estimate, interval)
+
+
+def difference_of_rates(what: str, first: tuple[int, int], second: tuple[int, int]) -> Part:
+    """The first success rate less the second, with Newcombe's interval (1998, method 10).
+
+    Args:
+        what: names the part.
+        first: successes, and runs.
+        second: likewise.
+    """
+    (k, n), (j, m) = first, second
+    estimate = k / n - j / m
+
+    def interval(level: float) -> Interval:
+        a, b = (binomtest(*own).proportion_ci(level, method="wilson") for own in ((k, n), (j, m)))
+        below = math.hypot(k / n - a.low, b.high - j / m)
+        above = math.hypot(a.high - k / n, j / m - b.low)
+        return estimate - below, estimate + above
+
+    return Part(what, estimate, interval)
+
+
+def known(what: str, estimate: float, ends: Interval, level: float = 0.95) -> Part:
+    """A number whose interval of one level is known; others by that of a normal distribution."""
+    halves = (estimate - ends[0], ends[1] - estimate)
+
+    def interval(asked: float) -> Interval:
+        scale = float(stats.norm.ppf((1 + asked) / 2) / stats.norm.ppf((1 + level) / 2))
+        return estimate - scale * halves[0], estimate + scale * halves[1]
+
+    return Part(what, estimate, interval)
