@@ -55,7 +55,7 @@ napoleon_attr_annotations = False
 # be downloaded, and to type variables, which have no page.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|dist|numpy|np|gymnasium|stable_baselines3)\..*"),
+    (r"py:.*", r"(torch|dist|numpy|np|gym|gymnasium|stable_baselines3)\..*"),
     (r"py:.*", r"(collections|pathlib|io|typing)\..*"),
     (r"py:(class|obj)", r"\w+"),  # names of others, and aliases of types
     (r"py:(class|obj)", r".*\.(Self\w+|Agent|Function|Observations)"),

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
+import select
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -81,7 +84,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(0)
     if command.add_flags is not None and _asks_for_help(arguments):
         parser_of(name).parse_args(["--help"])
-    import_module(f"totalprop.scripts.{command.module}").main(arguments)
+    try:
+        import_module(f"totalprop.scripts.{command.module}").main(arguments)
+    except BrokenPipeError:
+        if _can_print():  # another pipe's, such as a worker's
+            raise
+        # As in `totalprop reproduce | head`; nothing is to be flushed at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _can_print() -> bool:
+    """Whether somebody still reads what this process prints."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _asks_for_help(arguments: Sequence[str]) -> bool:

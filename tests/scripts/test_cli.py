@@ -133,3 +133,29 @@ def test_the_help_of_an_agent_loads_no_more_than_its_signature_needs(agent):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly():
+    code = (
+        "from totalprop.scripts import cli\nfrom totalprop.scripts.reproduce import command\n"
+        "command.main = lambda arguments: print('x\\n' * 10**6)\n"
+        "cli.main(['reproduce'])"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert command.stdout.readline() == b"x\n"
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait() == 141
+    command.stderr.close()
+
+
+def test_a_broken_pipe_of_another_process_is_an_error(monkeypatch):
+    from totalprop.scripts.reproduce import command
+
+    def fail(arguments):
+        raise BrokenPipeError("a worker's")
+
+    monkeypatch.setattr(command, "main", fail)
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        cli.main(["reproduce"])
