@@ -160,7 +160,7 @@ def train(job: Job, processes: Processes = ALONE, *, command: str = "") -> RunFo
     if dataset is not None:
         job = with_environment(job, dataset)
         options = job.options
-    env, eval_env = environments(job, dataset) if dataset is not None else job.environments()
+    env, eval_env = environments(job, dataset)
     algorithm = job.algorithm(env, processes, dataset)
     method = "_".join(str(arguments[name]) for name in AGENTS[job.agent].named_by)
     task, where = options.env_id.rsplit("/", 1)[-1], options.env_id
@@ -257,7 +257,7 @@ def resume(
             job = dataclasses.replace(job, options=options)
         set_up_torch(job.options)
         dataset = dataset_of(job, processes)
-        env, eval_env = environments(job, dataset) if dataset is not None else job.environments()
+        env, eval_env = environments(job, dataset)
         tracker = trackers.resume(job, folder, command) if processes.rank == 0 else None
         with tracker or contextlib.nullcontext():
             learn(

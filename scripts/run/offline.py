@@ -66,8 +66,13 @@ def with_environment(job: Job, dataset: MinariDataset) -> Job:
     return dataclasses.replace(job, options=options, env_args=env_args)
 
 
-def environments(job: Job, dataset: MinariDataset) -> tuple[VecEnv, VecEnv | None]:
-    """What stands in for the environment for training, and that for evaluation if there is one."""
+def environments(job: Job, dataset: MinariDataset | None) -> tuple[VecEnv, VecEnv | None]:
+    """The environments for training and evaluation.
+
+    With a dataset, something stands in for that of training, and there may be none for evaluation.
+    """
+    if dataset is None:
+        return job.environments()
     env = job.normalised(DummyVecEnv([lambda: SpacesOnly(dataset)]))
     return env, job.evaluation_environment() if job.options.env_id else None
 
