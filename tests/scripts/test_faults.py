@@ -155,11 +155,11 @@ def test_a_fault_while_learning_is_one_sentence_and_the_run_goes_on(
 ):
     calls = []
 
-    def fail(agent, steps, learn=DreamerTPX.train):
+    def fail(agent, *steps, learn=DreamerTPX.train):
         calls.append(1)
         if len(calls) == 2:
             raise error
-        learn(agent, steps)
+        return learn(agent, *steps)
 
     with monkeypatch.context() as patch:
         patch.setattr(DreamerTPX, "train", fail)

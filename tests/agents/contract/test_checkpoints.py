@@ -95,17 +95,20 @@ def test_cut_episodes_begin_with_a_seed_of_their_own_step(make):
     agent = new_agent(make)
     inner = agent.env.unwrapped
     assert inner._seeds == [3, 4]
-    first = inner.reset()
+    agent._last_obs = first = inner.reset()
     agent.num_timesteps = 70
     agent.cut_episodes()
     assert agent._last_obs is None and agent.n_cut_episodes == 2
     assert inner._seeds == [73, 74]
     assert (inner.reset() != first).any()
+    agent.cut_episodes()  # where none is running
+    assert agent.n_cut_episodes == 2
 
 
 def test_cut_episodes_of_an_agent_without_a_seed_leave_the_environments_theirs(make):
     agent = new_agent(make, seed=None)
     agent.env.seed(11)
+    agent._last_obs = np.zeros(1)
     agent.cut_episodes()
     assert agent.env.unwrapped._seeds == [11, 12]
 
