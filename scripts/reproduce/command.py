@@ -93,6 +93,15 @@ def reproduce(options: argparse.Namespace, extra: Sequence[str], command: str) -
         raise UsageError(f"{options.name} trains nothing, so it takes no {what}")
     out = folder_of(options.out, options.name, options.scale)
     data = Data()
+    if options.source and not any(
+        (options.source / step.committed).is_file() for step in scale.steps
+    ):
+        wanted = ", ".join(step.committed for step in scale.steps if step.committed)
+        raise UserError(
+            f"--from {options.source} holds nothing of {options.name} at this scale, "
+            + (f"such as {wanted}" if wanted else "of which no measurements are kept")
+            + "; leave --from out, or name a folder that is laid out as this project's results/"
+        )
     for step in scale.steps:
         found = options.source / step.committed if options.source and step.committed else None
         if found is not None and found.is_file():

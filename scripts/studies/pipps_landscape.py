@@ -280,7 +280,7 @@ def figure_of(
     top[0].plot(value.delta, value.mean, color="k", lw=1)
     top[0].set(title="value J", xlabel="Δ", ylabel="cost of an episode")
     for axis, (delta, box) in zip(top[1:], sorted(boxes.items())[:: max(len(boxes) - 1, 1)]):
-        image = axis.pcolormesh(*box, cmap="viridis")
+        image = axis.pcolormesh(*box, cmap="viridis", rasterized=True)
         axis.set(title=f"V(x₁) at Δ = {delta:g}", xlabel=axes[0], ylabel=axes[1])
         figure.colorbar(image, ax=axis)
     estimators = [name for name in lines if name != VALUE]

@@ -667,6 +667,12 @@ def test_the_gallery_shows_the_committed_verdicts(path):
     [
         (["tpx-fig33"], 2, "invalid choice: 'tpx-fig33'"),
         (["tpx-fig3", "--scale", "huge"], 2, "invalid choice: 'huge'"),
+        (
+            ["pipps-fig2", "--from", str(ROOT / "results" / "pipps")],
+            1,
+            "holds nothing of pipps-fig2 at this scale, such as pipps/landscape/landscape.csv",
+        ),
+        (["tpx-fig8", "--from", str(ROOT / "results")], 1, "of which no measurements are kept"),
         (["tpx-fig3", "--from", "nowhere"], 2, "--from nowhere is no folder"),
         (["tpx-fig3", "--seeds", "0"], 2, "tpx-fig3 trains nothing, so it takes no --seeds"),
         (["tpx-fig3", "--", "--gamma", "1"], 2, "takes no flags after --"),
