@@ -93,13 +93,11 @@ def reproduce(options: argparse.Namespace, extra: Sequence[str], command: str) -
         raise UsageError(f"{options.name} trains nothing, so it takes no {what}")
     out = folder_of(options.out, options.name, options.scale)
     data = Data()
-    if options.source and not any(
-        (options.source / step.committed).is_file() for step in scale.steps
-    ):
-        wanted = ", ".join(step.committed for step in scale.steps if step.committed)
+    kept = [step.committed for step in scale.steps if step.committed]
+    if options.source and not any((options.source / path).is_file() for path in kept):
         raise UserError(
             f"--from {options.source} holds nothing of {options.name} at this scale, "
-            + (f"such as {wanted}" if wanted else "of which no measurements are kept")
+            + (f"such as {', '.join(kept)}" if kept else "of which no measurements are kept")
             + "; leave --from out, or name a folder that is laid out as this project's results/"
         )
     for step in scale.steps:
