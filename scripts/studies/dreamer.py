@@ -129,10 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         failed, earlier = 0, read_rows(options.out, extra, _run_of)
         if not options.report_only:
             jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
-            for name in {cell.name(seed) for cell, seed in earlier}:
-                if not (runs / name).exists():
-                    jobs.pop(name, None)
-            failed = train_runs(jobs, runs, options.jobs)
+            kept = {cell.name(seed) for cell, seed in earlier}
+            failed = train_runs(jobs, runs, options.jobs, kept=kept)
         report(options.out, runs, cells, options.seeds, extra, earlier)
     if failed:
         raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")

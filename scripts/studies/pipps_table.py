@@ -214,10 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         earlier = read_rows(options.out, flags, lambda row: (cell_of(row), row["seed"]))
         failed = 0
         if not options.report_only:
-            for name in {cell.name(seed) for cell, seed in earlier}:
-                if not (runs / name).exists():
-                    jobs.pop(name, None)
-            failed = train_runs(jobs, runs, options.jobs)
+            kept = {cell.name(seed) for cell, seed in earlier}
+            failed = train_runs(jobs, runs, options.jobs, kept=kept)
         report(options.out, runs, cells, options.seeds, flags, earlier)
     if failed:
         raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")

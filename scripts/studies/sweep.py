@@ -42,7 +42,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -219,19 +219,27 @@ def read_rows(
 
 def train_all(options: argparse.Namespace, grid: Grid, earlier: Earlier, executor: Executor) -> int:
     """Start or resume all unfinished runs; return the number of runs that failed."""
-    jobs = {}
-    for seed, (label, setting) in itertools.product(grid.seeds, grid.settings().items()):
-        name = setting.run_name(seed)
-        if str(seed) not in earlier.results.get(label, {}) or (options.runs / name).exists():
-            jobs[name] = setting.command(seed)
+    settings = grid.settings().items()
+    jobs = {
+        setting.run_name(seed): setting.command(seed)
+        for seed in grid.seeds
+        for _, setting in settings
+    }
+    kept = {
+        setting.run_name(seed)
+        for seed in grid.seeds
+        for label, setting in settings
+        if str(seed) in earlier.results.get(label, {})
+    }
     is_elsewhere = options.address or options.slurm
     workers = options.jobs or (len(jobs) if is_elsewhere else os.cpu_count() or 1)
-    return train_runs(jobs, options.runs, workers, executor)
+    return train_runs(jobs, options.runs, workers, executor, kept=kept)
 
 
 def train_runs(
-    jobs: Mapping[str, Sequence[str]], runs: Path, workers: int, executor: Executor | None = None
-) -> int:
+    jobs: Mapping[str, Sequence[str]], runs: Path, workers: int, executor: Executor | None = None,
+    *, kept: Collection[str] = (),
+) -> int:  # fmt: skip
     """Start or resume unfinished runs in their order, one thread each.
 
     Args:
@@ -239,11 +247,15 @@ def train_runs(
         runs: folder of the runs.
         workers: runs at the same time.
         executor: where they are started; None for Ray on this machine, or threads without it.
+        kept: names of runs whose results a results.json holds: finished, unless they have a folder
+            here that is not.
     Returns:
         The number of runs that failed.
     """
     trials = [
-        Trial(name, str(runs), tuple(arguments), os.getcwd()) for name, arguments in jobs.items()
+        Trial(name, str(runs), tuple(arguments), os.getcwd())
+        for name, arguments in jobs.items()
+        if name not in kept or (runs / name).exists()
     ]
     unfinished, failed = [trial for trial in trials if not trial.is_finished], 0
     if unfinished:
