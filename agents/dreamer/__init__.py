@@ -17,7 +17,8 @@ ENTRY = AgentEntry(
     presets=PRESETS,
     policy_flags=(
         "size", "latent", "stoch", "classes", "deter", "hidden", "width", "conv_depth",
-        "vector_std", "learn_vector_std", "init_std", "layer_norm", "reward_head", "critic_head",
+        "vector_std", "learn_vector_std", "image_std", "init_std", "layer_norm", "reward_head",
+        "critic_head",
     ),
     callbacks=lambda steps: {"pictures": OpenLoopPictures(max(steps // 10, 1))},
     pictures=write_picture,

@@ -138,6 +138,8 @@ class DreamerPolicy(BasePolicy):
         width: units of every layer of actor, critic and the model's heads: 100, 400 or 512.
         conv_depth: feature maps of the first convolution, for images: 8, 32 or 32.
         vector_std: standard deviation of the decoder of vector observations.
+        image_std: that of images, of pixels in [-0.5, 0.5]. With 1 (DreamerV1), something small
+            or thin costs fewer nats to leave out of the reconstruction than to remember.
         learn_vector_std: learn the standard deviation of each entry, from vector_std on, so that
             it is as precise as the entry can be predicted.
         init_std: standard deviation, before the tanh, that an actor for a Box starts from.
@@ -175,6 +177,7 @@ class DreamerPolicy(BasePolicy):
         width: Annotated[int, AtLeast(1)] | None = None,
         conv_depth: Annotated[int, AtLeast(1)] | None = None,
         vector_std: Annotated[float, Above(0)] = 1.0,
+        image_std: Annotated[float, Above(0)] = 1.0,
         learn_vector_std: bool = False,
         init_std: Annotated[float, Above(0)] = 5.0,
         layer_norm: bool = False,
@@ -201,6 +204,7 @@ class DreamerPolicy(BasePolicy):
             **(CATEGORICALS[size] if latent == "categorical" else {}),
             **{name: number for name, number in own.items() if number is not None},
             "vector_std": vector_std,
+            "image_std": image_std,
             "learn_vector_std": learn_vector_std,
             "latent": latent,
             "layer_norm": layer_norm,

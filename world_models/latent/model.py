@@ -89,6 +89,7 @@ class LatentModel(nn.Module):
         width: units of the dense networks (400 in DreamerV1).
         conv_depth: feature maps of the first convolution (32 in DreamerV1).
         vector_std: standard deviation of the vector decoder.
+        image_std: that of the image decoder.
         learn_vector_std: learn that of each entry, see `VectorDecoder`.
         discount_head: whether to learn γ·P(not terminal), for tasks that may end early.
         latent: kind of the variables of z, see `RSSM`.
@@ -117,6 +118,7 @@ class LatentModel(nn.Module):
         width: int,
         conv_depth: int,
         vector_std: float = 1.0,
+        image_std: float = 1.0,
         learn_vector_std: bool = False,
         discount_head: bool = False,
         latent: LatentKind = "gaussian",
@@ -141,14 +143,21 @@ class LatentModel(nn.Module):
             }  # fmt: skip
             self.encoder = DictEncoder(self.entries, **shared)
             self.decoder = DictDecoder(
-                features, self.entries, std=vector_std, learn_std=learn_vector_std, **shared
+                features,
+                self.entries,
+                std=vector_std,
+                image_std=image_std,
+                learn_std=learn_vector_std,
+                **shared,
             )
         elif len(observation_shape) == 3:
             _check_image(observation_shape)
             channels = observation_shape[0]
             self.register_buffer("offset", None)
             self.encoder = ImageEncoder(channels, depth=conv_depth, layer_norm=layer_norm)
-            self.decoder = ImageDecoder(features, channels, depth=conv_depth, layer_norm=layer_norm)
+            self.decoder = ImageDecoder(
+                features, channels, depth=conv_depth, std=image_std, layer_norm=layer_norm
+            )
         else:
             (size,) = observation_shape
             self.register_buffer("offset", torch.zeros(size, dtype=torch.float64))

@@ -104,19 +104,27 @@ class ImageEncoder(nn.Module):
 class ImageDecoder(nn.Module):
     """A dense layer and four transposed convolutions, stride 2: [..., F] -> [..., C, 64, 64].
 
-    The output is the mean of a Gaussian of unit variance over pixels in [-0.5, 0.5].
+    The output is the mean of a Gaussian over pixels in [-0.5, 0.5].
 
     Args:
         features: F.
         channels: C.
         depth: as in `ImageEncoder`.
+        std: standard deviation of the Gaussian of a pixel; 1 in DreamerV1.
         layer_norm: as in `ImageEncoder`.
     """
 
     def __init__(
-        self, features: int, channels: int, *, depth: int, layer_norm: bool = False
+        self,
+        features: int,
+        channels: int,
+        *,
+        depth: int,
+        std: float = 1.0,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.std = std
         self.dense = Linear(features, 32 * depth)
         self.first = nn.ConvTranspose2d(32 * depth, 4 * depth, kernel_size=5, stride=2)
         self.activation = _activation(4 * depth, layer_norm)
@@ -144,7 +152,7 @@ class ImageDecoder(nn.Module):
         return images
 
     def log_prob(self, features: Tensor, images: Tensor) -> Tensor:
-        """[] log N(image; mean, 1), summed over pixels and batch.
+        """[] log N(image; mean, std), summed over pixels and batch.
 
         Args:
             features: [..., F].
@@ -155,7 +163,8 @@ class ImageDecoder(nn.Module):
         for rows in _chunks(features):
             error = at_least_float32(self._decode(features[rows])) - normalise(images[rows])
             total = total - 0.5 * error.square().sum()
-        return total - 0.5 * math.log(2 * math.pi) * images.numel()
+        constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
+        return total / self.std**2 - constant * images.numel()
 
 
 class VectorEncoder(nn.Module):
@@ -187,8 +196,8 @@ class VectorDecoder(nn.Module):
         size: S, size of the observation.
         width: units of the hidden layers.
         layers: number of hidden layers.
-        std: standard deviation of the Gaussian. Images use 1, but vectors need less: their few
-            entries, which vary by about 1, must outweigh the free nats.
+        std: standard deviation of the Gaussian. Few entries, which vary by about 1, need less than
+            1 to outweigh the free nats.
         learn_std: learn the standard deviation of each entry, from `std` on and above LEAST_STD.
             It ends near the error of the entry's prediction, so that no entry that cannot be
             predicted costs the others their precision (Rybkin et al. 2021, sigma-VAE).

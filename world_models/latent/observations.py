@@ -175,6 +175,7 @@ class DictDecoder(nn.Module):
         width: units of the perceptron, see `VectorDecoder`.
         conv_depth: as in `ImageDecoder`.
         std: standard deviation of the Gaussian of vectors.
+        image_std: that of images.
         learn_std: as in `VectorDecoder`.
         layer_norm: as in `mlp`.
     """
@@ -187,6 +188,7 @@ class DictDecoder(nn.Module):
         width: int,
         conv_depth: int,
         std: float = 1.0,
+        image_std: float = 1.0,
         learn_std: bool = False,
         layer_norm: bool = False,
     ) -> None:
@@ -208,7 +210,13 @@ class DictDecoder(nn.Module):
             else None
         )
         self.image = (
-            ImageDecoder(features, entries.n_channels, depth=conv_depth, layer_norm=layer_norm)
+            ImageDecoder(
+                features,
+                entries.n_channels,
+                depth=conv_depth,
+                std=image_std,
+                layer_norm=layer_norm,
+            )
             if entries.n_channels
             else None
         )

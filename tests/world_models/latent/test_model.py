@@ -114,14 +114,15 @@ def test_the_whole_model_is_initialised():
 @pytest.mark.parametrize("discount_head", [False, True])
 @pytest.mark.parametrize("shape", [(OBSERVATION,), IMAGE], ids=["vector", "image"])
 def test_loss_equals_plain_distributions(shape, discount_head):
-    model, data = make(shape, vector_std=0.4, discount_head=discount_head), batch(shape)
+    stds = {"vector_std": 0.4, "image_std": 0.3}
+    model, data = make(shape, **stds, discount_head=discount_head), batch(shape)
     observations, _, rewards, _, is_terminal, _ = data
     loss, states = model.loss(*data, SETTINGS)
     expected_states, prior, posterior = observed(model, data)
     torch.testing.assert_close(states, expected_states)
     features = torch.cat((states.stoch, states.deter), -1)
     if len(shape) == 3:
-        decoded = Independent(Normal(model.decoder(features), 1.0), 3)
+        decoded = Independent(Normal(model.decoder(features), 0.3), 3)
         target = observations.float() / 255 - 0.5
     else:
         decoded, target = Independent(Normal(model.decoder.net(features), 0.4), 1), observations

@@ -219,11 +219,12 @@ def test_image_decoder_equals_plain_transposed_convolutions():
     )
 
 
-def test_image_log_prob_is_a_unit_gaussian_summed_over_pixels():
-    decoder = randomise(ImageDecoder(FEATURES, CHANNELS, depth=DEPTH))
+@pytest.mark.parametrize("std", [1.0, 0.2])
+def test_image_log_prob_is_a_gaussian_summed_over_pixels(std):
+    decoder = randomise(ImageDecoder(FEATURES, CHANNELS, depth=DEPTH, std=std))
     features, batch = torch.randn(2, 3, FEATURES, generator=generator(2)), images(2, 3)
     pixels = batch.float() / 255 - 0.5
-    expected = Independent(Normal(decoder(features), 1.0), 3).log_prob(pixels)
+    expected = Independent(Normal(decoder(features), std), 3).log_prob(pixels)
     assert expected.shape == (2, 3)
     torch.testing.assert_close(decoder.log_prob(features, batch), expected.sum())
 

@@ -93,9 +93,9 @@ def test_probabilities_of_each_choice_sum_to_one():
         torch.testing.assert_close(total, torch.tensor(1.0))
 
 
-def flat_decoder(std):
+def flat_decoder(std, image_std):
     """A decoder whose predictions do not depend on the features."""
-    decoder = DictDecoder(4, Entries(MIXED), width=8, conv_depth=2, std=std)
+    decoder = DictDecoder(4, Entries(MIXED), width=8, conv_depth=2, std=std, image_std=image_std)
     for parameter in decoder.parameters():
         torch.nn.init.zeros_(parameter)
     with torch.no_grad():
@@ -106,10 +106,10 @@ def flat_decoder(std):
     return decoder
 
 
-@pytest.mark.parametrize("std", [1.0, 0.1])
-def test_log_likelihood_of_a_dictionary_is_the_sum_of_all_heads_by_hand(std):
+@pytest.mark.parametrize(("std", "image_std"), [(1.0, 1.0), (0.1, 1.0), (1.0, 0.2)])
+def test_log_likelihood_of_a_dictionary_is_the_sum_of_all_heads_by_hand(std, image_std):
     """Numbers (place, speed) have means 0.5, -1, 0; of the choices, door 2 has a logit of 2."""
-    decoder = flat_decoder(std)
+    decoder = flat_decoder(std, image_std)
     place, speed = math.expm1(0.7), [-math.expm1(1.0), math.expm1(0.3)]  # symlog: 0.7, -1, 0.3
     seen = {
         "look": torch.full((2, 1, 64, 64), 255, dtype=torch.uint8),  # 0.5 in the decoder's units
@@ -122,7 +122,8 @@ def test_log_likelihood_of_a_dictionary_is_the_sum_of_all_heads_by_hand(std):
     joined = Entries(MIXED).join(seen)
     found = decoder.log_prob(torch.zeros(2, 4), joined._replace(vector=joined.vector.float()))
     normal = 0.5 * math.log(2 * math.pi)
-    pixels = 64**2 * (-0.5 * 0.4**2 - normal) + 3 * 64**2 * (-0.5 * 0.6**2 - normal)
+    errors = 64**2 * 0.4**2 + 3 * 64**2 * 0.6**2
+    pixels = -0.5 * errors / image_std**2 - 4 * 64**2 * (math.log(image_std) + normal)
     numbers = -0.5 * (0.2**2 + 0 + 0.3**2) / std**2 - 3 * (math.log(std) + normal)
     doors = math.log(1 / 2) + math.log(math.e**2 / (3 + math.e**2))
     other = math.log(1 / 2) + math.log(1 / (3 + math.e**2))
@@ -164,7 +165,9 @@ SAME = {
 def test_entries_of_one_kind_are_learned_as_if_they_were_one_observation(kind, is_new):
     """Loss, gradients and predictions, bit for bit."""
     entries, shape, split = SAME[kind]
-    changes = {"layer_norm": is_new, "vector_std": 0.1, "learn_vector_std": is_new}
+    changes = {
+        "layer_norm": is_new, "vector_std": 0.1, "learn_vector_std": is_new, "image_std": 0.3,
+    }  # fmt: skip
     ours, plain = (make(x, **changes) for x in (entries, shape))
     torch.manual_seed(1)
     seen, data = torch.randn(T, B, *shape), sequences()
