@@ -296,11 +296,31 @@ def _add_runs(parser: ArgumentParser, of: str, *, seeds: str = "", out: str = ""
         default=None,
         help="folder of the runs (default: runs/NAME, where NAME is the last part of --out)",
     )
+    _add_jobs(parser, "runs")
+    parser.add_argument(
+        "--report-only", action="store_true", help="do not train, only write the report"
+    )
+
+
+def _add_jobs(parser: ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--jobs",
         type=int,
         default=os.cpu_count(),
-        help="runs at the same time, one thread each (default: one per core)",
+        help=f"{what} at the same time, one thread each (default: one per core)",
+    )
+
+
+def _add_measurements(parser: ArgumentParser, out: str) -> None:
+    """The flags of a study that measures, without training, and writes figures and tables."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(out),
+        help=f"folder of the results (default: {out})",
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="only write the figures and the table"
     )
 
 
@@ -385,9 +405,6 @@ def _sweep(parser: ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="results of `totalprop peer`, or results.json of other sweeps, to show as well",
-    )
-    parser.add_argument(
-        "--report-only", action="store_true", help="do not train, only write the report"
     )
 
 
@@ -474,12 +491,7 @@ def _reproduce(parser: ArgumentParser) -> None:
         default=Path("runs/reproduce"),
         help="folder of the runs (default: runs/reproduce)",
     )
-    add(
-        "--jobs",
-        type=int,
-        default=os.cpu_count(),
-        help="runs at the same time, one thread each (default: one per core)",
-    )
+    _add_jobs(parser, "runs")
     add("--report-only", action="store_true", help="measure nothing, only write the report")
 
 
@@ -515,19 +527,8 @@ def _gradients(parser: ArgumentParser) -> None:
         help="gradients per point, half of them from 5000 samples on (default: 20)",
     )
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("results/gradients"),
-        help="folder of the results (default: results/gradients)",
-    )
-    add(
-        "--jobs",
-        type=int,
-        default=os.cpu_count(),
-        help="points at the same time, one thread each (default: one per core)",
-    )
-    add("--report-only", action="store_true", help="only write the figure and the table")
+    _add_jobs(parser, "points")
+    _add_measurements(parser, "results/gradients")
 
 
 def _study_dreamer(parser: ArgumentParser) -> None:
@@ -553,9 +554,6 @@ def _study_dreamer(parser: ArgumentParser) -> None:
         help="imagination horizons (default: 15 60)",
     )
     _add_runs(parser, "cell")
-    parser.add_argument(
-        "--report-only", action="store_true", help="do not train, only write the report"
-    )
 
 
 def _policy_line(parser: ArgumentParser, name: str) -> None:
@@ -571,13 +569,7 @@ def _policy_line(parser: ArgumentParser, name: str) -> None:
     add("--direction", type=int, default=8, help="seed of the line's direction (default: 8)")
     add("--end", type=float, default=6.0, metavar="Δ", help="end of the line (default: 6)")
     add("--seed", type=int, default=0, help="seed of the particles' noise (default: 0)")
-    add(
-        "--out",
-        type=Path,
-        default=Path(f"results/pipps/{name}"),
-        help=f"folder of the results (default: results/pipps/{name})",
-    )
-    add("--report-only", action="store_true", help="only write the figure and the table")
+    _add_measurements(parser, f"results/pipps/{name}")
 
 
 def _pipps_landscape(parser: ArgumentParser) -> None:
@@ -653,7 +645,6 @@ def _pipps_table(parser: ArgumentParser) -> None:
     _add_runs(
         parser, "cell", seeds="0 to 4; 0 to 99 with --scale paper", out="results/pipps/success"
     )
-    add("--report-only", action="store_true", help="do not train, only write the report")
 
 
 def _peer(parser: ArgumentParser) -> None:
@@ -842,19 +833,13 @@ def _chaos(parser: ArgumentParser) -> None:
     add("--horizon", type=int, default=100, help="H, steps of a rollout (default: 100)")
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     add(
-        "--out",
-        type=Path,
-        default=Path("results/chaos"),
-        help="folder of the results (default: results/chaos)",
-    )
-    add(
         "--redo",
         nargs="+",
         default=[],
         metavar="ESTIMATOR",
         help="estimators to measure again, replacing their rows",
     )
-    add("--report-only", action="store_true", help="only write the figures and the table")
+    _add_measurements(parser, "results/chaos")
 
 
 def _gpu(parser: ArgumentParser) -> None:
