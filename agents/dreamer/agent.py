@@ -149,7 +149,9 @@ class DreamerTPX(Algorithm):
         representation_scale: weight of that term's gradient in the posterior, relative to that in
             the prior: 1 is the plain KL divergence of DreamerV1, less is KL balancing (0.2 in
             DreamerV3).
-        free_nats: KL below which the term has no gradient.
+        free_nats: KL below which the term has no gradient, or "auto": 0 where all observations are
+            vectors, whose information may be less than a nat per step, and with images or choices
+            1 (DreamerV3), without which a model may take long to notice that they tell anything.
         free_nats_per_step: apply the free nats to every step rather than to the mean.
         discount_head: predict where episodes end, from the first episode that terminates on (until
             then γ is constant). False imagines that the task goes on, as if nothing had ended.
@@ -224,7 +226,7 @@ class DreamerTPX(Algorithm):
         hold_exponent: Annotated[float, AtLeast(0)] = 0.0,
         kl_scale: Annotated[float, AtLeast(0)] = 1.0,
         representation_scale: Annotated[float, AtLeast(0)] = 1.0,
-        free_nats: Annotated[float, AtLeast(0)] = 3.0,
+        free_nats: Annotated[float, AtLeast(0)] | Literal["auto"] = 3.0,
         free_nats_per_step: bool = False,
         discount_head: bool = True,
         discount_scale: Annotated[float, Above(0)] = 10.0,
@@ -890,6 +892,11 @@ class DreamerTPX(Algorithm):
             changes["legs"] = self.leg
         return estimators.make(name, **changes)
 
+    def _resolved_free_nats(self) -> float:
+        if self.free_nats == "auto":
+            return 0.0 if self.policy.to_model.has_only_vectors else 1.0
+        return self.free_nats
+
     def _check_spaces(self) -> None:
         ObservationForm(self.observation_space)  # raises for a space that is not supported
         self.refuse_vec_normalize(self.env)
@@ -925,7 +932,7 @@ class DreamerTPX(Algorithm):
             model=ModelLossSettings(
                 kl_scale=self.kl_scale,
                 representation_scale=self.representation_scale,
-                free_nats=self.free_nats,
+                free_nats=self._resolved_free_nats(),
                 free_nats_per_step=self.free_nats_per_step,
                 gamma=self.gamma,
                 discount_scale=self.discount_scale,

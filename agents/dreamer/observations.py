@@ -69,6 +69,11 @@ class ObservationForm:
             if isinstance(part.entry, Choices)
         }
 
+    @property
+    def has_only_vectors(self) -> bool:
+        """Whether nothing observed is an image or a choice."""
+        return not self.options and not any(part.image for part in self._parts.values())
+
     def describe(self) -> str:
         """A sentence on the images that are resized; "" if none is."""
         resized = [

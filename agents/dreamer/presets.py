@@ -99,7 +99,9 @@ PRESETS["recommended"] = {
     "entropy_scale": 5e-4,  # of scaled returns; DreamerV3: 3e-4
     "slow_critic_rate": 0.05,  # DreamerV3: 0.02
     "slow_actor_rate": 0.01,  # ours: the actor changes a lot from update to update
-    "free_nats": 0.0,  # or the prior of a task with little to observe would hardly be trained
+    # 0 for vectors, or the prior of a task with little to observe would hardly be trained; 1 for
+    # images and choices, or a model may take long to notice that they tell anything.
+    "free_nats": "auto",
     "batch_size": 16,
     "sequence_length": 32,
     "imagination_starts": 128,
@@ -112,6 +114,7 @@ PRESETS["recommended"] = {
         "size": "s",
         "vector_std": 0.3,
         "learn_vector_std": True,  # swing-up needs 0.03 to 0.1, walker's velocities 0.3 and more
+        "image_std": 0.1,  # with 1, swing-up's pole is worth 9 nats, and not reconstructed
         "init_std": 1.0,  # actions spread evenly over their range at first
         "layer_norm": True,
         "reward_head": "two-hot",

@@ -88,6 +88,17 @@ def stored(agent):
     return {name: rows[field] for name, field in replay._parts.items()}
 
 
+@pytest.mark.parametrize("name", [*SPACES, "vector"])
+def test_auto_has_no_free_nats_where_all_observations_are_vectors(name):
+    space = {**SPACES, "vector": spaces.Box(-9, 9, (3,), np.float32)}[name]
+    expected = 0.0 if name in ("vector", "vector in a dictionary") else 1.0
+    agent = make(space, free_nats="auto")
+    assert agent._update_settings().model.free_nats == expected
+    assert agent.free_nats == "auto"
+    agent.free_nats = 0.5
+    assert agent._update_settings().model.free_nats == 0.5
+
+
 # --------------------------------------------------------------------------------------------
 # what is stored
 # --------------------------------------------------------------------------------------------
