@@ -138,10 +138,11 @@ class DreamerPolicy(BasePolicy):
         width: units of every layer of actor, critic and the model's heads: 100, 400 or 512.
         conv_depth: feature maps of the first convolution, for images: 8, 32 or 32.
         vector_std: standard deviation of the decoder of vector observations.
-        image_std: that of images, of pixels in [-0.5, 0.5]. With 1 (DreamerV1), something small
-            or thin costs fewer nats to leave out of the reconstruction than to remember.
         learn_vector_std: learn the standard deviation of each entry, from vector_std on, so that
             it is as precise as the entry can be predicted.
+        image_std: standard deviation of the decoder of images, whose pixels are in [-0.5, 0.5].
+            With 1 (DreamerV1), something small or thin costs fewer nats to leave out of the
+            reconstruction than to remember.
         init_std: standard deviation, before the tanh, that an actor for a Box starts from.
             With DreamerV1's 5 most actions are -1 or 1, where the tanh passes no gradient; with 1
             they are spread almost evenly.

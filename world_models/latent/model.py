@@ -89,8 +89,8 @@ class LatentModel(nn.Module):
         width: units of the dense networks (400 in DreamerV1).
         conv_depth: feature maps of the first convolution (32 in DreamerV1).
         vector_std: standard deviation of the vector decoder.
-        image_std: that of the image decoder.
         learn_vector_std: learn that of each entry, see `VectorDecoder`.
+        image_std: standard deviation of the image decoder.
         discount_head: whether to learn γ·P(not terminal), for tasks that may end early.
         latent: kind of the variables of z, see `RSSM`.
         classes: of each categorical variable.

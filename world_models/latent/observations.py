@@ -175,8 +175,8 @@ class DictDecoder(nn.Module):
         width: units of the perceptron, see `VectorDecoder`.
         conv_depth: as in `ImageDecoder`.
         std: standard deviation of the Gaussian of vectors.
-        image_std: that of images.
         learn_std: as in `VectorDecoder`.
+        image_std: standard deviation of the Gaussian of images.
         layer_norm: as in `mlp`.
     """
 
