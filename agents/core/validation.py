@@ -63,17 +63,21 @@ class Above:
 
 @dataclass(frozen=True)
 class Within:
-    """Numbers in [low, high], or in [low, high) with `open_above`."""
+    """Numbers in [low, high], without a bound that is open."""
 
     low: float
     high: float
     open_above: bool = False
+    open_below: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value < self.high or (value == self.high and not self.open_above)
+        if value in (self.low, self.high):
+            return not (self.open_below if value == self.low else self.open_above)
+        return self.low < value < self.high
 
     def __str__(self) -> str:
-        return f"in [{self.low:g}, {self.high:g}{')' if self.open_above else ']'}"
+        left, right = "(" if self.open_below else "[", ")" if self.open_above else "]"
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
 
     @property
     def symbol(self) -> str:

@@ -14,7 +14,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -70,6 +70,21 @@ if TYPE_CHECKING:
     from minari import MinariDataset
 
 OPTIMIZED = ("model", "actor", "critic")
+
+
+class Auto(NamedTuple):
+    """What "auto" stands for, by what is observed."""
+
+    vectors: float  # alone
+    choices: float  # and vectors
+    images: float  # and anything else
+
+
+AUTO = {
+    "model_learning_rate": Auto(3e-3, 3e-3, 1e-3),
+    "representation_scale": Auto(1.0, 0.1, 0.1),
+    "free_nats": Auto(0.0, 1.0, 1.0),
+}
 SelfDreamerTPX = TypeVar("SelfDreamerTPX", bound="DreamerTPX")
 
 
@@ -123,7 +138,8 @@ class DreamerTPX(Algorithm):
         slow_actor_rate: rate at which a slow copy follows the actor at each update. The copy acts,
             in the environment and in `predict`, while imagination improves the actor itself. It
             averages out how the actor changes from update to update. 0 keeps none, as in DreamerV1.
-        model_learning_rate: step size of the world model.
+        model_learning_rate: step size of the world model, or "auto", which with images is a third
+            of what it is without.
         adam_eps: Adam's epsilon.
         max_grad_norm: global-norm clip of each of the three optimizers.
         batch_size: sequences per batch.
@@ -148,11 +164,14 @@ class DreamerTPX(Algorithm):
         kl_scale: weight of the KL term of the model's loss.
         representation_scale: weight of that term's gradient in the posterior, relative to that in
             the prior: 1 is the plain KL divergence of DreamerV1, less is KL balancing (0.2 in
-            DreamerV3).
+            DreamerV3), "auto" is 1 where all observations are vectors, and else 0.1.
         free_nats: KL below which the term has no gradient, or "auto": 0 where all observations are
             vectors, whose information may be less than a nat per step, and with images or choices
             1 (DreamerV3), without which a model may take long to notice that they tell anything.
         free_nats_per_step: apply the free nats to every step rather than to the mean.
+        decoded_share: share of a batch's images, drawn anew for each update, that the model must
+            reconstruct. Less than 1 leaves the loss's mean as it is, and most of the decoder's work
+            undone: neighbouring images say much the same.
         discount_head: predict where episodes end, from the first episode that terminates on (until
             then γ is constant). False imagines that the task goes on, as if nothing had ended.
         discount_scale: weight of the discount head's loss.
@@ -210,7 +229,7 @@ class DreamerTPX(Algorithm):
         scale_returns: bool = False,
         slow_critic_rate: Annotated[float, Within(0, 1)] = 0.0,
         slow_actor_rate: Annotated[float, Within(0, 1)] = 0.0,
-        model_learning_rate: Annotated[float, Above(0)] = 6e-4,
+        model_learning_rate: Annotated[float, Above(0)] | Literal["auto"] = 6e-4,
         adam_eps: Annotated[float, Above(0)] = 1e-7,
         max_grad_norm: Annotated[float, Above(0)] = 100.0,
         batch_size: Annotated[int, AtLeast(1)] = 50,
@@ -225,9 +244,10 @@ class DreamerTPX(Algorithm):
         exploration_noise: Annotated[float, AtLeast(0)] = 0.3,
         hold_exponent: Annotated[float, AtLeast(0)] = 0.0,
         kl_scale: Annotated[float, AtLeast(0)] = 1.0,
-        representation_scale: Annotated[float, AtLeast(0)] = 1.0,
+        representation_scale: Annotated[float, AtLeast(0)] | Literal["auto"] = 1.0,
         free_nats: Annotated[float, AtLeast(0)] | Literal["auto"] = 3.0,
         free_nats_per_step: bool = False,
+        decoded_share: Annotated[float, Within(0, 1, open_below=True)] = 1.0,
         discount_head: bool = True,
         discount_scale: Annotated[float, Above(0)] = 10.0,
         pretrained_world_model: str | None = None,
@@ -274,6 +294,7 @@ class DreamerTPX(Algorithm):
         self.exploration_noise, self.hold_exponent = exploration_noise, hold_exponent
         self.kl_scale, self.discount_scale = kl_scale, discount_scale
         self.free_nats, self.free_nats_per_step = free_nats, free_nats_per_step
+        self.decoded_share = decoded_share
         self.discount_head, self.pretrained_world_model = discount_head, pretrained_world_model
         self.nonfinite = nonfinite
         self.bf16, self.compile, self.cuda_graph = bf16, compile, cuda_graph
@@ -892,10 +913,14 @@ class DreamerTPX(Algorithm):
             changes["legs"] = self.leg
         return estimators.make(name, **changes)
 
-    def _resolved_free_nats(self) -> float:
-        if self.free_nats == "auto":
-            return 0.0 if self.policy.to_model.has_only_vectors else 1.0
-        return self.free_nats
+    def _resolved(self, name: str) -> float:
+        """The value of an argument that may be "auto"."""
+        value: float | Literal["auto"] = getattr(self, name)
+        if value != "auto":
+            return value
+        seen = self.policy.to_model
+        auto = AUTO[name]
+        return auto.images if seen.has_images else auto.choices if seen.options else auto.vectors
 
     def _check_spaces(self) -> None:
         ObservationForm(self.observation_space)  # raises for a space that is not supported
@@ -931,8 +956,8 @@ class DreamerTPX(Algorithm):
             ),
             model=ModelLossSettings(
                 kl_scale=self.kl_scale,
-                representation_scale=self.representation_scale,
-                free_nats=self._resolved_free_nats(),
+                representation_scale=self._resolved("representation_scale"),
+                free_nats=self._resolved("free_nats"),
                 free_nats_per_step=self.free_nats_per_step,
                 gamma=self.gamma,
                 discount_scale=self.discount_scale,
@@ -940,9 +965,10 @@ class DreamerTPX(Algorithm):
                 average=processes.average_one if processes.size > 1 else None,
             ),
             horizon=self.horizon,
+            decoded_share=self.decoded_share,
             imagination_starts=processes.share(imagination_starts=self.imagination_starts),
             learning_rate=self.lr_schedule(1.0),
-            model_learning_rate=self.model_learning_rate,
+            model_learning_rate=self._resolved("model_learning_rate"),
             adam_eps=self.adam_eps,
             max_grad_norm=self.max_grad_norm,
             slow_critic_rate=self.slow_critic_rate,

@@ -70,9 +70,14 @@ class ObservationForm:
         }
 
     @property
+    def has_images(self) -> bool:
+        """Whether anything observed is an image."""
+        return any(part.image for part in self._parts.values())
+
+    @property
     def has_only_vectors(self) -> bool:
         """Whether nothing observed is an image or a choice."""
-        return not self.options and not any(part.image for part in self._parts.values())
+        return not self.options and not self.has_images
 
     def describe(self) -> str:
         """A sentence on the images that are resized; "" if none is."""

@@ -44,6 +44,7 @@ class UpdateSettings:
     imagination: ImaginationSettings
     model: ModelLossSettings
     horizon: int
+    decoded_share: float
     imagination_starts: int
     learning_rate: float
     model_learning_rate: float
@@ -63,6 +64,7 @@ class UpdateNoise(NamedTuple):
     posterior: Tensor  # [T, B, D] or, for categoricals, [T, B, G, C]
     starts: Tensor  # [N] indices of the states to imagine from
     imagination: ImaginationNoise
+    decoded: Tensor | None = None  # [M] indices of the steps whose images are decoded; None: all
 
 
 class UpdateRecord(NamedTuple):
@@ -170,7 +172,10 @@ class DreamerUpdate:
             settings.horizon, len(starts), policy.n_actions, latents, generator,
             choices=isinstance(policy.actions, Choices),
         )  # fmt: skip
-        return UpdateNoise(posterior, starts, imagination)
+        decoded = None
+        if settings.decoded_share < 1 and policy.to_model.has_images:
+            decoded = draw_share(batch.is_terminal.numel(), settings.decoded_share, generator)
+        return UpdateNoise(posterior, starts, imagination, decoded)
 
     def _take_step(
         self, batch: SequenceBatch, noise: UpdateNoise, measure: bool = False
@@ -181,7 +186,7 @@ class DreamerUpdate:
         with self._precision():
             loss, states = policy.model.loss(
                 batch.observation, batch.action, batch.reward, batch.is_first, batch.is_terminal,
-                noise.posterior, settings.model,
+                noise.posterior, settings.model, noise.decoded,
             )  # fmt: skip
         model_gradient = processes.average(torch.autograd.grad(loss.total, model_parameters))
         start = State(*(x.detach().flatten(0, 1)[noise.starts] for x in states))
@@ -309,6 +314,12 @@ def draw_starts(is_terminal: Tensor, wanted: int, generator: torch.Generator) ->
     key = torch.rand(len(flat), generator=generator, device=flat.device) + flat
     order = key.argsort(stable=True)
     return order[torch.arange(n, device=flat.device) % (~flat).sum()]
+
+
+def draw_share(n: int, share: float, generator: torch.Generator) -> Tensor:
+    """[M] different indices below n, in random order; M is the share of n, at least 1."""
+    order = torch.randperm(n, generator=generator, device=generator.device)
+    return order[: max(1, round(share * n))]
 
 
 @contextlib.contextmanager

@@ -146,6 +146,7 @@ def _settings(name: str, horizon: int) -> UpdateSettings:
             discount_scale=10.0,
         ),
         horizon=horizon,
+        decoded_share=1.0,
         imagination_starts=v1["imagination_starts"],
         learning_rate=v1["learning_rate"],
         model_learning_rate=v1["model_learning_rate"],

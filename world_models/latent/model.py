@@ -234,6 +234,7 @@ class LatentModel(nn.Module):
         is_terminal: Tensor,
         noise: Tensor,
         settings: ModelLossSettings,
+        decoded: Tensor | None = None,
     ) -> tuple[ModelLoss, State]:
         """Compute the loss of a batch of sequences, and their posterior states.
 
@@ -245,6 +246,8 @@ class LatentModel(nn.Module):
             is_terminal: [T, B] bool, whether the episode terminates with the observation.
             noise: [T, B, ...] of the posteriors, from `rssm.latents.noise`.
             settings: weights of the terms.
+            decoded: [M] indices into the T·B steps, of those whose images are decoded; the others
+                count as these do on average. None: all. Vectors and choices always are.
         Returns:
             The loss, and the posterior states [T, B, ...].
         """
@@ -252,7 +255,7 @@ class LatentModel(nn.Module):
         seen = self._centred(observations)
         states, prior, posterior = self.rssm.observe(self.encoder(seen), actions, is_first, noise)
         features = states.features
-        observation = -self.decoder.log_prob(features, seen) / steps
+        observation = -self._log_prob(features, seen, decoded) / steps
         reward = self.reward_head.loss(self.reward_head(features), rewards).mean()
         if self.reward_head.kind == "gaussian":
             reward = reward + 0.5 * math.log(2 * math.pi)
@@ -265,6 +268,12 @@ class LatentModel(nn.Module):
             discount = settings.discount_scale * binary_cross_entropy_with_logits(logits, target)
             total = total + discount
         return ModelLoss(total, observation, reward, kl, discount), states
+
+    def _log_prob(self, features: Tensor, seen: Any, decoded: Tensor | None) -> Tensor:
+        """[] log p(o | s), summed over the batch."""
+        if isinstance(self.decoder, VectorDecoder):
+            return self.decoder.log_prob(features, seen)
+        return self.decoder.log_prob(features, seen, decoded)
 
     @torch.no_grad()
     def filter(

@@ -151,20 +151,25 @@ class ImageDecoder(nn.Module):
         images: Tensor = self.layers(x)
         return images
 
-    def log_prob(self, features: Tensor, images: Tensor) -> Tensor:
+    def log_prob(self, features: Tensor, images: Tensor, decoded: Tensor | None = None) -> Tensor:
         """[] log N(image; mean, std), summed over pixels and batch.
 
         Args:
             features: [..., F].
             images: [..., C, 64, 64] uint8.
+            decoded: [M] indices into the flattened batch, of the images to decode; the others count
+                as these do on average. None decodes all.
         """
         features, images = features.flatten(0, -2), images.flatten(0, -4)
+        n = len(images)
+        if decoded is not None:
+            features, images = features[decoded], images[decoded]
         total = features.new_zeros(())
         for rows in _chunks(features):
             error = at_least_float32(self._decode(features[rows])) - normalise(images[rows])
             total = total - 0.5 * error.square().sum()
         constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
-        return total / self.std**2 - constant * images.numel()
+        return (total / self.std**2 - constant * images.numel()) * (n / len(images))
 
 
 class VectorEncoder(nn.Module):

@@ -231,12 +231,15 @@ class DictDecoder(nn.Module):
             choices = None if self.categories is None else self.categories.most_likely(logits)
         return Joined(image, vector, choices)
 
-    def log_prob(self, features: Tensor, observations: Joined) -> Tensor:
+    def log_prob(
+        self, features: Tensor, observations: Joined, decoded: Tensor | None = None
+    ) -> Tensor:
         """[] log p(o | s), summed over all entries and the batch.
 
         Args:
             features: [..., F].
             observations: [..., *shape] of each kind; vectors less their offset.
+            decoded: [M] the images to decode, see `ImageDecoder.log_prob`.
         """
         image, vector, choices = observations
         terms = []
@@ -249,7 +252,7 @@ class DictDecoder(nn.Module):
                 terms.append(self.categories.log_prob(logits, choices).sum())
         if self.image is not None:
             assert image is not None
-            terms.append(self.image.log_prob(features, image))
+            terms.append(self.image.log_prob(features, image, decoded))
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
     def _heads(self, vector: VectorDecoder, features: Tensor) -> tuple[Tensor, Tensor]:

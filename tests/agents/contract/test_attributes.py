@@ -49,9 +49,9 @@ OTHERS: dict[str, dict[str, Any]] = {
         "imagination_starts": 5, "buffer_size": 300, "storage": "device",
         "learning_starts": 21, "train_freq": 3, "gradient_steps": 2, "replay_ratio": 6.5,
         "exploration_noise": 0.9, "hold_exponent": 1.5, "kl_scale": 0.5, "free_nats": 0.0,
-        "free_nats_per_step": True, "discount_head": False, "discount_scale": 3.0,
-        "pretrained_world_model": "model.zip", "nonfinite": "skip", "bf16": True,
-        "compile": True, "cuda_graph": True, "policy_kwargs": {"deter": 6},
+        "free_nats_per_step": True, "decoded_share": 0.25, "discount_head": False,
+        "discount_scale": 3.0, "pretrained_world_model": "model.zip", "nonfinite": "skip",
+        "bf16": True, "compile": True, "cuda_graph": True, "policy_kwargs": {"deter": 6},
     },
     "daappo": {
         "learning_rate": 0.1, "n_steps": 14, "batch_size": 4, "n_epochs": 2, "gamma": 0.5,

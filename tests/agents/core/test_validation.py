@@ -106,6 +106,7 @@ def test_choices_and_switches_are_checked(cls):
     [
         (Annotated[float, Above(0)] | None, [None, 1e-9, 1], [0, -1, "1"]),
         (Annotated[float, Within(0, 1, open_above=True)], [0, 0.99], [1, 1.1, -0.1]),
+        (Annotated[float, Within(0, 1, open_below=True)], [0.01, 1], [0, -0.1, 1.1]),
         (Annotated[int, ZeroOrAtLeast(3)], [0, 3, 4], [1, 2, -1, 3.0]),
         (Annotated[float, Finite()], [-5, 0.0], [math.inf, None]),
         (Annotated[float, Above(0)] | typing.Callable[[float], float], [abs, 0.1], [0, None]),

@@ -27,6 +27,7 @@ STEPS = np.array([[0, 1], [1, 0], [0, -1], [-1, 0]])  # east, south, west, north
 class Room(gym.Env):
     """Go to the goal of the wanted colour, in a room like MiniGrid's.
 
+    The goals are in opposite corners. The agent starts anywhere else, in any direction.
     The observation is a dictionary: the room's cells as symbols, the agent's direction, the wanted
     colour, and the share of time that is left. The actions turn left, turn right, and go forward.
     The wanted goal gives 1 and the other -1; each ends the episode.
@@ -46,8 +47,8 @@ class Room(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
         super().reset(seed=seed)
-        cells = self.np_random.choice(self.size**2, 3, replace=False)
-        self.at, self.red, self.blue = (np.array(divmod(cell, self.size)) for cell in cells)
+        self.red, self.blue = np.zeros(2, int), np.full(2, self.size - 1)
+        self.at = np.array(divmod(self.np_random.integers(1, self.size**2 - 1), self.size))
         self.direction, self.time = int(self.np_random.integers(4)), 0
         self.wanted = int(self.np_random.integers(1, 3))
         return self._look(), {}

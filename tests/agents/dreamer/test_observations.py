@@ -21,7 +21,8 @@ from totalprop.agents.dreamer.resize import area_resize
 TINY = {
     "policy_kwargs": {"deter": 8, "hidden": 8, "width": 8, "stoch": 4, "conv_depth": 2},
     "sequence_length": 8, "batch_size": 3, "horizon": 3, "learning_starts": 20, "train_freq": 10,
-    "gradient_steps": 1, "buffer_size": 500, "seed": 0, "device": "cpu",
+    "gradient_steps": 1, "buffer_size": 500, "decoded_share": 0.5, "seed": 0,
+    "device": "cpu",
 }  # fmt: skip
 IMAGE = spaces.Box(0, 255, (84, 70, 3), np.uint8)
 MIXED = spaces.Dict(
@@ -89,14 +90,24 @@ def stored(agent):
 
 
 @pytest.mark.parametrize("name", [*SPACES, "vector"])
-def test_auto_has_no_free_nats_where_all_observations_are_vectors(name):
+def test_auto_depends_on_what_is_observed(name):
     space = {**SPACES, "vector": spaces.Box(-9, 9, (3,), np.float32)}[name]
-    expected = 0.0 if name in ("vector", "vector in a dictionary") else 1.0
-    agent = make(space, free_nats="auto")
-    assert agent._update_settings().model.free_nats == expected
-    assert agent.free_nats == "auto"
-    agent.free_nats = 0.5
-    assert agent._update_settings().model.free_nats == 0.5
+    free_nats, representation_scale, rate = 1.0, 0.1, 3e-3
+    if name in ("vector", "vector in a dictionary"):
+        free_nats, representation_scale = 0.0, 1.0
+    elif name not in ("choices in a dictionary", "discrete", "many choices", "switches"):
+        rate = 1e-3
+    arguments = ("free_nats", "representation_scale", "model_learning_rate")
+    agent = make(space, **dict.fromkeys(arguments, "auto"))
+    settings = agent._update_settings()
+    assert settings.model.free_nats == free_nats
+    assert settings.model.representation_scale == representation_scale
+    assert settings.model_learning_rate == rate
+    assert {getattr(agent, argument) for argument in arguments} == {"auto"}
+    agent.free_nats, agent.representation_scale, agent.model_learning_rate = 0.5, 0.4, 0.3
+    settings = agent._update_settings()
+    assert settings.model.free_nats == 0.5 and settings.model.representation_scale == 0.4
+    assert settings.model_learning_rate == 0.3
 
 
 # --------------------------------------------------------------------------------------------

@@ -24,7 +24,13 @@ from totalprop.agents.dreamer.imagination import (
 )
 from totalprop.agents.dreamer.policy import DreamerPolicy
 from totalprop.agents.dreamer.replay import SequenceBatch, SequenceReplay
-from totalprop.agents.dreamer.update import DreamerUpdate, UpdateNoise, UpdateSettings, draw_starts
+from totalprop.agents.dreamer.update import (
+    DreamerUpdate,
+    UpdateNoise,
+    UpdateSettings,
+    draw_share,
+    draw_starts,
+)
 from totalprop.estimators.gauge import read
 from totalprop.world_models.latent.distributions import GaussianLatents
 from totalprop.world_models.latent.model import ModelLossSettings
@@ -47,6 +53,7 @@ SETTINGS = UpdateSettings(
         discount_scale=10.0,
     ),
     horizon=H,
+    decoded_share=1.0,
     imagination_starts=0,
     learning_rate=2e-3,
     model_learning_rate=3e-3,
@@ -416,6 +423,38 @@ def test_each_state_that_is_not_terminal_is_equally_likely_to_be_a_start(wanted)
     p = n % 4 / 4
     tolerance = 4 * math.sqrt(p * (1 - p) * draws)
     assert (counts[~is_terminal] - draws * n / 4).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(1, 6), (0.5, 3), (0.26, 2), (0.01, 1)])
+def test_each_image_is_equally_likely_to_be_decoded(share, wanted):
+    """In N = 4000 draws of M of 6 indices, 4 standard errors at most; none comes twice."""
+    source, draws = generator(0), 4000
+    rows = torch.stack([draw_share(6, share, source) for _ in range(draws)])
+    assert rows.shape == (draws, wanted)
+    assert all(len(row.unique()) == wanted for row in rows)
+    p = wanted / 6
+    counts = rows.flatten().bincount(minlength=6)
+    assert (counts - p * draws).abs().max() <= 4 * math.sqrt(p * (1 - p) * draws)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_decodes_the_share_of_images_it_is_told(kind):
+    """Without images there is nothing to leave out, and the update is the same, bit for bit."""
+    data, records = batch_of(kind), []
+    for share in (1.0, 0.5):
+        update = DreamerUpdate(sized(kind), replace(SETTINGS, decoded_share=share))
+        decoded = update._draw(data, generator(1)).decoded
+        if share == 1 or kind == "vector":
+            assert decoded is None
+        else:
+            assert len(decoded) == T * B / 2
+        records.append(update(data, generator(1)).scalars)
+    whole, half = records
+    if kind == "vector":
+        assert_same_scalars(whole, half)
+    else:
+        assert whole["observation_loss"] != half["observation_loss"]
+        assert whole["kl"] == half["kl"]
 
 
 def test_an_unused_discount_head_changes_nothing_and_learns_nothing():

@@ -111,6 +111,45 @@ def test_the_whole_model_is_initialised():
 # The loss
 
 
+MIXED = {"image": IMAGE, "vector": (OBSERVATION,)}
+
+
+@pytest.mark.parametrize("shape", [IMAGE, MIXED], ids=["image", "dictionary"])
+def test_images_that_are_not_decoded_count_as_those_that_are_on_average(shape):
+    """Means over disjoint halves of the steps are, together, the mean over all; so are gradients.
+
+    The rest of the loss, and of a dictionary its vectors, do not notice.
+    """
+    model, data = make(IMAGE if shape is IMAGE else shape, image_std=0.3), batch(IMAGE)
+    if shape is MIXED:
+        vectors = batch((OBSERVATION,))[0]
+        data = ({"image": data[0], "vector": vectors}, *data[1:])
+    steps = data[2].numel()
+    order = torch.randperm(steps, generator=torch.Generator().manual_seed(0))
+    parameters = list(model.parameters())
+
+    def found(decoded):
+        loss, states = model.loss(*data, SETTINGS, decoded)
+        gradient = torch.autograd.grad(loss.total, parameters, allow_unused=True)
+        return loss, states, [g for g in gradient if g is not None]
+
+    whole, states, gradient = found(None)
+    halves = [found(half) for half in (order[: steps // 2], order[steps // 2 :])]
+    weights = [(steps // 2) / steps, (steps - steps // 2) / steps]
+    mean = sum(w * half.observation for w, (half, *_) in zip(weights, halves, strict=True))
+    torch.testing.assert_close(mean, whole.observation)
+    assert abs(halves[0][0].observation - halves[1][0].observation) > 1e-3  # or nothing was tested
+    for half, own_states, _ in halves:
+        torch.testing.assert_close(own_states, states, rtol=0, atol=0)
+        for term in ("reward", "kl", "discount"):
+            assert torch.equal(getattr(half, term), getattr(whole, term))
+    mean_gradient = [
+        sum(w * g for w, g in zip(weights, parts, strict=True))
+        for parts in zip(*(half[2] for half in halves), strict=True)
+    ]
+    torch.testing.assert_close(mean_gradient, gradient, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("discount_head", [False, True])
 @pytest.mark.parametrize("shape", [(OBSERVATION,), IMAGE], ids=["vector", "image"])
 def test_loss_equals_plain_distributions(shape, discount_head):
