@@ -55,14 +55,19 @@ def report(
     pictures += _replay_and_pictures(algorithm, folder, options, env_args)
     # The presence of summary.json marks a run as finished, so it is written last.
     safe_file.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
-    evaluate = f"{program('python')} -m totalprop evaluate {folder.quoted}"
-    evaluate += f"{import_flag(options.env_id)}   |   "
+    files, python = [*pictures, "progress.csv"], f"{program('python')} -m totalprop"
+    next_steps = [f"{python} plot {folder.quoted}"]
+    if options.tensorboard:
+        files.append("TensorBoard")
+        next_steps = [f"{program('tensorboard')} --logdir {quote(str(folder.path.parent))}"]
+    if options.env_id:
+        evaluate = f"{python} evaluate {folder.quoted}{import_flag(options.env_id)}"
+        next_steps.insert(0, evaluate)
     print(
         f"{outcome} after {algorithm.num_timesteps} {options.unit}, {seconds / 60:.1f} min, "
         f"{summary['peak_memory_gb']} GB of memory at peak.\n"
-        f"Results in {folder.path}/: {', '.join([*pictures, 'progress.csv'])}, TensorBoard.\n"
-        f"Next: {evaluate if options.env_id else ''}"
-        f"{program('tensorboard')} --logdir {quote(str(folder.path.parent))}"
+        f"Results in {folder.path}/: {', '.join(files)}.\n"
+        f"Next: {'   |   '.join(next_steps)}"
     )
 
 

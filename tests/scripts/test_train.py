@@ -50,10 +50,18 @@ def test_a_run_leaves_everything_and_says_so(finished):
     assert expected | {"learning_curve.png", "rollout.gif"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert "NO SUCCESS: cost" in output and str(folder) in output and "Next:" in output
+    assert "progress.csv, TensorBoard.\n" in output and "tensorboard --logdir" in output
     evaluations = json.loads((folder / "evaluations.json").read_text())
     assert evaluations["timesteps"] == [30, 60]
     assert [len(returns) for returns in evaluations["returns"]] == [5, 5]
     assert json.loads((folder / "config.json").read_text())["arguments"]["n_particles"] == 20
+
+
+def test_a_run_without_tensorboard_does_not_speak_of_it(tmp_path, capsys):
+    folder = run(tmp_path, "--no-tensorboard")
+    output = capsys.readouterr().out
+    assert "progress.csv.\nNext: " in output and f"totalprop plot {folder}" in output
+    assert "tensorboard" not in output.replace(str(folder), "").lower()
 
 
 def test_what_pipps_prints_is_costs_from_beginning_to_end(finished):
