@@ -23,3 +23,17 @@ def ending_with_a_sentence(*also: type[Exception]) -> Iterator[None]:
     except (UserError, *also) as error:  # type: ignore[misc]  # a tuple of exception types
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+
+
+@contextlib.contextmanager
+def continuing_later() -> Iterator[None]:
+    """For a command that continues where it was stopped: Ctrl-C says so and exits with 130.
+
+    Errors end with a sentence, as in `ending_with_a_sentence`.
+    """
+    try:
+        with ending_with_a_sentence():
+            yield
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to continue", file=sys.stderr)
+        raise SystemExit(130) from None

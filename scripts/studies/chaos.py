@@ -34,7 +34,7 @@ from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.estimators import make, names
 from totalprop.scripts.commands import parser_of
-from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.folder import current_commit
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.chaos_report import Measured, Study, figure_of, rank, summary, table
@@ -58,14 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     options = parse(arguments)
     torch.set_num_threads(1)
-    try:
-        with ending_with_a_sentence():
-            if not options.report_only:
-                measure(options)
-            report(options.out)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to continue", file=sys.stderr)
-        raise SystemExit(130) from None
+    with continuing_later():
+        if not options.report_only:
+            measure(options)
+        report(options.out)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -43,7 +43,7 @@ from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.estimators import Estimator, make, mixing
 from totalprop.scripts.commands import parser_of
-from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.folder import current_commit, read_json
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.agent_problems import (
@@ -91,14 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(arguments)
-    try:
-        with ending_with_a_sentence():
-            if not options.report_only:
-                measure(options, arguments)
-            report(options.out)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to continue", file=sys.stderr)
-        raise SystemExit(130) from None
+    with continuing_later():
+        if not options.report_only:
+            measure(options, arguments)
+        report(options.out)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -41,7 +41,7 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.agents.pipps.particles import Noise, simulate
 from totalprop.estimators import make
 from totalprop.scripts.commands import parser_of
-from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.measurements import Measurements, origin, read_measurements
 from totalprop.scripts.studies.policy_line import RESAMPLED, PolicyLine, estimator_named, style
@@ -82,14 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(1)
     keep_freed_memory()
-    try:
-        with ending_with_a_sentence():
-            if not options.report_only:
-                measure(options, shlex.join(["totalprop", "study", "pipps-landscape", *arguments]))
-            report(options.out)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to continue", file=sys.stderr)
-        raise SystemExit(130) from None
+    with continuing_later():
+        if not options.report_only:
+            measure(options, shlex.join(["totalprop", "study", "pipps-landscape", *arguments]))
+        report(options.out)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -35,7 +35,7 @@ from totalprop.agents.core import figures
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
-from totalprop.scripts.run.errors import ending_with_a_sentence
+from totalprop.scripts.run.errors import continuing_later
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.chaos_report import Measured
 from totalprop.scripts.studies.estimator_names import LEG
@@ -54,14 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(1)
     keep_freed_memory()
-    try:
-        with ending_with_a_sentence():
-            if not options.report_only:
-                measure(options, shlex.join(["totalprop", "study", "pipps-particles", *arguments]))
-            report(options.out)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to continue", file=sys.stderr)
-        raise SystemExit(130) from None
+    with continuing_later():
+        if not options.report_only:
+            measure(options, shlex.join(["totalprop", "study", "pipps-particles", *arguments]))
+        report(options.out)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
