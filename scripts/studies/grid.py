@@ -63,11 +63,18 @@ class Grid(NamedTuple):
         return names[0] if len(names) == 1 else "setting"
 
     def settings(self) -> dict[str, Setting]:
-        """Label -> setting, of every combination; a value alone is its label, if it can be."""
+        """Label -> setting, of every combination; a value alone is its label, if it can be.
+
+        Files of --config are known by their names, if these differ.
+        """
         found = {}
+        stems = {path: Path(path).stem for path in self.axes.get("config", ())}
+        named = {"config": stems} if len(set(stems.values())) == len(stems) else {}
         for agent, *values in itertools.product(self.agents, *self.axes.values()):
             own = dict(zip(self.axes, values))
-            parts = {"agent": agent, **own} if len(self.agents) > 1 or not own else own
+            parts = {flag: named.get(flag, {}).get(value, value) for flag, value in own.items()}
+            if len(self.agents) > 1 or not own:
+                parts = {"agent": agent, **parts}
             label = ", ".join(f"{flag}={value}" for flag, value in parts.items())
             if len(parts) == 1:
                 (label,) = parts.values()

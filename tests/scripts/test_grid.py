@@ -40,6 +40,20 @@ def test_a_grid_has_every_combination():
     assert list(grid_of("daappo svg --seeds 0").settings()) == ["daappo", "svg"]
 
 
+def test_files_of_settings_are_known_by_their_names_if_these_differ():
+    grid = grid_of("dreamer --vary config --values a/first.json b/second.yaml --seeds 0")
+    settings = grid.settings()
+    assert list(settings) == ["first", "second"]
+    assert settings["second"].command(0) == ["dreamer", "--config", "b/second.yaml", "--seed", "0"]
+    assert settings["second"].run_name(0) == "second_seed0"
+    again = grid_of(f"{grid.command().removeprefix('totalprop sweep ')} --seeds 0")
+    assert again == grid
+    grid = grid_of("svg pipps --vary config --values a/x.json b/y.json --seeds 0")
+    assert "agent=svg, config=x" in grid.settings()
+    grid = grid_of("dreamer --vary config --values a/x.json b/x.json --seeds 0")
+    assert list(grid.settings()) == ["a/x.json", "b/x.json"]
+
+
 def test_a_file_says_what_flags_say(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text(
