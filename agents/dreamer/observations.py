@@ -74,11 +74,6 @@ class ObservationForm:
         """Whether anything observed is an image."""
         return any(part.image for part in self._parts.values())
 
-    @property
-    def has_only_vectors(self) -> bool:
-        """Whether nothing observed is an image or a choice."""
-        return not self.options and not self.has_images
-
     def describe(self) -> str:
         """A sentence on the images that are resized; "" if none is."""
         resized = [
