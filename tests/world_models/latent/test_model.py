@@ -120,7 +120,7 @@ def test_images_that_are_not_decoded_count_as_those_that_are_on_average(shape):
 
     The rest of the loss, and of a dictionary its vectors, do not notice.
     """
-    model, data = make(IMAGE if shape is IMAGE else shape, image_std=0.3), batch(IMAGE)
+    model, data = make(shape, image_std=0.3), batch(IMAGE)
     if shape is MIXED:
         vectors = batch((OBSERVATION,))[0]
         data = ({"image": data[0], "vector": vectors}, *data[1:])
