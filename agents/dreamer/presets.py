@@ -105,7 +105,7 @@ PRESETS["recommended"] = {
     # 0.1 and 1 for images and choices, or a model may take long to notice that they tell anything.
     "representation_scale": "auto",
     "free_nats": "auto",
-    "decoded_share": 0.25,  # an update from images takes 0.55 times as long
+    "decoded_share": 0.25,  # of images; the model's step takes 0.55 times as long
     "batch_size": 16,
     "sequence_length": 32,
     "imagination_starts": 128,
