@@ -128,7 +128,9 @@ class DreamerTPX(Algorithm):
         lam: λ of the λ-returns.
         discount_weights: weight imagined step t by γᵗ in the actor's and the critic's loss.
         entropy_scale: weight of the policy's entropy in the actor's loss; 0 in DreamerV1. It keeps
-            actions off their bounds, where the tanh passes no gradient.
+            actions off their bounds, where the tanh passes no gradient, and choices from being
+            made before all of them were tried. "auto" is for scaled returns: 0.0005 for a Box,
+            0.003 for choices.
         scale_returns: divide the returns in the actor's loss by max(1, S), where S averages their
             range from the 5th to the 95th percentile, so that one entropy_scale suits all tasks
             (DreamerV3). False in DreamerV1.
@@ -225,7 +227,7 @@ class DreamerTPX(Algorithm):
         gamma: Annotated[float, Within(0, 1)] = 0.99,
         lam: Annotated[float, Within(0, 1)] = 0.95,
         discount_weights: bool = True,
-        entropy_scale: Annotated[float, AtLeast(0)] = 0.0,
+        entropy_scale: Annotated[float, AtLeast(0)] | Literal["auto"] = 0.0,
         scale_returns: bool = False,
         slow_critic_rate: Annotated[float, Within(0, 1)] = 0.0,
         slow_actor_rate: Annotated[float, Within(0, 1)] = 0.0,
@@ -894,6 +896,11 @@ class DreamerTPX(Algorithm):
     def _has_choices(self) -> bool:
         return not isinstance(self.action_space, spaces.Box)
 
+    def _resolved_entropy_scale(self) -> float:
+        if self.entropy_scale == "auto":
+            return 3e-3 if self._has_choices() else 5e-4
+        return self.entropy_scale
+
     def _resolved_node(self) -> NodeKind:
         if self.node == "auto":
             return "action" if self._has_choices() else "latent"
@@ -948,7 +955,7 @@ class DreamerTPX(Algorithm):
                 lam=self.lam,
                 stop_grad_actor_input=self.stop_grad_actor_input,
                 discount_weights=self.discount_weights,
-                entropy_scale=self.entropy_scale,
+                entropy_scale=self._resolved_entropy_scale(),
                 scale_returns=self.scale_returns,
                 node=self._resolved_node(),
                 credit=self.credit,

@@ -191,6 +191,16 @@ def test_auto_is_tpx_for_a_box_and_lr_with_a_critic_for_choices(changes):
         assert found(env, estimator="auto", node=node) == found(env, estimator="tpx", node=node)
 
 
+def test_auto_entropy_scale_depends_on_the_actions():
+    """It stays "auto" in the agent, and a number that is set later counts."""
+    for env, scale in [("CartPole-v1", 3e-3), ("Pendulum-v1", 5e-4)]:
+        agent = make(env, entropy_scale="auto")
+        assert agent._update_settings().imagination.entropy_scale == scale
+        assert agent.entropy_scale == "auto"
+        agent.entropy_scale = 0.25
+        assert agent._update_settings().imagination.entropy_scale == 0.25
+
+
 def test_arguments_reach_the_update():
     changes = {
         "gamma": 0.9, "lam": 0.8, "stop_grad_actor_input": False, "discount_weights": False,
