@@ -3,9 +3,9 @@
 totalprop train pipps                                  # cart-pole swing-up with tpx, in minutes
 totalprop train pipps --estimator lr --seed 3
 totalprop train pipps --preset pipps2018 --env-arg cost=tip --env-arg noise=4
-totalprop train dreamer --preset laptop --env-id dm_control/cartpole-balance-v0
-totalprop train dreamer --preset laptop --env-id dm_control/walker-walk-v0 --horizon 60
-totalprop train dreamer --env-id dm_control/walker-walk-v0 --env-arg observation=pixels
+totalprop train dreamer --preset recommended --env-id Pendulum-v1 --total-timesteps 5000
+totalprop train dreamer --preset recommended --env-id dm_control/walker-walk-v0 --horizon 60
+totalprop train dreamer --preset recommended --env-id dmc/walker-run-v0 --env-arg observation=pixels
 totalprop train daappo --env-id dm_control/cartpole-swingup-v0 --env-arg action_repeat=4
 totalprop train daappo --preset recommended --action-source rewind
 totalprop train dreamer --preset recommended --offline mujoco/hopper/medium-v0   # from data alone

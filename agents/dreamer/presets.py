@@ -1,6 +1,7 @@
 """Presets of DreamerTPX, from its papers and our own: constructor arguments with their sources.
 
-`DreamerTPX("DreamerPolicy", env, **PRESETS["laptop"])`, or `--preset laptop` on the command line.
+`DreamerTPX("DreamerPolicy", env, **PRESETS["recommended"])`, or on the command line
+`--preset recommended`.
 """
 
 from __future__ import annotations
