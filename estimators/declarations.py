@@ -38,10 +38,10 @@ def having(*traits: str) -> Callable[[Function], Function]:
 
     Args:
         traits: of a weight rule "takes_context", if its third argument is a `mixing.Context`
-            instead of the probe alone, and "compares_means", if it trusts a leg less where the
-            legs' means differ; of a leg "needs_graph", if it is made from a `mixing.GraphContext`,
-            "needs_critic", if it is made from a critic of the node's sample, and
-            "one_call_per_node", if it counts its calls.
+            instead of the probe alone, "compares_means", if it trusts a leg less where the legs'
+            means differ, and "needs_no_leg", if its leg must be `legs.nothing`; of a leg
+            "needs_graph", if it is made from a `mixing.GraphContext`, "needs_critic", if it is made
+            from a critic of the node's sample, and "one_call_per_node", if it counts its calls.
     """
 
     def mark(function: Function) -> Function:

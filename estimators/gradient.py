@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from totalprop.estimators.collectives import gathered, own
-from totalprop.estimators.declarations import has
+from totalprop.estimators.declarations import declared, has
 from totalprop.estimators.gauge import without_mixture
 from totalprop.estimators.legs import nothing
 from totalprop.estimators.mixing import (
@@ -77,6 +77,7 @@ def gradient(
     size, group = tap_size or sum(p.numel() for p in parameters), estimator.group
 
     def backward(estimator: Estimator, tapped: bool) -> PolicyGradient:
+        """One pass; its per-sample gradients are this process's."""
         tap = parameters[0].new_zeros(samples, size, requires_grad=True) if tapped else None
         loss = rollout(estimator, tap)
         extra = [x for x in (tap, meter, gauge) if x is not None]
@@ -84,21 +85,27 @@ def gradient(
         found = torch.autograd.grad(loss, [*parameters, *extra], materialize_grads=True)
         rest = iter(found[n:])
         of_tap, k, of_gauge = (None if x is None else next(rest) for x in (tap, meter, gauge))
-        if group is not None and of_tap is not None:
-            (of_tap,) = gathered(group, [of_tap])
         return PolicyGradient(loss.detach(), found[:n], of_tap, k, of_gauge)
 
-    def of_own(found: PolicyGradient) -> PolicyGradient:
-        """Keep the per-sample gradients of this process."""
-        if group is None or found.per_sample is None:
+    def of_all(estimator: Estimator) -> PolicyGradient:
+        """One pass; its per-sample gradients are of all processes."""
+        found = backward(estimator, True)
+        if group is None:
             return found
-        return found._replace(per_sample=own(group, found.per_sample))
+        assert found.per_sample is not None
+        return found._replace(per_sample=gathered(group, [found.per_sample])[0])
 
     if not estimator.several_passes:
-        return of_own(backward(estimator, per_sample))
+        return backward(estimator, per_sample)
     nodewise, recorder = replace(estimator, whole_graph=False, base=()), _Recorder()
-    rp = backward(replace(nodewise, weight=recorder, legs=(nothing,)), estimator.whole_graph)
+    of_rp = replace(nodewise, weight=recorder, legs=(nothing,))
+    rp = of_all(of_rp) if estimator.whole_graph else backward(of_rp, False)
     graph = recorder.graph()
+    is_gaussian = all(len(node.zeta) == 2 for node in graph.nodes)
+    if not is_gaussian and not declared(estimator.weight, "categorical_nodes"):
+        raise ValueError(
+            "the estimator needs Gaussian nodes, got categorical ones; use estimator 'tpx'"
+        )
 
     def bound(estimator: Estimator) -> Estimator:
         """The estimator with those legs made that need the graph."""
@@ -106,15 +113,15 @@ def gradient(
         return replace(estimator, legs=tuple(made), group=group)
 
     if not estimator.whole_graph:
-        return of_own(backward(bound(estimator), per_sample))
+        return backward(bound(estimator), per_sample)
     if estimator.base:
         # The composites' k were fitted to the same samples, one for each node that a coordinate's
         # gradient came through; so their variance counts more (Akaike 1974; Mallows 1973).
         whole = samples if group is None else samples * group.size()
         factor = 1 + 2 * len(graph.nodes) / whole
-        calmest = functools.reduce(_calmer, (backward(bound(e), True) for e in estimator.base))
+        calmest = functools.reduce(_calmer, (of_all(bound(e)) for e in estimator.base))
         rp = _calmer(calmest, rp, factor**0.5)
-    lr = backward(bound(replace(nodewise, weight=likelihood_ratio)), True)
+    lr = of_all(bound(replace(nodewise, weight=likelihood_ratio)))
     assert rp.per_sample is not None and lr.per_sample is not None
     told = graph if has(estimator.weight, "takes_context") else None
     (found,) = estimator.weight((rp.per_sample,), [(lr.per_sample,)], told)
@@ -129,7 +136,9 @@ def gradient(
     if legs is not None:
         legs = without_mixture(legs)
     mixed = mix(rp.per_sample, lr.per_sample)
-    return of_own(PolicyGradient(rp.loss, gradients, mixed, used, legs))
+    if group is not None:
+        mixed = own(group, mixed)
+    return PolicyGradient(rp.loss, gradients, mixed, used, legs)
 
 
 def _calmer(a: PolicyGradient, b: PolicyGradient, factor: float = 1.0) -> PolicyGradient:

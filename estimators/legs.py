@@ -92,7 +92,7 @@ def biw(
     if len(zeta) != 2 or zeta[0].ndim != 2:
         raise ValueError(
             f"leg 'biw' needs a Gaussian node of shape [N, D], got {list(zeta[0].shape)}; "
-            "use leg=score"
+            "use legs='score'"
         )
     mean, std = zeta
     z = (draw(zeta, noise) - mean.unsqueeze(1)) / std.unsqueeze(1)  # [i, j, D]
@@ -109,7 +109,6 @@ def biw(
     return g_mean, (second_moment - weighted.sum(1, keepdim=True)) / std
 
 
-@without("needs_value")
 def nothing(
     zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
 ) -> Zeta:
@@ -135,7 +134,7 @@ def lax(critic: Callable[[Tensor], Tensor]) -> Leg:
     """
 
     @without("categorical_nodes")
-    def leg(
+    def lax_leg(
         zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
     ) -> Zeta:
         with torch.enable_grad():
@@ -149,7 +148,7 @@ def lax(critic: Callable[[Tensor], Tensor]) -> Leg:
         g_mean = rest * noise + pathwise_part
         return g_mean, rest * (noise.square() - 1) + pathwise_part * noise
 
-    return leg
+    return lax_leg
 
 
 @having("needs_graph")
@@ -179,7 +178,6 @@ def first_order(graph: GraphContext) -> Leg:
 class _FirstOrder:
     """See `first_order`."""
 
-    needs_value = False
     one_call_per_node = True
 
     def __init__(self, graph: GraphContext) -> None:
@@ -252,7 +250,7 @@ def mvd(critic: Callable[[Tensor], Tensor]) -> Leg:
     """
 
     @without("categorical_nodes", "more_axes")
-    def leg(
+    def mvd_leg(
         zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
     ) -> Zeta:
         (mean, std), x = zeta, draw(zeta, noise)
@@ -273,7 +271,7 @@ def mvd(critic: Callable[[Tensor], Tensor]) -> Leg:
         scale = slope.unsqueeze(-1)
         return scale * torch.stack(by_mean, -1), scale * torch.stack(by_std, -1)
 
-    return leg
+    return mvd_leg
 
 
 def _maxwell(rank: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class GraphContext(NamedTuple):
     """What a whole-graph rule marked with "takes_context" is told, in the probe's place.
 
     Attributes:
-        nodes: the contexts of all Gaussian nodes, in the order in which they were drawn.
+        nodes: the contexts of all nodes that the loss depends on, in the order in which they were
+            drawn.
         pathwise: the pathwise cotangent of each node's zeta, in the RP pass.
     """
 
@@ -137,7 +138,8 @@ def ivw_h(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[K]:
     return [tuple(own) for own in zip(*members, strict=True)]
 
 
-@without("cross_fit")
+@having("needs_no_leg")
+@without("cross_fit", "several_legs")
 def cut(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, limit: float = 4.0) -> list[Tensor]:
     """Clip the pathwise gradient of each sample: with the leg `nothing`, the estimator `rp-cut`.
 
@@ -147,7 +149,7 @@ def cut(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, limit: float = 4
 
     Args:
         rp: pathwise cotangents of zeta.
-        legs: of which the first is `legs.nothing`.
+        legs: those of `legs.nothing`.
         probe: not used.
         limit: in medians of the length, over the samples.
     """

@@ -145,6 +145,11 @@ class Estimator:
             raise ValueError(
                 f"the weight rule takes one score leg, got {len(self.legs)}; use estimator 'tpx'"
             )
+        if has(self.weight, "needs_no_leg") and self.legs != (nothing,):
+            raise ValueError(
+                "the weight rule changes the pathwise gradient alone and mixes it with no score "
+                "leg: leave legs out, or use estimator 'tpx'"
+            )
         if self.carry not in ("mixture", "pathwise"):
             raise ValueError(f"carry is 'mixture' or 'pathwise', got {self.carry!r}")
         if self.base and not (self.whole_graph and not any(b.whole_graph for b in self.base)):

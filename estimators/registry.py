@@ -110,7 +110,8 @@ def make(name: str | Estimator, **changes: Any) -> Estimator:
     Args:
         name: a registered name, or an `Estimator` (so that agents can take either).
         changes: fields of `Estimator` to replace. `baseline` and `legs` take names ("none", "mean",
-            "leave-one-out", "critic"; "score", "biw") or functions, `legs` also a sequence of them.
+            "leave-one-out", "critic"; "score", "biw", "first-order", "lax", "mvd") or functions,
+            `legs` also a sequence of them.
     Returns:
         The estimator; the registered one is not modified.
     Raises:

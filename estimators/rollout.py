@@ -42,7 +42,8 @@ class Rollout:
                 None.
             std: [N, ..., D], positive, or None.
             noise: like `mean`; drawn here if None.
-            extra: `probe`, `value`, `critic`, `meter` and `tap` of `Estimator.__call__`.
+            extra: `probe`, `value`, `critic`, `meter`, `gauge`, `tap` and `carried` of
+                `Estimator.__call__`.
         Returns:
             [N, ..., D] the sample.
         """

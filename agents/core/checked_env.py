@@ -69,9 +69,8 @@ class CheckedEnv(gym.Wrapper):
     def _check(self, observation: Any, method: str) -> None:
         parts = [(self.observation_space, observation)]
         if isinstance(self.observation_space, spaces.Dict):
-            if not isinstance(observation, dict) or observation.keys() < set(
-                self.observation_space
-            ):
+            names = set(self.observation_space)
+            if not isinstance(observation, dict) or not observation.keys() >= names:
                 raise ValueError(
                     f"{method}() of {self._name} returned {_kind(observation)}, its "
                     f"observation space is {describe(self.observation_space)}; make them agree"

@@ -18,8 +18,13 @@ from torch import Tensor
 
 from totalprop.agents.core.spaces import refuse_whole_numbers
 from totalprop.agents.persistence.safe_file import shown
-from totalprop.estimators import ControlProbe, DenseJacobian, Estimator, assign_credit
-from totalprop.estimators.declarations import declared
+from totalprop.estimators import (
+    ControlProbe,
+    DenseJacobian,
+    Estimator,
+    assign_credit,
+    gradient,
+)
 
 
 @dataclass(frozen=True)
@@ -273,27 +278,27 @@ def try_estimator(
             "the legs 'lax' and 'mvd' need a critic of the sample, which this agent has not: "
             "use legs='score', or DreamerTPX"
         )
-    if estimator.several_passes:
-        if is_categorical and not declared(estimator.weight, "categorical_nodes"):
-            raise ValueError(
-                "the estimator needs Gaussian nodes, got categorical ones; use estimator 'tpx'"
-            )
-        return
     samples = [min(n, 100) for n in samples]
     shape = (*samples, 2, 2) if is_categorical else (*samples, 2)
-    mean = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-    noise = torch.linspace(-1, 1, mean.numel(), dtype=torch.float64).view_as(mean)
+    parameter = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    noise = torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).view(shape)
     probe = None
     if len(samples) == 1:
         one = torch.ones(*shape, 1, dtype=torch.float64)
         control = one.flatten(1)[:, :1].unsqueeze(-1)
         jacobians = [one] if is_categorical else [one, one]
         probe = ControlProbe(jacobians, lambda: DenseJacobian(control))
-    credit = mean.new_zeros(samples)
     value = noise.flatten(len(samples))[..., 0] if has_value else None
-    std = None if is_categorical else torch.ones_like(mean)
-    x, credit = estimator(mean, std, noise, credit, probe=probe, value=value, critic=_first)
-    assign_credit(x.square().flatten(len(samples)).sum(-1), credit).sum().backward()
+
+    def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
+        mean = parameter.expand(shape)
+        x, credit = estimator(
+            mean, None if is_categorical else torch.ones_like(mean), noise,
+            mean.new_zeros(samples), probe=probe, value=value, critic=_first, tap=tap,
+        )  # fmt: skip
+        return assign_credit(x.square().flatten(len(samples)).sum(-1), credit).mean()
+
+    gradient(rollout, [parameter], estimator, samples=samples[0])
 
 
 def _first(x: Tensor) -> Tensor:
@@ -329,12 +334,18 @@ def check_finite(
             )
 
 
-def check_gradients(step: int, update: int, norms: Mapping[str, Tensor]) -> None:
-    """Raise FloatingPointError if the norm of a part's gradient is not finite."""
+def check_gradients(step: int, update: int, norms: Mapping[str, Tensor], remedy: str) -> None:
+    """Raise FloatingPointError if the norm of a part's gradient is not finite.
+
+    Args:
+        step: of the environment.
+        update: of those already made.
+        norms: [] of each part.
+        remedy: what can be changed, to end the sentence "Go on from a checkpoint with".
+    """
     for name, norm in norms.items():
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the {name}'s gradient was not finite at step {step}, update {update}; the step "
-                "was not taken. Go on from a checkpoint with nonfinite='skip', a shorter horizon "
-                "or estimator 'tpx'"
+                f"was not taken. Go on from a checkpoint with {remedy}"
             )

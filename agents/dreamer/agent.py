@@ -156,7 +156,8 @@ class DreamerTPX(Algorithm):
         gradient_steps: updates per round, unless `replay_ratio` is set.
         replay_ratio: replayed entries per decision (DreamerV3's, also called train ratio), which
             makes replay_ratio / (batch_size · sequence_length) updates per decision; 0 leaves
-            their number to gradient_steps. The random steps before learning do not count.
+            their number to gradient_steps. Of the random steps before learning, as many count as
+            one round has.
         exploration_noise: standard deviation of the noise added to actions in [-1, 1] while
             collecting; where actions are choices, the probability of a uniformly random one.
         hold_exponent: while collecting, hold the policy's noise for d decisions with probability
@@ -466,7 +467,7 @@ class DreamerTPX(Algorithm):
             due = self.num_timesteps + self.train_freq - self._since_round
             due = max(due, self.learning_starts)
             # The start of the round: at its end, the last updates would have no step size left.
-            begun = self.num_timesteps - self._since_round
+            begun = max(self.num_timesteps - self._since_round, 0)
             self._update_current_progress_remaining(begun, total_timesteps)
             if not self._collect(callback, min(due, total_timesteps)):
                 break
@@ -655,7 +656,10 @@ class DreamerTPX(Algorithm):
                 self._n_updates += 1
                 if self.nonfinite == "stop":
                     norms = {n: record.scalars[f"{n}_gradient_norm"] for n in OPTIMIZED}
-                    check_gradients(self.num_timesteps, self._n_updates, norms)
+                    check_gradients(
+                        self.num_timesteps, self._n_updates, norms,
+                        "nonfinite='skip', a shorter horizon, or estimator 'tpx' if it is another",
+                    )  # fmt: skip
                 log.add(record)
                 if callback is not None:
                     self.num_timesteps += 1
@@ -762,10 +766,11 @@ class DreamerTPX(Algorithm):
         check_spaces(data, self, "the agent")
         entries = data.total_steps + data.total_episodes
         if entries > (room := self.buffer_size // self.n_envs * self.n_envs):
+            needed = -(-entries // self.n_envs) * self.n_envs
             raise ValueError(
                 f"the dataset '{data.id}' has {data.total_steps:,} steps in "
                 f"{data.total_episodes:,} episodes, which are {entries:,} entries, and the replay "
-                f"has room for {room:,}: pass buffer_size={entries} (--buffer-size {entries}), or "
+                f"has room for {room:,}: pass buffer_size={needed} (--buffer-size {needed}), or "
                 "part of the dataset (minari.split_dataset)"
             )
         # As in `load_replay_buffer`, the old one is freed first.
@@ -885,9 +890,11 @@ class DreamerTPX(Algorithm):
 
     def _check_credit(self) -> None:
         """Own returns are found inside that of the first state, see `imagine`."""
+        # It holds the credit of step t times λᵗ, which float32 must be able to divide by.
+        smallest = 1e-30 ** (1 / (self.horizon - 1))
         needed = {
             "discount_weights=True": self.discount_weights,
-            "lam above 0": self.lam > 0,
+            f"lam above {smallest:.2g} at horizon {self.horizon}": self.lam > smallest,
         }
         missing = [condition for condition, is_met in needed.items() if not is_met]
         if self.credit == "own" and missing:

@@ -127,8 +127,8 @@ class DreamerPolicy(BasePolicy):
             MultiDiscrete, MultiBinary), or a Dict of these.
         action_space: bounded Box, Discrete or MultiDiscrete.
         lr_schedule: not used; stable-baselines3 passes it to every policy.
-        size: of all networks: "s" for a CPU core, "m" as in DreamerV1, "l" for a GPU. The next
-            seven set single numbers; None leaves them to the size.
+        size: of all networks: "s" for a CPU core, "m" as in DreamerV1, "l" for a GPU. Of
+            the next seven, all but `latent` set single numbers; None leaves them to the size.
         latent: "gaussian" variables of the stochastic state (DreamerV1), or "categorical" ones
             (DreamerV2 and V3), one-hot.
         stoch: number of these variables: 16, 30 (32 categorical ones) or 32.
@@ -269,9 +269,13 @@ class DreamerPolicy(BasePolicy):
 
     @torch.no_grad()
     def follow_returns(self, returns: Tensor) -> None:
-        """Average the range from the 5th to the 95th percentile of returns, at a rate of 0.01."""
+        """Average the range from the 5th to the 95th percentile of returns, at a rate of 0.01.
+
+        A range that is not finite is left out, as the update that it comes from is.
+        """
         low, high = returns.float().flatten().quantile(self.percentiles.float())
-        self.return_range.lerp_(high - low, 0.01)
+        spread = high - low
+        self.return_range.lerp_(torch.where(spread.isfinite(), spread, self.return_range), 0.01)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

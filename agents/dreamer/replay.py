@@ -121,7 +121,7 @@ class SequenceReplay:
         }
         places: dict[str, tuple[torch.device | Path, str, str]] = {
             "ram": (torch.device("cpu"), "in RAM", "storage='disk'"),
-            "disk": (Path(folder or ""), f"on disk in {folder}", "another folder"),
+            "disk": (Path(folder or ""), f"on disk in {folder}", "another folder (set TMPDIR)"),
             "device": (self.device, f"on {self.device}", "storage='ram'"),
         }
         place, self._where, remedy = places[storage]
@@ -319,8 +319,9 @@ class SequenceReplay:
             position = self._position[env, slots]
             rows = torch.from_numpy(slots).to(self._arrays["reward"].device)
             reward = self._arrays["reward"][env].index_select(0, rows).cpu().numpy().astype("f8")
-            for episode in np.split(reward, np.flatnonzero(position == 0)):
-                earned = episode[1:]  # the first entry has no reward
+            # Before the first episode whose beginning is stored: the rest of one, or nothing.
+            rest, *episodes = np.split(reward, np.flatnonzero(position == 0))
+            for earned in (rest, *(e[1:] for e in episodes)):  # the first entry has no reward
                 if len(earned):
                     whole.append(earned.sum())
                     to_go.append(lfilter([1.0], [1.0, -gamma], earned[::-1])[::-1])

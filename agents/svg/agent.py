@@ -84,8 +84,9 @@ class SVG(Algorithm):
         estimator: gradient at the actions: a name in the registry or an `estimators.Estimator`.
             "rp" is the paper's; "dpg" has no other. For "lr", "tpx" and the others the samples are
             the transitions of a batch, or, for "inf", the episodes of a round.
-        nodes: where the estimator forms the gradient: at the "action", or at "both" action and next
-            state, whose score legs are biased where the model is wrong.
+        nodes: where the estimator forms the gradient: at the "action", or, for variants with a
+            model, at "both" action and next state, whose score legs are biased where the model is
+            wrong.
         n_extra_actions: actions drawn at every state besides the real one, for "0", "1" and "1-er".
             The model follows them with the noise inferred from the real transition. The estimator's
             samples are then the actions of a state.
@@ -111,7 +112,8 @@ class SVG(Algorithm):
         activation: of all networks, policy included.
         reward: "auto" uses `cost_fn` or the environment's own differentiable `cost(states)` where
             there is one, and else learns the reward; "learned" always learns it.
-        cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64).
+        cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64), that
+            is to be low in place of high rewards. Evaluations still show the rewards.
         policy_kwargs: arguments of the policy class, for example {"net_arch": [100, 100]}.
         stats_window_size: episodes that rollout/ep_rew_mean averages over.
         tensorboard_log: folder for TensorBoard events, or None.
@@ -258,7 +260,7 @@ class SVG(Algorithm):
 
     def _find_cost(self) -> Callable[[Tensor], Tensor] | None:
         """The known cost of next states in the environment's units, or None: it is learned."""
-        if self.reward == "learned" or self.variant not in USES_MODEL:
+        if self.reward == "learned" or (self.variant not in USES_MODEL and self.cost_fn is None):
             return None
         space = self.observation_space
         assert isinstance(space, spaces.Box)
@@ -405,6 +407,7 @@ class SVG(Algorithm):
 
     def _see(self, rows: dict[str, np.ndarray]) -> None:
         """Take the scales of states, changes and rewards from a round's transitions."""
+        rows = self._priced(rows)
         self.policy.scale.update(rows["states"])
         if self.variant in USES_MODEL:
             changes = rows["next_states"].astype(np.float64) - rows["states"]
@@ -426,7 +429,16 @@ class SVG(Algorithm):
         assert self.replay is not None
         return self._to_batch(self.replay.draw(self.batch_size, self._rng, recent=recent))
 
+    def _priced(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Transitions whose rewards are minus the cost where it is known, for critic and policy."""
+        if self._cost is None:
+            return rows
+        states = torch.as_tensor(rows["next_states"], dtype=torch.float64, device=self.device)
+        rewards = -self._cost(states).cpu().numpy()
+        return {**rows, "rewards": rewards.astype(rows["rewards"].dtype)}
+
     def _to_batch(self, rows: dict[str, np.ndarray]) -> Batch:
+        rows = self._priced(rows)
         tensors = {name: torch.as_tensor(x, device=self.device) for name, x in rows.items()}
         scale = self.policy.scale
         return Batch(
@@ -503,7 +515,10 @@ class SVG(Algorithm):
             for parameter, part in zip(parameters.values(), gradient, strict=True):
                 parameter.grad = part
             norm = nn.utils.clip_grad_norm_(parameters.values(), self.max_grad_norm)
-            check_gradients(self.num_timesteps, self._n_updates, {"policy": norm})
+            check_gradients(
+                self.num_timesteps, self._n_updates, {"policy": norm},
+                "smaller step sizes: learning_rate, value_learning_rate, model_learning_rate",
+            )  # fmt: skip
             log["policy_loss"].append(float(found.loss))
             log["policy_gradient_norm"].append(float(norm))
             self.policy_optimizer.step()
@@ -672,6 +687,15 @@ class SVG(Algorithm):
         self._check_estimator()
 
     def _check_variant(self) -> None:
+        if self.cost_fn is not None and self.reward == "learned":
+            raise ValueError(
+                "a cost_fn is used as it is, and reward='learned' has it learned: leave one out"
+            )
+        if self.nodes == "both" and self.variant not in USES_MODEL:
+            raise ValueError(
+                f"variant {self.variant!r} has no model whose next state could be a node: use "
+                "nodes='action', or variant '1-er'"
+            )
         if self.variant != "inf":
             return
         if self.train_freq:

@@ -164,7 +164,7 @@ def test_biw_has_a_much_lower_variance_than_the_score():
 
 def test_biw_refuses_other_nodes():
     noise = torch.zeros(2, 3, 4)
-    with pytest.raises(ValueError, match=r"\[N, D\].*leg=score"):
+    with pytest.raises(ValueError, match=r"\[N, D\].*use legs='score'"):
         legs.biw((noise, noise + 1), noise, torch.zeros(2, 3), None, baselines.none)
     with pytest.raises(ValueError, match="biw"):
         legs.biw((noise[0],), noise[0], torch.zeros(3), None, baselines.none)
@@ -412,6 +412,13 @@ def test_maxwell_quantiles_are_those_of_the_norm_of_three_normals():
     rank = torch.tensor([0.05, 0.5, 0.95], dtype=F64)
     expected = chi.ppf(rank.numpy(), 3)
     np.testing.assert_allclose(legs._maxwell(rank).numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("wrong", ["score", "lax", ("score", "biw"), (legs.nothing, legs.nothing)])
+def test_cut_takes_no_score_leg(wrong):
+    """It would be mixed in with a weight that says how much of RP was cut off."""
+    with pytest.raises(ValueError, match=r"no score leg: leave legs out|takes one score leg"):
+        make("rp-cut", legs=wrong)
 
 
 def test_cut_shortens_long_samples_and_drops_those_that_are_not_finite():

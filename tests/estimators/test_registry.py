@@ -71,7 +71,7 @@ def test_baselines_are_taken_by_name(name, baseline):
     assert make(name, baseline=expected).baseline is expected
 
 
-@pytest.mark.parametrize("name", estimators.names())
+@pytest.mark.parametrize("name", [name for name in estimators.names() if name != "rp-cut"])
 def test_legs_are_taken_by_name(name):
     score, biw = estimators.legs.score, estimators.legs.biw
     for given in ("biw", ["biw"], biw, (biw,)):

@@ -99,6 +99,19 @@ def test_ddcg_is_ivw_where_the_cost_is_smooth(cost):
         assert (g, k) == (pytest.approx(expected), pytest.approx(k_ivw)) and k < 1
 
 
+def test_ddcg_refuses_categorical_nodes():
+    logits = torch.zeros(5, 3, dtype=F64, requires_grad=True)
+    noise, one = randn(5, 3, seed=0).exp(), torch.ones(5, 3, 1, dtype=F64)
+
+    def rollout(estimator, tap):
+        probe = ControlProbe([one], lambda: DenseJacobian(one))
+        x, credit = estimator(logits, None, noise, noise.new_zeros(5), probe=probe, tap=tap)
+        return assign_credit(x[:, 0], credit).mean()
+
+    with pytest.raises(ValueError, match="needs Gaussian nodes, got categorical ones"):
+        estimators.gradient(rollout, [logits], estimators.make("ddcg"), samples=5, tap_size=1)
+
+
 def test_ddcg_by_hand():
     """Two nodes: both sides of the inequality, with c just below and above what it decides at."""
     n, std = 60, (0.4, 0.7)

@@ -298,6 +298,20 @@ def test_learning_rate_schedule_follows_the_progress():
         assert [group["lr"] for group in optimizer.param_groups] == [rate]
 
 
+def test_progress_is_at_most_1_where_a_round_was_cut():
+    """The second `learn` counts steps anew, and the round began before its first one."""
+    seen = []
+
+    def schedule(progress):
+        seen.append(progress)
+        return 1e-3
+
+    agent = make(learning_rate=schedule)
+    agent.learn(15)
+    agent.learn(40)
+    assert max(seen) == 1 and min(seen) < 1
+
+
 # Stored data
 
 

@@ -157,9 +157,11 @@ def test_leg_reaches_the_estimator(name):
     assert settings.estimator.legs == (estimators.legs.LEGS[name],)
 
 
-def test_legs_with_a_critic_are_for_gaussians():
-    with pytest.raises(ValueError, match="Gaussian node"):
-        make(leg="lax", policy_kwargs={"latent": "categorical"})
+@pytest.mark.parametrize("leg", ["lax", "mvd"])
+@pytest.mark.parametrize("name", ["tpx", "ivw"])  # of one pass, and of several
+def test_legs_with_a_critic_are_for_gaussians(name, leg):
+    with pytest.raises(ValueError, match=f"'{leg}_leg' needs a Gaussian node"):
+        make(estimator=name, leg=leg, policy_kwargs={"latent": "categorical"})
 
 
 def test_an_estimator_object_is_used_as_it_is():

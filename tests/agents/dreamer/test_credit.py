@@ -209,8 +209,12 @@ def test_k_is_that_of_the_whole_return():
     ("wrong", "missing"),
     [
         ({"discount_weights": False}, "discount_weights=True"),
-        ({"lam": 0.0}, "lam above 0"),
-        ({"lam": 0.0, "discount_weights": False}, "discount_weights=True and lam above 0"),
+        ({"lam": 0.0}, "lam above 0.0072 at horizon 15"),
+        ({"lam": 0.3, "horizon": 60}, "lam above 0.31 at horizon 60"),
+        (
+            {"lam": 0.0, "discount_weights": False},
+            "discount_weights=True and lam above 0.0072 at horizon 15",
+        ),
     ],
 )
 def test_own_credit_says_what_it_needs(wrong, missing):

@@ -503,6 +503,10 @@ def test_a_dataset_larger_than_the_replay_is_a_sentence_with_the_remedy(dataset)
         agent.load_dataset(dataset)
     assert agent.replay_buffer is None
     make(NUMBERED, buffer_size=27).load_dataset(dataset)
+    makers = [lambda: Monitor(Untouchable(NUMBERED))] * 2  # each has half of the entries
+    agent = DreamerTPX("DreamerPolicy", DummyVecEnv(makers), **{**TINY, "buffer_size": 26})
+    with pytest.raises(ValueError, match=r"27 entries, .* room for 26: pass buffer_size=28 "):
+        agent.load_dataset(dataset)
 
 
 def test_an_episode_for_which_no_environment_has_room_is_a_sentence(dataset):

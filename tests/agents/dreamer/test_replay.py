@@ -259,6 +259,20 @@ def test_a_reset_in_mid_episode_ends_it_without_a_termination():
     assert not batch.is_terminal.any()
 
 
+def test_what_episodes_earned_includes_the_rest_of_one_that_is_partly_overwritten():
+    """Episodes of 4 decisions, which are 5 entries; of 13 entries the ring holds the newest 6."""
+    replay, _ = filled(10, 6, [[4]])
+    whole, to_go = replay.returns(0.5)
+    first = [reward_at(0, 1, t) for t in (2, 3, 4)]
+    last = [reward_at(0, 2, t) for t in (1, 2)]
+    assert whole.tolist() == [sum(first), sum(last)]
+    expected = []
+    for rewards in (first, last):
+        for t in range(len(rewards)):
+            expected.append(sum(0.5**i * r for i, r in enumerate(rewards[t:])))
+    np.testing.assert_allclose(to_go, expected)
+
+
 def test_without_a_window_the_error_says_how_many_entries_there_are():
     replay, _ = filled(6, 300, [[50]])
     assert replay.sample(1, 7, np.random.default_rng(0)).reward.shape == (7, 1)

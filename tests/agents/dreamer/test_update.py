@@ -565,6 +565,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     assert is_unchanged(policy, values_of(fresh))
 
 
+def test_a_range_of_returns_that_is_not_finite_is_left_out():
+    """It divides all later gradients of the actor; no update would repair it."""
+    settings = replace(SETTINGS, imagination=replace(SETTINGS.imagination, scale_returns=True))
+    policy = make()
+    update, bias = DreamerUpdate(policy, settings), policy.model.reward_head[-1].bias
+    update(batch(), generator(5))
+    kept, good = policy.return_range.clone(), bias.detach().clone()
+    for bad in (math.nan, math.inf):
+        with torch.no_grad():
+            bias.fill_(bad)
+        update(batch(), generator(6))
+        with torch.no_grad():
+            bias.copy_(good)
+        assert torch.equal(policy.return_range, kept) and kept > 0
+    assert update(batch(), generator(7)).scalars["skipped_steps"] == 0
+    assert policy.return_range != kept
+
+
 def test_one_bad_loss_does_not_stop_the_others():
     """A NaN reward affects only the model: imagination does not use rewards of the batch."""
     policy, data = make(), batch()

@@ -188,6 +188,43 @@ def test_the_environments_cost_is_used_where_there_is_one():
     torch.testing.assert_close(found, -(given.policy.scale.inverse(x)[:, 0] ** 2).float())
 
 
+@pytest.mark.parametrize("variant", ["0", "1", "1-er", "inf", "dpg"])
+def test_a_cost_of_ones_own_is_what_critic_and_policy_learn(variant):
+    """Or the policy would follow one problem for a step, and the value of another from there."""
+
+    def cost(states):
+        return 1e4 + states[..., 0] ** 2
+
+    agent = make(vector(n=2), variant=variant, cost_fn=cost).learn(4 * STEPS)
+    batch = agent._draw()
+    states = agent.policy.scale.inverse(batch.next_states)
+    torch.testing.assert_close(batch.rewards, -cost(states).float())
+    if variant != "inf":
+        assert agent.critic.rewards.mean == pytest.approx(-1e4, rel=1e-3)
+    if variant in ("1", "1-er", "inf"):
+        assert agent.world_model.reward.rewards.mean == pytest.approx(-1e4, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"cost_fn": torch.sum, "reward": "learned"}, "reward='learned'.*leave one out"),
+        ({"nodes": "both", "variant": "0"}, "variant '0' has no model"),
+        ({"nodes": "both", "variant": "dpg"}, "variant 'dpg' has no model"),
+    ],
+)
+def test_arguments_that_would_have_no_effect_are_refused(changes, match):
+    with pytest.raises(ValueError, match=match):
+        make(**changes)
+
+
+@pytest.mark.parametrize("name", ["ivw", "lr-first-order", "safe", "aobg", "ddcg"])
+def test_an_estimator_of_several_passes_is_tried_with_the_samples_there_are(name):
+    """One environment gives "inf" one sample, of which no baseline can leave one out."""
+    with pytest.raises(ValueError, match=r"1 sample\(s\) \(environments\)"):
+        make(vector(n=1), variant="inf", estimator=name)
+
+
 def test_a_file_does_not_hold_cost_fn(tmp_path):
     def cost(states):
         return states.square().sum(-1)
