@@ -148,7 +148,7 @@ class Estimator:
         if has(self.weight, "needs_no_leg") and self.legs != (nothing,):
             raise ValueError(
                 "the weight rule changes the pathwise gradient alone and mixes it with no score "
-                "leg: leave legs out, or use estimator 'tpx'"
+                "leg: leave legs out (leg='score' of an agent), or use estimator 'tpx'"
             )
         if self.carry not in ("mixture", "pathwise"):
             raise ValueError(f"carry is 'mixture' or 'pathwise', got {self.carry!r}")
