@@ -1048,7 +1048,7 @@ def test_variants_of_2018(name, resample, fixed, optimizer, monkeypatch):
 @pytest.mark.parametrize("name", [*estimators.names(), "gr", "rp-fs", "gr-fs"])
 def test_every_estimator_runs_a_trial(name, leg):
     if name == "rp-cut" and leg != "score":
-        with pytest.raises(ValueError, match="leave legs out .leg='score' of an agent"):
+        with pytest.raises(ValueError, match=r"leave legs out \(leg='score' of an agent\)"):
             make(CARTPOLE, estimator=name, leg=leg, horizon=3)
         return
     agent = make(CARTPOLE, estimator=name, leg=leg, horizon=3)
