@@ -22,6 +22,7 @@ from totalprop.envs.mujoco_backend import (
     rendering_failed,
 )
 from totalprop.envs.rewind import set_simulation_state, simulation_state
+from totalprop.envs.validation import check_choice
 
 _TASKS = {
     "acrobot": ("swingup", "swingup_sparse"),
@@ -114,9 +115,9 @@ class DMControlEnv(gym.Env[np.ndarray, np.ndarray]):
         time_limit: float | None = None,
         render_mode: Literal["rgb_array"] | None = None,
     ) -> None:
-        _check_choice("observation", observation, ("vector", "pixels"))
-        _check_choice("render", render, ("suite", "fast"))
-        _check_choice("render_mode", render_mode, (None, "rgb_array"))
+        check_choice("observation", observation, ("vector", "pixels"))
+        check_choice("render", render, ("suite", "fast"))
+        check_choice("render_mode", render_mode, (None, "rgb_array"))
         self.action_repeat = _check_count("action_repeat", action_repeat, "control steps")
         self.size = _check_count("size", size, "pixels")
         if not isinstance(render_size, tuple | list) or len(render_size) != 2:
@@ -314,12 +315,6 @@ def _quiet_absl() -> Iterator[None]:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        allowed = " or ".join(map(repr, choices))
-        raise ValueError(f"{name}={value!r} is unknown: pass {allowed}.")
 
 
 def _check_count(name: str, value: Any, unit: str) -> int:

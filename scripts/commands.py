@@ -906,7 +906,7 @@ COMMANDS: dict[str, Command] = {
         _reproduce,
     ),
     "study gradients": Command(
-        "studies.gradients", "measure every estimator's error on more than 100 problems", _gradients
+        "studies.gradients", "measure every estimator's error on 16 kinds of problems", _gradients
     ),
     "study dreamer": Command(
         "studies.dreamer", "train every gradient at every node of a Dreamer", _study_dreamer

@@ -56,10 +56,11 @@ def push(options: argparse.Namespace) -> None:
     repo_id = hub.check_name(options.repo_id)
     library = hub.library()
     folder = RunFolder.open(options.run, imports=options.imports)
+    env_id = folder.read_config()["env_id"]
     if not (folder.summary.exists() and folder.model.exists()):
         raise UserError(
             f"{folder.path} is not finished; continue it with totalprop train --resume "
-            f"{folder.quoted}"
+            f"{folder.quoted}{import_flag(env_id)}"
         )
     files = [folder.path / name for name in (*hub.READ, *hub.SHOWN)]
     files = [path for path in files if path.exists()]
@@ -75,7 +76,10 @@ def push(options: argparse.Namespace) -> None:
     except Exception as error:  # of the network, in classes of several libraries
         text = " ".join(str(error).split())
         raise UserError(f"cannot push to {repo_id}: {text}; log in first: hf auth login") from error
-    print(f"{', '.join(contents)}: {url}\nNext: totalprop evaluate {hub.PREFIX}{repo_id}")
+    print(
+        f"{', '.join(contents)}: {url}\n"
+        f"Next: totalprop evaluate {hub.PREFIX}{repo_id}{import_flag(env_id)}"
+    )
 
 
 def card(folder: RunFolder, repo_id: str) -> str:

@@ -359,8 +359,8 @@ def learn(
     checkpoints.restore(algorithm)
     is_resumed = env is not None and is_first
     if is_resumed and Job.read(folder) != job:  # it is extended, and could be restored
+        folder.summary.unlink(missing_ok=True)  # first: a kill in between leaves it unfinished
         write_text(folder.config, job.config())
-        folder.summary.unlink(missing_ok=True)
     if algorithm.n_cut_episodes:
         print(
             f"{algorithm.n_cut_episodes} running episode(s) could not be restored and were cut: "

@@ -282,7 +282,9 @@ class GaussianProcess(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("inputs", "targets"):  # data of any length load
             if prefix + name in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+                # On the model's device: the file's tensors are on the CPU.
+                found = getattr(self, name).new_empty(state_dict[prefix + name].shape)
+                setattr(self, name, found)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._forget()
 

@@ -66,9 +66,17 @@ class RunningMoments(nn.Module):
 
     @property
     def std(self) -> Tensor:
-        """[D] float64; 1 for what is constant, of which rounding must not make a spread."""
-        std = (self.squares / self.count.clamp(min=1)).sqrt()
-        return torch.where(std > 1e-6 * self.largest, std, 1.0)
+        """[D] float64; 1 for what is constant."""
+        return torch.where(self.is_constant, 1.0, self._spread)
+
+    @property
+    def is_constant(self) -> Tensor:
+        """[D] bool; rounding makes no spread."""
+        return ~(self._spread > 1e-6 * self.largest)
+
+    @property
+    def _spread(self) -> Tensor:
+        return (self.squares / self.count.clamp(min=1)).sqrt()
 
 
 class StateScale(RunningMoments):
@@ -175,8 +183,7 @@ class StochasticDynamics(nn.Module):
         self.change_mean.copy_(self.changes.mean / scale.std)
         std = self.changes.std / scale.std
         # What never changes in another way has no scale of its own.
-        is_constant = self.changes.squares == 0
-        self.change_std.copy_(torch.where(is_constant, 1.0, std))
+        self.change_std.copy_(torch.where(self.changes.is_constant, 1.0, std))
 
 
 class ParallelLinear(nn.Module):

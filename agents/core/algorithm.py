@@ -325,6 +325,9 @@ class Algorithm(BaseAlgorithm):
         left_out = {*(exclude or ()), *self._excluded_save_params()} - set(include or ())
         left_out |= {name.split(".")[0] for name in names}
         attributes = {k: v for k, v in vars(self).items() if k not in left_out}
+        for name in self.function_arguments:
+            needed = f"_needs_{name}"
+            attributes[needed] = bool(attributes[needed]) or callable(getattr(self, name))
         parameters = self.get_parameters()
         for name, state in parameters.items():
             if entry := not_finite(state):
@@ -435,6 +438,21 @@ class Algorithm(BaseAlgorithm):
         if agent.use_sde:
             agent.policy.reset_noise()  # type: ignore[operator]
         return agent
+
+    def _check_given_again(self) -> None:
+        """Raise ValueError if the agent was made with functions and loaded without them."""
+        for name in self.function_arguments:
+            if getattr(self, name) is not None:
+                setattr(self, f"_needs_{name}", False)
+            elif getattr(self, f"_needs_{name}"):
+                raise ValueError(
+                    f"this agent was made with a {name}, which is not in its file; "
+                    f"pass it again: {type(self).__name__}.load(path, env=env, {name}=...)"
+                )
+
+    # Arguments that may be functions, which no file holds. For each there is an attribute
+    # `_needs_<name>`: whether the agent comes from a file of one that had such a function.
+    function_arguments: ClassVar[tuple[str, ...]] = ()
 
     # Attributes that exist only after set-up or `learn`; files may hold them too.
     _late_attributes: ClassVar[tuple[str, ...]] = (

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
@@ -38,8 +39,8 @@ class GymnasiumVecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         """Begin an episode in every environment."""
-        seeds = None if self._seeds[0] is None else list(self._seeds)
-        observations, infos = self.venv.reset(seed=seeds)  # type: ignore[arg-type]
+        # Of several environments, Gymnasium counts on from the first one's, as `VecEnv.seed` does.
+        observations, infos = self.venv.reset(seed=self._seeds[0])
         self.reset_infos = self._of_each(infos)
         self._reset_seeds()
         self._reset_options()
@@ -132,8 +133,10 @@ class GymnasiumVecEnv(VecEnv):
         )
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """False: wrappers inside are out of reach."""
-        return [False for _ in self._get_indices(indices)]
+        """Whether each environment in this process is wrapped; False where it is out of reach."""
+        envs = getattr(self.venv.unwrapped, "envs", None)
+        indices = self._get_indices(indices)
+        return [envs is not None and is_wrapped(envs[i], wrapper_class) for i in indices]
 
 
 def _row(observations: Any, i: int) -> Any:

@@ -470,7 +470,8 @@ class DAAPPO(Algorithm, PPO):
                 steps = sum(self._processes.objects(source.extra_steps))
                 self.logger.record("time/extra_env_steps", steps)
         self.logger.record("train/extra_actions", self.k if buffer.extra is not None else 0)
-        self.logger.record("train/simulation_horizon", self.horizon)
+        if source.follows_horizon:
+            self.logger.record("train/simulation_horizon", self.horizon)
 
     def _rollout(self) -> Rollout:
         """The rollout that was just collected, as sources read it."""
@@ -661,6 +662,13 @@ class DAAPPO(Algorithm, PPO):
         self._try_estimator()
         self._processes.share(batch_size=self.batch_size)
         source = SOURCES[self.action_source]
+        is_matched = source is None or source.follows_horizon
+        if self.real_advantage == "matched_horizon" and not is_matched:
+            raise ValueError(
+                "real_advantage='matched_horizon' is the horizon of extra actions that are "
+                f"followed for simulation_horizon steps, which action_source={self.action_source!r}"
+                " does not do: use real_advantage='gae'"
+            )
         if not self._is_ppo:
             self._check_spaces()
         elif isinstance(self.observation_space, spaces.Dict) and not issubclass(

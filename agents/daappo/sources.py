@@ -237,6 +237,7 @@ class Source:
         is_differentiable: whether its advantages have a gradient in the action.
         draws_per_state: whether its K actions are at the same state, so that they can be compared.
         needs_snapshots: whether it needs environments with snapshot, restore and extra_step.
+        follows_horizon: whether it follows each action for `simulation_horizon` steps.
         model: what it learns; None for a source that learns nothing.
         optimizer: the model's Adam, or None.
         transitions: those observed so far, in the environment's own units.
@@ -248,6 +249,7 @@ class Source:
     is_differentiable: ClassVar[bool] = False
     draws_per_state: ClassVar[bool] = True
     needs_snapshots: ClassVar[bool] = False
+    follows_horizon: ClassVar[bool] = False
     model: nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
     extra_steps: int | None = None
@@ -444,7 +446,7 @@ class ModelSource(Source):
 class DynamicsSource(ModelSource):
     """DAA: each action is followed for H steps through a learned model."""
 
-    is_differentiable = True
+    is_differentiable = follows_horizon = True
 
     def __call__(
         self, rollout: Rollout, behaviour: Behaviour, k: int, returns: Returns, *, gradient: bool
@@ -539,7 +541,7 @@ class RewindSource(Source):
     environments provide `snapshot()`, `restore(snapshot)` and `extra_step(action)`.
     """
 
-    needs_snapshots = True
+    needs_snapshots = follows_horizon = True
     extra_steps: int
 
     def __init__(self, settings: SourceSettings, processes: Processes = ALONE) -> None:

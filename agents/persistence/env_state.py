@@ -6,10 +6,11 @@ Each environment has to be in an `envs.rewind.Rewindable`, and the vector wrappe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import (
@@ -50,7 +51,9 @@ def snapshot(env: VecEnv | None) -> dict[str, Any]:
         names = LAYERS.get(type(layer), ())
         found.append({name: _plain(getattr(layer, name)) for name in names if hasattr(layer, name)})
     environments = None
-    if inner is not None and all(type(layer) in LAYERS for layer in layers):
+    # A worker of a SubprocVecEnv that is asked for what it does not have dies: hence `has_attr`.
+    is_known = inner is not None and all(type(layer) in LAYERS for layer in layers)
+    if inner is not None and is_known and inner.has_attr("snapshot"):
         try:
             environments = [start.state_dict() for start in inner.env_method("snapshot")]
         except (AttributeError, ValueError):
@@ -62,7 +65,7 @@ def snapshot(env: VecEnv | None) -> dict[str, Any]:
 
 def check_number(expected: int, env: GymEnv) -> None:
     """Raise ValueError if `env` has another number of environments than a checkpoint."""
-    number = env.num_envs if isinstance(env, VecEnv) else 1
+    number = env.num_envs if isinstance(env, VecEnv | VectorEnv) else 1
     if number != expected:
         raise ValueError(
             f"the checkpoint has {expected} environment(s), env has {number}; resume with "
@@ -93,6 +96,9 @@ def restore(env: VecEnv | None, state: dict[str, Any]) -> bool:
             current = getattr(layer, name, None)
             if isinstance(current, RunningMeanStd):
                 vars(current).update(value)
+            elif _is_statistics(current):
+                for part, own in value.items():
+                    vars(current[part]).update(own)
             else:
                 setattr(layer, name, value)
     if state["environments"] is None or inner is None:
@@ -102,7 +108,8 @@ def restore(env: VecEnv | None, state: dict[str, Any]) -> bool:
         inner.env_method("restore", values, indices=i)
     for name, of_each in zip(MONITOR, state["monitors"], strict=True):
         for i, value in enumerate(of_each or ()):
-            inner.set_attr(name, value, indices=i)
+            plain = value.tolist() if isinstance(value, np.ndarray) else value
+            inner.set_attr(name, plain, indices=i)
     return True
 
 
@@ -117,7 +124,7 @@ def _check(state: dict[str, Any], inner: VecEnv | None) -> None:
     monitors = dict(zip(MONITOR, state["monitors"], strict=environments is not None))
     for name, of_each in monitors.items():
         is_right &= of_each is None or (
-            len(of_each) == n and all(isinstance(value, MONITOR[name]) for value in of_each)
+            len(of_each) == n and all(_is_record(value, MONITOR[name]) for value in of_each)
         )
     if not is_right:
         raise ValueError(f"its seeds, or Monitor's records, are not those of {n} environments")
@@ -132,6 +139,11 @@ def _check_layer(layer: VecEnvWrapper, values: dict[str, Any]) -> None:
         current = getattr(layer, name, None)
         if isinstance(current, RunningMeanStd):
             _check_statistics(name, current, value)
+        elif _is_statistics(current):
+            if not isinstance(value, dict) or value.keys() != current.keys():
+                raise ValueError(f"its {name} is not that of {', '.join(current)}")
+            for part, own in value.items():
+                _check_statistics(name, current[part], own)
         elif name == "episode_count":
             if not isinstance(value, int):
                 raise ValueError(f"its {name} is not a whole number")
@@ -168,15 +180,28 @@ def layers_of(env: VecEnv | None) -> tuple[list[VecEnvWrapper], VecEnv | None]:
     return layers, env
 
 
+def _is_record(value: Any, kind: type) -> bool:
+    """Whether it is a number of Monitor's, or one of its lists: arrays, in older files lists."""
+    is_array = isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "if"
+    return isinstance(value, kind) or (kind is list and is_array)
+
+
+def _is_statistics(value: Any) -> TypeGuard[dict[str, RunningMeanStd]]:
+    """Whether it is VecNormalize's of a dictionary's parts."""
+    return isinstance(value, dict) and any(isinstance(v, RunningMeanStd) for v in value.values())
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, RunningMeanStd):
         mean, var = np.asarray(value.mean), np.asarray(value.var)
         return {"mean": mean, "var": var, "count": float(value.count)}
+    if _is_statistics(value):
+        return {part: _plain(own) for part, own in value.items()}
     return value
 
 
 def _attribute(env: VecEnv, name: str) -> list[Any] | None:
-    try:
-        return env.get_attr(name)
-    except AttributeError:
+    """The attribute of each environment; lists of numbers as arrays, since they may be long."""
+    if not env.has_attr(name):
         return None
+    return [np.array(x) if MONITOR[name] is list else x for x in env.get_attr(name)]

@@ -68,6 +68,7 @@ class SearchLog:
         record("train/gradient_norm", float(norms[np.isfinite(norms)].mean()))
         if self.signal_to_noise:
             record("train/gradient_snr", float(np.mean(self.signal_to_noise)))
+        if self.k:
             k = torch.stack(self.k).mean(0)  # [H, E]
             record("train/k", float(k.mean()))
             for d, value in enumerate(k.mean(0).tolist()):

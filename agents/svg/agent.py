@@ -127,6 +127,7 @@ class SVG(Algorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SVGPolicy}
     action_spaces = (spaces.Box,)
+    function_arguments: ClassVar[tuple[str, ...]] = ("cost_fn",)
     no_vec_normalize: ClassVar[str] = (
         "SVG replays raw observations, whose scale VecNormalize keeps changing; pass the "
         "environment without VecNormalize (SVG standardises observations and rewards itself)"
@@ -218,7 +219,6 @@ class SVG(Algorithm):
             setattr(self, name, tuple(getattr(self, name)))
         self._check_arguments()
         self._cost = self._find_cost()
-        self._needs_cost_fn |= self.cost_fn is not None
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         states, actions = self._sizes()
@@ -315,7 +315,7 @@ class SVG(Algorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         self._cost = self._find_cost()  # attributes may have been set since
-        self._refuse_missing_cost()
+        self._check_given_again()
         check_finite(self.num_timesteps, np.array(self._last_obs))
         if self.replay is None:
             self.replay = self._new_replay()
@@ -772,10 +772,3 @@ class SVG(Algorithm):
                 f"{actions.high.tolist()}"
             )
         self.refuse_vec_normalize(self.env)
-
-    def _refuse_missing_cost(self) -> None:
-        if self._needs_cost_fn and self.cost_fn is None:
-            raise ValueError(
-                "this agent was made with a cost_fn, which is not in its file; pass it again: "
-                "SVG.load(path, env=env, cost_fn=...)"
-            )

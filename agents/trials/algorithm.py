@@ -60,6 +60,7 @@ class TrialAlgorithm(Algorithm):
         "policy_kwargs", "angle_dims", "invariant_dims", "speed_integration", "integrated_dims",
         "time_step",
     )  # fmt: skip
+    function_arguments: ClassVar[tuple[str, ...]] = ("cost_fn", "termination")
     no_vec_normalize: ClassVar[str] = (
         "the model is fitted to raw observations, whose scale VecNormalize keeps changing; "
         "pass the environment without VecNormalize (the GP scales its inputs itself)"
@@ -119,6 +120,11 @@ class TrialAlgorithm(Algorithm):
         self.invariant_dims = None if invariant_dims is None else tuple(invariant_dims)
         self.speed_integration, self.integrated_dims = speed_integration, integrated_dims
         self.time_step, self.start_means = time_step, start_means
+        if speed_integration == "off" and (integrated_dims or time_step is not None):
+            raise ValueError(
+                "integrated_dims and time_step are for speed integration, which is off: pass "
+                "speed_integration='on', or leave them out"
+            )
         self.gp_evaluations, self.max_points = gp_evaluations, max_points
         self._n_trials = 0
         self._needs_cost_fn = self._needs_termination = False
@@ -140,9 +146,6 @@ class TrialAlgorithm(Algorithm):
             self.invariant_dims = self._problem.invariant_dims
         if self.speed_integration != "off":
             self._complete_integration()
-        # They may have been given to `load`.
-        self._needs_cost_fn |= self.cost_fn is not None
-        self._needs_termination |= callable(self.termination)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         kwargs = {"angle_dims": self.angle_dims, **self.policy_kwargs}
@@ -170,18 +173,20 @@ class TrialAlgorithm(Algorithm):
         Raises:
             ValueError: neither says which entries are positions, or how long a step takes.
         """
+        is_given = bool(self.integrated_dims)
         if self.integrated_dims is None:
             self.integrated_dims = self._problem.integrated_dims
         if self.time_step is None:
             self.time_step = self._problem.time_step
         if not self.integrated_dims or self.time_step is None:
-            if self.speed_integration == "auto":
+            if self.speed_integration == "auto" and not is_given:
                 self.integrated_dims = ()
                 return
             raise ValueError(
-                "speed_integration='on' needs the positions with their velocities and the time of "
-                "a step, which this environment does not declare; pass integrated_dims=((position, "
-                "velocity), ...), entries of the observation, and time_step=..., or choose 'auto'"
+                "speed integration needs the positions with their velocities and the time of a "
+                "step, which this environment does not declare; pass integrated_dims=((position, "
+                "velocity), ...), entries of the observation, and time_step=..., or choose "
+                "speed_integration='auto' with neither"
             )
         self.integrated_dims = tuple((int(q), int(v)) for q, v in self.integrated_dims)
 
@@ -420,7 +425,7 @@ class TrialAlgorithm(Algorithm):
         likelihoods = self.world_model.fit(max_evaluations=self.gp_evaluations)
         self._check_given_again()
         if not self.policy.is_placed:
-            self._problem.place(self.policy, self.world_model)
+            self._problem.place(self.policy, self.world_model, means=self.start_means)
         title = f"trial {self._n_trials}: policy search on {self.world_model.n_points} points"
         with _search_bar(callback, title, self.gradient_steps) as on_step:
             self._n_updates += self._search(on_step)
@@ -440,24 +445,14 @@ class TrialAlgorithm(Algorithm):
             Gradients that were evaluated.
         """
 
-    def _check_given_again(self) -> None:
-        """Raise ValueError if the agent was made with functions and loaded without them."""
-        for name in ("cost_fn", "termination"):
-            if getattr(self, f"_needs_{name}") and getattr(self, name) is None:
-                raise ValueError(
-                    f"this agent was made with a {name}, which is not in its file; "
-                    f"pass it again: {type(self).__name__}.load(path, env=env, {name}=...)"
-                )
-
     def _start(self) -> tuple[Tensor, Tensor]:
         """Mean [S], or means [M, S], and standard deviation [S] that predictions start from."""
         model = self.world_model
         # Of an integrated position: what its velocity's noise makes of it in a step.
         noise = model.complete(model.noise.new_zeros(model.n_states), model.noise)
-        mean, std = self._problem.start_distribution(self._start_observations, noise)
-        if self.start_means is not None:
-            mean = torch.as_tensor(self.start_means, dtype=mean.dtype, device=mean.device)
-        return mean, std
+        return self._problem.start_distribution(
+            self._start_observations, noise, means=self.start_means
+        )
 
     # ----------------------------------------------------------------------------------------
     # files

@@ -24,6 +24,17 @@ from totalprop.world_models.gp_dynamics import GPDynamics
 Cost = Callable[[Tensor, Tensor], Tensor]  # (next states [..., S], controls [..., A]) -> [...]
 StateFunction = Callable[[Tensor], Tensor]  # states [..., S] -> [...]
 
+INSTEAD = {  # of an attribute of the environment that is not used
+    "cost": "it is learned from the rewards",
+    "saturating_cost": "it is learned from the rewards",
+    "termination": "simulated particles go on beyond the end",
+    "initial_distribution": "the start is that of the episodes' first observations",
+    "invariant_dims": "pass invariant_dims=...",
+    "integrated_dims": "pass integrated_dims=...",
+    "time_step": "pass time_step=...",
+    "observation_names": "observations are numbered",
+}
+
 
 class Problem:
     """What a simulated trial costs, where it starts and where it ends.
@@ -91,7 +102,11 @@ class Problem:
         return lambda next_states, controls: -model.reward(next_states, controls)
 
     def start_distribution(
-        self, resets: Sequence[np.ndarray], noise: Tensor
+        self,
+        resets: Sequence[np.ndarray],
+        noise: Tensor,
+        *,
+        means: Sequence[Sequence[float]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean [S] and std [S] of simulated starts: the environment's own, or those of its resets.
 
@@ -100,23 +115,41 @@ class Problem:
         Args:
             resets: observations [S] that episodes began with.
             noise: [S] deviation of the noise of an observed state difference.
+            means: [M, S] that take the place of the mean.
         """
+        given = None if means is None else np.asarray(means, np.float64)
         if self.start is not None:
             mean, std = self.start
         else:
             starts = np.stack(resets).astype(np.float64)
-            # One reset has no spread: assume at least that of one noisy observation.
             mean = starts.mean(0)
+            if given is not None:  # the spread of each start, and not that among them
+                nearest = np.abs(starts[:, None] - given).sum(-1).argmin(1)  # [n], of M
+                for start in set(nearest):
+                    starts[nearest == start] -= starts[nearest == start].mean(0)
+            # One reset has no spread: assume at least that of one noisy observation.
             std = np.maximum(starts.std(0), noise.cpu().numpy() / math.sqrt(2))
-        return self._tensor(mean), self._tensor(std)
+        return self._tensor(mean if given is None else given), self._tensor(std)
 
-    def place(self, policy: ControllerPolicy, model: GPDynamics) -> None:
-        """Place a new controller at the environment's own start, or over the states seen so far.
+    def place(
+        self,
+        policy: ControllerPolicy,
+        model: GPDynamics,
+        *,
+        means: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        """Place a new controller at the known start, or over the states seen so far.
 
         At a known start the controller has unit scale; over data it has their spread.
+
+        Args:
+            policy: to be placed.
+            model: with the data.
+            means: [M, S] of a known start, which take the place of the environment's own.
         """
         if self.start is not None:
-            starts = policy.features(self._tensor(self.start[0]))
+            own = self.start[0] if means is None else np.asarray(means, np.float64)
+            starts = policy.features(self._tensor(own))
             mean = starts.view(-1, starts.shape[-1]).mean(0)
             std = torch.ones_like(mean)
         else:
@@ -172,7 +205,7 @@ class Problem:
             return ()
         flaw = pairs_flaw(given, self.shape[0])
         if flaw is not None:
-            _warn_unused("integrated_dims", f"it must be {flaw}", "pass integrated_dims=...")
+            _warn_unused("integrated_dims", f"it must be {flaw}")
             return ()
         return tuple((int(position), int(velocity)) for position, velocity in given)
 
@@ -253,7 +286,7 @@ class Problem:
         own = self._attribute("termination")
         flaw = None if own is None else termination_flaw(own, self.shape[0], self.device)
         if flaw is not None:
-            _warn_unused("termination", flaw, "simulated particles go on beyond the end")
+            _warn_unused("termination", flaw)
             return None
         return own
 
@@ -338,8 +371,8 @@ def _values(function: Any, what: str, states: int, device: torch.device) -> Tens
     return found
 
 
-def _warn_unused(name: str, why: str, then: str = "it is learned from the data") -> None:
+def _warn_unused(name: str, why: str) -> None:
     """Report that an attribute of the environment is not used, and what is instead."""
     warnings.warn(
-        f"the environment's own `{name}` is not used, because {why}; {then}", stacklevel=3
+        f"the environment's own `{name}` is not used, because {why}; {INSTEAD[name]}", stacklevel=3
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -19,8 +20,8 @@ from totalprop.envs.rewind import Rewindable
 from totalprop.scripts.run.entry_runs import untrained
 
 
-def bench_checkpoint(repeats: int) -> list[dict[str, float]]:
-    """Time checkpoints of PIPPS with 450 points, DreamerTPX on vectors and on pixels, and DAAPPO.
+def bench_checkpoint(repeats: int) -> list[dict[str, Any]]:
+    """Time checkpoints of every agent, of PIPPS with 450 points and DreamerTPX on images, too.
 
     Before each checkpoint the agent makes as many new steps as it makes in a minute of training at
     most.
@@ -32,8 +33,8 @@ def bench_checkpoint(repeats: int) -> list[dict[str, float]]:
     """
     found = []
     for agent in AGENTS:
-        columns = TRAINED.get(agent, [(partial(_in_long_run, agent), 1000)])
-        found += [_column(make, steps, repeats) for make, steps in columns]
+        columns = TRAINED.get(agent, [(agent, partial(_in_long_run, agent), 1000)])
+        found += [{"agent": name, **_column(make, n, repeats)} for name, make, n in columns]
     return found
 
 
@@ -86,9 +87,12 @@ def _in_long_run(agent: str) -> Algorithm:
     return untrained(agent, AGENTS[agent].long_run)
 
 
-# Agent -> (what to measure, new steps of each checkpoint); others are measured in their `long_run`.
-TRAINED: dict[str, list[tuple[Callable[[], Algorithm], int]]] = {
-    "pipps": [(_pipps, 150)],
-    "dreamer": [(lambda: _dreamer("vector"), 1500), (lambda: _dreamer("pixels"), 500)],
-    "daappo": [(_daappo, 10_240)],
+# Agent -> (name, what to measure, new steps of each checkpoint); others: in their `long_run`.
+TRAINED: dict[str, list[tuple[str, Callable[[], Algorithm], int]]] = {
+    "pipps": [("pipps", _pipps, 150)],
+    "dreamer": [
+        ("dreamer, vectors", lambda: _dreamer("vector"), 1500),
+        ("dreamer, pixels", lambda: _dreamer("pixels"), 500),
+    ],
+    "daappo": [("daappo", _daappo, 10_240)],
 }

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         title = f"episodes and updates on {SVG_ENV_ID}"
     elif options.what == "checkpoint":
         rows = bench_checkpoint(options.repeats)
-        title = "checkpoints of PIPPS, DreamerTPX on vectors, on pixels, and DAAPPO"
+        title = "a checkpoint of each agent"
     elif options.what == "ppo":
         rows = [bench_ppo(options.repeats)]
         title = f"rollouts and updates on {ENV_ID}"
@@ -81,8 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         title = f"one update: {options.batch} sequences of {options.length} images"
     print(f"{title}, {options.device}, {options.threads} threads")
+    width = 16 if "agent" in rows[0] else 9
     for name in rows[0]:
-        print(f"{name:>36} " + " ".join(f"{row[name]:9.4g}" for row in rows))
+        cells = [row[name] for row in rows]
+        texts = [x if isinstance(x, str) else f"{x:.4g}" for x in cells]
+        print(f"{name:>36} " + " ".join(text.rjust(width) for text in texts))
     if options.json is not None:
         record = {"what": options.what, "device": options.device, "threads": options.threads}
         record |= {"torch": torch.__version__, "rows": rows}

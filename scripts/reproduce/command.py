@@ -31,10 +31,10 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
@@ -44,6 +44,8 @@ from totalprop.scripts.reproduce.protocol import Claim, Data, Missing, Reproduct
 from totalprop.scripts.reproduce.verdicts import LEVEL, Part, Verdict, decide
 from totalprop.scripts.run.errors import UsageError, UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import current_commit, read_json
+
+T = TypeVar("T")
 
 ENTRIES: dict[str, Reproduction] = {
     name: entry
@@ -107,6 +109,15 @@ def reproduce(options: argparse.Namespace, extra: Sequence[str], command: str) -
             data[step.name] = found
         elif (path := out / step.name / step.file).is_file() and not step.resumes:
             data[step.name] = path
+    if options.seeds and not any(step.trains and not step.seeds for step in scale.steps):
+        raise UsageError(f"the seeds of {options.name} are part of its protocol: leave out --seeds")
+    unmeasured = [step for step in scale.steps if step.name not in data]
+    if (extra or options.seeds) and not any(step.trains for step in unmeasured):
+        what = "flags after --" if extra else "--seeds"
+        raise UsageError(
+            f"--from {options.source} holds all that {options.name} trains, so that {what} would "
+            "have no effect: leave one of them out"
+        )
     for step in scale.steps:
         if step.name in data or step.prepares in data:
             continue
@@ -209,14 +220,14 @@ def write(
     }  # fmt: skip
     write_text(out / VERDICTS, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     numbers = [
-        {"what": number.what, "published": number.published, "ours": ours}
+        {"what": number.what, "published": number.published, "ours": str(ours)}
         for number in entry.numbers
-        if (ours := _ours(number.ours, data)) is not None
+        if (ours := _or_none(number.ours, data)) is not None
     ]
     raw = {
         "from": {step: str(path) for step, path in data.items()},
         "published beside ours": numbers,
-        "raw": entry.raw(data),
+        "raw": _or_none(entry.raw, data),
     }
     write_text(out / NUMBERS, json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
     drawn = []
@@ -236,9 +247,10 @@ def write(
     print(f"{text}\nwritten to {out}: {pictures}{NUMBERS}, {VERDICTS}, table.md")
 
 
-def _ours(ours: Any, data: Data) -> str | None:
+def _or_none(number: Callable[[Data], T], data: Data) -> T | None:
+    """A number of the data, or None where they do not have it."""
     try:
-        return str(ours(data))
+        return number(data)
     except Missing:
         return None
 

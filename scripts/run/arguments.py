@@ -31,7 +31,7 @@ from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.commands import add_import
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import check_import, parse_env_args
+from totalprop.scripts.run.folder import check_import, env_arg_flags, parse_env_args
 from totalprop.scripts.run.hub import local
 from totalprop.scripts.run.job import NOT_FLAGS, Job, RunOptions
 from totalprop.scripts.run.policy_kwargs import (
@@ -308,7 +308,7 @@ def _as_flags(settings: dict[str, Any], config: str, defaults: Sequence[Any]) ->
         if name == "env_args":
             if not isinstance(value, dict):
                 raise UserError(f"{config}: env_args must be a mapping, got {shown(value)}")
-            flags += [f"--env-arg={key}={item}" for key, item in value.items()]
+            flags += env_arg_flags(value)
             continue
         if name not in known:
             near = difflib.get_close_matches(name, [*known, "env_args", "preset", "agent"], 1)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +341,15 @@ def parse_env_args(
         except (ValueError, SyntaxError):
             parsed[name] = text
     return parsed
+
+
+def env_arg_flags(values: Mapping[str, Any]) -> list[str]:
+    """The flags --env-arg=NAME=VALUE that `parse_env_args` reads as these values: "4" is no 4."""
+    flags = []
+    for name, value in values.items():
+        is_read = parse_env_args((f"{name}={value}",))[name] == value
+        flags.append(f"--env-arg={name}={value if is_read else repr(value)}")
+    return flags
 
 
 def make_env(

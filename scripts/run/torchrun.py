@@ -17,7 +17,7 @@ from totalprop.agents.core.processes import ALONE, Processes
 from totalprop.agents.core.validation import constructor_hints
 from totalprop.agents.persistence.checkpoint import Checkpoints
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import RunFolder, program
+from totalprop.scripts.run.folder import RunFolder, import_flag, program
 
 WAIT = timedelta(days=1)  # the first process evaluates alone; torchrun ends all if one dies
 
@@ -73,7 +73,8 @@ def check_size(folder: RunFolder, processes: Processes) -> None:
 def resume_command(folder: RunFolder, size: int) -> str:
     """What continues a run of so many processes on one machine."""
     start = f"torchrun --nproc-per-node {size}" if size > 1 else program("python")
-    return f"{start} -m totalprop train --resume {folder.quoted}"
+    flag = import_flag(folder.read_config()["env_id"])
+    return f"{start} -m totalprop train --resume {folder.quoted}{flag}"
 
 
 def load_together(

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from totalprop import PIPPS
+from totalprop.agents.persistence.safe_file import write_text
 from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.estimators import gradient, make
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row |= compare(model, policy, particles, options.repeats)
             record["rows"].append(row)
             print(json.dumps(row), flush=True)
-            path.write_text(json.dumps(record, indent=1) + "\n")
+            write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def problems(

@@ -30,9 +30,9 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, read_json
-from totalprop.scripts.studies.learning_curves import draw_profile, styles_of
+from totalprop.scripts.studies.learning_curves import draw_profile, has_interval, styles_of
 from totalprop.scripts.studies.scores import interval, iqm
-from totalprop.scripts.studies.sweep import read_rows, train_runs
+from totalprop.scripts.studies.sweep import check_run, read_rows, train_runs
 
 
 class Task(NamedTuple):
@@ -126,9 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     runs = options.runs or Path("runs") / options.out.resolve().name
     with ending_with_a_sentence():
+        jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
+        for name, command in jobs.items():
+            if (runs / name).exists():
+                check_run(runs / name, command)
         failed, earlier = 0, read_rows(options.out, extra, _run_of)
         if not options.report_only:
-            jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
             kept = {cell.name(seed) for cell, seed in earlier}
             failed = train_runs(jobs, runs, options.jobs, kept=kept)
         report(options.out, runs, cells, options.seeds, extra, earlier)
@@ -199,10 +202,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             for task in tasks:
                 found = _of_tasks(rows, horizon=horizon, gate=gate, gradient=gradient, task=task)
                 cells.append(", ".join(f"{x:.2f}" for x in found[0]) if found else "")
-            low, high = interval(own, iqm)
+            limits = ""
+            if has_interval(own):
+                limits = "{:.2f} to {:.2f}".format(*interval(own, iqm))
             lines.append(
                 f"| {horizon} | {gate} | `{gradient}` | {' | '.join(cells)} "
-                f"| {iqm(own):.2f} | {low:.2f} to {high:.2f} |"
+                f"| {iqm(own):.2f} | {limits} |"
             )
     return "\n".join(lines) + "\n"
 

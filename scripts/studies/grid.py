@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from totalprop.agents import AGENTS
 from totalprop.agents.persistence.safe_file import shown
+from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.arguments import read_settings
 from totalprop.scripts.run.errors import UsageError
+from totalprop.scripts.run.folder import env_arg_flags
 
 T = TypeVar("T")
 
@@ -65,19 +70,24 @@ class Grid(NamedTuple):
     def settings(self) -> dict[str, Setting]:
         """Label -> setting, of every combination; a value alone is its label, if it can be.
 
-        Files of --config are known by their names, if these differ.
+        Files of --config are known by their folders and names.
+
+        Raises:
+            UsageError: two settings would have one label.
         """
-        found = {}
-        stems = {path: Path(path).stem for path in self.axes.get("config", ())}
-        named = {"config": stems} if len(set(stems.values())) == len(stems) else {}
+        found: dict[str, Setting] = {}
         for agent, *values in itertools.product(self.agents, *self.axes.values()):
             own = dict(zip(self.axes, values))
-            parts = {flag: named.get(flag, {}).get(value, value) for flag, value in own.items()}
+            parts = dict(own)
+            if "config" in own:
+                parts["config"] = "/".join(Path(own["config"]).with_suffix("").parts[-2:])
             if len(self.agents) > 1 or not own:
                 parts = {"agent": agent, **parts}
             label = ", ".join(f"{flag}={value}" for flag, value in parts.items())
             if len(parts) == 1:
                 (label,) = parts.values()
+            if label in found:
+                raise UsageError(f"two files are called {label}: give them names that differ")
             found[label] = Setting(label, agent, own, self.flags)
         return found
 
@@ -88,11 +98,32 @@ class Grid(NamedTuple):
 
     def command(self) -> str:
         """The sweep's command without the seeds and what follows."""
-        words = ["totalprop sweep", *self.agents]
+        words = ["totalprop", "sweep", *self.agents]
         for name, values in self.axes.items():
-            words.append("--estimators" if name == "estimator" else f"--vary {name} --values")
-            words.extend(values)
-        return " ".join(words)
+            words += ["--estimators"] if name == "estimator" else ["--vary", name, "--values"]
+            words += values
+        return shlex.join(words)
+
+
+def grid_of(command: str) -> Grid:
+    """The grid of a sweep's command, as results.json quotes it.
+
+    Raises:
+        ValueError: it is none of a sweep of this version.
+    """
+    words = shlex.split(command)
+    words = words[[word.rpartition(".")[2] == "sweep" for word in words].index(True) + 1 :]
+    split = words.index("--") if "--" in words else len(words)
+    usage = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(usage):
+            options = parser_of("sweep").parse_args(words[:split])
+        return read_grid(options, words[split + 1 :])
+    except SystemExit:
+        reason = " ".join(usage.getvalue().rpartition("error: ")[2].split())
+        raise ValueError(reason) from None
+    except UsageError as error:
+        raise ValueError(str(error)) from None
 
 
 def _union(first: Sequence[T], then: Sequence[T]) -> list[T]:
@@ -127,7 +158,7 @@ def read_grid(options: argparse.Namespace, flags: Sequence[str]) -> Grid:
         for name, value in settings.items():
             flag = name.replace("_", "-")
             if name == "env_args" and isinstance(value, dict):
-                fixed += [f"--env-arg={key}={item}" for key, item in value.items()]
+                fixed += env_arg_flags(value)
             elif isinstance(value, list):
                 axes.append((flag, _listed(options.grid, name, value)))
             else:
@@ -140,8 +171,6 @@ def read_grid(options: argparse.Namespace, flags: Sequence[str]) -> Grid:
             raise UsageError(f"unknown agent {shown(agent)}; choose one of {', '.join(AGENTS)}")
     if not agents or not seeds:
         raise UsageError("a sweep needs an agent and --seeds, or a --grid that names them")
-    if not axes and len(agents) == 1 and options.grid is None:
-        raise UsageError("name what to compare: --estimators, --vary with --values, or --grid")
     return Grid(agents, dict(axes), seeds, [*fixed, *flags])
 
 

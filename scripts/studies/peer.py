@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if str(seed) in own:
                 print(f"seed {seed} is in {options.out}")
                 continue
-            own[str(seed)] = train(options, seed)
+            entry = train(options, seed)
+            record = read_record(options)  # another call may have added seeds meanwhile
+            own = record["results"][options.algorithm]
+            own[str(seed)] = entry
             options.out.parent.mkdir(parents=True, exist_ok=True)
             write_text(options.out, json.dumps(record, indent=1) + "\n")
             print(f"seed {seed}: return {own[str(seed)]['final_return']:.1f}, in {options.out}")
@@ -80,6 +83,8 @@ def read_record(options: argparse.Namespace) -> dict[str, Any]:
             f"{options.out} holds other runs than these ({found.get('settings')}); choose another "
             "file with --out"
         )
+    for name in ("library", "commit"):  # of all seeds
+        found[name] = ", ".join(dict.fromkeys((*str(found[name]).split(", "), record[name])))
     return found
 
 

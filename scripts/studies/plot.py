@@ -28,7 +28,6 @@ import inspect
 import io
 import itertools
 import os
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,7 +46,7 @@ from totalprop.scripts.run.errors import UsageError, UserError, ending_with_a_se
 from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.run.job import Job
 from totalprop.scripts.studies import scores
-from totalprop.scripts.studies.grid import read_grid
+from totalprop.scripts.studies.grid import grid_of
 from totalprop.scripts.studies.learning_curves import (
     AGGREGATES,
     Curve,
@@ -202,16 +201,12 @@ def _read_results(path: Path, threshold: float | None) -> Iterator[Found]:
 
 def _swept(command: str, label: str, path: Path) -> tuple[Job, dict[str, str]]:
     """A run of one setting of a sweep's command, and that setting's values of the flags varied."""
-    words = shlex.split(command)
-    words = words[[word.endswith("sweep") for word in words].index(True) + 1 :]
-    split = words.index("--") if "--" in words else len(words)
     said = io.StringIO()
     try:
+        setting = grid_of(command).settings()[label]
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            options = parser_of("sweep").parse_args(words[:split])
-            setting = read_grid(options, words[split + 1 :]).settings()[label]
             job = parse(setting.command(0), usage="")
-    except (SystemExit, UsageError) as error:
+    except (SystemExit, ValueError, UsageError) as error:
         text = said.getvalue() if isinstance(error, SystemExit) else str(error)
         reason = " ".join(text.rpartition("error: ")[2].split())
         raise UserError(

@@ -30,7 +30,6 @@ stopped search; a larger --tune extends it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import difflib
 import functools
@@ -60,8 +59,8 @@ from totalprop.scripts.run.folder import RunFolder, parse_env_args, read_json
 from totalprop.scripts.run.job import Job
 from totalprop.scripts.run.log import STEPS, table_of
 from totalprop.scripts.studies.executors import Executor, Trial, chosen
-from totalprop.scripts.studies.grid import Grid, read_grid
-from totalprop.scripts.studies.learning_curves import figure_of, style
+from totalprop.scripts.studies.grid import Grid, grid_of, read_grid
+from totalprop.scripts.studies.learning_curves import figure_of, styles_of
 from totalprop.scripts.studies.live import watched
 from totalprop.scripts.studies.plot import labelled, read
 from totalprop.scripts.studies.tune import check_installed, tune
@@ -91,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.tune is not None:
             _check_tune(options)
         grid = read_grid(options, extra)
+        if not grid.axes and len(grid.agents) == 1 and options.grid is None:
+            raise UsageError("name what to compare: --estimators, --vary with --values, or --grid")
         executor = chosen(
             address=options.address, cpus=options.cpus_per_run, gpus=options.gpus_per_run,
             slurm=options.slurm,
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 check_run(path, setting.command(seed))
         earlier = read_earlier(options.out, grid)
         failed = 0 if options.report_only else train_all(options, grid, earlier, executor)
-        report(options, grid, earlier)
+        report(options, grid, read_earlier(options.out, grid))  # others may have added to it
     if failed:
         raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
 
@@ -157,7 +158,7 @@ def read_earlier(out: Path, grid: Grid) -> Earlier:
         return Earlier(grid._replace(seeds=()), {}, set())
     record = read_json(path)
     try:
-        own = _grid_of(record["command"])
+        own = grid_of(record["command"])
         results = {label: dict(seeds) for label, seeds in record["results"].items()}
         commits = set(record["commit"].split(", "))
     except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
@@ -168,21 +169,8 @@ def read_earlier(out: Path, grid: Grid) -> Earlier:
             f"{path} holds the results of `{record['command']}`, another sweep; choose another "
             "--out, or move it away"
         )
+    own.joined(grid).settings()  # raises where two of them would be called the same
     return Earlier(own, results, commits)
-
-
-def _grid_of(command: str) -> Grid:
-    """The grid of a sweep's command, as results.json quotes it."""
-    words = shlex.split(command)
-    words = words[next(i for i, w in enumerate(words) if w.rpartition(".")[2] == "sweep") + 1 :]
-    split = words.index("--") if "--" in words else len(words)
-    usage = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(usage):
-            options = parser_of("sweep").parse_args(words[:split])
-    except SystemExit:
-        raise ValueError(usage.getvalue().strip().splitlines()[-1]) from None
-    return read_grid(options, words[split + 1 :])
 
 
 def read_rows(
@@ -296,19 +284,26 @@ def report(options: argparse.Namespace, grid: Grid, earlier: Earlier) -> None:
             results.setdefault(label, {})[str(seed)] = earlier.results[label][str(seed)]
     if not results:
         raise UserError(f"no finished run in {options.runs}; see the .log files there")
-    others = _read_others(options.beside, quantity)
+    others = _read_others(options.beside, quantity, results)
     options.out.mkdir(parents=True, exist_ok=True)
-    command = f"{grid.command()} --seeds {' '.join(map(str, grid.seeds))} --out {options.out}"
-    command += "" if options.is_default else f" --runs {options.runs}"
-    command += f" --watch {options.watch}" if options.watch else ""
-    command += f" --beside {' '.join(map(str, options.beside))}" if options.beside else ""
-    command += f" -- {' '.join(grid.flags)}" if grid.flags else ""
-    record = {"command": command, "commit": ", ".join(sorted(commits)), "results": results}
+    words = ["--seeds", *map(str, grid.seeds), "--out", str(options.out)]
+    words += [] if options.is_default else ["--runs", str(options.runs)]
+    words += ["--watch", options.watch] if options.watch else []
+    words += ["--beside", *map(str, options.beside)] if options.beside else []
+    words += ["--", *grid.flags] if grid.flags else []
+    record = {
+        "command": f"{grid.command()} {shlex.join(words)}",
+        "commit": ", ".join(sorted(commits)),
+        "results": results,
+    }
     write_text(options.out / "results.json", json.dumps(record, indent=1) + "\n")
     table = _table({**results, **others}, quantity, grid.varied)
     write_text(options.out / "table.md", table)
-    beside = functools.partial(_draw_watched, results=results, watched=options.watch)
     curves, legend, _ = labelled(read([options.out / "results.json", *options.beside]))
+    styles = styles_of(curve.label for curve in curves)
+    settings = [label for label, seeds in results.items() for _ in seeds]  # of the first curves
+    lines = {label: styles[curve.label] for label, curve in zip(settings, curves, strict=False)}
+    beside = functools.partial(_draw_watched, results=results, watched=options.watch, styles=lines)
     picture = figure_of(curves, legend, further=[beside] if options.watch else [])
     figures.save(picture, options.out / "learning_curves.png", dpi=150)
     evaluations = _write_evaluations(options.runs, grid, results, quantity)
@@ -342,8 +337,12 @@ def _write_evaluations(
     return path
 
 
-def _read_others(paths: Sequence[Path], quantity: str) -> dict[str, dict[str, Any]]:
+def _read_others(
+    paths: Sequence[Path], quantity: str, taken: Collection[str]
+) -> dict[str, dict[str, Any]]:
     """Read the results of peers and of other sweeps: name -> seed -> curve.
+
+    Those of a name that is taken, by this sweep or an earlier file, have their folder's with it.
 
     Raises:
         UserError: a file does not hold such results.
@@ -354,6 +353,8 @@ def _read_others(paths: Sequence[Path], quantity: str) -> dict[str, dict[str, An
             needed = {f"final_{quantity}", f"{quantity}s", "timesteps"}
             if not seeds or any(needed - seed.keys() for seed in seeds.values()):
                 raise UserError(f"{path} holds no {quantity}s of {name}: pass a peer's file")
+            if name in taken or name in found:
+                name = f"{name} ({path.resolve().parent.name})"
             found[name] = seeds
     return found
 
@@ -408,15 +409,17 @@ def _mean_and_error(values: np.ndarray) -> str:
     return f"{values.mean():.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}"
 
 
-def _draw_watched(axis: Axes, results: dict[str, dict[str, Any]], watched: str) -> None:
+def _draw_watched(
+    axis: Axes, results: dict[str, dict[str, Any]], watched: str, styles: dict[str, dict[str, Any]]
+) -> None:
     """Plot one line per seed; there is no mean, as the runs log at different steps."""
     lowest = np.inf
-    for i, seeds in enumerate(results.values()):
+    for label, seeds in results.items():
         for seed in seeds.values():
             if watched not in seed:  # of another machine, where it was not asked for
                 continue
             series = seed[watched]
-            axis.plot(series["timesteps"], series["values"], lw=0.8, alpha=0.7, **style(i))
+            axis.plot(series["timesteps"], series["values"], lw=0.8, alpha=0.7, **styles[label])
             lowest = min(lowest, *series["values"])
     axis.set(xlabel="decisions", ylabel=watched, yscale="log" if lowest > 0 else "linear")
 

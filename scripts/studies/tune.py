@@ -14,7 +14,6 @@ import io
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +26,7 @@ from totalprop.agents.core.validation import is_finite
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.run.arguments import parse
 from totalprop.scripts.run.errors import UsageError, UserError
-from totalprop.scripts.run.folder import read_json
+from totalprop.scripts.run.folder import import_flag, read_json
 from totalprop.scripts.studies.executors import Executor, Trial
 from totalprop.scripts.studies.grid import Grid, Setting
 from totalprop.scripts.studies.live import watched
@@ -250,12 +249,15 @@ def report(options: argparse.Namespace, search: Search) -> None:
     write_text(out / "table.md", table)
     figures.save(_figure(done, search), out / "tuning.png", dpi=150)
     config = options.runs / f"trial{best.number:03d}_seed{search.grid.seeds[0]}" / "config.json"
+    then = ""
     if config.exists():  # else the runs are on another machine
-        shutil.copyfile(config, out / "best.json")
+        flag = import_flag(str(read_json(config).get("env_id", "")))
+        then = f" --{flag}" if flag else ""
+        write_text(out / "best.json", config.read_text())
     print(
         f"{table}\nwritten to {out}: study.log, trials.csv, table.md, tuning.png, best.json\n"
         f"Next: totalprop sweep {search.agent} --vary config --values {out / 'best.json'} "
-        f"--seeds 0 1 2 3 --out {out / 'reported'}   (the best on seeds of its own)"
+        f"--seeds 0 1 2 3 --out {out / 'reported'}{then}   (the best on seeds of its own)"
     )
 
 

@@ -1,6 +1,7 @@
 """The grid of a sweep: which runs it has, what they are called, and what is refused."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.arguments import parse
 from totalprop.scripts.run.errors import UsageError, UserError
+from totalprop.scripts.studies import grid as studies_grid
 from totalprop.scripts.studies import sweep
 from totalprop.scripts.studies.grid import read_grid
 
@@ -40,18 +42,38 @@ def test_a_grid_has_every_combination():
     assert list(grid_of("daappo svg --seeds 0").settings()) == ["daappo", "svg"]
 
 
-def test_files_of_settings_are_known_by_their_names_if_these_differ():
-    grid = grid_of("dreamer --vary config --values a/first.json b/second.yaml --seeds 0")
+def test_files_of_settings_are_known_by_their_folders_and_names():
+    """A name is the key of finished runs, so it does not depend on which other files there are."""
+    grid = grid_of("dreamer --vary config --values a/first.json x/b/second.yaml --seeds 0")
     settings = grid.settings()
-    assert list(settings) == ["first", "second"]
-    assert settings["second"].command(0) == ["dreamer", "--config", "b/second.yaml", "--seed", "0"]
-    assert settings["second"].run_name(0) == "second_seed0"
+    assert list(settings) == ["a/first", "b/second"]
+    own = settings["b/second"]
+    assert own.command(0) == ["dreamer", "--config", "x/b/second.yaml", "--seed", "0"]
+    assert own.run_name(0) == "b_second_seed0"
     again = grid_of(f"{grid.command().removeprefix('totalprop sweep ')} --seeds 0")
     assert again == grid
     grid = grid_of("svg pipps --vary config --values a/x.json b/y.json --seeds 0")
-    assert "agent=svg, config=x" in grid.settings()
-    grid = grid_of("dreamer --vary config --values a/x.json b/x.json --seeds 0")
-    assert list(grid.settings()) == ["a/x.json", "b/x.json"]
+    assert "agent=svg, config=a/x" in grid.settings()
+    grid = grid_of("dreamer --vary config --values 1/a/x.json 2/a/x.json --seeds 0")
+    with pytest.raises(UsageError, match="two files are called a/x: give them names that differ"):
+        grid.settings()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--env-arg", "gravity=(9.81 + 0)"], ["--env-arg=names=['a', 'b c']"], ["--preset", "it's"]],
+)
+def test_a_command_is_read_back_as_it_was_written(flags):
+    words = "daappo --vary env-id --values A-v0 B-v0 --seeds 0"
+    grid = grid_of(words, flags)
+    again = studies_grid.grid_of(f"{grid.command()} --seeds 0 --out 'o o' -- {shlex.join(flags)}")
+    assert again == grid
+
+
+def test_one_agent_of_a_file_needs_nothing_to_compare():
+    """What results.json quotes names no file."""
+    again = studies_grid.grid_of("totalprop sweep daappo --seeds 0 1 --out o -- --gamma 0.9")
+    assert again.agents == ["daappo"] and again.axes == {} and again.flags == ["--gamma", "0.9"]
 
 
 def test_a_file_says_what_flags_say(tmp_path):
@@ -81,7 +103,6 @@ def test_a_file_says_what_flags_say(tmp_path):
         ("pipps --vary a --values 1 --vary a --values 2 --seeds 0", None, "flag once, got a a"),
         ("pipps --estimators tpx", None, "needs an agent and --seeds"),
         ("--estimators tpx --seeds 0", None, "needs an agent and --seeds"),
-        ("pipps --seeds 0", None, "name what to compare"),
         ("pips --estimators tpx --seeds 0", None, "unknown agent 'pips'; choose one of pipps"),
         ("pipps --grid FILE", "seed: [0, x]", "seed must be whole numbers, got 'x'"),
         ("pipps --grid FILE --seeds 0", "horizon: []", "horizon has no values"),
@@ -96,6 +117,12 @@ def test_what_is_no_grid_is_one_sentence(words, text, message, tmp_path):
         words = words.replace("FILE", str(tmp_path / "grid.yaml"))
     with pytest.raises(UsageError, match=message):
         grid_of(words)
+
+
+def test_a_command_line_that_compares_nothing_is_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(["pipps", "--seeds", "0", "--out", "o"])
+    assert "name what to compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a: [", "!!python/object/apply:os.getcwd []"])

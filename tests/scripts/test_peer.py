@@ -76,4 +76,39 @@ def test_what_holds_no_curves_is_not_shown(tmp_path):
     path = tmp_path / "results.json"
     path.write_text('{"results": {"sac": {"0": {"seconds": 1}}}}')
     with pytest.raises(sweep.UserError, match="holds no returns of sac"):
-        sweep._read_others([path], "return")
+        sweep._read_others([path], "return", ())
+
+
+def test_results_of_one_name_do_not_replace_each_other(tmp_path):
+    """Two sweeps of the same estimators have the same names."""
+    paths = []
+    for i, place in enumerate(("first", "second")):
+        (tmp_path / place).mkdir()
+        paths.append(tmp_path / place / "results.json")
+        entry = {"final_return": i, "returns": [i], "timesteps": [9]}
+        paths[-1].write_text(json.dumps({"results": {"rp": {"0": entry}, "tpx": {"0": entry}}}))
+    found = sweep._read_others(paths, "return", ["tpx"])
+    assert {name: seeds["0"]["final_return"] for name, seeds in found.items()} == {
+        "rp": 0, "tpx (first)": 0, "rp (second)": 1, "tpx (second)": 1,
+    }  # fmt: skip
+
+
+def test_seeds_of_two_calls_at_once_are_all_kept(tmp_path, monkeypatch):
+    """One finishes while the other trains; the second one is of another commit."""
+    path = tmp_path / "sac.json"
+    command = ["sac", "--env-id", "Pendulum-v1", "--total-timesteps", "130", "--out", str(path)]
+    entry = {"final_return": 1.0, "seconds": 1.0, "timesteps": [130], "returns": [1.0]}
+
+    def train(options, seed):
+        if seed == 0:
+            with monkeypatch.context() as other:
+                other.setattr(peer, "current_commit", lambda: "abc")
+                peer.main([*command, "--seeds", "1"])
+        return entry
+
+    monkeypatch.setattr(peer, "train", train)
+    monkeypatch.setattr(peer, "current_commit", lambda: "def")
+    peer.main([*command, "--seeds", "0"])
+    record = json.loads(path.read_text())
+    assert record["results"]["sac"] == {"1": entry, "0": entry}
+    assert record["commit"] == "abc, def"

@@ -628,6 +628,33 @@ def test_committed_measurements_are_read_and_not_made_again(tmp_path, monkeypatc
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tpx-fig7", "--seeds", "3"], "the seeds of tpx-fig7 are part of its protocol"),
+        (["daa-fig4", "--seeds", "7"], "--seeds would have no effect"),
+        (["daa-fig4", "--", "--gamma", "0.9"], "flags after -- would have no effect"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(words, message, tmp_path, monkeypatch, capsys):
+    """It would be in the table, as the command that measured it."""
+    monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("measured"))
+    given = ["--from", str(ROOT / "results"), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        command.main([words[0], *given, *words[1:]])
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_reproduction_that_was_stopped_at_the_start_has_a_report(tmp_path):
+    """Of a training that only prepares what is measured."""
+    (step, *_) = [s for s in ENTRIES["tpx-fig7"].scales["small"].steps if s.prepares]
+    path = tmp_path / "tpx-fig7" / step.name / step.file
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    command.main(["tpx-fig7", "--out", str(tmp_path), "--report-only"])
+    assert json.loads((tmp_path / "tpx-fig7" / "numbers.json").read_text())["raw"] is None
+
+
 def test_a_report_says_what_it_is_made_without(tmp_path):
     command.main(["tpx-fig7", "--from", str(ROOT / "results"), "--out", str(tmp_path),
                   "--report-only"])  # fmt: skip

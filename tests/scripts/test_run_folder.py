@@ -55,6 +55,17 @@ def test_runs_created_at_once_with_one_name_are_numbered(tmp_path):
     assert len(list(tmp_path.iterdir())) == 12  # no temporary folder is left
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"noise": 4}, {"tag": "4"}, {"tag": "None", "on": True, "x": None}, {"cost": "tip"},
+     {"a": [1, "b c"], "b": (0.5, 1e-9)}, {"a": "it's", "b": "", "c": {"d": "1.0"}}],
+)  # fmt: skip
+def test_flags_of_an_environments_arguments_are_read_as_they_were(values):
+    flags = run_folder.env_arg_flags(values)
+    found = run_folder.parse_env_args(tuple(flag.removeprefix("--env-arg=") for flag in flags))
+    assert found == values and [*map(type, found.values())] == [*map(type, values.values())]
+
+
 def test_what_killed_runs_left_is_swept(tmp_path):
     """Folders that are being created may be those of a living process, unless they are old."""
     old, new, other = (tmp_path / name for name in (".run.a", ".run.b", ".run.c"))

@@ -57,7 +57,8 @@ def test_the_report_covers_what_is_finished(tmp_path, capsys):
         value = random + level * (best - random)
         record = {"timesteps": [500, 1000], "returns": [[random] * 2, [value - 1, value + 1]]}
         (folder / "evaluations.json").write_text(json.dumps(record))
-        (folder / "config.json").write_text('{"commit": "abc"}')
+        job = parse(Cell("pendulum", 15, "open", gradient).command(seed, []), usage="")
+        (folder / "config.json").write_text(json.dumps({**json.loads(job.config()), "commit": "a"}))
         if (gradient, seed) != ("tpx", 1):
             (folder / "summary.json").write_text("{}")
     command = ["--out", str(out), "--runs", str(runs), "--seeds", "0", "1", "--report-only"]
@@ -67,9 +68,13 @@ def test_the_report_covers_what_is_finished(tmp_path, capsys):
         ("rp", 0, pytest.approx(0.2)), ("rp", 1, pytest.approx(0.4)), ("tpx", 0, pytest.approx(1)),
     ]  # fmt: skip
     table = (out / "table.md").read_text()
-    assert "| 15 | open | `rp` | 0.20, 0.40 | 0.30 | 0.20 to 0.40 |" in table
-    assert "| 15 | open | `tpx` | 1.00 | 1.00 | 1.00 to 1.00 |" in table
+    assert "| 15 | open | `rp` | 0.20, 0.40 | 0.30 |  |" in table  # no interval of so few
+    assert "| 15 | open | `tpx` | 1.00 | 1.00 |  |" in table
     assert (out / "profiles.png").stat().st_size > 10_000
+    # Folders of runs with other flags are not this study's.
+    with pytest.raises(SystemExit):
+        dreamer.main([*command, "--", "--gamma", "0.9"])
+    assert "is a run with gamma=0.98, not 0.9" in capsys.readouterr().err
     # On another machine, where there are no folders, the rows count as finished.
     command[command.index(str(runs))] = str(tmp_path / "elsewhere")
     dreamer.main(command)

@@ -230,6 +230,14 @@ def test_state_dict_of_another_size_loads_and_predicts_the_same():
     torch.testing.assert_close(other.posterior(x).mean, gp.posterior(x).mean, rtol=0, atol=0)
 
 
+def test_data_are_loaded_to_the_models_device():
+    """A file's tensors are on the CPU; "meta" stands for a GPU."""
+    gp = GaussianProcess(N_INPUTS, N_OUTPUTS).to("meta")
+    gp.load_state_dict(make_gp().state_dict())
+    assert {x.device.type for x in gp.state_dict().values()} == {"meta"}
+    assert gp.inputs.shape == make_gp().inputs.shape
+
+
 def test_load_copies_rather_than_shares():
     gp, other = make_gp(), GaussianProcess(N_INPUTS, N_OUTPUTS)
     other.load_state_dict(gp.state_dict())

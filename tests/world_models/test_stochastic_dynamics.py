@@ -137,6 +137,15 @@ def test_rounding_makes_no_spread_of_a_constant():
     assert moments.std == 1
 
 
+def test_a_clock_is_constant_in_spite_of_rounding():
+    """Its change always is; what float64 makes of it is no spread in the units of the states."""
+    scale, model = StateScale(1), StochasticDynamics(1, 1)
+    clock = (0.1 * np.arange(1000) * 2.0**-20)[:, None]
+    scale.update(clock)
+    model.see(np.diff(clock, axis=0), scale)
+    assert model.change_std == 1 and np.diff(clock, axis=0).std() > 0
+
+
 def test_scale_of_changes_is_in_units_of_the_states():
     rng, scale, model = np.random.default_rng(0), StateScale(2), StochasticDynamics(2, 1)
     states, changes = rng.normal([5.0, 1.0], [4.0, 0.1], (50, 2)), rng.normal(1, 0.3, (50, 2))

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TransformObservation
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 from totalprop.agents import DAAPPO, DreamerTPX
@@ -54,6 +56,37 @@ def trace(env, steps=12):
                 info.pop("TimeLimit.truncated", None)
         found.append((observations, rewards, dones, infos, list(env.reset_infos)))
     return found
+
+
+def test_wrappers_of_environments_in_this_process_are_seen():
+    """A cost that speaks of unwrapped observations is then not used, as in a DummyVecEnv."""
+
+    def doubled():
+        return TransformObservation(Task(), lambda x: 2 * x, BOX)
+
+    for env, expected in ((SyncVectorEnv([doubled]), True), (SyncVectorEnv([Task]), False)):
+        found = GymnasiumVecEnv(env)
+        assert found.env_is_wrapped(gym.ObservationWrapper) == [expected]
+        assert found.env_is_wrapped(Monitor) == [False]
+
+
+def test_a_run_in_a_vectorised_environment_is_seeded_and_resumed(tmp_path):
+    """It takes one seed, not a list."""
+
+    def env():
+        return gym.make_vec("CartPole-v1", 3, vectorization_mode="vector_entry_point")
+
+    settings = {"action_source": "none", "n_steps": 8, "batch_size": 24, "device": "cpu"}
+    wrapped = GymnasiumVecEnv(env())
+    wrapped.seed(5)
+    first = wrapped.reset()
+    wrapped.seed(5)
+    assert np.array_equal(wrapped.reset(), first)
+    made = gym.make_vec("CartPole-v1", 3, vectorization_mode="sync")
+    DAAPPO("MlpPolicy", made, **settings, seed=0).learn(24, Checkpoints(tmp_path))
+    again = gym.make_vec("CartPole-v1", 3, vectorization_mode="sync")
+    resumed = Checkpoints(tmp_path).load(DAAPPO, again, "cpu")
+    assert resumed.num_timesteps == 24 and resumed.n_envs == 3
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -677,6 +677,12 @@ def test_truncated_advantages_are_sums_of_deltas_within_the_episode(horizon):
     assert np.allclose(found, whole) == (horizon >= steps)
 
 
+@pytest.mark.parametrize("source", ["q", "states"])
+def test_matched_horizon_needs_extra_actions_of_that_horizon(source):
+    with pytest.raises(ValueError, match="does not do: use real_advantage='gae'"):
+        make(action_source=source, real_advantage="matched_horizon")
+
+
 def test_matched_horizon_is_used_for_the_real_action_and_not_for_returns(gathered):
     settings = {"simulation_horizon": 3}
     gae, matched = gathered(**settings), gathered(**settings, real_advantage="matched_horizon")

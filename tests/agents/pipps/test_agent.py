@@ -1158,6 +1158,32 @@ def cost_of_time(states):
     return states[..., 1]
 
 
+def test_a_cost_fn_set_as_an_attribute_is_asked_for_at_the_next_load(tmp_path):
+    agent = make().learn(7)
+    agent.cost_fn = cost_of_time
+    agent.learn(7, reset_num_timesteps=False)
+    agent.save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
+    with pytest.raises(ValueError, match="made with a cost_fn"):
+        loaded.learn(7)
+
+
+def test_a_cost_fn_that_is_taken_away_is_not_asked_for():
+    agent = make(cost_fn=cost_of_time).learn(7)
+    agent.cost_fn = None
+    agent.learn(7, reset_num_timesteps=False)
+    assert agent._problem.cost is None
+
+
+def test_integration_that_is_given_and_off_is_refused():
+    """Or that lacks the time of a step."""
+    for given in ({"integrated_dims": ((0, 1),)}, {"time_step": 0.1}):
+        with pytest.raises(ValueError, match="for speed integration, which is off"):
+            make(**given)
+    with pytest.raises(ValueError, match=r"pass integrated_dims.* and time_step"):
+        make(speed_integration="auto", integrated_dims=((0, 1),))
+
+
 def test_a_cost_fn_given_to_load_is_asked_for_at_the_next_load(tmp_path):
     make().save(tmp_path / "without")
     agent = PIPPS.load(tmp_path / "without", env=CountingEnv(), cost_fn=cost_of_time, device="cpu")

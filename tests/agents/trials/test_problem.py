@@ -257,6 +257,25 @@ def test_the_environments_own_start_may_have_several_means():
     torch.testing.assert_close(policy.where[0], middle)
 
 
+def test_each_of_several_given_starts_has_its_own_deviation():
+    """Resets at -1 ± 0.1 and 3 ± 0.1: with two means 0.1, and with one that of all of them."""
+    resets = [np.array([x, 5.0]) for x in (-1.1, -0.9, 2.9, 3.1)]
+    problem, noise = make(Plain()), torch.full((2,), 1e-3, dtype=F64)
+    mean, std = problem.start_distribution(resets, noise, means=[[-1.0, 5.0], [3.2, 5.0]])
+    assert mean.tolist() == [[-1.0, 5.0], [3.2, 5.0]]
+    torch.testing.assert_close(std, torch.tensor([0.1, 1e-3 / 2**0.5], dtype=F64))
+    mean, std = problem.start_distribution(resets, noise, means=[[0.0, 5.0]])
+    assert mean.tolist() == [[0.0, 5.0]]
+    torch.testing.assert_close(std[0], torch.tensor(4.01, dtype=F64).sqrt())
+
+
+def test_a_controller_is_placed_at_given_starts():
+    problem = make(Known())
+    policy = Placed(spaces.Box(-9, 9, (2,)), spaces.Box(-1, 1, (1,)))
+    problem.place(policy, model(), means=[[2.0, 0.0], [4.0, 6.0]])
+    torch.testing.assert_close(policy.where[0], torch.tensor([3.0, 3.0], dtype=F64))
+
+
 @pytest.mark.parametrize("own", [((0, 1),), [[0, 1]], np.array([[0, 1]])])
 def test_the_environments_own_integrated_dims_are_used(own):
     env = Plain()
