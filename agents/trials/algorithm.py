@@ -120,11 +120,6 @@ class TrialAlgorithm(Algorithm):
         self.invariant_dims = None if invariant_dims is None else tuple(invariant_dims)
         self.speed_integration, self.integrated_dims = speed_integration, integrated_dims
         self.time_step, self.start_means = time_step, start_means
-        if speed_integration == "off" and (integrated_dims or time_step is not None):
-            raise ValueError(
-                "integrated_dims and time_step are for speed integration, which is off: pass "
-                "speed_integration='on', or leave them out"
-            )
         self.gp_evaluations, self.max_points = gp_evaluations, max_points
         self._n_trials = 0
         self._needs_cost_fn = self._needs_termination = False
@@ -146,6 +141,12 @@ class TrialAlgorithm(Algorithm):
             self.invariant_dims = self._problem.invariant_dims
         if self.speed_integration != "off":
             self._complete_integration()
+        elif self.integrated_dims or self.time_step is not None:  # an error would refuse old files
+            warnings.warn(
+                "integrated_dims and time_step have no effect, since speed integration is off: "
+                "pass speed_integration='on', or leave them out",
+                stacklevel=4,
+            )
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         kwargs = {"angle_dims": self.angle_dims, **self.policy_kwargs}

@@ -1175,10 +1175,10 @@ def test_a_cost_fn_that_is_taken_away_is_not_asked_for():
     assert agent._problem.cost is None
 
 
-def test_integration_that_is_given_and_off_is_refused():
-    """Or that lacks the time of a step."""
+def test_integration_that_is_given_without_effect_is_said():
+    """And that lacks the time of a step is refused."""
     for given in ({"integrated_dims": ((0, 1),)}, {"time_step": 0.1}):
-        with pytest.raises(ValueError, match="for speed integration, which is off"):
+        with pytest.warns(UserWarning, match="have no effect, since speed integration is off"):
             make(**given)
     with pytest.raises(ValueError, match=r"pass integrated_dims.* and time_step"):
         make(speed_integration="auto", integrated_dims=((0, 1),))
