@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -44,7 +45,7 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.estimators import Estimator, make, mixing
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, continuing_later
-from totalprop.scripts.run.folder import current_commit, read_json
+from totalprop.scripts.run.folder import RunFolder, current_commit, read_json
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.agent_problems import (
     DreamerProblem,
@@ -160,11 +161,23 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "gradients.csv"
     settings: dict[str, Any] = {"repeats": options.repeats, "seed": options.seed}
+    # A run that goes on, or is trained again under its name, is another agent.
+    agents = {
+        name: hashlib.sha256(RunFolder(Path(name)).model.read_bytes()).hexdigest()[:12]
+        for name in options.problems if name not in PROBLEMS
+    }  # fmt: skip
     runs: list[dict[str, str]] = []
     rows: dict[tuple[Point, str], list[str]] = {}
     if path.exists():
         found, rows = read_rows(path)
-        runs = found["runs"]
+        runs, known = found["runs"], found.get("agents", {})
+        for name in agents.keys() & known.keys():
+            if agents[name] != known[name]:
+                raise UserError(
+                    f"{path} was measured with another agent of {name}; choose another --out, or "
+                    "delete its files"
+                )
+        agents = {**known, **agents}
         for key, value in settings.items():
             if found[key] != value:
                 raise UserError(
@@ -203,7 +216,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
                 for name, (g, ms) in done.result().items():
                     numbers = " ".join(f"{x:.6g}" for x in g.flatten())
                     rows[pending[done], name] = [f"{ms:.3g}", str(runs.index(own)), numbers]
-                write_rows(path, {**settings, "runs": runs}, rows)
+                write_rows(path, {**settings, "agents": agents, "runs": runs}, rows)
                 advance()
 
 

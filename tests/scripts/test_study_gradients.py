@@ -162,16 +162,24 @@ def test_the_folder_of_a_run_is_a_problem(trained, agent, tmp_path, capsys):
     zeros = np.zeros(SKETCHED)
     keys = [(str(trained), horizon) for horizon in agent.horizons]
     gradients.write_truths(tmp_path, {key: Truth(zeros, zeros, "nothing") for key in keys})
-    gradients.main([
+    command = [
         "--out", str(tmp_path), "--jobs", "1", "--problems", str(trained), "--samples", "20",
         "--repeats", "2", "--estimators", "rp", "safe",
-    ])  # fmt: skip
+    ]  # fmt: skip
+    gradients.main(command)
     with open(tmp_path / "gradients.csv") as file:
-        file.readline()
+        header = file.readline()
         rows = list(csv.DictReader(file))
     assert {int(row["horizon"]) for row in rows} == set(agent.horizons)
     assert {len(row["gradients"].split()) for row in rows} == {2 * SKETCHED}
     assert f"{len(keys)} points" in capsys.readouterr().out
+    # Its gradients and truths are of that agent, and not of what the run becomes.
+    (digest,) = json.loads(header[1:])["agents"].values()
+    path = tmp_path / "gradients.csv"
+    path.write_text(path.read_text().replace(digest, "of_another"))
+    with pytest.raises(SystemExit):
+        gradients.main(command)
+    assert "measured with another agent of" in capsys.readouterr().err
 
 
 def run(tmp_path, *flags):
