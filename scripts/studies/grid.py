@@ -109,10 +109,14 @@ def grid_of(command: str) -> Grid:
     """The grid of a sweep's command, as results.json quotes it.
 
     Raises:
-        ValueError: it is none of a sweep of this version.
+        LookupError: it is not a sweep's.
+        ValueError: it is not one of this version.
     """
     words = shlex.split(command)
-    words = words[[word.rpartition(".")[2] == "sweep" for word in words].index(True) + 1 :]
+    at = [i for i, word in enumerate(words) if word.rpartition(".")[2] == "sweep"]
+    if not at:
+        raise LookupError(f"{shown(command)} is no sweep")
+    words = words[at[0] + 1 :]
     split = words.index("--") if "--" in words else len(words)
     usage = io.StringIO()
     try:
