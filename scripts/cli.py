@@ -86,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser_of(name).parse_args(["--help"])
     try:
         import_module(f"totalprop.scripts.{command.module}").main(arguments)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:
         if _can_print():  # another pipe's, such as a worker's
             raise

@@ -89,7 +89,7 @@ def packages(installed: Callable[[str], str | None] | None = None) -> list[Findi
             else Finding("BAD", f"{name} is missing", "pip install -c constraints.txt -e .")
         )
     suite, mujoco, shimmy = version("dm-control"), version("mujoco"), version("shimmy")
-    remedy = "pip install -c constraints.txt -e '.[dmc]' (Python 3.10 to 3.12)"
+    remedy = "pip install 'totalprop[dmc]' (Python 3.10 to 3.12)"
     if not (suite and mujoco and shimmy):
         what = "the DeepMind Control Suite is not installed: dmc/ tasks are unavailable"
         found.append(Finding("note", what, remedy))

@@ -113,8 +113,7 @@ def check_paths(paths: dict[str, Path]) -> None:
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if "onnx" in paths and missing:
         raise UserError(
-            f"ONNX needs {', '.join(missing)}: pip install -c constraints.txt -e '.[export]', or "
-            "pass --pt2 alone"
+            f"ONNX needs {', '.join(missing)}: pip install 'totalprop[export]', or pass --pt2 alone"
         )
     for kind, path in paths.items():
         if path.suffix != f".{kind}":

@@ -252,6 +252,13 @@ def resume(
                 f"{folder.path} is a run of {own} steps, but --total-timesteps is "
                 f"{total_timesteps}; pass more to extend the run, or omit it"
             )
+        checkpoints = Checkpoints(checkpoint_folder(folder, processes.rank))
+        if folder.summary.exists() and not checkpoints.paths():
+            raise UserError(
+                f"{folder.path} is finished and its checkpoints are gone: it would be trained from "
+                "the beginning, and its model.zip overwritten; train a new run, or load the model "
+                "in Python and call its learn"
+            )
         if total_timesteps > own:
             options = dataclasses.replace(job.options, total_timesteps=total_timesteps)
             job = dataclasses.replace(job, options=options)
@@ -393,6 +400,12 @@ def learn(
             close_bars()
     if not is_first:
         return
+    if algorithm._n_updates == 0:
+        print(
+            f"nothing was learned: no update was made in {algorithm.num_timesteps:,} steps; pass a "
+            "larger --total-timesteps, or start to learn earlier (--help says when it does)",
+            file=sys.stderr,
+        )
     algorithm.save(folder.model)
     statistics = algorithm.get_vec_normalize_env()
     if statistics is not None:

@@ -48,7 +48,7 @@ def register() -> None:
         import rl_zoo3
     except ImportError:
         raise UserError(
-            "RL-Zoo is not installed: pip install -e '.[zoo]', in an environment of its own"
+            "RL-Zoo is not installed: pip install 'totalprop[zoo]', in an environment of its own"
         ) from None
     import totalprop.envs  # noqa: F401
 

@@ -14,6 +14,7 @@ import ast
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -203,6 +204,22 @@ def test_command_has_its_flags(command, capsys, monkeypatch):
     assert {word for word in words if word.startswith("--")} <= set(known)
     for arguments in trained:  # of `totalprop sweep AGENT ... -- arguments`
         train_arguments.parse([words[0], *arguments.split()], usage="")
+
+
+def test_the_documented_environment_is_trained_by_the_command(tmp_path):
+    """In the folder of arm.py, which a console script does not look into by itself."""
+    page = ROOT / "docs" / "own-environment.md"
+    (tmp_path / "arm.py").write_text(files_of(page.read_text(encoding="utf-8"))["arm"])
+    program = Path(sys.executable).with_name("totalprop")
+    small = "--horizon 10 --n-particles 8 --gradient-steps 1 --gp-evaluations 2"
+    words = f"train pipps --env-id arm:Arm-v0 {small} --total-timesteps 60 --no-tensorboard"
+    for command in (f"{words} --name run", "evaluate runs/run --import arm --episodes 2"):
+        done = subprocess.run(
+            [program, *command.split()], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Gym" not in done.stderr and "WARN" not in done.stderr
+    assert (tmp_path / "runs" / "run" / "summary.json").exists()
 
 
 def test_the_grid_of_a_sweep_is_understood(tmp_path):

@@ -21,7 +21,7 @@ from totalprop.agents.core.spaces import describe, is_picture
 if TYPE_CHECKING:
     from minari import MinariDataset
 
-INSTALL = "pip install -c constraints.txt -e '.[minari]'"
+INSTALL = "pip install 'totalprop[minari]'"
 # What Minari raises for datasets that are damaged, foreign or of a later version.
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError)
 

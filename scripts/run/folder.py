@@ -24,6 +24,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
@@ -257,6 +258,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def search_here() -> None:
+    """Find a module that the user has named in the current folder, too, and there last of all.
+
+    `python -m totalprop` does so for all modules, and the command `totalprop` for none.
+    """
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+
+
 def check_import(
     env_id: str, source: Path, imports: Sequence[str], *, within: Path | None = None
 ) -> None:
@@ -280,6 +290,7 @@ def check_import(
             f"{source} names the environment {shown(env_id)}, which would import and run a module; "
             f"if you know and trust it, add --import {shlex.quote(shown(module)[1:-1])}"
         )
+    search_here()
     if within is None:
         return
     try:
@@ -388,7 +399,9 @@ def make_env(
         near = nearest_env(env_id)
         hint = f"; did you mean '{near}'?" if near else ""
         raise UsageError(f"unknown environment '{env_id}'{hint}")
-    kwargs = {**env_args, "render_mode": "rgb_array" if render else None}
+    if ":" in env_id:
+        search_here()
+    kwargs = {**env_args, "render_mode": "rgb_array"} if render else env_args
 
     watchdog = Watchdog(step_timeout)
 
@@ -413,6 +426,15 @@ def nearest_env(env_id: str) -> str:
             if ratio > likeness:
                 best, likeness = known, ratio
     return best
+
+
+def renders(env_id: str) -> bool:
+    """Whether an environment says that it renders images, or does not say."""
+    made_by: Any = gym.spec(env_id.replace("dm_control/", "dmc/", 1)).entry_point
+    if isinstance(made_by, str):
+        made_by = load_env_creator(made_by)
+    modes = getattr(made_by, "metadata", {}).get("render_modes")
+    return modes is None or "rgb_array" in modes
 
 
 def record_gif(
@@ -443,6 +465,9 @@ def record_gif(
     """
     env: VecEnv | None = None
     try:
+        if not renders(env_id):
+            print("no GIF: the environment does not render", file=sys.stderr)
+            return None
         if "mujoco" in str(getattr(gym.registry.get(env_id), "entry_point", "")):
             choose_backend()  # without a display, Gymnasium's renderer would try GLFW first
         env = normalised(make_env(env_id, env_args, seed=seed, render=True))

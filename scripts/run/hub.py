@@ -56,6 +56,6 @@ def library() -> ModuleType:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            "the Hugging Face Hub needs huggingface_hub: pip install -c constraints.txt -e '.[hub]'"
+            "the Hugging Face Hub needs huggingface_hub: pip install 'totalprop[hub]'"
         ) from None
     return huggingface_hub

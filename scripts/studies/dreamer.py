@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
-from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.studies.learning_curves import draw_profile, has_interval, styles_of
 from totalprop.scripts.studies.scores import interval, iqm
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     ]
     runs = options.runs or Path("runs") / options.out.resolve().name
-    with ending_with_a_sentence():
+    with continuing_later():
         jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
         for name, command in jobs.items():
             if (runs / name).exists():

@@ -45,7 +45,7 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.estimators import Estimator, make, mixing
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, continuing_later
-from totalprop.scripts.run.folder import RunFolder, current_commit, read_json
+from totalprop.scripts.run.folder import RunFolder, current_commit, read_json, search_here
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.agent_problems import (
     DreamerProblem,
@@ -102,6 +102,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; on wrong usage, exit with code 2."""
     parser = parser_of("study gradients")
     options = parser.parse_args(arguments)
+    if options.imports:
+        search_here()
     for module in options.imports:
         importlib.import_module(module)
     chosen = options.problems or list(PROBLEMS)
@@ -223,6 +225,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
 def _prepare(imports: Sequence[str]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    search_here()
     for module in imports:
         importlib.import_module(module)
 

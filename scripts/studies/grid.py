@@ -173,6 +173,16 @@ def read_grid(options: argparse.Namespace, flags: Sequence[str]) -> Grid:
     for agent in agents:
         if agent not in AGENTS:
             raise UsageError(f"unknown agent {shown(agent)}; choose one of {', '.join(AGENTS)}")
+    for seed in seeds:
+        if seed < 0:
+            raise UsageError(f"--seeds must be at least 0, got {seed}")
+    for flag in (*fixed, *flags):
+        name = flag.partition("=")[0].removeprefix("--no-").removeprefix("--")
+        if flag.startswith("--") and name in ("seed", *(axis for axis, _ in axes)):
+            raise UsageError(
+                f"{flag.partition('=')[0]} is different in the runs of the grid, so it cannot be a "
+                "flag of all of them: leave it out"
+            )
     if not agents or not seeds:
         raise UsageError("a sweep needs an agent and --seeds, or a --grid that names them")
     return Grid(agents, dict(axes), seeds, [*fixed, *flags])

@@ -33,7 +33,7 @@ def watched(
     def end(trial: Trial, succeeded: bool) -> None:
         ended[trial.name] = succeeded
         if not is_drawn:
-            result = "done" if succeeded else f"FAILED, see {trial.log}"
+            result = "done" if succeeded else f"FAILED, see {trial.log}{_last_words(trial)}"
             print(f"{trial.name}: {result}", flush=True)
 
     with contextlib.ExitStack() as stack:
@@ -58,10 +58,19 @@ def table(trials: Sequence[Trial], ended: Mapping[str, bool], total: int) -> Tab
     for column in ("run", "", "decisions", "return"):
         drawn.add_column(column, justify="right" if column in ("decisions", "return") else "left")
     for trial in failed:
-        drawn.add_row(trial.name, f"failed, see {trial.log}")
+        drawn.add_row(trial.name, f"failed, see {trial.log}{_last_words(trial)}")
     for trial in running:
         drawn.add_row(trial.name, "running", *_newest_evaluation(trial))
     return drawn
+
+
+def _last_words(trial: Trial) -> str:
+    """The last line of a run's log, which says why it failed."""
+    try:
+        lines = trial.log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return f" ({lines[-1][:200]})" if lines else ""
 
 
 def _newest_evaluation(trial: Trial) -> tuple[str, str]:

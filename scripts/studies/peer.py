@@ -26,7 +26,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
-from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.folder import current_commit, make_env, parse_env_args, read_json
 from totalprop.scripts.run.progress import said
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parser_of("peer").parse_args(arguments)
-    with ending_with_a_sentence():
+    with continuing_later():
         record = read_record(options)
         torch.set_num_threads(1)
         own = record["results"][options.algorithm]

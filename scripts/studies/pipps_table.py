@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import PIPPS_METHODS, PIPPS_TASKS, parser_of
-from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
+from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.studies.scores import Rate, rate_of
 from totalprop.scripts.studies.sweep import check_run, read_rows, train_runs
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scale, cells = SCALES[options.scale], cells_of(options)
     runs = options.runs or Path("runs") / options.out.resolve().name
     flags = ["--scale", options.scale, *(["--", *extra] if extra else [])]
-    with ending_with_a_sentence():
+    with continuing_later():
         jobs = {
             cell.name(seed): cell.command(seed, scale, extra)
             for seed in options.seeds

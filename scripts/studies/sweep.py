@@ -5,7 +5,7 @@ r"""Train agents x values of flags x seeds; write raw results, tables and learni
         --out results/daa_ppo/cartpole -- --preset recommended
     totalprop sweep dreamer --estimators rp tpx --seeds 0 1 2 --out results/dreamer/h60 \
         --watch train/actor_gradient_norm -- --preset laptop --horizon 60
-    totalprop sweep daappo svg --vary env-id --values CartPole-v1 Pendulum-v1 \
+    totalprop sweep daappo svg --vary env-id --values Pendulum-v1 MountainCarContinuous-v0 \
         --vary gamma --values 0.9 0.99 --seeds 0 1 --out results/grid
     totalprop sweep --grid grid.yaml --out results/grid --address auto --cpus-per-run 0.5
 
@@ -54,7 +54,7 @@ from totalprop.agents.core.validation import is_finite
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.arguments import parse
-from totalprop.scripts.run.errors import UsageError, UserError, ending_with_a_sentence
+from totalprop.scripts.run.errors import UsageError, UserError, continuing_later
 from totalprop.scripts.run.folder import RunFolder, parse_env_args, read_json
 from totalprop.scripts.run.job import Job
 from totalprop.scripts.run.log import STEPS, table_of
@@ -66,7 +66,7 @@ from totalprop.scripts.studies.plot import labelled, read
 from totalprop.scripts.studies.tune import check_installed, tune
 
 Run = TypeVar("Run")
-THRESHOLDS = (12.5, 15.0, 17.5)  # sensitivity of "success" to the threshold on the final cost
+BESIDE = 2.5  # success is also shown for thresholds on the final cost so far below and above
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--address is a cluster of Ray, --slurm one of Slurm: pass one of them")
     default = Path("runs") / options.out.resolve().name
     options.is_default, options.runs = options.runs in (None, default), options.runs or default
-    with ending_with_a_sentence():
+    with continuing_later():
         if options.tune is not None:
             _check_tune(options)
         grid = read_grid(options, extra)
@@ -384,7 +384,11 @@ def _watched(folder: RunFolder, column: str) -> dict[str, list[float]]:
 
 
 def _table(results: dict[str, dict[str, Any]], quantity: str, varied: str) -> str:
-    thresholds = THRESHOLDS if quantity == "cost" else ()
+    known = {seed.get("success_threshold") for seeds in results.values() for seed in seeds.values()}
+    thresholds: tuple[float, ...] = ()
+    if quantity == "cost" and len(known) == 1 and None not in known:  # of one task
+        (own,) = known
+        thresholds = (own - BESIDE, own, own + BESIDE)
     limits = "".join(f" success < {t:g} |" for t in thresholds)
     lines = [
         f"| {varied} | seeds | final {quantity}, mean ± SE | average over training, mean ± SE "

@@ -78,7 +78,7 @@ def test_a_file_that_acts_otherwise_is_not_written(run, monkeypatch, capsys):
     [
         (["--pt2", "policy.zip"], "must be a file name that ends in .pt2"),
         (["--pt2", "nowhere/policy.pt2"], "nowhere is not a folder"),
-        (["--onnx"], "-e '.[export]', or pass --pt2 alone"),
+        (["--onnx"], "install 'totalprop[export]', or pass --pt2 alone"),
     ],
 )
 def test_what_cannot_be_written_is_one_sentence(run, flags, sentence, monkeypatch, capsys):

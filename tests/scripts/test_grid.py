@@ -104,6 +104,7 @@ def test_a_file_says_what_flags_say(tmp_path):
         ("pipps --estimators tpx", None, "needs an agent and --seeds"),
         ("--estimators tpx --seeds 0", None, "needs an agent and --seeds"),
         ("pips --estimators tpx --seeds 0", None, "unknown agent 'pips'; choose one of pipps"),
+        ("pipps --estimators tpx --seeds 0 -1", None, "--seeds must be at least 0, got -1"),
         ("pipps --grid FILE", "seed: [0, x]", "seed must be whole numbers, got 'x'"),
         ("pipps --grid FILE --seeds 0", "horizon: []", "horizon has no values"),
         ("pipps --grid FILE --seeds 0", "horizon: [{a: 1}]", "horizon must be a word, a number"),
@@ -117,6 +118,26 @@ def test_what_is_no_grid_is_one_sentence(words, text, message, tmp_path):
         words = words.replace("FILE", str(tmp_path / "grid.yaml"))
     with pytest.raises(UsageError, match=message):
         grid_of(words)
+
+
+@pytest.mark.parametrize("flag", [["--estimator", "rp"], ["--estimator=rp"], ["--seed", "4"]])
+def test_a_flag_of_all_runs_is_none_that_the_grid_varies(flag):
+    """It would come last and count, in runs that are named after the grid's value."""
+    with pytest.raises(UsageError, match=f"{flag[0].partition('=')[0]} is different in the runs"):
+        grid_of("pipps --estimators tpx lr --seeds 0", ["--horizon", "30", *flag])
+    words = "daappo --vary normalize-advantage --values true false --seeds 0"
+    with pytest.raises(UsageError, match="--no-normalize-advantage is different"):
+        grid_of(words, ["--no-normalize-advantage"])
+
+
+def test_success_is_that_of_the_tasks_own_threshold():
+    run = {"final_cost": 11.0, "costs": [11.0]}
+    table = sweep._table({"tpx": {"0": {**run, "success_threshold": 10.0}}}, "cost", "estimator")
+    assert "success < 7.5 | success < 10 | success < 12.5 |" in table and "0/1 | 0/1 | 1/1" in table
+    for others in (None, 15.0):  # a task without one, and two tasks
+        runs = {"tpx": {"0": {**run, "success_threshold": 10.0}, "1": run}}
+        runs["tpx"]["1"] = {**run, "success_threshold": others}
+        assert "success" not in sweep._table(runs, "cost", "estimator")
 
 
 def test_a_command_line_that_compares_nothing_is_one_sentence(capsys):

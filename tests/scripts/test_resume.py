@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
@@ -91,6 +92,17 @@ def test_fewer_steps_than_a_run_was_to_do_are_refused(tmp_path, capsys):
     for total in ("120", "150"):
         train.main(["--resume", str(tmp_path / "run"), "--total-timesteps", total])
         assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_anew(tmp_path, capsys):
+    """Its model would be overwritten by one that begins at 0."""
+    train.main([*TINY, "--total-timesteps", "60", "--runs", str(tmp_path), "--name", "run"])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "model.zip").read_bytes()
+    with pytest.raises(SystemExit, match="1"):
+        train.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "120"])
+    assert "its checkpoints are gone" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.zip").read_bytes() == before
 
 
 def test_no_run_folder(tmp_path, capsys):
