@@ -19,7 +19,7 @@ class Watchdog:
     """Ends the process when a watched call takes longer than a limit.
 
     It does so from a separate thread and without cleaning up, since a driver that hangs would block
-    the clean-up too.
+    the clean-up too. Time in which the whole process is stopped (Ctrl-Z) does not count.
 
     Args:
         limit: seconds; 0 disables the watchdog.
@@ -28,6 +28,7 @@ class Watchdog:
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self._entered: dict[int, tuple[str, float]] = {}
+        self._awake = 0.0  # seconds that the watching thread has seen
         if limit > 0:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -40,7 +41,7 @@ class Watchdog:
         """
         key = threading.get_ident()
         before = self._entered.get(key)
-        self._entered[key] = what, time.monotonic()
+        self._entered[key] = what, self._awake
         try:
             yield
         finally:
@@ -50,10 +51,13 @@ class Watchdog:
                 self._entered[key] = before
 
     def _watch(self) -> None:
+        interval = min(1.0, self.limit / 4)
         while True:
-            time.sleep(min(1.0, self.limit / 4))
+            before = time.monotonic()
+            time.sleep(interval)
+            self._awake += min(time.monotonic() - before, 2 * interval)
             for what, entered in list(self._entered.values()):
-                if time.monotonic() - entered > self.limit:
+                if self._awake - entered > self.limit:
                     print(
                         f"\nerror: {what} has not returned for {self.limit:g} s; continue the run "
                         "from its last checkpoint with --resume (--step-timeout sets the limit)",

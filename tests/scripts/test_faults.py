@@ -1,7 +1,11 @@
 """Faults during training: a one-line error, an exit code, and a checkpoint to resume from."""
 
 import csv
+import signal
+import subprocess
+import sys
 import textwrap
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -100,6 +104,22 @@ def test_an_extra_step_that_hangs(broken):
     done = forked.run("totalprop.scripts.train", command)
     assert done.returncode == HUNG
     assert "env.extra_step has not returned for 1 s" in done.stderr
+
+
+def test_a_process_that_is_stopped_for_longer_than_the_limit_goes_on():
+    """Its step takes 1 s of 2; then it is stopped for 4 s."""
+    code = (
+        "import time; from totalprop.scripts.run.watchdog import Watchdog\n"
+        "with Watchdog(2.0).watching('env.step'):\n"
+        "    print('begun', flush=True); time.sleep(1.0)\n"
+        "time.sleep(0.5); print('ended')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4.0)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate()[0] == "ended\n" and process.returncode == 0
 
 
 def test_everything_that_rewinding_calls_is_watched(monkeypatch):
