@@ -140,7 +140,11 @@ def pictures() -> list[Finding]:
     if missing:
         what = f"missing for learning curves and GIFs: {', '.join(missing)}"
         return [Finding("note", what, "pip install -c constraints.txt -e .")]
-    return [Finding("ok", "learning curves and GIFs can be drawn")]
+    found = [Finding("ok", "learning curves and GIFs can be drawn")]
+    if not _has("pygame"):
+        what = "no GIFs of Gymnasium's classic control (Pendulum-v1, ...), which pygame draws"
+        found.append(Finding("note", what, "pip install 'gymnasium[classic-control]'"))
+    return found
 
 
 def disk(runs: Path) -> list[Finding]:

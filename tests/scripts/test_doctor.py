@@ -57,6 +57,13 @@ def test_a_wrong_backend_is_named(monkeypatch):
     assert finding.state == "BAD" and "unset MUJOCO_GL" in finding.remedy
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_pictures_that_need_pygame_are_noted(is_there, monkeypatch):
+    monkeypatch.setattr(doctor, "_has", lambda name: name != "pygame" or is_there)
+    states = [finding.state for finding in doctor.pictures()]
+    assert states == (["ok"] if is_there else ["ok", "note"])
+
+
 def test_a_check_that_fails_is_a_finding(monkeypatch, tmp_path):
     def broken():
         raise RuntimeError("boom\nboom")
