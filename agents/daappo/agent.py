@@ -116,7 +116,7 @@ class DAAPPO(Algorithm, PPO):
             `estimators.Estimator`. "lr" is the papers'; others ("tpx", "rp", ...) mix in the
             gradient of the value through the model or Q-network, per state over its K actions.
         real_advantage: advantage of the real action: "gae", or "matched_horizon", over the same H
-            steps as the extra ones.
+            steps as the extra ones of "dynamics" and "rewind".
         extra_baseline: baseline of the extra actions' advantages: "critic" (the papers), or
             "leave-one-out", which also subtracts the mean of the state's other extra actions, and
             with it what critic and model get wrong about the state. "states" has one action per
