@@ -434,7 +434,7 @@ class SVG(Algorithm):
         if self._cost is None:
             return rows
         states = torch.as_tensor(rows["next_states"], dtype=torch.float64, device=self.device)
-        rewards = -self._cost(states).cpu().numpy()
+        rewards = -self._cost(states).detach().cpu().numpy()
         return {**rows, "rewards": rewards.astype(rows["rewards"].dtype)}
 
     def _to_batch(self, rows: dict[str, np.ndarray]) -> Batch:
