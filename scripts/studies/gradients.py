@@ -102,10 +102,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; on wrong usage, exit with code 2."""
     parser = parser_of("study gradients")
     options = parser.parse_args(arguments)
-    if options.imports:
-        search_here()
-    for module in options.imports:
-        importlib.import_module(module)
+    _import(options.imports)
     chosen = options.problems or list(PROBLEMS)
     runs = [name for name in chosen if Path(name).is_dir()]
     if unknown := set(chosen) - set(PROBLEMS) - set(KINDS) - set(runs):
@@ -225,8 +222,14 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
 def _prepare(imports: Sequence[str]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    search_here()
-    for module in imports:
+    _import(imports)
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Import what the command line names, which may lie in the current folder."""
+    if modules:
+        search_here()
+    for module in modules:
         importlib.import_module(module)
 
 
