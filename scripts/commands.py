@@ -81,6 +81,15 @@ def add_import(
     )
 
 
+def add_best(parser: ArgumentParser) -> None:
+    """Add the flag --best, which `RunFolder.load_agent` takes."""
+    parser.add_argument(
+        "--best", action="store_true",
+        help="the agent of the run's best evaluation (best_model.zip), also while it trains, "
+        "instead of the last one; the best of many evaluations was partly lucky, so expect less",
+    )  # fmt: skip
+
+
 class _OneLineErrors(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help lists the flags)\n")
@@ -110,6 +119,7 @@ def _evaluate(parser: ArgumentParser) -> None:
         "(default: 10000); a GIF shows 1000 at most",
     )
     parser.add_argument("--no-gif", action="store_true", help="do not record a GIF")
+    add_best(parser)
     add_import(parser)
 
 
@@ -136,6 +146,7 @@ def _export(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=12345, help="seed of the environment (default: 12345)"
     )
+    add_best(parser)
     add_import(parser)
 
 

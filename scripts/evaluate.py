@@ -1,6 +1,7 @@
 """Evaluate a trained run: print the mean and spread of its returns, and record a GIF of its policy.
 
 totalprop evaluate runs/pipps_CartPoleSwingUp-v0_tpx_seed0 --episodes 100
+totalprop evaluate runs/dreamer_Pendulum-v1_tpx_seed0 --best   # of its best evaluation so far
 
 The policy acts deterministically, in newly seeded episodes. Returns are raw (not normalised).
 """
@@ -58,9 +59,9 @@ def evaluate(options: argparse.Namespace) -> None:
         config["env_id"], config["env_args"], seed=options.seed, n_envs=n_envs,
         rewindable=AGENTS[config["agent"]].rewinds(config["arguments"]),
     )  # fmt: skip
-    statistics = statistics_of(folder, config)
+    statistics = statistics_of(folder, config, best=options.best)
     env = normalise_like(env, statistics)
-    agent = folder.load_agent(env)
+    agent = folder.load_agent(env, best=options.best)
     env.seed(options.seed)
     found = evaluate_agent(agent, env, options.episodes, max_steps=options.max_steps)
     quantity = AGENTS[config["agent"]].quantity

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import get_device
@@ -51,7 +52,7 @@ from totalprop.scripts.run.folder import RunFolder, import_flag
 from totalprop.scripts.run.interruption import locked, stopping_on_signals
 from totalprop.scripts.run.job import Job, RunOptions
 from totalprop.scripts.run.log import make_logger
-from totalprop.scripts.run.normalisation import save_statistics
+from totalprop.scripts.run.normalisation import save_agent
 from totalprop.scripts.run.offline import dataset_of, environments, with_environment
 from totalprop.scripts.run.progress import Pace, said
 from totalprop.scripts.run.report import report
@@ -311,20 +312,8 @@ def learn(
         dataset: of an offline run, for an agent that no checkpoint holds yet.
         tracker: gets what the first one logs.
     """
-    options = job.options
-    evaluation = None
-    if eval_env is not None:
-        evaluation = Evaluation(
-            eval_env,
-            n_episodes=options.eval_episodes,
-            every=options.eval_every,
-            max_steps=options.eval_max_steps,
-            path=folder.evaluations,
-            verbose=1,
-            quantity=AGENTS[job.agent].quantity,
-            unit="updates" if options.offline else "real steps",
-        )
-    stopwatch = Stopwatch()
+    options, stopwatch = job.options, Stopwatch()
+    evaluation = None if eval_env is None else evaluation_of(job, folder, eval_env)
     place, is_first = checkpoint_folder(folder, processes.rank), processes.rank == 0
     also: dict[str, Stateful] = {}
     if is_first:
@@ -373,12 +362,51 @@ def learn(
             f"{algorithm.n_cut_episodes} running episode(s) could not be restored and were cut: "
             f"{options.env_id} does not expose its state (see envs.rewind)"
         )
+    learn_on(algorithm, job, folder, callbacks, checkpoints, n_processes=processes.size)
+    if not is_first:
+        return
+    if algorithm._n_updates == 0:
+        print(
+            f"nothing was learned: no update was made in {algorithm.num_timesteps:,} steps; pass a "
+            "larger --total-timesteps, or start to learn earlier (--help says when it does)",
+            file=sys.stderr,
+        )
+    save_agent(algorithm, folder.model, folder.vec_normalize)
+    report(algorithm, folder, evaluation, options, job.env_args, stopwatch.seconds)
+
+
+def evaluation_of(job: Job, folder: RunFolder, eval_env: VecEnv) -> Evaluation:
+    """The callback that evaluates a run, and keeps its best agent in the folder."""
+    options = job.options
+
+    def keep(agent: BaseAlgorithm) -> None:
+        save_agent(agent, folder.best_model, folder.best_vec_normalize)
+
+    return Evaluation(
+        eval_env,
+        n_episodes=options.eval_episodes,
+        every=options.eval_every,
+        max_steps=options.eval_max_steps,
+        path=folder.evaluations,
+        verbose=1,
+        quantity=AGENTS[job.agent].quantity,
+        unit="updates" if options.offline else "real steps",
+        on_new_best=keep,
+    )
+
+
+def learn_on(
+    algorithm: Algorithm, job: Job, folder: RunFolder, callbacks: list[BaseCallback],
+    checkpoints: Checkpoints, *, n_processes: int,
+) -> None:  # fmt: skip
+    """Make the steps that are left. A signal writes a checkpoint and exits with a sentence."""
+    options = job.options
     remaining = options.total_timesteps - algorithm.num_timesteps
     is_drawn = options.progress and sys.stdout.isatty()
-    started, total = algorithm, options.total_timesteps
     with stopping_on_signals(checkpoints) as signals, contextlib.ExitStack() as stack:
         if not is_drawn:
-            stack.enter_context(said(lambda: f"{started.num_timesteps} of {total} steps"))
+            of_all = f"of {options.total_timesteps} steps"
+            stack.enter_context(said(lambda: f"{algorithm.num_timesteps} {of_all}"))
         try:
             if remaining > 0:
                 name = "learn_offline" if options.offline else "learn"
@@ -391,26 +419,13 @@ def learn(
         except TrainingStopped:
             print(
                 f"stopped after {checkpoints.newest_step()} of {options.total_timesteps} steps; "
-                f"continue with: {resume_command(folder, processes.size)}"
+                f"continue with: {resume_command(folder, n_processes)}"
                 f"{import_flag(options.env_id)}",
                 file=sys.stderr,
             )
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0]) from None
         finally:
             close_bars()
-    if not is_first:
-        return
-    if algorithm._n_updates == 0:
-        print(
-            f"nothing was learned: no update was made in {algorithm.num_timesteps:,} steps; pass a "
-            "larger --total-timesteps, or start to learn earlier (--help says when it does)",
-            file=sys.stderr,
-        )
-    algorithm.save(folder.model)
-    statistics = algorithm.get_vec_normalize_env()
-    if statistics is not None:
-        save_statistics(statistics, folder.vec_normalize)
-    report(algorithm, folder, evaluation, options, job.env_args, stopwatch.seconds)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import PolicyPredictor
@@ -117,6 +119,8 @@ class Evaluation(BaseCallback):
         verbose: 1 prints a line per evaluation.
         quantity: what that line gives, an episode's "return" or its "cost" (-return).
         unit: what the steps are, for that line.
+        on_new_best: called with the agent after each evaluation whose mean return is above all
+            before it: to save it, as SB3's `best_model_save_path` does.
     """
 
     def __init__(
@@ -130,11 +134,12 @@ class Evaluation(BaseCallback):
         verbose: int = 0,
         quantity: Literal["return", "cost"] = "return",
         unit: str = "real steps",
+        on_new_best: Callable[[BaseAlgorithm], object] = lambda agent: None,
     ) -> None:
         super().__init__(verbose)
         self.quantity, self.unit = quantity, unit
         self.eval_env, self.n_episodes, self.path = eval_env, n_episodes, path
-        self.every, self.max_steps = every, max_steps
+        self.every, self.max_steps, self.on_new_best = every, max_steps, on_new_best
         self._said_cut = False
         self._evaluated = -1  # number of updates of the policy evaluated last
         self._last = 0  # steps at the last evaluation
@@ -217,6 +222,8 @@ class Evaluation(BaseCallback):
         if self.path is not None:
             record = {"timesteps": self.timesteps, "returns": self.returns}
             safe_file.write_text(self.path, json.dumps(record) + "\n")
+        if mean > max((float(np.mean(row)) for row in self.returns[:-1]), default=-np.inf):
+            self.on_new_best(self.model)
 
     def _copy_statistics(self) -> None:
         """Copy VecNormalize's statistics, whatever the other wrappers are; SB3's wants the same."""

@@ -216,10 +216,13 @@ def differences(agent: str, first: Path, second: Path) -> list[str]:
         state = safe_file.read(newest, f"{name} checkpoint")
         state["training"] |= _joined(state["training"], folder.checkpoints)
         state.pop("files")
+        # Its attributes tell how long the run was to be then, which may have been extended.
+        best = safe_file.read(folder.best_model, f"{name} model")["parameters"]
         ends.append(
             {
                 "checkpoint": state,
                 "model": safe_file.read(folder.model, f"{name} model"),
+                "best model": best,
                 "evaluations": json.loads(folder.evaluations.read_text()),
                 "progress": _rows(path / "progress.csv"),
                 "weights": _rows(path / "k.csv"),

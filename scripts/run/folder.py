@@ -69,6 +69,11 @@ class RunFolder:
         return self.path / "model.zip"
 
     @property
+    def best_model(self) -> Path:
+        """The agent of the best evaluation so far, as SB3 names it; none without evaluations."""
+        return self.path / "best_model.zip"
+
+    @property
     def quoted(self) -> str:
         """The path, quoted for the shell."""
         return shlex.quote(str(self.path))
@@ -77,6 +82,11 @@ class RunFolder:
     def vec_normalize(self) -> Path:
         """Statistics of VecNormalize, if the run was trained with --normalize."""
         return self.path / "vec_normalize.json"
+
+    @property
+    def best_vec_normalize(self) -> Path:
+        """Those that belong to `best_model`."""
+        return self.path / "best_vec_normalize.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -220,16 +230,30 @@ class RunFolder:
         assert isinstance(steps, list)
         return steps, np.array(returns)
 
-    def load_agent(self, env: VecEnv, *, device: str = "auto") -> BaseAlgorithm:
-        """Load the trained agent of this run."""
+    def load_agent(self, env: VecEnv, *, device: str = "auto", best: bool = False) -> BaseAlgorithm:
+        """Load the trained agent of this run, or that of its best evaluation.
+
+        Raises:
+            UserError: there is none (yet), or its file is damaged.
+        """
         config = self.read_config()
+        path = self.best_model if best else self.model
         try:
-            return AGENTS[config["agent"]].cls.load(self.model, env=env, device=device)
+            return AGENTS[config["agent"]].cls.load(path, env=env, device=device)
         except FileNotFoundError as error:
-            raise UserError(
-                f"{self.model} does not exist: the run has not finished; continue it with "
-                f"totalprop train --resume {self.quoted}{import_flag(config['env_id'])}"
-            ) from error
+            if best and self.summary.exists():
+                raise UserError(
+                    f"{path} does not exist: the run was never evaluated, or by a version that did "
+                    "not keep its best agent; omit --best for the last one"
+                ) from error
+            remedy = f"totalprop train --resume {self.quoted}{import_flag(config['env_id'])}"
+            if best:
+                reason = "the run has had no evaluation yet; continue it with " + remedy
+            else:
+                reason = f"the run has not finished; continue it with {remedy}"
+                if self.best_model.exists():
+                    reason += ", or pass --best for the agent of its best evaluation so far"
+            raise UserError(f"{path} does not exist: {reason}") from error
         except ValueError as error:
             raise UserError(str(error)) from error
 

@@ -9,7 +9,9 @@ from types import ModuleType
 from totalprop.scripts.run.errors import UserError
 
 PREFIX = "hf://"
-READ = ("config.json", "model.zip", "vec_normalize.json")  # what commands need of a run
+READ = (  # what commands need of a run
+    "config.json", "model.zip", "vec_normalize.json", "best_model.zip", "best_vec_normalize.json",
+)  # fmt: skip
 SHOWN = ("summary.json", "evaluations.json", "learning_curve.png", "rollout.gif")
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 

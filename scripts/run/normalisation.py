@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
@@ -68,13 +69,23 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
     return made
 
 
-def statistics_of(folder: RunFolder, config: dict[str, Any]) -> Path | None:
-    """The file with a run's VecNormalize statistics, or None if it was trained without."""
+def statistics_of(folder: RunFolder, config: dict[str, Any], *, best: bool = False) -> Path | None:
+    """The file with the VecNormalize statistics of a run, or of its best agent; None without."""
     what = (config.get("options") or {}).get("normalize", "none")
     if what not in get_args(Normalised):
         choices = ", ".join(get_args(Normalised))
         raise UserError(f"{folder.config}: normalize must be one of {choices}, got {shown(what)}")
-    return folder.vec_normalize if what != "none" else None
+    if what == "none":
+        return None
+    return folder.best_vec_normalize if best else folder.vec_normalize
+
+
+def save_agent(agent: BaseAlgorithm, model: Path, statistics: Path) -> None:
+    """Save an agent and, if it learns in a VecNormalize, that one's statistics."""
+    agent.save(model)
+    normalised = agent.get_vec_normalize_env()
+    if normalised is not None:
+        save_statistics(normalised, statistics)
 
 
 def save_statistics(env: VecNormalize, path: Path) -> None:

@@ -18,6 +18,8 @@ def run(tmp_path, monkeypatch):
     """A finished run whose observations are normalised, beside what is nobody's business."""
     monkeypatch.chdir(tmp_path)
     found = shutil.copytree(GOLDEN / "finished" / "daappo", tmp_path / "run")
+    for name in ("model.zip", "vec_normalize.json"):
+        shutil.copy(found / name, found / f"best_{name}")
     (found / "checkpoints").mkdir(exist_ok=True)
     (found / "events.out").write_text("not to be pushed")
     return found
@@ -56,16 +58,18 @@ def test_a_pushed_run_is_evaluated_and_repeated_from_the_hub(run, server, capsys
     names = {path.name for path in (server / "me/pendulum").iterdir()}
     assert names == {
         "config.json", "model.zip", "vec_normalize.json", "summary.json", "evaluations.json",
-        "README.md",
+        "best_model.zip", "best_vec_normalize.json", "README.md",
     }  # fmt: skip
 
     (server / "me/pendulum" / "evil.pkl").write_text("never downloaded")
-    evaluate.main(["hf://me/pendulum", "--episodes", "2", "--no-gif"])
-    here = capsys.readouterr().out.splitlines()[-1]
-    evaluate.main([str(run), "--episodes", "2", "--no-gif"])
-    assert here.split(": ")[1] == capsys.readouterr().out.splitlines()[-1].split(": ")[1]
+    for flags in ([], ["--best"]):
+        evaluate.main(["hf://me/pendulum", "--episodes", "2", "--no-gif", *flags])
+        here = capsys.readouterr().out.splitlines()[-1]
+        evaluate.main([str(run), "--episodes", "2", "--no-gif", *flags])
+        assert here.split(": ")[1] == capsys.readouterr().out.splitlines()[-1].split(": ")[1]
     assert {path.name for path in Path("runs/hub/me/pendulum").iterdir()} == {
-        "config.json", "model.zip", "vec_normalize.json",
+        "config.json", "model.zip", "vec_normalize.json", "best_model.zip",
+        "best_vec_normalize.json",
     }  # fmt: skip
     own = json.loads((run / "config.json").read_text())["arguments"]
     repeated = parse(["--config", "hf://me/pendulum", "--seed", "7"], usage="").arguments

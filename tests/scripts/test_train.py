@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from totalprop.agents import AGENTS
+from totalprop.agents import AGENTS, PIPPS
 from totalprop.envs.cartpole import CartPoleSwingUpEnv
 from totalprop.scripts import evaluate, train
 from totalprop.scripts.run import folder as run_folder
@@ -88,6 +89,43 @@ def test_evaluate_loads_the_run(copied, capsys):
     evaluate.main([str(copied), "--episodes", "4", "--no-gif"])
     again = capsys.readouterr().out
     assert output.splitlines()[0] == again.splitlines()[0]  # same seed, same returns
+
+
+def test_the_best_model_is_the_one_that_was_evaluated(finished, tmp_path):
+    """It is the last one of a run that ends there."""
+    record = json.loads((finished.folder / "evaluations.json").read_text())
+    best = int(np.argmax(np.mean(record["returns"], axis=1)))
+    ended = run(tmp_path, "--total-timesteps", str(record["timesteps"][best]))
+    found, expected = (
+        PIPPS.load(path, device="cpu").policy.state_dict()
+        for path in (finished.folder / "best_model.zip", ended / "model.zip")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_best_model_is_evaluated_while_the_run_goes_on(copied, capsys):
+    for name in ("model.zip", "summary.json"):
+        (copied / name).unlink()
+    evaluate.main([str(copied), "--best", "--episodes", "2", "--no-gif"])
+    assert "over 2 episodes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing", "said"),
+    [
+        ([], ["model.zip", "summary.json"], ["has not finished", "--resume", "or pass --best"]),
+        (["--best"], ["best_model.zip", "summary.json"], ["no evaluation yet", "--resume"]),
+        (["--best"], ["best_model.zip"], ["was never evaluated", "omit --best"]),
+    ],
+)
+def test_a_missing_model_is_one_sentence(flags, missing, said, copied, capsys):
+    for name in missing:
+        (copied / name).unlink()
+    with pytest.raises(SystemExit):
+        evaluate.main([str(copied), *flags, "--no-gif"])
+    error = capsys.readouterr().err
+    assert all(part in error for part in said) and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", ["missing/a.gif", "a.jpeg2", "file/a.gif"])

@@ -13,7 +13,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from totalprop.agents import PIPPS, DreamerTPX
-from totalprop.agents.core.evaluation import Evaluation, evaluate
+from totalprop.agents.core import evaluation as evaluation_module
+from totalprop.agents.core.evaluation import Episodes, Evaluation, evaluate
 from totalprop.agents.dreamer.open_loop import OpenLoopPictures
 
 LENGTH = 7
@@ -106,6 +107,22 @@ def test_file_is_rewritten_after_every_evaluation(tmp_path):
     record = json.loads(path.read_text())
     assert record == {"timesteps": [20, 30, 40], "returns": callback.returns}
     assert all(type(x) is float for row in record["returns"] for x in row)
+
+
+def test_a_new_best_agent_is_handed_over_and_no_other(monkeypatch):
+    means = iter([1.0, 3.0, 3.0, 2.0, 4.0])
+    found = []
+    callback = evaluation(on_new_best=lambda agent: found.append(agent.num_timesteps))
+
+    def evaluate(*args, **kwargs):
+        return Episodes([value := next(means), value], [LENGTH, LENGTH], 0)
+
+    monkeypatch.setattr(evaluation_module, "evaluate", evaluate)
+    agent = make().learn(40, callback=callback)  # evaluated at 20, 30, 40
+    again = evaluation(on_new_best=callback.on_new_best)
+    again.load_state_dict(callback.state_dict())
+    agent.learn(20, callback=again, reset_num_timesteps=False)  # at 50, 60
+    assert again.timesteps == [20, 30, 40, 50, 60] and found == [20, 30, 60]
 
 
 def test_returns_are_those_of_the_deterministic_policy():
