@@ -32,7 +32,7 @@ from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.studies.learning_curves import draw_profile, has_interval, styles_of
 from totalprop.scripts.studies.scores import interval, iqm
-from totalprop.scripts.studies.sweep import check_run, read_rows, train_runs
+from totalprop.scripts.studies.sweep import check_runs, read_rows, train_runs
 
 
 class Task(NamedTuple):
@@ -127,9 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = options.runs or Path("runs") / options.out.resolve().name
     with continuing_later():
         jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
-        for name, command in jobs.items():
-            if (runs / name).exists():
-                check_run(runs / name, command)
+        check_runs(jobs, runs, n_settings=len(cells))
         failed, earlier = 0, read_rows(options.out, extra, _run_of)
         if not options.report_only:
             kept = {cell.name(seed) for cell, seed in earlier}

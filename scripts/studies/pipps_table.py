@@ -40,7 +40,7 @@ from totalprop.scripts.commands import PIPPS_METHODS, PIPPS_TASKS, parser_of
 from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.studies.scores import Rate, rate_of
-from totalprop.scripts.studies.sweep import check_run, read_rows, train_runs
+from totalprop.scripts.studies.sweep import check_runs, read_rows, train_runs
 
 PUBLISHED_RUNS = 100  # of each published rate
 
@@ -207,10 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for seed in options.seeds
             for cell in cells
         }
-        for cell, seed in itertools.product(cells, options.seeds):
-            name = cell.name(seed)
-            if seed == options.seeds[0] or (runs / name).exists():  # a check takes 50 ms
-                check_run(runs / name, jobs[name])
+        check_runs(jobs, runs, n_settings=len(cells))
         earlier = read_rows(options.out, flags, lambda row: (cell_of(row), row["seed"]))
         failed = 0
         if not options.report_only:

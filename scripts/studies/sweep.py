@@ -100,10 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.tune is not None:
             tune(options, grid, executor)
             return
-        for setting, seed in itertools.product(grid.settings().values(), grid.seeds):
-            path = options.runs / setting.run_name(seed)
-            if seed == grid.seeds[0] or path.exists():  # a check takes 50 ms
-                check_run(path, setting.command(seed))
+        check_runs(jobs_of(grid), options.runs, n_settings=len(grid.settings()))
         earlier = read_earlier(options.out, grid)
         failed = 0 if options.report_only else train_all(options, grid, earlier, executor)
         report(options, grid, read_earlier(options.out, grid))  # others may have added to it
@@ -122,6 +119,30 @@ def _check_tune(options: argparse.Namespace) -> None:
     if options.watch or options.beside:
         raise UsageError("--watch and --beside are for a sweep's report, which --tune has none of")
     check_installed()
+
+
+def jobs_of(grid: Grid) -> dict[str, list[str]]:
+    """Name of each run -> its arguments of `totalprop train`, seed by seed."""
+    return {
+        setting.run_name(seed): setting.command(seed)
+        for seed in grid.seeds
+        for setting in grid.settings().values()
+    }
+
+
+def check_runs(jobs: Mapping[str, Sequence[str]], runs: Path, *, n_settings: int) -> None:
+    """Check the flags of each setting, and each run that has a folder: a check takes 50 ms.
+
+    Args:
+        jobs: as of `train_runs`, seed by seed.
+        runs: folder of the runs.
+        n_settings: how many jobs have the first seed.
+    Raises:
+        UserError: flags are wrong, or a folder holds a run of other ones.
+    """
+    for number, (name, command) in enumerate(jobs.items()):
+        if number < n_settings or (runs / name).exists():
+            check_run(runs / name, command)
 
 
 def check_run(path: Path, command: Sequence[str]) -> None:
@@ -207,16 +228,11 @@ def read_rows(
 
 def train_all(options: argparse.Namespace, grid: Grid, earlier: Earlier, executor: Executor) -> int:
     """Start or resume all unfinished runs; return the number of runs that failed."""
-    settings = grid.settings().items()
-    jobs = {
-        setting.run_name(seed): setting.command(seed)
-        for seed in grid.seeds
-        for _, setting in settings
-    }
+    jobs = jobs_of(grid)
     kept = {
         setting.run_name(seed)
         for seed in grid.seeds
-        for label, setting in settings
+        for label, setting in grid.settings().items()
         if str(seed) in earlier.results.get(label, {})
     }
     is_elsewhere = options.address or options.slurm
