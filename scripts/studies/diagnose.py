@@ -139,14 +139,20 @@ def _load(folder: RunFolder) -> DreamerTPX:
         agent = folder.load_agent(env)
         assert isinstance(agent, DreamerTPX)
         agent.load_replay_buffer(folder.replay)
-        return agent
-    newest = Checkpoints(folder.checkpoints).load(DreamerTPX, env)
-    if newest is None:
+    elif (newest := Checkpoints(folder.checkpoints).load(DreamerTPX, env)) is not None:
+        agent = newest
+    else:
         raise UserError(
             f"{folder.path} has neither {folder.replay.name} nor a checkpoint; train with "
             "--save-replay"
         )
-    return newest
+    if agent._n_updates == 0:  # the critic is still zero, and so is the gradient
+        raise UserError(
+            f"{folder.path} has learned nothing after {agent.num_timesteps} steps, so there is "
+            "no gradient to measure; train for longer: totalprop train --resume "
+            f"{folder.quoted} --total-timesteps N"
+        )
+    return agent
 
 
 def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:

@@ -177,6 +177,17 @@ def test_diagnose_leaves_the_entropy_bonus_out(dreamer_run, tmp_path, monkeypatc
     assert found[0]["rp"]["2"]["snr_median"] != found[0]["lr"]["2"]["snr_median"]
 
 
+def test_diagnose_says_that_nothing_was_learned_yet(tmp_path, capsys):
+    short = ["--total-timesteps", "20", "--save-replay"]
+    train.main([*DREAMER, "--runs", str(tmp_path), "--name", "run", *short])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        diagnose.main([str(tmp_path / "run"), *DIAGNOSE, "rp"])
+    error = capsys.readouterr().err
+    assert "learned nothing after 20 steps" in error and "--resume" in error
+    assert error.count("\n") == 1
+
+
 def test_diagnose_says_which_are_equal_and_which_are_wrong():
     """Toy of 10 starts: `a` is precise and right, `b` precise with the wrong sign, `lr` noisy."""
     noise = torch.randn(3, 10, 10, 5, generator=torch.Generator().manual_seed(0))
