@@ -31,7 +31,7 @@ from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.commands import add_import
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import check_import, env_arg_flags, parse_env_args
+from totalprop.scripts.run.folder import check_import, env_arg_flags, our_id, parse_env_args
 from totalprop.scripts.run.hub import local
 from totalprop.scripts.run.job import NOT_FLAGS, Job, RunOptions
 from totalprop.scripts.run.policy_kwargs import (
@@ -251,7 +251,7 @@ def _with_env_args(options: RunOptions, preset_run: Mapping[str, Any]) -> RunOpt
     An action repeat is for any task of the control suite, `env_arg` for the preset's own `env_id`.
     """
     wanted: list[str] = []
-    if "action_repeat" in preset_run and options.env_id.startswith(("dmc/", "dm_control/")):
+    if "action_repeat" in preset_run and our_id(options.env_id).startswith("dmc/"):
         wanted.append(f"action_repeat={preset_run['action_repeat']}")
     if options.env_id == preset_run.get("env_id"):
         wanted.extend(preset_run.get("env_arg", ()))

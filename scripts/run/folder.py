@@ -387,6 +387,11 @@ def env_arg_flags(values: Mapping[str, Any]) -> list[str]:
     return flags
 
 
+def our_id(env_id: str) -> str:
+    """The id itself, except of shimmy's `dm_control/walker-walk-v0`: our `dmc/walker-walk-v0`."""
+    return env_id.replace("dm_control/", "dmc/", 1)
+
+
 def make_env(
     env_id: str,
     env_args: dict[str, Any],
@@ -402,8 +407,7 @@ def make_env(
     Environments that can be rewound get the methods of `envs.rewind.Rewindable`.
 
     Args:
-        env_id: Gymnasium id. `dm_control/walker-walk-v0` (shimmy's name) stands for our
-            `dmc/walker-walk-v0`.
+        env_id: Gymnasium id, see `our_id`.
         env_args: keyword arguments of the environment.
         seed: seed of the first copy, increased by 1 for each further copy; None for no seed.
         n_envs: number of copies.
@@ -414,7 +418,7 @@ def make_env(
         UsageError: the id is unknown.
         UserError: the environment cannot be made.
     """
-    env_id = env_id.replace("dm_control/", "dmc/", 1)
+    env_id = our_id(env_id)
     if not env_id:
         raise UsageError(
             "no environment is named (a run of --offline may have none): pass --env-id"
@@ -454,7 +458,7 @@ def nearest_env(env_id: str) -> str:
 
 def renders(env_id: str) -> bool:
     """Whether an environment says that it renders images, or does not say."""
-    made_by: Any = gym.spec(env_id.replace("dm_control/", "dmc/", 1)).entry_point
+    made_by: Any = gym.spec(our_id(env_id)).entry_point
     if isinstance(made_by, str):
         made_by = load_env_creator(made_by)
     modes = getattr(made_by, "metadata", {}).get("render_modes")

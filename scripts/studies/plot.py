@@ -43,7 +43,7 @@ from totalprop.envs.dm_control import DMControlEnv
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.arguments import parse
 from totalprop.scripts.run.errors import UsageError, UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, read_json
+from totalprop.scripts.run.folder import RunFolder, our_id, read_json
 from totalprop.scripts.run.job import Job
 from totalprop.scripts.studies import scores
 from totalprop.scripts.studies.grid import grid_of
@@ -247,7 +247,7 @@ def _found(
             f"{path} holds no learning curves: each run needs timesteps that grow, and as many "
             "returns, or costs"
         )
-    env_id = str(settings.get("env_id", "")).replace("dm_control/", SUITE, 1)
+    env_id = our_id(str(settings.get("env_id", "")))
     curve = Curve(
         label="",
         task=env_id or str(settings.get("task", path.parent.name)),

@@ -40,7 +40,7 @@ from totalprop.estimators.analysis.many_actions import (
 from totalprop.estimators.analysis.many_actions_data import ComponentEstimate, estimate_components
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, make_env, parse_env_args
+from totalprop.scripts.run.folder import RunFolder, make_env, our_id, parse_env_args
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
 from totalprop.scripts.run.progress import counted
 
@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # batches of one state do not benefit from threads
     env_id, env_arg = options.env_id, options.env_arg
     if env_arg is None:
-        env_arg = ["action_repeat=4"] if env_id.startswith(("dmc/", "dm_control/")) else []
+        env_arg = ["action_repeat=4"] if our_id(env_id).startswith("dmc/") else []
     env_args = parse_env_args(tuple(env_arg))
     statistics = None
     if options.run is not None:
