@@ -53,6 +53,7 @@ def evaluate(options: argparse.Namespace) -> None:
     path = options.gif or folder.path / "evaluation.gif"
     if options.gif is not None and not options.no_gif:
         check_picture(path)
+    folder.check_model(best=options.best)
     config = folder.read_config()
     n_envs = min(5, options.episodes)
     env = make_env(

@@ -77,6 +77,7 @@ def export(options: argparse.Namespace) -> None:
         if is_both or path is not None
     }
     check_paths(paths)
+    folder.check_model(best=options.best)
     config = folder.read_config()
     env = make_env(config["env_id"], config["env_args"], seed=options.seed)
     normalised = normalise_like(env, statistics_of(folder, config, best=options.best))

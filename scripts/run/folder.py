@@ -230,30 +230,37 @@ class RunFolder:
         assert isinstance(steps, list)
         return steps, np.array(returns)
 
+    def check_model(self, *, best: bool = False) -> Path:
+        """The file of the trained agent, or of that of the best evaluation.
+
+        Raises:
+            UserError: there is none (yet).
+        """
+        path = self.best_model if best else self.model
+        if path.is_file():
+            return path
+        if best and self.summary.exists():
+            raise UserError(
+                f"{path} does not exist: the run was never evaluated, or by a version that did not "
+                "keep its best agent; omit --best for the last one"
+            )
+        flag = import_flag(self.read_config()["env_id"])
+        reason = "has had no evaluation yet" if best else "has not finished"
+        other = ", or pass --best for the agent of its best evaluation so far"
+        raise UserError(
+            f"{path} does not exist: the run {reason}; continue it with totalprop train --resume "
+            f"{self.quoted}{flag}{other if self.best_model.exists() else ''}"
+        )
+
     def load_agent(self, env: VecEnv, *, device: str = "auto", best: bool = False) -> BaseAlgorithm:
         """Load the trained agent of this run, or that of its best evaluation.
 
         Raises:
             UserError: there is none (yet), or its file is damaged.
         """
-        config = self.read_config()
-        path = self.best_model if best else self.model
+        path, config = self.check_model(best=best), self.read_config()
         try:
             return AGENTS[config["agent"]].cls.load(path, env=env, device=device)
-        except FileNotFoundError as error:
-            if best and self.summary.exists():
-                raise UserError(
-                    f"{path} does not exist: the run was never evaluated, or by a version that did "
-                    "not keep its best agent; omit --best for the last one"
-                ) from error
-            remedy = f"totalprop train --resume {self.quoted}{import_flag(config['env_id'])}"
-            if best:
-                reason = "the run has had no evaluation yet; continue it with " + remedy
-            else:
-                reason = f"the run has not finished; continue it with {remedy}"
-                if self.best_model.exists():
-                    reason += ", or pass --best for the agent of its best evaluation so far"
-            raise UserError(f"{path} does not exist: {reason}") from error
         except ValueError as error:
             raise UserError(str(error)) from error
 

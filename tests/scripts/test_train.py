@@ -128,6 +128,17 @@ def test_a_missing_model_is_one_sentence(flags, missing, said, copied, capsys):
     assert all(part in error for part in said) and error.count("\n") == 1
 
 
+def test_a_missing_model_of_normalised_observations_is_the_same_sentence(copied, capsys):
+    config = json.loads((copied / "config.json").read_text())
+    config["options"]["normalize"] = "observations"
+    (copied / "config.json").write_text(json.dumps(config))
+    for name in ("model.zip", "summary.json"):
+        (copied / name).unlink()
+    with pytest.raises(SystemExit):
+        evaluate.main([str(copied), "--no-gif"])
+    assert "has not finished" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", ["missing/a.gif", "a.jpeg2", "file/a.gif"])
 def test_evaluate_looks_at_the_picture_s_folder_first(
     path, finished, tmp_path, capsys, monkeypatch
