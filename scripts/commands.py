@@ -6,6 +6,7 @@ The flags of `train` are an agent's constructor's arguments: see scripts/run/arg
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -53,8 +54,23 @@ def parser_of(name: str) -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     assert command.add_flags is not None
+    parser.register("type", int, integer)
     command.add_flags(parser)
     return parser
+
+
+def integer(text: str) -> int:
+    """The integer that a flag is given as, which may be written as 1e5.
+
+    Raises:
+        ValueError: the text is no integer.
+    """
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        if (number := float(text)).is_integer():
+            return int(number)
+    raise ValueError(f"{text!r} is not an integer, such as 100000 or 1e5")
 
 
 def train_usage() -> str:

@@ -24,12 +24,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tyro
 import yaml
 from docstring_parser import parse as parse_docstring
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from totalprop.agents import AGENTS
 from totalprop.agents.core.validation import RANGES, constructor_hints
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import shown
-from totalprop.scripts.commands import add_import
+from totalprop.scripts.commands import add_import, integer
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import check_import, env_arg_flags, our_id, parse_env_args
 from totalprop.scripts.run.hub import local
@@ -46,6 +47,22 @@ from totalprop.scripts.run.policy_kwargs import (
 
 # Entries of a run's config.json that are not settings. A stranger's file starts no upload.
 RECORDED = {"commit", "env_arg", "runs", "threads", "track", "track_project"}
+
+
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _integers(of: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if of.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: integer(words[0]),
+        is_instance=lambda value: type(value) is int,
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def agent_flags(agent: str) -> type:
@@ -236,6 +253,7 @@ def _parse_flags(
                 "--import MODULE allows the file's environment, MODULE:ID, to import its module.\n"
                 "Flags override both.",
                 default=command(*defaults),
+                registry=REGISTRY,
             )
     except SystemExit as stop:
         if stop.code:
@@ -331,6 +349,7 @@ def _as_flags(settings: dict[str, Any], config: str, defaults: Sequence[Any]) ->
 def parse_resume(arguments: Sequence[str]) -> tuple[Path, int | None, list[str]]:
     """(run folder, steps or None, modules that its config may name) of `--resume RUN`."""
     parser = argparse.ArgumentParser("totalprop train", description="Resume a run.")
+    parser.register("type", int, integer)
     parser.add_argument("--resume", type=Path, required=True, metavar="RUN", help="its folder")
     parser.add_argument(
         "--total-timesteps", type=int, help="steps in all, to extend a run beyond what it was for"

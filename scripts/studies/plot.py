@@ -73,10 +73,12 @@ class Found(NamedTuple):
     Attributes:
         curve: its evaluations.
         settings: what labels can name, as text.
+        path: the file that holds them.
     """
 
     curve: Curve
     settings: dict[str, str]
+    path: Path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -258,7 +260,7 @@ def _found(
         action_repeat=_action_repeat(env_id, settings.get("env_args") or {}),
         threshold=_threshold(env_id, threshold) if quantity == "cost" else None,
     )
-    return Found(curve, {**_flat(settings), SOURCE: source})
+    return Found(curve, {**_flat(settings), SOURCE: source}, path)
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -352,9 +354,15 @@ def labelled(
         renamed = dict(zip(lines, names))
         labels, legend = [renamed[label] for label in labels], "line"
     curves = [run.curve._replace(label=label) for run, label in zip(found, labels)]
-    for (label, task, seed), own in by(curves, "label", "task", "seed").items():
-        if len(own) > 1:
-            raise UserError(f"seed {seed} of {label!r} in {task} is there twice; pass it once")
+    files: dict[tuple[str, str, str], Path] = {}
+    for curve, run in zip(curves, found):
+        key = (curve.label, curve.task, curve.seed)
+        if key in files:
+            raise UserError(
+                f"seed {curve.seed} of {curve.label!r} in {curve.task} is there twice, in "
+                f"{files[key]} and {run.path}: pass one of them"
+            )
+        files[key] = run.path
     return curves, legend, hidden
 
 

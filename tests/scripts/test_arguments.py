@@ -12,7 +12,8 @@ import yaml
 
 from totalprop.agents import AGENTS
 from totalprop.scripts import cli, train
-from totalprop.scripts.run.arguments import agent_flags, parse, policy_flags
+from totalprop.scripts.commands import parser_of
+from totalprop.scripts.run.arguments import agent_flags, parse, parse_resume, policy_flags
 from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.run.job import Job, RunOptions
 
@@ -133,6 +134,25 @@ def test_layers_are_typed_as_numbers_or_by_part(words, layers):
     made = job("daappo", "--net-arch", *words, "--activation-fn", "relu")
     assert made.policy_kwargs["net_arch"] == layers
     assert json.loads(made.config())["policy_kwargs"]["activation_fn"] == "relu"
+
+
+@pytest.mark.parametrize("text", ["100000", "100_000", "1e5", "1E+5", "100000.0"])
+def test_a_whole_number_may_be_written_with_an_exponent(text):
+    assert job("pipps", "--total-timesteps", text).options.total_timesteps == 100_000
+    assert job("pipps", f"--n-particles={text}").arguments["n_particles"] == 100_000
+    assert parse_resume(["--resume", "run", "--total-timesteps", text])[1] == 100_000
+    peer = ["sac", "--env-id", "E", "--seeds", "0", "--out", "out", "--total-timesteps", text]
+    assert parser_of("peer").parse_args(peer).total_timesteps == 100_000
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-1", "inf", "nan", "many", ""])
+def test_what_is_no_whole_number_is_refused(text, capsys):
+    message = refused(capsys, "pipps", "--total-timesteps", text)
+    assert f"{text!r} is not an integer, such as 100000 or 1e5" in message
+
+
+def test_a_whole_number_keeps_all_its_digits():
+    assert job("pipps", "--seed", str(2**53 + 1)).arguments["seed"] == 2**53 + 1
 
 
 @pytest.mark.parametrize("words", [["many"], ["0"], ["pi=8", "9"], ["critic=8"], ["8,,9"]])

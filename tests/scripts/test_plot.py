@@ -64,7 +64,7 @@ def lines_of(paths, **options):
 def test_a_run_folder_holds_the_means_of_its_evaluations(tmp_path):
     suite = ["--env-id", "dm_control/walker-walk-v0", "--env-arg", "action_repeat=4"]
     path = run_folder(tmp_path / "a", *suite, "--seed", "7", levels=(5.0, 6.0))
-    [(found, settings)] = plot.read([path])
+    [(found, settings, _)] = plot.read([path])
     assert (found.task, found.seed, found.action_repeat) == ("dmc/walker-walk-v0", "7", 4)
     assert found.values.tolist() == [5, 6] and found.x("frames").tolist() == [400, 800]
     assert settings["agent"] == "dreamer" and "seed" not in settings
@@ -73,7 +73,7 @@ def test_a_run_folder_holds_the_means_of_its_evaluations(tmp_path):
 
 
 def test_costs_count_trials_and_success_is_the_environments(tmp_path):
-    [(found, _)] = plot.read([run_folder(tmp_path / "a", agent="pipps", levels=(-20.0, -9.0))])
+    found = plot.read([run_folder(tmp_path / "a", agent="pipps", levels=(-20.0, -9.0))])[0].curve
     assert (found.quantity, found.threshold) == ("cost", 15)
     assert found.times.tolist() == [1, 2] and found.values.tolist() == [20, 9]
     assert plot.read([tmp_path / "a"], threshold=8.0)[0].curve.threshold == 8
@@ -200,9 +200,11 @@ def test_own_labels_are_one_per_line(tmp_path, capsys):
 
 
 def test_the_same_run_twice_is_refused(tmp_path):
-    path = run_folder(tmp_path / "a")
-    with pytest.raises(UserError, match=r"seed 0 of 'tpx' in .* is there twice"):
-        plot.labelled(plot.read([path, path]))
+    paths = [run_folder(tmp_path / name) for name in ("a", "b")]
+    found = plot.read(paths)
+    with pytest.raises(UserError, match=r"seed 0 of 'tpx' in .* is there twice") as refused:
+        plot.labelled(found)
+    assert all(str(path) in str(refused.value) for path in paths)
 
 
 # ---------------------------------------------------------------------------- pictures
