@@ -12,7 +12,8 @@ small is a protocol for a small machine, --scale paper that of the paper. Flags 
 after -- count in all runs.
 
 --from FOLDER takes what a folder laid out as this project's results/ holds of the same protocol,
-complete or not, and measures the rest.
+and measures the rest; with --report-only, what is there is reported. A file of another protocol is
+refused. Verdicts on a part of the measurements say "so far".
 
 --out/NAME (NAME_paper at that scale) gets the figures as PNG and SVG, numbers.json with the numbers
 behind them, verdicts.json, and table.md with the claims and the published numbers beside ours.
@@ -40,6 +41,7 @@ from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import COMMANDS, REPRODUCTIONS, parser_of
 from totalprop.scripts.reproduce import many_actions, pipps, svg, tpx
+from totalprop.scripts.reproduce.coverage import coverage
 from totalprop.scripts.reproduce.protocol import Claim, Data, Missing, Reproduction, Scale, Step
 from totalprop.scripts.reproduce.verdicts import LEVEL, Part, Verdict, decide
 from totalprop.scripts.run.errors import UsageError, UserError, ending_with_a_sentence
@@ -93,8 +95,8 @@ def reproduce(options: argparse.Namespace, extra: Sequence[str], command: str) -
     if (extra or options.seeds) and not any(step.trains for step in scale.steps):
         what = "flags after --" if extra else "--seeds"
         raise UsageError(f"{options.name} trains nothing, so it takes no {what}")
-    out = folder_of(options.out, options.name, options.scale)
-    data = Data()
+    if options.seeds and not any(step.trains and not step.seeds for step in scale.steps):
+        raise UsageError(f"the seeds of {options.name} are part of its protocol: leave out --seeds")
     kept = [step.committed for step in scale.steps if step.committed]
     if options.source and not any((options.source / path).is_file() for path in kept):
         raise UserError(
@@ -102,36 +104,59 @@ def reproduce(options: argparse.Namespace, extra: Sequence[str], command: str) -
             + (f"such as {', '.join(kept)}" if kept else "of which no measurements are kept")
             + "; leave --from out, or name a folder that is laid out as this project's results/"
         )
-    for step in scale.steps:
-        found = options.source / step.committed if options.source and step.committed else None
-        if found is not None and found.is_file():
-            print(f"{step.name}: from {found}", flush=True)
-            data[step.name] = found
-        elif (path := out / step.name / step.file).is_file() and not step.resumes:
-            data[step.name] = path
-    if options.seeds and not any(step.trains and not step.seeds for step in scale.steps):
-        raise UsageError(f"the seeds of {options.name} are part of its protocol: leave out --seeds")
-    unmeasured = [step for step in scale.steps if step.name not in data]
-    if (extra or options.seeds) and not any(step.trains for step in unmeasured):
-        what = "flags after --" if extra else "--seeds"
-        raise UsageError(
-            f"--from {options.source} holds all that {options.name} trains, so that {what} would "
-            "have no effect: leave one of them out"
-        )
-    for step in scale.steps:
-        if step.name in data or step.prepares in data:
-            continue
-        path = out / step.name / step.file
-        if not options.report_only:
-            words = command_of(step, options, scale, extra)
-            print(f"{step.name}: totalprop {shlex.join(words)}", flush=True)
+    out, data = folder_of(options.out, options.name, options.scale), Data()
+    missing: list[str] = []
+    failed: list[str] = []
+    commands = {step: command_of(step, options, scale, extra) for step in scale.steps}
+    # Before anything is measured: files of another protocol are refused, and nothing is prepared
+    # for a step that is there.
+    files = {step.name: _file(step, words, out, options) for step, words in commands.items()}
+    for step, words in commands.items():
+        path, known = out / step.name / step.file, files[step.name]
+        is_whole = known is not None and not _lacks(step, words, known)
+        if is_whole or options.report_only or files.get(step.prepares):
+            if known is not None:
+                print(f"{step.name}: from {known}", flush=True)
+                data[step.name] = known
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _run(step, words)
-        if path.is_file():
-            data[step.name] = path
+            if known not in (None, path):
+                write_text(path, known.read_text())  # it is added to, and --from stays as it is
+            print(f"{step.name}: totalprop {shlex.join(words)}", flush=True)
+            if not _run(step, words):
+                failed.append(step.name)
+            if path.is_file():
+                data[step.name] = path
+        if not step.prepares:
+            lack = _lacks(step, words, data[step.name]) if step.name in data else step.name
+            missing += [lack] if lack else []
     if not data:
         raise UserError(f"nothing was measured in {out}; run without --report-only first")
-    write(out, options, entry, data, command)
+    write(out, options, entry, data, command, missing)
+    if failed:
+        raise SystemExit(
+            f"error: not all runs of {', '.join(failed)} succeeded; the report covers the others, "
+            "and the same command tries them again"
+        )
+
+
+def _file(step: Step, words: Sequence[str], out: Path, options: argparse.Namespace) -> Path | None:
+    """The measurements of a step that are there: a whole file if there is one, or its own."""
+    own, kept = out / step.name / step.file, None
+    if options.source and step.committed:
+        kept = options.source / step.committed
+    found = [path for path in (own, kept) if path is not None and path.is_file()]
+    if step.resumes and not step.trains and not options.report_only:
+        found = [path for path in found if path != own]  # it may not be whole
+    return min(found, key=lambda path: bool(_lacks(step, words, path)), default=None)
+
+
+def _lacks(step: Step, words: Sequence[str], path: Path) -> str:
+    """The runs that a file does not hold, as text; empty if it is whole."""
+    if not step.trains or step.prepares:
+        return ""
+    found, wanted = coverage(step.command, words[len(step.command.split()) :], path)
+    return f"{wanted - found} of {wanted} runs of {step.name}" if found < wanted else ""
 
 
 def command_of(
@@ -151,16 +176,23 @@ def command_of(
     return [*step.command.split(), *words]
 
 
-def _run(step: Step, words: Sequence[str]) -> None:
-    """Run a command in this process.
+def _run(step: Step, words: Sequence[str]) -> bool:
+    """Run a command in this process; whether all its runs succeeded.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: it was interrupted, or could not start.
     """
     arguments = words[len(step.command.split()) :]
     main_of = import_module(f"totalprop.scripts.{COMMANDS[step.command].module}").main
     with _named(f"totalprop {step.command}"):
-        main_of(arguments)
+        try:
+            main_of(arguments)
+        except SystemExit as error:
+            if not isinstance(error.code, str):
+                raise
+            print(error.code, file=sys.stderr, flush=True)  # some runs failed, and it has reported
+            return False
+    return True
 
 
 @contextlib.contextmanager
@@ -208,15 +240,16 @@ def _json(value: float) -> float | None:
 
 
 def write(
-    out: Path, options: argparse.Namespace, entry: Reproduction, data: Data, command: str
-) -> None:
+    out: Path, options: argparse.Namespace, entry: Reproduction, data: Data, command: str,
+    missing: Sequence[str],
+) -> None:  # fmt: skip
     """Write figures, numbers.json, verdicts.json and table.md, and print the last."""
     out.mkdir(parents=True, exist_ok=True)
     claims = judged(entry, data)
     record = {
         "name": options.name, "scale": options.scale, "command": command,
         "commit": current_commit(), "source": entry.source,
-        "differs": entry.scales[options.scale].differs, "claims": claims,
+        "differs": entry.scales[options.scale].differs, "missing": list(missing), "claims": claims,
     }  # fmt: skip
     write_text(out / VERDICTS, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     numbers = [
@@ -239,9 +272,7 @@ def write(
         drawn.append(name)
         for suffix in (".png", ".svg"):
             figures.save(picture, out / f"{name}{suffix}", dpi=150)
-    steps = entry.scales[options.scale].steps
-    missing = [s.name for s in steps if s.name not in data and not s.prepares]
-    text = page(options.name, record, entry, numbers, drawn, missing)
+    text = page(options.name, record, entry, numbers, drawn)
     write_text(out / "table.md", text)
     pictures = "".join(f"{name}.png, {name}.svg, " for name in drawn)
     print(f"{text}\nwritten to {out}: {pictures}{NUMBERS}, {VERDICTS}, table.md")
@@ -257,19 +288,22 @@ def _or_none(number: Callable[[Data], T], data: Data) -> T | None:
 
 def page(
     name: str, record: Mapping[str, Any], entry: Reproduction, numbers: Sequence[Mapping[str, str]],
-    drawn: Sequence[str], missing: Sequence[str],
+    drawn: Sequence[str],
 ) -> str:  # fmt: skip
     """table.md."""
     title = entry.title[0].upper() + entry.title[1:]
     lines = [f"# {name}: {entry.title}", "", f"{entry.source}, at the scale `{record['scale']}`."]
     if record["differs"]:
         lines[-1] += f" Differs from the paper: {record['differs']}."
-    if missing:
-        lines[-1] += f" Not measured yet: {', '.join(missing)}."
+    if record["missing"]:
+        lines[-1] += f" Not measured yet: {', '.join(record['missing'])}."
     lines += ["", f"`{record['command']}`, commit {record['commit']}.", ""]
     lines += [line for figure in drawn for line in (f"![{title}]({figure}.png)", "")]
     lines += ["## Claims", "", "| claim | where | verdict |", "|---|---|---|"]
-    lines += [f"| {c['claim']} | {c['place']} | **{c['verdict']}** |" for c in record["claims"]]
+    lines += [
+        f"| {claim['claim']} | {claim['place']} | **{verdict}** |"
+        for claim, verdict in zip(record["claims"], shown_verdicts(record).values())
+    ]
     for claim in record["claims"]:
         if not claim["parts"]:
             continue
@@ -331,12 +365,22 @@ def _hours(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:g}"
 
 
+def shown_verdicts(record: Mapping[str, Any]) -> dict[str, str]:
+    """Key of a claim -> its verdict as it is shown: "so far" where measurements are missing."""
+    suffix = " so far" if record.get("missing") else ""
+    return {
+        claim["key"]: claim["verdict"]
+        + (suffix if claim["verdict"] != Verdict.NOT_MEASURED.value else "")
+        for claim in record["claims"]
+    }
+
+
 def _verdicts(path: Path) -> dict[str, str]:
     """Key of a claim -> its verdict, of a verdicts.json if it is there."""
     if not path.is_file():
         return {}
     try:
-        return {claim["key"]: claim["verdict"] for claim in read_json(path)["claims"]}
+        return shown_verdicts(read_json(path))
     except (LookupError, TypeError) as error:
         raise UserError(f"{path} was not written by totalprop reproduce ({error!r})") from error
 

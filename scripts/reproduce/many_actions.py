@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.figure import Figure
 
 from totalprop.scripts.reproduce import readers
-from totalprop.scripts.reproduce.intervals import difference_of_means, known
+from totalprop.scripts.reproduce.intervals import difference_of_means, known, undecided
 from totalprop.scripts.reproduce.protocol import (
     Claim,
     Data,
@@ -143,8 +143,10 @@ SMALL_FLAGS = (
 )  # fmt: skip
 PAPER_FLAGS = ("--preset", "daa2022", "--total-timesteps", "1000000", "--eval-every", "10000")
 SMALL_DIFFERS = (
-    "three tasks instead of six, 3 seeds, 80,000 decisions, the preset `recommended` (observations "
-    "and rewards normalised, advantages too)"
+    "three tasks instead of six, 3 seeds, 80,000 decisions, and the preset `recommended`: "
+    "observations, rewards and advantages normalised, a baseline of the other actions of a state, "
+    "a dynamics model of 256 units that predicts normalised changes, bootstrapped time limits, and "
+    "no clipping of the values"
 )
 PAPER_DIFFERS = "1,000,000 decisions, as in the paper's revision of 2023; this one does not say"
 
@@ -242,7 +244,8 @@ DAA_FIG1 = Reproduction(
     figures=_curves(["ppo", "states", "actions"], ["none", "rewind"]),
 )  # fmt: skip
 
-# Nauman & Cygan 2023, App. D: average return over 1,000,000 decisions (the 2022 paper prints none)
+# Average return over 1,000,000 decisions, 15 seeds; the 2022 paper prints none.
+OTHER_PAPER = "Nauman & Cygan 2023, App. D"
 AVERAGES = {
     "cartpole-swingup": ("617 ± 46", "707 ± 44", "677 ± 18", "702 ± 38"),
     "ball_in_cup-catch": ("831 ± 20", "898 ± 8", "770 ± 30", "888 ± 8"),
@@ -271,7 +274,8 @@ def _fig3_steps(sources: Sequence[str]) -> Callable[[str, str], list[Step]]:
 
 def _averages(labels: Sequence[str]) -> tuple[Number, ...]:
     return tuple(
-        Number(f"{task}: average return, `{label}`", AVERAGES[task][SOURCES.index(label)],
+        Number(f"{task}: average return, `{label}` (published: {OTHER_PAPER})",
+               AVERAGES[task][SOURCES.index(label)],
                _average(task, label))
         for task in TASKS for label in labels
     )  # fmt: skip
@@ -298,6 +302,27 @@ DAA_FIG3 = Reproduction(
     raw=_raw([""]),
     figures=_curves([""], ["none", "dynamics", "q"]),
 )  # fmt: skip
+
+
+def _comparable(data: Data) -> list[Part]:
+    """DAA less simulated states; of a task that neither has learned, nothing follows."""
+    found = _higher(data, ("", "dynamics"), ("", "states"))
+    return [
+        part if _has_learned(data, part.what) else undecided(f"{part.what}: neither learned", part)
+        for part in found
+    ]
+
+
+def _has_learned(data: Data, task: str) -> bool:
+    """Whether one of the two is higher in training than in its first evaluation."""
+    return any(
+        readers.seeds(data, task, label, LEARNED).mean()
+        > readers.seeds(data, task, label, "first return").mean() + MARGIN
+        for label in ("dynamics", "states")
+    )
+
+
+MARGIN = 50.0  # of 1000
 DAA_FIG4 = Reproduction(
     title="simulated actions against simulated states",
     source=f"{PAPER}, Sec. 5.2, Fig. 4",
@@ -308,7 +333,7 @@ DAA_FIG4 = Reproduction(
             "comparable", "DAA is comparable to simulated states or better, on all tasks.",
             "Sec. 5.2, Fig. 4",
             "difference of the average returns of training, above -50 (of 1000) in every task",
-            Rule(low=-50.0), lambda data: _higher(data, ("", "dynamics"), ("", "states")),
+            Rule(low=-MARGIN), _comparable,
         ),
     ),
     numbers=_averages(["dynamics", "states"]),

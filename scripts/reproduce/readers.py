@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,29 +23,46 @@ from totalprop.scripts.studies.pipps_particles import NUMBERS as PARTICLE_NUMBER
 from totalprop.scripts.studies.pipps_particles import Curves, curves_of
 from totalprop.scripts.studies.plot import Found, labelled, read
 
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Measured(dict[K, V], Generic[K, V]):
+    """What a study measured; what it has not measured (yet) is `Missing`."""
+
+    def __missing__(self, key: K) -> V:
+        raise Missing(f"{key} has not been measured")
+
 
 def chaos(path: Path) -> Study:
     """Gradients by grid point and estimator, of `totalprop chaos`."""
-    return read_chaos(path)[1]
+    return Measured({betas: Measured(own) for betas, own in read_chaos(path)[1].items()})
 
 
-def gradients_at(study: Study, betas: tuple[float, ...], estimator: str) -> np.ndarray:
-    """[R] gradients at a grid point."""
-    try:
-        return study[betas][estimator].g
-    except KeyError:
-        raise Missing(f"{estimator} at β = {betas}") from None
+def lines(path: Path, end: float) -> tuple[dict[str, Any], dict[str, Landscape]]:
+    """Settings and quantities along a line, of `totalprop study pipps-landscape`.
 
-
-def lines(path: Path) -> tuple[dict[str, Any], dict[str, Landscape]]:
-    """Settings and quantities along a line, of `totalprop study pipps-landscape`."""
+    Raises:
+        Missing: the measurement was stopped before it had all quantities at the line's end.
+    """
     settings, rows = read_measurements(path, (*LANDSCAPE_KEYS, *LANDSCAPE_NUMBERS))
-    return settings, landscapes(rows)
+    found = landscapes(rows)
+    if any(own.delta[-1] != end for own in found.values()):
+        raise Missing(f"{path} has not been measured to its end")
+    return settings, Measured(found)
 
 
 def particles(path: Path) -> Curves:
-    """Gradients by Δ, estimator and P, of `totalprop study pipps-particles`."""
-    return curves_of(read_measurements(path, (*PARTICLE_KEYS, *PARTICLE_NUMBERS))[1])
+    """Gradients by Δ, estimator and P, of `totalprop study pipps-particles`.
+
+    Raises:
+        Missing: the measurement was stopped before it had all estimators at all Δ and P.
+    """
+    found = curves_of(read_measurements(path, (*PARTICLE_KEYS, *PARTICLE_NUMBERS))[1])
+    measured = {(name, n) for by in found.values() for name, own in by.items() for n in own}
+    if any(n not in by.get(name, {}) for by in found.values() for name, n in measured):
+        raise Missing(f"{path} has not been measured to its end")
+    return Measured({delta: Measured(own) for delta, own in found.items()})
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.studies.learning_curves import draw_profile, has_interval, styles_of
 from totalprop.scripts.studies.scores import interval, iqm
-from totalprop.scripts.studies.sweep import check_runs, read_rows, train_runs
+from totalprop.scripts.studies.sweep import Asked, check_runs, read_rows, train_runs
 
 
 class Task(NamedTuple):
@@ -105,16 +105,16 @@ class Cell(NamedTuple):
         ]  # fmt: skip
 
 
-def _run_of(row: Mapping[str, Any]) -> tuple[Cell, int]:
+def run_of(row: Mapping[str, Any]) -> tuple[Cell, int]:
+    """The run of a row of results.json."""
     return Cell(*(row[field] for field in Cell._fields)), row["seed"]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+def parse(arguments: Sequence[str]) -> Asked:
+    """Parse the command line; on wrong usage, exit with code 2."""
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = parser_of("study dreamer")
-    options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    options = parser.parse_args(arguments[:split])
     for name, known in (("tasks", TASKS), ("gates", GATES), ("gradients", GRADIENTS)):
         if unknown := set(getattr(options, name)) - set(known):
             parser.error(f"--{name} are {', '.join(known)}, got {', '.join(sorted(unknown))}")
@@ -124,15 +124,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.tasks, options.horizons, options.gates, options.gradients
         )
     ]
+    extra = list(arguments[split + 1 :])
+    return Asked(options, cells, extra, flags=extra)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    options, cells, extra, flags = parse(sys.argv[1:] if arguments is None else arguments)
     runs = options.runs or Path("runs") / options.out.resolve().name
     with continuing_later():
         jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
         check_runs(jobs, runs, n_settings=len(cells))
-        failed, earlier = 0, read_rows(options.out, extra, _run_of)
+        failed, earlier = 0, read_rows(options.out, flags, run_of)
         if not options.report_only:
             kept = {cell.name(seed) for cell, seed in earlier}
             failed = train_runs(jobs, runs, options.jobs, kept=kept)
-        report(options.out, runs, cells, options.seeds, extra, earlier)
+        report(options.out, runs, cells, options.seeds, flags, earlier)
     if failed:
         raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
 

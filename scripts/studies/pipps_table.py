@@ -23,7 +23,6 @@ another machine, results.json in --out is enough. table.md has the rates with th
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -40,7 +39,7 @@ from totalprop.scripts.commands import PIPPS_METHODS, PIPPS_TASKS, parser_of
 from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.studies.scores import Rate, rate_of
-from totalprop.scripts.studies.sweep import check_runs, read_rows, train_runs
+from totalprop.scripts.studies.sweep import Asked, check_runs, read_rows, train_runs
 
 PUBLISHED_RUNS = 100  # of each published rate
 
@@ -193,14 +192,16 @@ def cell_of(row: Mapping[str, Any]) -> Cell:
     return Cell(*(row[field] for field in Cell._fields))
 
 
+def run_of(row: Mapping[str, Any]) -> tuple[Cell, int]:
+    """The run of a row of results.json."""
+    return cell_of(row), row["seed"]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, extra = parse(arguments[:split]), arguments[split + 1 :]
-    scale, cells = SCALES[options.scale], cells_of(options)
+    options, cells, extra, flags = parse(sys.argv[1:] if arguments is None else arguments)
+    scale = SCALES[options.scale]
     runs = options.runs or Path("runs") / options.out.resolve().name
-    flags = ["--scale", options.scale, *(["--", *extra] if extra else [])]
     with continuing_later():
         jobs = {
             cell.name(seed): cell.command(seed, scale, extra)
@@ -208,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for cell in cells
         }
         check_runs(jobs, runs, n_settings=len(cells))
-        earlier = read_rows(options.out, flags, lambda row: (cell_of(row), row["seed"]))
+        earlier = read_rows(options.out, flags, run_of)
         failed = 0
         if not options.report_only:
             kept = {cell.name(seed) for cell, seed in earlier}
@@ -218,10 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line, with the defaults of its scale; on wrong usage, exit with code 2."""
+def parse(arguments: Sequence[str]) -> Asked:
+    """Parse the command line; on wrong usage, exit with code 2."""
+    split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = parser_of("study pipps-table")
-    options = parser.parse_args(arguments)
+    options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
     scale = SCALES[options.scale]
     options.tasks = options.tasks or scale.tasks
     options.noise = options.noise or scale.noises
@@ -233,17 +235,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--seeds must be at least 0, got {min(options.seeds)}")
     if not min(options.noise) >= 0:
         parser.error(f"--noise must be at least 0, got {min(options.noise):g}")
-    return options
-
-
-def cells_of(options: argparse.Namespace) -> list[Cell]:
-    """The cells that are asked for."""
-    return [
+    cells = [
         Cell(task, noise, method)
         for task in options.tasks
         for noise in ([1.0] if task == "unicycle" else options.noise)
         for method in options.methods
     ]
+    flags = ["--scale", options.scale, *(["--", *extra] if extra else [])]
+    return Asked(options, cells, extra, flags)
 
 
 # ---------------------------------------------------------------------------- report

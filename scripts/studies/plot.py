@@ -190,7 +190,7 @@ def _read_results(path: Path, threshold: float | None) -> Iterator[Found]:
             if "settings" in record:  # of a peer
                 settings = {"agent": name, **record["settings"]}
             else:
-                job, varied = _swept(record["command"], name, path)
+                job, varied = swept(record["command"], name, path)
                 settings = _described(job)
             for seed, entry in seeds.items():
                 run = _found(entry, {**settings, "seed": seed}, source, path, threshold)
@@ -201,7 +201,7 @@ def _read_results(path: Path, threshold: float | None) -> Iterator[Found]:
         ) from error
 
 
-def _swept(command: str, label: str, path: Path) -> tuple[Job, dict[str, str]]:
+def swept(command: str, label: str, path: Path) -> tuple[Job, dict[str, str]]:
     """A run of one setting of a sweep's command, and that setting's values of the flags varied."""
     said = io.StringIO()
     try:

@@ -194,6 +194,22 @@ def read_earlier(out: Path, grid: Grid) -> Earlier:
     return Earlier(own, results, commits)
 
 
+class Asked(NamedTuple):
+    """What the command line of a study asks for.
+
+    Attributes:
+        options: as parsed; `seeds` are those of each cell.
+        cells: what is trained.
+        extra: flags of `totalprop train`, after --.
+        flags: what results.json has as "flags".
+    """
+
+    options: argparse.Namespace
+    cells: Sequence[Any]
+    extra: Sequence[str]
+    flags: Sequence[str]
+
+
 def read_rows(
     out: Path, flags: Sequence[str], run_of: Callable[[dict[str, Any]], Run]
 ) -> dict[Run, dict[str, Any]]:

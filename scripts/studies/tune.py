@@ -333,7 +333,10 @@ def _figure(done: list[FrozenTrial], search: Search) -> Figure:
             axis.set_xlim(-0.5, len(order) - 0.5)
         else:
             axis.plot(x, values, "o", ms=4, alpha=0.7)
-            axis.set_xscale("log" if getattr(own, "log", False) else "linear")
+            if getattr(own, "log", False):
+                axis.set_xscale("log")
+                # Below a decade its ticks have long labels, such as 3 x 10^-4.
+                axis.tick_params(axis="x", which="both", labelrotation=30)
         axis.set(xlabel=flag)
     for axis in axes[1 + len(spaces) :]:
         axis.set_visible(False)

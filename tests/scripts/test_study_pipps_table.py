@@ -121,10 +121,10 @@ def test_the_table_counts_by_each_tasks_threshold():
 
 def test_scales_set_the_defaults_and_flags_override_them():
     small, paper = (pipps_table.parse(["--scale", scale]) for scale in SCALES)
-    assert len(pipps_table.cells_of(small)) * len(small.seeds) == 2 * 2 * 7 * 5
-    assert len(pipps_table.cells_of(paper)) == (2 * 5 + 1) * len(METHODS)
+    assert len(small.cells) * len(small.options.seeds) == 2 * 2 * 7 * 5
+    assert len(paper.cells) == (2 * 5 + 1) * len(METHODS)
     own = pipps_table.parse(["--tasks", "unicycle", "tip", "--noise", "4", "--methods", "RP"])
-    assert pipps_table.cells_of(own) == [Cell("unicycle", 1.0, "RP"), Cell("tip", 4.0, "RP")]
+    assert own.cells == [Cell("unicycle", 1.0, "RP"), Cell("tip", 4.0, "RP")]
 
 
 @pytest.mark.parametrize(
