@@ -214,9 +214,16 @@ def _figure(figsize: tuple[float, float]) -> Figure:
 
 
 def save(figure: Figure, path: Path, *, dpi: int) -> None:
-    """Save a figure as the PNG or SVG of its name, atomically; a link there is replaced."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=dpi)
+    """Save a figure as the PNG or SVG of its name, atomically; a link there is replaced.
+
+    The same figure is the same file, so that a report made again changes no committed picture.
+    """
+    from matplotlib import rc_context
+
+    kind = path.suffix[1:]
+    metadata = {"Date": None} if kind == "svg" else None
+    with atomic_write(path) as file, rc_context({"svg.hashsalt": "totalprop"}):
+        figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, *, fps: float) -> None:

@@ -36,3 +36,12 @@ def test_a_caption_is_beside_the_frames_and_changes_none_of_their_pixels():
     for half in np.split(names[0], 2):
         assert (half < 128).any()  # ink
     assert (captions[0] != captions[1]).any() and (names[0] == names[1]).all()
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_the_same_figure_is_the_same_file(kind, tmp_path):
+    """So that a report made again changes no committed picture."""
+    paths = [tmp_path / f"{i}.{kind}" for i in range(2)]
+    for path in paths:
+        figures.save(figures.weights(np.eye(3)), path, dpi=20)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
