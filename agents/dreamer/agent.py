@@ -129,7 +129,7 @@ class DreamerTPX(Algorithm):
         discount_weights: weight imagined step t by γᵗ in the actor's and the critic's loss.
         entropy_scale: weight of the policy's entropy in the actor's loss; 0 in DreamerV1. It keeps
             actions off their bounds, where the tanh passes no gradient, and choices from being
-            made before all of them were tried. "auto" is for scaled returns: 0.0005 for a Box,
+            made before all of them were tried. "auto" is for scaled returns: 0.002 for a Box,
             0.003 for choices.
         scale_returns: divide the returns in the actor's loss by max(1, S), where S averages their
             range from the 5th to the 95th percentile, so that one entropy_scale suits all tasks
@@ -905,7 +905,7 @@ class DreamerTPX(Algorithm):
 
     def _resolved_entropy_scale(self) -> float:
         if self.entropy_scale == "auto":
-            return 3e-3 if self._has_choices() else 5e-4
+            return 3e-3 if self._has_choices() else 2e-3
         return self.entropy_scale
 
     def _resolved_node(self) -> NodeKind:
