@@ -17,7 +17,7 @@ from totalprop.agents import AGENTS
 
 GPU_STEPS = ("tests", "bench", "train")
 BENCHMARKS = ("pipps", "pilco", "dreamer", "ppo", "svg", "checkpoint")
-PEERS = ("sac", "td3")
+PEERS = ("sac", "td3", "ddpg")
 PIPPS_TASKS = ("angle", "tip", "unicycle")
 PIPPS_METHODS = (
     "PILCO", "RP", "RP-FS", "GR", "GR-FS", "LR", "TP", "TP-sf", "TP+sn", "TPX", "TPG"
@@ -954,7 +954,7 @@ COMMANDS: dict[str, Command] = {
         _pipps_table,
     ),
     "peer": Command(
-        "studies.peer", "train SAC or TD3 of stable-baselines3 where our agents learn", _peer
+        "studies.peer", "train SAC, TD3 or DDPG of stable-baselines3 where our agents learn", _peer
     ),
     "chaos": Command(
         "studies.chaos", "measure every estimator's gradient variance on chaotic RNNs", _chaos

@@ -1,11 +1,13 @@
-r"""Train a peer, stable-baselines3's SAC or TD3, where our agents learn; write its raw returns.
+r"""Train a peer, stable-baselines3's SAC, TD3 or DDPG, where our agents learn; write its returns.
 
     totalprop peer sac --env-id dmc/walker-walk-v0 --total-timesteps 50000 --seeds 0 1 2 3 \
         --out results/dreamer/recommended/walker/sac.json
     totalprop sweep dreamer ... --beside results/dreamer/recommended/walker/sac.json
 
 The environments, their seeds and the evaluations are those of `totalprop train`; the peer's
-settings are stable-baselines3's defaults. Seeds that the file has are not trained again.
+settings are stable-baselines3's defaults. TD3 and DDPG, which do not explore with these, add normal
+noise of 0.1 of half the actions' range (Fujimoto et al. 2018, and RL-Zoo). Seeds that the file has
+are not trained again.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from typing import Any
 import numpy as np
 import stable_baselines3
 import torch
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.persistence.safe_file import write_text
@@ -30,10 +33,12 @@ from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.folder import current_commit, make_env, parse_env_args, read_json
 from totalprop.scripts.run.progress import said
 
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
+ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
     "sac": stable_baselines3.SAC,
     "td3": stable_baselines3.TD3,
+    "ddpg": stable_baselines3.DDPG,
 }
+NOISE = 0.1  # of actions scaled to [-1, 1]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,8 +98,12 @@ def train(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     env_args = parse_env_args(tuple(options.env_arg))
     env = make_env(options.env_id, env_args, seed=None)
     eval_env = make_env(options.env_id, env_args, seed=1000 + seed, n_envs=5)
-    make: Callable[..., BaseAlgorithm] = ALGORITHMS[options.algorithm]
-    agent = make("MlpPolicy", env, seed=seed, device="cpu")
+    noise = None
+    if options.algorithm != "sac":  # whose policy is random
+        zeros = np.zeros_like(env.action_space.sample())
+        noise = NormalActionNoise(zeros, zeros + NOISE)
+    make: Callable[..., OffPolicyAlgorithm] = ALGORITHMS[options.algorithm]
+    agent = make("MlpPolicy", env, action_noise=noise, seed=seed, device="cpu")
     evaluation = Evaluation(eval_env, n_episodes=options.eval_episodes, every=options.eval_every)
     callbacks: list[BaseCallback] = [evaluation]
     started, total = time.perf_counter(), options.total_timesteps

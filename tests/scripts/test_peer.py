@@ -46,6 +46,19 @@ def test_it_is_stable_baselines3_s_agent_with_its_defaults(trained):
     assert own["final_return"] == own["returns"][-1] == pytest.approx(returns.mean(), abs=1e-3)
 
 
+@pytest.mark.parametrize("algorithm", ["td3", "ddpg"])
+def test_a_peer_whose_policy_is_deterministic_explores(algorithm, tmp_path, monkeypatch):
+    made, cls = [], peer.ALGORITHMS[algorithm]
+    monkeypatch.setitem(
+        peer.ALGORITHMS, algorithm, lambda *args, **rest: made.append(cls(*args, **rest)) or made[0]
+    )
+    command = [algorithm, "--env-id", "Pendulum-v1", "--total-timesteps", "120", "--seeds", "0"]
+    peer.main([*command, "--eval-episodes", "2", "--out", str(tmp_path / "out.json")])
+    (agent,) = made
+    draws = np.array([agent.action_noise() for _ in range(1000)])
+    assert draws.shape == (1000, 1) and 0.09 < draws.std() < 0.11  # 4 SE
+
+
 def test_a_file_of_other_runs_is_refused(trained, capsys):
     path, command, *_ = trained
     before = path.read_text()
