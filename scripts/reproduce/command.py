@@ -92,18 +92,7 @@ def reproduce(options: argparse.Namespace, extra: Sequence[str], command: str) -
     """Run what is missing, then decide the claims and write the folder."""
     entry = ENTRIES[options.name]
     scale = entry.scales[options.scale]
-    if (extra or options.seeds) and not any(step.trains for step in scale.steps):
-        what = "flags after --" if extra else "--seeds"
-        raise UsageError(f"{options.name} trains nothing, so it takes no {what}")
-    if options.seeds and not any(step.trains and not step.seeds for step in scale.steps):
-        raise UsageError(f"the seeds of {options.name} are part of its protocol: leave out --seeds")
-    kept = [step.committed for step in scale.steps if step.committed]
-    if options.source and not any((options.source / path).is_file() for path in kept):
-        raise UserError(
-            f"--from {options.source} holds nothing of {options.name} at this scale, "
-            + (f"such as {', '.join(kept)}" if kept else "of which no measurements are kept")
-            + "; leave --from out, or name a folder that is laid out as this project's results/"
-        )
+    check(options, extra, scale)
     out, data = folder_of(options.out, options.name, options.scale), Data()
     missing: list[str] = []
     failed: list[str] = []
@@ -137,6 +126,23 @@ def reproduce(options: argparse.Namespace, extra: Sequence[str], command: str) -
         raise SystemExit(
             f"error: not all runs of {', '.join(failed)} succeeded; the report covers the others, "
             "and the same command tries them again"
+        )
+
+
+def check(options: argparse.Namespace, extra: Sequence[str], scale: Scale) -> None:
+    """Raise a UsageError or UserError for options that would have no effect at a scale."""
+    trained = [step for step in scale.steps if step.trains]
+    if (extra or options.seeds) and not trained:
+        what = "flags after --" if extra else "--seeds"
+        raise UsageError(f"{options.name} trains nothing, so it takes no {what}")
+    if options.seeds and all(step.seeds for step in trained):
+        raise UsageError(f"the seeds of {options.name} are part of its protocol: leave out --seeds")
+    kept = [step.committed for step in scale.steps if step.committed]
+    if options.source and not any((options.source / path).is_file() for path in kept):
+        raise UserError(
+            f"--from {options.source} holds nothing of {options.name} at this scale, "
+            + (f"such as {', '.join(kept)}" if kept else "of which no measurements are kept")
+            + "; leave --from out, or name a folder that is laid out as this project's results/"
         )
 
 
