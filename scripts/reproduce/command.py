@@ -103,7 +103,8 @@ def reproduce(options: argparse.Namespace, extra: Sequence[str], command: str) -
     for step, words in commands.items():
         path, known = out / step.name / step.file, files[step.name]
         is_whole = known is not None and not _lacks(step, words, known)
-        if is_whole or options.report_only or files.get(step.prepares):
+        nothing_new = options.report_only and not _has_finished_runs(step, options)
+        if is_whole or nothing_new or files.get(step.prepares):
             if known is not None:
                 print(f"{step.name}: from {known}", flush=True)
                 data[step.name] = known
@@ -170,16 +171,26 @@ def command_of(
 ) -> list[str]:
     """A step's command line, after `totalprop`."""
     out = folder_of(options.out, options.name, options.scale)
-    runs = options.runs
-    own = step.runs or f"{out.name}_{step.name}"
-    words = [word.format(out=out / step.name, runs=runs) for word in step.arguments]
+    words = [word.format(out=out / step.name, runs=options.runs) for word in step.arguments]
     if step.trains:
         seeds = step.seeds or options.seeds or scale.seeds
         words += ["--seeds", *map(str, seeds), "--jobs", str(options.jobs)]
-        words += ["--out", str(out / step.name), "--runs", str(runs / own)]
+        words += ["--out", str(out / step.name), "--runs", str(_runs(step, options))]
+        words += ["--report-only"] if options.report_only else []
         if flags := [*step.flags, *extra]:
             words += ["--", *flags]
     return [*step.command.split(), *words]
+
+
+def _runs(step: Step, options: argparse.Namespace) -> Path:
+    """The folder of the runs of a step that trains."""
+    out = folder_of(options.out, options.name, options.scale)
+    folder: Path = options.runs / (step.runs or f"{out.name}_{step.name}")
+    return folder
+
+
+def _has_finished_runs(step: Step, options: argparse.Namespace) -> bool:
+    return step.trains and any(_runs(step, options).glob("*/summary.json"))
 
 
 def _run(step: Step, words: Sequence[str]) -> bool:

@@ -631,6 +631,13 @@ def test_a_reproduction_trains_decides_and_goes_on(tmp_path, capsys, sweep_by_fo
     command.main([*words, "--seeds", "0", "1", *TINY])
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert len(list(runs.glob("*/*/summary.json"))) == 4
+    # Stopped before the sweep's own report: the runs that are finished are reported, and no more.
+    (folder / "rate_0.03" / "results.json").unlink()
+    command.main([*words, "--report-only", "--seeds", "0", "1", "2", *TINY])
+    assert len(list(runs.glob("*/*/summary.json"))) == 4
+    record = json.loads((folder / "verdicts.json").read_text())
+    assert record["missing"] == ["2 of 6 runs of rate_0.03"]
+    command.main([*words, "--seeds", "0", "1", *TINY])
     capsys.readouterr()
     command.main(["tpx-fig8", "--list", "--out", str(out)])
     listed, record = capsys.readouterr().out, json.loads((folder / "verdicts.json").read_text())
