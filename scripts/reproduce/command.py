@@ -293,6 +293,9 @@ def write(
     write_text(out / "table.md", text)
     pictures = "".join(f"{name}.png, {name}.svg, " for name in drawn)
     print(f"{text}\nwritten to {out}: {pictures}{NUMBERS}, {VERDICTS}, table.md")
+    if missing:
+        same = "without --report-only" if options.report_only else "again"
+        print(f"Next: the same command {same} measures what is missing: {', '.join(missing)}")
 
 
 def _or_none(number: Callable[[Data], T], data: Data) -> T | None:

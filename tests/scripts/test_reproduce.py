@@ -715,7 +715,8 @@ def test_a_report_of_a_part_says_so_wherever_its_verdicts_are(tmp_path, capsys):
     assert f"Not measured yet: {', '.join(missing)}." in page
     claim = record["claims"][0]
     assert f"| Sec. 5.1, Fig. 3 | **{claim['verdict']} so far** |" in page
-    capsys.readouterr()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"without --report-only measures what is missing: {', '.join(missing)}")
     command.main(["daa-fig3", "--list", "--out", str(tmp_path)])
     assert f"  {claim['verdict']} so far: {claim['claim']}\n" in capsys.readouterr().out
 
