@@ -417,6 +417,7 @@ def learn_on(
                     reset_num_timesteps=False,
                 )
         except TrainingStopped:
+            close_bars()  # above the sentence, which is the last word
             print(
                 f"stopped after {checkpoints.newest_step()} of {options.total_timesteps} steps; "
                 f"continue with: {resume_command(folder, n_processes)}"

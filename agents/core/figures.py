@@ -118,11 +118,17 @@ def learning_curve(
         threshold: value that counts as success, or None.
         title: above the axes.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(figsize=(6, 3.6))
     axis = figure.subplots()
     mean, spread = values.mean(1), values.std(1)
-    axis.fill_between(x, mean - spread, mean + spread, alpha=0.25, lw=0, label="± 1 std")
-    axis.plot(x, mean, marker="o", ms=4, label=f"mean of {values.shape[1]} rollouts")
+    if len(x) > 1:
+        axis.fill_between(x, mean - spread, mean + spread, alpha=0.25, lw=0, label="± 1 std")
+    else:
+        axis.errorbar(x, mean, spread, color="C0", capsize=4, label="± 1 std")
+    axis.plot(x, mean, marker="o", ms=4, color="C0", label=f"mean of {values.shape[1]} rollouts")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if threshold is not None:
         axis.axhline(threshold, color="0.4", ls="--", lw=1, label="success threshold")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)

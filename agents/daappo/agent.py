@@ -786,5 +786,5 @@ def _check_rewindable(env: VecEnv) -> None:
     if not all(env.has_attr(name) for name in ("snapshot", "restore", "extra_step")):
         raise ValueError(
             "action_source='rewind' needs an environment with snapshot, restore and extra_step; "
-            "wrap it: envs.rewind.Rewindable(env), or use action_source='dynamics'"
+            "wrap it: totalprop.envs.rewind.Rewindable(env), or use action_source='dynamics'"
         )

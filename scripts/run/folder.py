@@ -463,9 +463,14 @@ def nearest_env(env_id: str) -> str:
     return best
 
 
+def registered_id(env_id: str) -> str:
+    """The id in Gymnasium's registry: MODULE:ID is ID there, once its module is imported."""
+    return our_id(env_id).rpartition(":")[2]
+
+
 def renders(env_id: str) -> bool:
     """Whether an environment says that it renders images, or does not say."""
-    made_by: Any = gym.spec(our_id(env_id)).entry_point
+    made_by: Any = gym.spec(registered_id(env_id)).entry_point
     if isinstance(made_by, str):
         made_by = load_env_creator(made_by)
     modes = getattr(made_by, "metadata", {}).get("render_modes")
@@ -503,7 +508,7 @@ def record_gif(
         if not renders(env_id):
             print("no GIF: the environment does not render", file=sys.stderr)
             return None
-        if "mujoco" in str(getattr(gym.registry.get(env_id), "entry_point", "")):
+        if "mujoco" in str(getattr(gym.registry.get(registered_id(env_id)), "entry_point", "")):
             choose_backend()  # without a display, Gymnasium's renderer would try GLFW first
         env = normalised(make_env(env_id, env_args, seed=seed, render=True))
         return _record_gif(agent, env, path, min(max_steps, MAX_VIDEO_STEPS))

@@ -138,6 +138,6 @@ def make_logger(
             from torch.utils.tensorboard import SummaryWriter
 
             events.writer.close()
-            events.writer = SummaryWriter(str(folder), purge_step=first_step)
+            events.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         formats.append(events)
     return Logger(str(folder), [*formats, *further]), tables

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import stable_baselines3
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -44,7 +45,7 @@ NOISE = 0.1  # of actions scaled to [-1, 1]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser_of("peer").parse_args(arguments)
+    options = parse(arguments)
     with continuing_later():
         record = read_record(options)
         torch.set_num_threads(1)
@@ -61,6 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_text(options.out, json.dumps(record, indent=1) + "\n")
             print(f"seed {seed}: return {own[str(seed)]['final_return']:.1f}, in {options.out}")
     print(f"Next: totalprop sweep dreamer ... --beside {options.out}")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; on wrong usage, exit with code 2."""
+    parser = parser_of("peer")
+    options = parser.parse_args(arguments)
+    for name in ("total_timesteps", "eval_every", "eval_episodes"):
+        if (value := getattr(options, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if min(options.seeds) < 0:
+        parser.error(f"--seeds must be at least 0, got {min(options.seeds)}")
+    return options
 
 
 def read_record(options: argparse.Namespace) -> dict[str, Any]:
@@ -97,6 +110,11 @@ def train(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Train one seed; return its evaluations as a sweep's results.json holds them."""
     env_args = parse_env_args(tuple(options.env_arg))
     env = make_env(options.env_id, env_args, seed=None)
+    if not isinstance(env.action_space, spaces.Box):
+        raise UserError(
+            f"{options.algorithm} needs actions in a Box; those of {options.env_id} are "
+            f"{env.action_space}"
+        )
     eval_env = make_env(options.env_id, env_args, seed=1000 + seed, n_envs=5)
     noise = None
     if options.algorithm != "sac":  # whose policy is random

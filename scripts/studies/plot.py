@@ -174,6 +174,8 @@ def _read_run(folder: RunFolder, source: str, threshold: float | None) -> Iterat
     quantity = AGENTS[job.agent].quantity
     values = returns.mean(1) * (-1 if quantity == "cost" else 1)
     record = {"timesteps": steps, f"{quantity}s": values.tolist()}
+    if folder.summary.exists():
+        record["success_threshold"] = read_json(folder.summary).get("success_threshold")
     yield _found(record, _described(job), source, folder.evaluations, threshold)
 
 
@@ -249,6 +251,8 @@ def _found(
             f"{path} holds no learning curves: each run needs timesteps that grow, and as many "
             "returns, or costs"
         )
+    if threshold is None and is_finite(known := record.get("success_threshold")):
+        threshold = known  # of an environment that need not be registered here
     env_id = our_id(str(settings.get("env_id", "")))
     curve = Curve(
         label="",

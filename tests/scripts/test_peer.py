@@ -59,6 +59,26 @@ def test_a_peer_whose_policy_is_deterministic_explores(algorithm, tmp_path, monk
     assert draws.shape == (1000, 1) and 0.09 < draws.std() < 0.11  # 4 SE
 
 
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        (["--total-timesteps", "0"], 2, "--total-timesteps must be at least 1, got 0"),
+        (["--eval-every", "-1"], 2, "--eval-every must be at least 1, got -1"),
+        (["--eval-episodes", "0"], 2, "--eval-episodes must be at least 1, got 0"),
+        (["--seeds", "0", "-1"], 2, "--seeds must be at least 0, got -1"),
+        (["--env-id", "CartPole-v1"], 1, "sac needs actions in a Box; those of CartPole-v1 are"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence(changes, code, message, tmp_path, capsys):
+    path = tmp_path / "sac.json"
+    command = ["sac", "--env-id", "Pendulum-v1", "--total-timesteps", "130", "--seeds", "0"]
+    with pytest.raises(SystemExit) as left:
+        peer.main([*command, "--out", str(path), *changes])
+    said = capsys.readouterr().err
+    assert left.value.code == code or message in str(left.value)
+    assert message in said + str(left.value) and "Traceback" not in said and not path.exists()
+
+
 def test_a_file_of_other_runs_is_refused(trained, capsys):
     path, command, *_ = trained
     before = path.read_text()

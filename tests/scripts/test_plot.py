@@ -199,6 +199,19 @@ def test_own_labels_are_one_per_line(tmp_path, capsys):
     assert "in this order: rp; tpx" in error
 
 
+def test_success_is_what_a_run_recorded_where_its_environment_is_not_registered(tmp_path):
+    flags = ["--env-id", "my_module:Own-v0"]
+    path = run_folder(tmp_path / "a", *flags, agent="pipps", levels=(-30.0, -12.0))
+    assert plot.read([path])[0].curve.threshold is None
+    (path / "summary.json").write_text('{"success_threshold": 20.0}')
+    assert plot.read([path])[0].curve.threshold == 20
+    assert plot.read([path], threshold=10.0)[0].curve.threshold == 10
+    entry = {"timesteps": STEPS, "costs": [30, 20, 9], "success_threshold": 20.0}
+    command = SWEEP.replace("dreamer", "pipps").replace("Pendulum-v1", "my_module:Own-v0")
+    sweep = sweep_file(tmp_path / "sweep", {"rp": {"0": entry}}, command)
+    assert plot.read([sweep])[0].curve.threshold == 20
+
+
 def test_the_same_run_twice_is_refused(tmp_path):
     paths = [run_folder(tmp_path / name) for name in ("a", "b")]
     found = plot.read(paths)

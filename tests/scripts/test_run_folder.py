@@ -9,10 +9,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import gymnasium as gym
 import pytest
 
+from totalprop.envs.cartpole import CartPoleSwingUpEnv
 from totalprop.scripts.run import folder as run_folder
-from totalprop.scripts.run.folder import RunFolder, current_commit
+from totalprop.scripts.run.folder import RunFolder, current_commit, renders
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -88,3 +90,18 @@ def test_what_killed_runs_left_is_swept(tmp_path):
 def test_a_run_folder_is_readable_by_whom_its_parent_is(tmp_path):
     tmp_path.chmod(0o755)
     assert RunFolder.create(tmp_path, "run", "{}").path.stat().st_mode & 0o777 == 0o755
+
+
+class Shown(CartPoleSwingUpEnv):
+    metadata = {"render_modes": ["rgb_array"]}
+
+
+class Hidden(CartPoleSwingUpEnv):
+    metadata = {"render_modes": []}
+
+
+@pytest.mark.parametrize("cls", [Shown, Hidden])
+@pytest.mark.parametrize("module", ["", "my_module:"])
+def test_an_environment_is_found_by_its_module_and_id(cls, module, monkeypatch):
+    monkeypatch.setitem(gym.registry, "Own-v0", gym.envs.registration.EnvSpec("Own-v0", cls))
+    assert renders(f"{module}Own-v0") == (cls is Shown)

@@ -45,3 +45,13 @@ def test_the_same_figure_is_the_same_file(kind, tmp_path):
     for path in paths:
         figures.save(figures.weights(np.eye(3)), path, dpi=20)
     assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_learning_curve_counts_in_whole_numbers_and_shows_each_spread(n):
+    values = np.arange(4.0 * n).reshape(n, 4)
+    figure = figures.learning_curve(np.arange(1, n + 1), values, xlabel="trial", ylabel="cost")
+    (axis,) = figure.axes
+    assert all(tick == int(tick) for tick in axis.get_xticks())
+    (shown,) = [own for own in axis.collections if own.get_paths()]  # a band, or an error bar
+    assert np.ptp(shown.get_paths()[0].vertices[:, 1]) >= 2 * values[0].std() - 1e-9
