@@ -141,7 +141,7 @@ def test_any_space_of_ppos_will_do_without_extra_actions():
 
 
 def test_rewinding_needs_an_environment_that_can():
-    with pytest.raises(ValueError, match=r"snapshot, restore and extra_step; wrap it: envs\."):
+    with pytest.raises(ValueError, match=r"extra_step; wrap it: totalprop\.envs\.rewind\."):
         make(action_source="rewind")
 
 
