@@ -115,7 +115,7 @@ def mean_of(what: str, values: np.ndarray) -> Part:
 def _student(what: str, estimate: float, samples: Sequence[np.ndarray], weight: float) -> Part:
     """A sum of means, each times ± the weight; Welch and Satterthwaite's degrees of freedom."""
     if min(map(len, samples)) < 2:
-        return Part(what, estimate, lambda level: (-math.inf, math.inf))
+        return undecided(what, estimate)
     terms = [weight**2 * own.var(ddof=1) / len(own) for own in samples]
     error = math.sqrt(sum(terms))
     below = sum(term**2 / (len(own) - 1) for term, own in zip(terms, samples))
@@ -148,9 +148,9 @@ def difference_of_rates(what: str, first: tuple[int, int], second: tuple[int, in
     return Part(what, estimate, interval)
 
 
-def undecided(what: str, part: Part) -> Part:
-    """A part whose number decides nothing, for a reason that its new name says."""
-    return Part(what, part.estimate, lambda level: (-math.inf, math.inf))
+def undecided(what: str, estimate: float) -> Part:
+    """A number that decides nothing."""
+    return Part(what, estimate, lambda level: (-math.inf, math.inf))
 
 
 def known(what: str, estimate: float, ends: Interval, level: float = 0.95) -> Part:

@@ -308,7 +308,9 @@ def _comparable(data: Data) -> list[Part]:
     """DAA less simulated states; of a task that neither has learned, nothing follows."""
     found = _higher(data, ("", "dynamics"), ("", "states"))
     return [
-        part if _has_learned(data, part.what) else undecided(f"{part.what}: neither learned", part)
+        part
+        if _has_learned(data, part.what)
+        else undecided(f"{part.what}: neither learned", part.estimate)
         for part in found
     ]
 

@@ -27,8 +27,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Measured(dict[K, V], Generic[K, V]):
-    """What a study measured; what it has not measured (yet) is `Missing`."""
+class Partial(dict[K, V], Generic[K, V]):
+    """What a study has measured; what it lacks (yet) is `Missing`."""
 
     def __missing__(self, key: K) -> V:
         raise Missing(f"{key} has not been measured")
@@ -36,7 +36,7 @@ class Measured(dict[K, V], Generic[K, V]):
 
 def chaos(path: Path) -> Study:
     """Gradients by grid point and estimator, of `totalprop chaos`."""
-    return Measured({betas: Measured(own) for betas, own in read_chaos(path)[1].items()})
+    return Partial({betas: Partial(own) for betas, own in read_chaos(path)[1].items()})
 
 
 def lines(path: Path, end: float) -> tuple[dict[str, Any], dict[str, Landscape]]:
@@ -49,7 +49,7 @@ def lines(path: Path, end: float) -> tuple[dict[str, Any], dict[str, Landscape]]
     found = landscapes(rows)
     if any(own.delta[-1] != end for own in found.values()):
         raise Missing(f"{path} has not been measured to its end")
-    return settings, Measured(found)
+    return settings, Partial(found)
 
 
 def particles(path: Path) -> Curves:
@@ -62,7 +62,7 @@ def particles(path: Path) -> Curves:
     measured = {(name, n) for by in found.values() for name, own in by.items() for n in own}
     if any(n not in by.get(name, {}) for by in found.values() for name, n in measured):
         raise Missing(f"{path} has not been measured to its end")
-    return Measured({delta: Measured(own) for delta, own in found.items()})
+    return Partial({delta: Partial(own) for delta, own in found.items()})
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

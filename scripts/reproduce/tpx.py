@@ -214,9 +214,7 @@ def _scores(data: Data, horizon: int, gradient: str) -> dict[str, np.ndarray]:
                 found.setdefault(row["task"], []).append(row["score"])
     else:
         label = "tpx-unclipped" if gradient == "tpx" else gradient.partition(",")[0]
-        for task in SUITE:
-            if (step := f"{task}_h{horizon}") in data:
-                found[task] = readers.seeds(data, step, label, "final return") / 1000
+        found = _finals(data, horizon, label)
     if not found:
         raise Missing(f"no runs of {gradient} at H = {horizon}")
     return {task: np.array(own) for task, own in found.items()}
@@ -265,20 +263,20 @@ def _fig6_raw(data: Data) -> Any:
     return readers.sweeps_raw(data, steps, ["final return", "average return", "seconds"])
 
 
-def _finals(data: Data, horizon: int, estimator: str) -> list[np.ndarray]:
-    steps = [f"{task}_h{horizon}" for task in SUITE]
-    return [
-        readers.seeds(data, step, estimator, "final return") / 1000
-        for step in steps
-        if step in data
-    ]
+def _finals(data: Data, horizon: int, estimator: str) -> dict[str, Any]:
+    """Task -> [seeds] final returns over 1000, of the sweeps over the suite."""
+    return {
+        task: readers.seeds(data, step, estimator, "final return") / 1000
+        for task in SUITE
+        if (step := f"{task}_h{horizon}") in data
+    }
 
 
 def _fig6_figure(data: Data) -> Figure:
     if "training" in data:
         return profiles(_blocked(data))
     lines = {
-        f"{estimator}, H = {horizon}": own
+        f"{estimator}, H = {horizon}": list(own.values())
         for horizon in (15, 60)
         for estimator in ("rp", "lr", "tps", "tpx-unclipped")
         if (own := _finals(data, horizon, estimator))
@@ -643,7 +641,7 @@ def _matches(data: Data) -> list[Part]:
     own = [[_cost(data, rate, e) for rate in _rates(data)] for e in ("tpx-unclipped", "tp")]
     part = difference_of_means("tpx - tp, mean over the learning rates", *own)
     if min(np.mean(costs) for costs in own) > THRESHOLD:  # alike in learning nothing
-        part = undecided(f"{part.what}: neither learned", part)
+        part = undecided(f"{part.what}: neither learned", part.estimate)
     return [part]
 
 
