@@ -48,6 +48,7 @@ CONFIG: dict[str, tuple[type, bool]] = {
 }  # fmt: skip
 MAX_VIDEO_STEPS = 1000  # of an episode that is shown as a GIF; all its frames are in memory
 WHOLE = "one episode"
+EVALUATION_ENVS = 5
 ABANDONED = 3600.0  # s after which a folder that is still being created belongs to a killed run
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `safe_file.atomic_write` writes first
 
@@ -450,6 +451,24 @@ def make_env(
         return make_vec_env(make, n_envs, seed=seed, env_kwargs=kwargs)
     except (ValueError, TypeError, ImportError, RuntimeError, gym.error.Error) as error:
         raise UserError(f"cannot make the environment '{env_id}': {error}") from error
+
+
+def make_evaluation_env(
+    env_id: str, env_args: dict[str, Any], *, seed: int | None, step_timeout: float = 0.0
+) -> VecEnv:
+    """Make the environments that a run, or a peer with the same seed, is evaluated in.
+
+    They are `EVALUATION_ENVS` copies whose seeds no other run's copies have: runs of neighbouring
+    seeds that start their evaluations alike would agree better than they are precise.
+
+    Args:
+        env_id: see `make_env`.
+        env_args: see `make_env`.
+        seed: of the run; None for no seed.
+        step_timeout: see `make_env`.
+    """
+    seed = None if seed is None else 1000 + 100 * seed
+    return make_env(env_id, env_args, seed=seed, n_envs=EVALUATION_ENVS, step_timeout=step_timeout)
 
 
 def nearest_env(env_id: str) -> str:

@@ -21,7 +21,7 @@ from totalprop.agents.core.processes import ALONE, Processes
 from totalprop.agents.core.validation import AtLeast, constructor_hints, expectation
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import RunFolder, current_commit, make_env
+from totalprop.scripts.run.folder import RunFolder, current_commit, make_env, make_evaluation_env
 from totalprop.scripts.run.normalisation import Normalised, normalise, normalise_like
 from totalprop.scripts.run.policy_kwargs import (
     accepted,
@@ -129,10 +129,9 @@ class Job:
 
     def evaluation_environment(self) -> VecEnv:
         """Make the environment for evaluation, not normalised."""
-        seed = self.arguments["seed"]
-        return make_env(
-            self.options.env_id, self.env_args, seed=None if seed is None else 1000 + seed,
-            n_envs=5, step_timeout=self.options.step_timeout,
+        return make_evaluation_env(
+            self.options.env_id, self.env_args, seed=self.arguments["seed"],
+            step_timeout=self.options.step_timeout,
         )  # fmt: skip
 
     def normalised(self, env: VecEnv) -> VecEnv:

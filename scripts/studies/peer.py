@@ -31,7 +31,13 @@ from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, continuing_later
-from totalprop.scripts.run.folder import current_commit, make_env, parse_env_args, read_json
+from totalprop.scripts.run.folder import (
+    current_commit,
+    make_env,
+    make_evaluation_env,
+    parse_env_args,
+    read_json,
+)
 from totalprop.scripts.run.progress import said
 
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
@@ -115,7 +121,7 @@ def train(options: argparse.Namespace, seed: int) -> dict[str, Any]:
             f"{options.algorithm} needs actions in a Box; those of {options.env_id} are "
             f"{env.action_space}"
         )
-    eval_env = make_env(options.env_id, env_args, seed=1000 + seed, n_envs=5)
+    eval_env = make_evaluation_env(options.env_id, env_args, seed=seed)
     noise = None
     if options.algorithm != "sac":  # whose policy is random
         zeros = np.zeros_like(env.action_space.sample())

@@ -10,11 +10,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
+import numpy as np
 import pytest
 
 from totalprop.envs.cartpole import CartPoleSwingUpEnv
 from totalprop.scripts.run import folder as run_folder
-from totalprop.scripts.run.folder import RunFolder, current_commit, renders
+from totalprop.scripts.run.folder import RunFolder, current_commit, make_evaluation_env, renders
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -105,3 +106,9 @@ class Hidden(CartPoleSwingUpEnv):
 def test_an_environment_is_found_by_its_module_and_id(cls, module, monkeypatch):
     monkeypatch.setitem(gym.registry, "Own-v0", gym.envs.registration.EnvSpec("Own-v0", cls))
     assert renders(f"{module}Own-v0") == (cls is Shown)
+
+
+def test_runs_are_evaluated_from_start_states_of_their_own():
+    envs = [make_evaluation_env("Pendulum-v1", {}, seed=seed) for seed in (0, 1, 2, 3)]
+    starts = np.concatenate([env.reset() for env in envs])
+    assert len(np.unique(starts, axis=0)) == len(starts) == 20
