@@ -79,19 +79,23 @@ def _evaluated(
     Returns:
         Entries of summary.json, the outcome in words, and the names of the files written.
     """
-    # The curve of an agent that minimises a cost counts trials, as its papers do.
     is_cost = AGENTS[folder.read_config()["agent"]].quantity == "cost"
     sign, quantity = (-1, "cost") if is_cost else (1, "return")
     values = sign * np.array(evaluation.returns)
     threshold = reward_threshold(evaluation.eval_env)
     limit = None if threshold is None else sign * threshold
-    steps = "gradient updates" if options.offline else "decisions (calls of env.step)"
+    xs, xlabel = np.array(evaluation.timesteps), "decisions (calls of env.step)"
+    if options.offline:
+        xlabel = "gradient updates"
+    if is_cost:  # as in its papers, whose trials have one search each
+        xs = np.arange(1, len(values) + 1)
+        xlabel = "evaluation" if options.eval_every else "policy search"
 
     def draw_curve() -> list[Path]:
         curve = figures.learning_curve(
-            np.arange(1, len(values) + 1) if is_cost else np.array(evaluation.timesteps),
+            xs,
             values,
-            xlabel="trial (real episodes seen)" if is_cost else steps,
+            xlabel=xlabel,
             ylabel=f"{quantity} of an episode",
             threshold=limit,
             title=f"{type(algorithm).__name__}, {options.env_id}",

@@ -42,10 +42,10 @@ class Curve(NamedTuple):
         task: of the panel.
         seed: of the run.
         quantity: what an evaluation gives, an episode's "return" or its "cost".
-        times: [K] decisions, or trials if the quantity is a cost.
+        times: [K] decisions, or 1 to K if the quantity is a cost: one for each policy search.
         values: [K] mean over an evaluation's episodes.
         action_repeat: frames per decision; None if unknown.
-        threshold: cost below which a trial is a success; None if unknown.
+        threshold: cost below which an evaluation is a success; None if unknown.
     """
 
     label: str
@@ -63,7 +63,7 @@ class Curve(NamedTuple):
         return self.task, self.quantity
 
     def x(self, unit: Unit) -> np.ndarray:
-        """[K] where the values are drawn: trials, or decisions or frames."""
+        """[K] where the values are drawn: evaluations, or decisions or frames."""
         is_frames = unit == "frames" and self.quantity == "return"
         return self.times * (self.action_repeat or 1) if is_frames else self.times
 
@@ -108,7 +108,7 @@ def figure_of(
     Args:
         curves: of all seeds, lines and tasks.
         legend: what the labels name.
-        unit: of the horizontal axis, where it does not count trials.
+        unit: of the horizontal axis, where it does not count evaluations.
         further: draw further panels.
     """
     styles = styles_of(curve.label for curve in curves)
@@ -160,7 +160,10 @@ def draw(
     task, quantity = curves[0].panel
     for label, own in by(curves, "label").items():
         for curve in own:
-            axis.plot(curve.x(unit), curve.values, lw=0.7, alpha=0.5, **styles[label])
+            marker = "" if len(curve.values) > 1 else "."  # a line of one point is none
+            axis.plot(
+                curve.x(unit), curve.values, marker=marker, lw=0.7, alpha=0.5, **styles[label]
+            )
         x, values = together(own, unit)
         if not len(x):
             continue
@@ -173,7 +176,9 @@ def draw(
     for threshold in _thresholds(curves):
         axis.axhline(threshold, color="0.4", ls="--", lw=1)
     is_cost = quantity == "cost"
-    axis.set(title=task, xlabel="trial" if is_cost else unit, ylabel=f"{quantity} of an episode")
+    axis.set(
+        title=task, xlabel="evaluation" if is_cost else unit, ylabel=f"{quantity} of an episode"
+    )
     values = np.concatenate([curve.values for curve in curves])
     low, high = values.min(), values.max()
     margin = 0.05 * (high - min(low, 0)) or 1
@@ -192,7 +197,7 @@ def draw(
 
 
 def draw_success(axis: Axes, curves: Sequence[Curve], styles: Styles) -> None:
-    """Draw by trial the share of seeds whose cost is below the threshold, with Wilson intervals."""
+    """Draw the share of seeds whose cost is below the threshold, with Wilson intervals."""
     known = [curve for curve in curves if curve.threshold is not None]
     lines = by(known, "label")
     for i, (label, own) in enumerate(lines.items()):
@@ -206,7 +211,7 @@ def draw_success(axis: Axes, curves: Sequence[Curve], styles: Styles) -> None:
         low, high = [rate.low for rate in rates], [rate.high for rate in rates]
         axis.vlines(beside, low, high, color=styles[label]["color"], lw=1.2, alpha=0.5)
     limits = ", ".join(f"{limit:g}" for limit in _thresholds(known))
-    axis.set(title=f"{curves[0].task}: success", xlabel="trial", ylim=(-0.03, 1.03))
+    axis.set(title=f"{curves[0].task}: success", xlabel="evaluation", ylim=(-0.03, 1.03))
     axis.set_ylabel(f"share of seeds with a cost below {limits}")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.25)

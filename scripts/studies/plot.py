@@ -13,7 +13,8 @@ their seed are one line. Each file or searched folder has lines of its own.
 Thin lines are seeds. The thick line is their interquartile mean (Agarwal et al. 2021), or the mean
 of fewer than 4 seeds, as far as all seeds have come. From 4 seeds on it has a 95 % interval, by a
 bootstrap, which is still narrow for so few: it covers 88 % with 4 normal seeds, and 93 % with 8.
-Costs count trials, and have another panel: the share of seeds that succeed, with Wilson intervals.
+Costs are drawn by evaluation, one after each policy search if --eval-every was left out, and
+have another panel: the share of seeds that succeed, with Wilson intervals.
 
 --profile scales the ends of the thick lines to scores, and draws the share of runs above each score
 and the interquartile mean, the median and the optimality gap over the tasks that all lines have.
@@ -132,7 +133,7 @@ def read(paths: Sequence[Path], threshold: float | None = None) -> list[Found]:
 
     Args:
         paths: as on the command line.
-        threshold: cost below which a trial is a success; None for the environment's own.
+        threshold: cost below which an evaluation is a success; None for the environment's own.
     Raises:
         UserError: a path holds no learning curves.
     """
@@ -389,7 +390,7 @@ def table(curves: Sequence[Curve], legend: str, unit: Any) -> str:
         until, middle, ends, success = "no seed together with all others", "", "", ""
         last = values[:, -1] if len(x) else np.array([])
         if len(x):
-            until = f"{x[-1]} {'trials' if is_cost else unit}"
+            until = f"{x[-1]} {'evaluations' if is_cost else unit}"
             middle = f"{scores.iqm([last]):.2f}"
             if len(own) >= MIN_RUNS:
                 ends = _interval(scores.interval([last], scores.iqm))
