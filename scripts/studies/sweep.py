@@ -11,9 +11,10 @@ r"""Train agents x values of flags x seeds; write raw results, tables and learni
 
 Every run is a separate `totalprop train`; its flags can be given after `--`. After a kill, the same
 command continues the sweep: finished runs are not repeated, others are resumed, and one that is
-still trained is waited for. A run folder that was trained with different flags is an error. On
-another machine, results.json in --out is enough: runs that it holds of the same flags are finished.
-Further values and seeds are added to it.
+still trained is waited for. A run folder that was trained with different flags is an error, and so
+is a value that its run would refuse: each is tried before the first run starts. On another machine,
+results.json in --out is enough: runs that it holds of the same flags are finished. Further values
+and seeds are added to it.
 
 The runs start on Ray if it is installed (the extra `ray`), on this machine or with --address on a
 cluster, else from this process; with --slurm (the extra `slurm`) they are Slurm's jobs.
@@ -30,7 +31,9 @@ stopped search; a larger --tune extends it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -64,6 +67,7 @@ from totalprop.scripts.studies.learning_curves import figure_of, styles_of
 from totalprop.scripts.studies.live import watched
 from totalprop.scripts.studies.plot import labelled, read
 from totalprop.scripts.studies.tune import check_installed, tune
+from totalprop.scripts.train import sentence
 
 Run = TypeVar("Run")
 BESIDE = 2.5  # success is also shown for thresholds on the final cost so far below and above
@@ -278,12 +282,43 @@ def train_runs(
         if name not in kept or (runs / name).exists()
     ]
     unfinished, failed = [trial for trial in trials if not trial.is_finished], 0
+    try_out({t.name: t.arguments for t in unfinished if not t.folder.exists()})
     if unfinished:
         with watched(unfinished) as end:
             for trial, succeeded in (executor or chosen())(unfinished, workers):
                 failed += not succeeded
                 end(trial, succeeded)
     return failed
+
+
+def try_out(jobs: Mapping[str, Sequence[str]]) -> None:
+    """Make environments and agents as runs will, so that what one refuses is said before hours.
+
+    Each value of a flag is tried once, not each combination of values.
+
+    Args:
+        jobs: name of a run -> its arguments of `totalprop train`.
+    Raises:
+        UserError: a run would be refused, and how it is called.
+    """
+    tried: set[tuple[str, str]] = set()
+    for name, command in jobs.items():
+        pairs = {pair for pair in itertools.pairwise(command) if "--seed" not in pair}
+        job = parse(command, usage="")
+        if pairs <= tried or job.options.offline:
+            continue
+        tried |= pairs
+        try:
+            job.options.check()
+            # The device of this machine may not be that of a cluster.
+            job = dataclasses.replace(job, arguments={**job.arguments, "device": "cpu"})
+            with contextlib.ExitStack() as stack:
+                env, eval_env = job.environments()
+                stack.callback(env.close)
+                stack.callback(eval_env.close)
+                job.algorithm(env)
+        except Exception as error:
+            raise UserError(f"the run {name} cannot begin: {sentence(error)}") from error
 
 
 def report(options: argparse.Namespace, grid: Grid, earlier: Earlier) -> None:

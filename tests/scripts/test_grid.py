@@ -154,6 +154,31 @@ def test_a_file_that_is_no_mapping_is_one_sentence(text, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pipps --estimators tpx nope", "nope_seed0 cannot begin: unknown estimator 'nope'"),
+        ("pipps --vary horizon --values 9 0", "0_seed0 cannot begin: horizon must be at least 1"),
+        (
+            "daappo --vary env-id --values Pendulum-v1 Pendulum-v9",
+            "Pendulum-v9_seed0 cannot begin: unknown environment 'Pendulum-v9'",
+        ),
+        ("pipps --estimators rp -- --eval-episodes 1", "--eval-episodes must be at least 2"),
+        ("pipps --estimators rp -- --env-arg cost=none", "cannot make the environment"),
+    ],
+)
+def test_a_value_that_a_run_would_refuse_is_said_before_the_first_run(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    own, _, flags = arguments.partition(" -- ")
+    words = [*own.split(), "--seeds", "0", "1", "--out", "out", "--", *flags.split()]
+    with pytest.raises(SystemExit):
+        sweep.main(words)
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--cpus-per-run", "0"], "--cpus-per-run must be above 0, got 0.0"),
