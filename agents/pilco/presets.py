@@ -1,4 +1,4 @@
-"""The settings of PILCO's sources, by name: constructor arguments and tasks, each number cited.
+"""The settings of PILCO's sources, and ours: constructor arguments and tasks, each number cited.
 
 `PILCO("RBFPolicy", env, **PRESETS["pilco2011"])`, or `--preset pilco2011` on the command line,
 where RUNS sets the task. The numbers are those of the authors' MATLAB code for the cart-pole
@@ -33,6 +33,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "random_trials": 1,  # Sec. 4.2: 1 random trial (cart-pole), then 15 learned ones
         "process_noise": True,  # Sec. 2.4.1: the prediction's variance is σ_f² + σ_n²
     },
+    # Ours, for second-order systems whose environment declares its velocities: PIPPS's
+    # "recommended" with moments in place of particles
+    "recommended": {
+        "policy_kwargs": {"n_centres": 50},
+        "speed_integration": "auto",
+        "optimizer": "quasi-newton",
+        "gradient_steps": 250,  # 50 and 150 stop far from the optimum
+        "horizon": 30,
+    },
+    # Ours, for the unicycle
+    "recommended-unicycle": {
+        "policy": "LinearPolicy",
+        "speed_integration": "auto",  # roll, yaw and pitch from their rates
+        "optimizer": "quasi-newton",
+        "gradient_steps": 150,
+        "horizon": 20,
+        "random_trials": 5,
+        "random_scale": 0.2,
+        "termination": "ignore",
+    },
 }
 
 _CART_POLE = "totalprop/CartPoleSwingUp-v0"
@@ -42,4 +62,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pilco2011": {"env_id": _CART_POLE, "env_arg": ("cost=tip", "noise=0.01", "initial_std=0.1")},
     # Table 2: the Tip Cost at the base noise
     "pipps2018": {"env_id": _CART_POLE, "env_arg": ("cost=tip", "noise=1")},
+    "recommended": {"env_id": _CART_POLE, "env_arg": ("cost=angle", "noise=1")},
+    # 5 + 10 trials of 20 steps, of which falls cut some
+    "recommended-unicycle": {"env_id": "totalprop/Unicycle-v0", "total_timesteps": 300},
 }

@@ -61,6 +61,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 0.03,
         "policy_kwargs": {"n_centres": 50},
     },
+    # Ours, for the unicycle: the search of "recommended" on the task of "pipps2018-unicycle"
+    "recommended-unicycle": {
+        "policy": "LinearPolicy",
+        "estimator": "tpx",
+        "speed_integration": "auto",  # roll, yaw and pitch from their rates
+        "n_particles": 300,
+        "horizon": 20,
+        "gradient_steps": 250,
+        "learning_rate": 0.03,
+        "random_trials": 5,
+        "random_scale": 0.2,
+        "termination": "ignore",
+    },
 }
 
 _CART_POLE = "totalprop/CartPoleSwingUp-v0"
@@ -72,4 +85,6 @@ RUNS: dict[str, dict[str, Any]] = {
     # 5 + 30 trials of 20 steps; those that end with a fall are shorter, so that there are more
     "pipps2018-unicycle": {"env_id": "totalprop/Unicycle-v0", "total_timesteps": 700},
     "recommended": {"env_id": _CART_POLE, "env_arg": ("cost=angle", "noise=1")},
+    # 5 + 10 trials of 20 steps, of which falls cut some
+    "recommended-unicycle": {"env_id": "totalprop/Unicycle-v0", "total_timesteps": 300},
 }

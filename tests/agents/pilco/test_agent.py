@@ -13,7 +13,7 @@ import totalprop.envs  # noqa: F401  (registers the cart-pole)
 from tests.agents.contract.probes import logged
 from totalprop.agents import PILCO
 from totalprop.agents.pilco import agent as module
-from totalprop.agents.pilco.presets import PRESETS
+from totalprop.agents.pilco.presets import PRESETS, RUNS
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.agents.trials.saturating_cost import SaturatingCost
 
@@ -243,10 +243,13 @@ def test_it_has_no_estimator():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_fit_the_cart_pole(name):
-    agent = PILCO("RBFPolicy", CARTPOLE, device="cpu", **PRESETS[name])
-    assert agent.angle_dims == (1,) and agent.optimizer == "quasi-newton"
+def test_presets_fit_their_tasks(name):
+    env_id = RUNS[name]["env_id"]
+    agent = PILCO(env=env_id, **PRESETS[name], device="cpu")
+    assert agent.horizon == gym.spec(env_id).max_episode_steps
     assert agent._problem.saturating_cost is not None
+    for key, value in PRESETS[name].items():
+        assert key == "policy" or getattr(agent, key) == value
 
 
 def test_scalars_are_logged():
