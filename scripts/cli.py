@@ -11,12 +11,15 @@ import os
 import select
 import signal
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 
+import totalprop
 from totalprop.scripts.commands import COMMANDS, parser_of, train_usage
 from totalprop.scripts.run.threads import wait_passively
 
+_FORMAT_WARNING = warnings.formatwarning
 STUDY = "study"  # the first word of commands that have two
 
 
@@ -61,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(0 if arguments else 2)
     name = arguments[0]
     if name == "--version":
-        from importlib.metadata import version
-
-        print(f"totalprop {version('totalprop')}")
+        print(f"totalprop {totalprop.__version__}")
         return
     if name == STUDY:
         if not arguments[1:] or arguments[1] in ("-h", "--help"):
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: unknown command '{name}': {hint}choose one of {known}", file=sys.stderr)
         raise SystemExit(2)
     wait_passively()
+    warnings.formatwarning = _say_warning
     sys.argv[0] = f"totalprop {name}"  # the program name that argparse prints
     command, arguments = COMMANDS[name], arguments[1:]
     if name == "train" and arguments[:1] in (["-h"], ["--help"]):
@@ -95,6 +97,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # As in `totalprop reproduce | head`; nothing is to be flushed at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _say_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    line: str | None = None,
+) -> str:  # fmt: skip
+    """One sentence for whoever typed a command; who calls a library wrongly needs the place."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _FORMAT_WARNING(message, category, filename, lineno, line)
 
 
 def _can_print() -> bool:

@@ -11,6 +11,7 @@ imported on first use, so `totalprop.estimators` needs neither Gymnasium nor sta
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ _OF_ESTIMATORS = ("Rollout", "check")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("totalprop")
     if name in _PACKAGES:
         return import_module(f"totalprop.{name}")
     if name in _OF_ESTIMATORS:

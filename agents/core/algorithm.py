@@ -376,7 +376,8 @@ class Algorithm(BaseAlgorithm):
         try:
             return cls.from_values(values, env, device, passed, force_reset=force_reset)
         except UNREADABLE as error:
-            raise cls._cannot_load(path, error, passed) from error
+            given = passed if env is None else ("env", *passed)
+            raise cls._cannot_load(path, error, given) from error
 
     @classmethod
     def from_values(

@@ -1,6 +1,7 @@
 """The command `totalprop` and its subcommands."""
 
 import importlib
+import importlib.metadata
 import inspect
 import subprocess
 import sys
@@ -159,3 +160,29 @@ def test_a_broken_pipe_of_another_process_is_an_error(monkeypatch):
     monkeypatch.setattr(command, "main", fail)
     with pytest.raises(BrokenPipeError, match="a worker's"):
         cli.main(["reproduce"])
+
+
+def test_a_command_says_a_warning_without_a_line_of_source(tmp_path):
+    words = [
+        "train",
+        "pipps",
+        "--total-timesteps",
+        "5",
+        "--n-centres",
+        "3",
+        "--gradient-steps",
+        "1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "totalprop", *words, "--eval-episodes", "2", "--no-tensorboard"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (said,) = [line for line in done.stderr.splitlines() if "less than one trial" in line]
+    assert said.startswith("warning: total_timesteps=5 are less than one trial, of 30 steps")
+    assert "warnings.warn" not in done.stderr
+
+
+def test_the_version_is_that_of_the_metadata(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"totalprop {totalprop.__version__}\n"
+    assert totalprop.__version__ == importlib.metadata.version("totalprop")
