@@ -94,6 +94,7 @@ def part_named(kind: str, part: str | Function, known: Mapping[str, Function]) -
 
 def unknown_name(name: object, known: Sequence[str], kind: str = "estimator") -> str:
     """Error message for an unknown name, which suggests the nearest known one."""
-    near = difflib.get_close_matches(str(name), known, 1)
+    near = difflib.get_close_matches(str(name), known, 3)
+    near.sort(key=lambda one: sorted(one) != sorted(str(name)))  # first, letters in another order
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"unknown {kind} {name!r}: {hint}choose one of {', '.join(known)}"

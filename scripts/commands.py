@@ -102,7 +102,8 @@ def add_best(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--best", action="store_true",
         help="the agent of the run's best evaluation (best_model.zip), also while it trains, "
-        "instead of the last one; the best of many evaluations was partly lucky, so expect less",
+        "instead of the last one; the best of many evaluations was partly lucky, so expect less. "
+        "What is written is called best_... by default",
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def check_picture(path: Path) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Load the agent, roll it out, print the returns or costs and record the GIF."""
     folder = RunFolder.open(local(options.run), imports=options.imports)
-    path = options.gif or folder.path / "evaluation.gif"
+    path = options.gif or folder.written("evaluation.gif", best=options.best)
     if options.gif is not None and not options.no_gif:
         check_picture(path)
     folder.check_model(best=options.best)

@@ -72,7 +72,7 @@ def export(options: argparse.Namespace) -> None:
     folder = RunFolder.open(local(options.run), imports=options.imports)
     is_both = options.pt2 is None and options.onnx is None
     paths = {
-        kind: path or folder.path / f"policy.{kind}"
+        kind: path or folder.written(f"policy.{kind}", best=options.best)
         for kind, path in (("pt2", options.pt2), ("onnx", options.onnx))
         if is_both or path is not None
     }

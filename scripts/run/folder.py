@@ -211,6 +211,10 @@ class RunFolder:
             raise UserError(f"{self.config} names the unknown agent {shown(config['agent'])}")
         return config
 
+    def written(self, name: str, *, best: bool) -> Path:
+        """A file about the trained agent, or about that of the best evaluation."""
+        return self.path / (f"best_{name}" if best else name)
+
     def read_evaluations(self) -> tuple[list[int], np.ndarray]:
         """Read evaluations.json: steps [K] and returns [K, episodes]."""
         record = read_json(self.evaluations)

@@ -305,12 +305,14 @@ def figure(results: Results) -> Figure:
         found = [each.statistics for each in by_horizon.values()]
         ratios = [median_interval(statistics.snr) for statistics in found]
         # Estimators that coincide remain visible: later lines are thinner and moved a little.
-        style = {"marker": "o", "color": f"C{i}", "lw": 3.5 - 0.5 * i, "ms": 8 - i}
-        h = [horizon * 1.03 ** (i - (len(results) - 1) / 2) for horizon in by_horizon]
+        style = {"marker": "o", "color": f"C{i}", "lw": max(3.5 - 0.5 * i, 1), "ms": max(8 - i, 3)}
+        h = [horizon * 1.01 ** (i - (len(results) - 1) / 2) for horizon in by_horizon]
         left.plot(h, [ratio.median for ratio in ratios], label=name, **style)
-        left.vlines(h, [r.low for r in ratios], [r.high for r in ratios], color=f"C{i}", lw=1)
+        if has_intervals := math.isfinite(ratios[0].low):
+            left.vlines(h, [r.low for r in ratios], [r.high for r in ratios], color=f"C{i}", lw=1)
         right.plot(h, [statistics.within for statistics in found], **style)
-    left.set(ylabel="signal-to-noise ratio of a start:\nmedian, 95 % interval", yscale="log")
+    spread = ", 95 % interval" if has_intervals else ""
+    left.set(ylabel=f"signal-to-noise ratio of a start:\nmedian{spread}", yscale="log")
     right.set(ylabel="gradient variance within a start", yscale="log")
     ticks = list(next(iter(results.values())))
     for axes in (left, right):

@@ -107,8 +107,10 @@ def test_the_best_model_is_the_one_that_was_evaluated(finished, tmp_path):
 def test_the_best_model_is_evaluated_while_the_run_goes_on(copied, capsys):
     for name in ("model.zip", "summary.json"):
         (copied / name).unlink()
-    evaluate.main([str(copied), "--best", "--episodes", "2", "--no-gif"])
+    evaluate.main([str(copied), "--best", "--episodes", "2"])
     assert "over 2 episodes" in capsys.readouterr().out
+    # That of the last agent is another file.
+    assert (copied / "best_evaluation.gif").exists() and not (copied / "evaluation.gif").exists()
 
 
 @pytest.mark.parametrize(
