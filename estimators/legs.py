@@ -95,17 +95,20 @@ def biw(
             "use legs='score'"
         )
     mean, std = zeta
-    z = (draw(zeta, noise) - mean.unsqueeze(1)) / std.unsqueeze(1)  # [i, j, D]
-    log_p = -0.5 * z.square().sum(-1) - std.log().sum(-1, keepdim=True)
+    # [D, i, j]: the long axis is the inner one, and each pair's D numbers are not.
+    x, m, s = (t.T.contiguous() for t in (draw(zeta, noise), mean, std))
+    z = (x.unsqueeze(1) - m.unsqueeze(2)) * s.reciprocal().unsqueeze(2)
+    square = z.square()
+    log_p = -0.5 * square.sum(0) - std.log().sum(-1, keepdim=True)
     c = torch.softmax(log_p, 0)  # normalised over the Gaussians i, in log space
     if baseline is none:
         b = torch.zeros_like(returns)
     else:
-        others = c - torch.diag(c.diagonal())
+        others = c.clone().fill_diagonal_(0)
         b = (others @ returns) / others.sum(1).clamp_min(torch.finfo(c.dtype).tiny)
     weighted = c * (returns - b.unsqueeze(1))  # [i, j]
-    g_mean = torch.einsum("ij,ijd->id", weighted, z) / std
-    second_moment = torch.einsum("ij,ijd->id", weighted, z.square())
+    g_mean = torch.einsum("ij,dij->id", weighted, z) / std
+    second_moment = torch.einsum("ij,dij->id", weighted, square)
     return g_mean, (second_moment - weighted.sum(1, keepdim=True)) / std
 
 
