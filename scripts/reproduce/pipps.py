@@ -344,7 +344,8 @@ PIPPS_TABLE2 = Reproduction(
     scales={
         "small": Scale(
             (_table_step("--scale", "small", committed="pipps/success/results.json"),), 7.0,
-            "5 seeds of 12 trials, k of 1 and 16, Adam with 100 particles and 100 gradient steps; "
+            "5 seeds of 12 trials, k of 1 and 16, Adam with 100 particles and 100 gradient steps "
+            "(Tip Cost: 300 and 250), at 0.03, and at 0.01 for RP and GR; "
             + LEARNED, tuple(range(5)),
         ),
         "paper": Scale(
@@ -405,7 +406,8 @@ PIPPS_TABLE1 = Reproduction(
             (_table_step("--scale", "small", "--tasks", "unicycle", "--methods",
                          *UNICYCLE_METHODS),),
             8.0,
-            "3 seeds of 15 trials, Adam with 100 particles and 100 gradient steps; " + LEARNED,
+            "3 seeds of 15 trials, Adam with 100 particles and 100 gradient steps, at 0.03, and at "
+            "0.01 for RP and GR; " + LEARNED,
             (0, 1, 2),
         ),
         "paper": Scale(

@@ -36,6 +36,12 @@ def test_every_cell_is_a_command_of_train_that_says_what_its_name_says(cell):
             assert flags["estimator"] == rule and flags["leg"] == "biw"
             assert flags["model_uncertainty"] == (cell.method != "TP-sf")
             assert flags["noise_multiplier"] == (100 if cell.method == "TP+sn" else 1)
+    flags = jobs["small"].flags()
+    if cell.method != "PILCO":  # App. B.1 of Parmas et al. 2023: RP's best step size, and TP's
+        rate = 0.01 if cell.method in ("RP", "GR") else 0.03
+        assert (flags["optimizer"], flags["learning_rate"]) == ("adam", rate)
+        sizes = (300, 250) if cell.task == "tip" else (100, 100)
+        assert (flags["n_particles"], flags["gradient_steps"]) == sizes
     flags = jobs["paper"].flags()
     assert flags["total_timesteps"] == (700 if cell.task == "unicycle" else 450)
     if cell.method != "PILCO":  # Sec. 4.2
