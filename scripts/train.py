@@ -405,8 +405,12 @@ def learn_on(
     is_drawn = options.progress and sys.stdout.isatty()
     with stopping_on_signals(checkpoints) as signals, contextlib.ExitStack() as stack:
         if not is_drawn:
-            of_all = f"of {options.total_timesteps} steps"
-            stack.enter_context(said(lambda: f"{algorithm.num_timesteps} {of_all}"))
+
+            def progress() -> str:
+                steps = f"{algorithm.num_timesteps} of {options.total_timesteps} steps"
+                return f"{steps}; {algorithm.phase}" if algorithm.phase else steps
+
+            stack.enter_context(said(progress))
         try:
             if remaining > 0:
                 name = "learn_offline" if options.offline else "learn"

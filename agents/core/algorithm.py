@@ -100,11 +100,13 @@ class Algorithm(BaseAlgorithm):
         action_spaces: the kinds of action spaces that the agent can work with; () for all.
         check_observations: whether `predict` refuses observations that are not finite.
         fixed_arguments: those that cannot be set later, because something was built from them.
+        phase: what the agent does between two steps if it takes long, in words; "" otherwise.
     """
 
     no_vec_normalize: ClassVar[str] = ""
     action_spaces: ClassVar[tuple[type[spaces.Space], ...]] = ()
     check_observations = True
+    phase: str = ""
     fixed_arguments: ClassVar[tuple[str, ...]] = ("policy_kwargs",)
     group: dist.ProcessGroup | None = None  # an argument of agents that several can learn
     _fixed: Mapping[str, Any] = MappingProxyType({})
@@ -233,7 +235,7 @@ class Algorithm(BaseAlgorithm):
         self._fixed = {**fixed, "group": self.group}  # which cannot be copied
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_fixed", "group"]
+        return [*super()._excluded_save_params(), "_fixed", "group", "phase"]
 
     def refuse_vec_normalize(self, env: GymEnv | None) -> None:
         """Raise ValueError if `env` is in VecNormalize and the agent cannot work with that."""

@@ -428,8 +428,14 @@ class TrialAlgorithm(Algorithm):
         if not self.policy.is_placed:
             self._problem.place(self.policy, self.world_model, means=self.start_means)
         title = f"trial {self._n_trials}: policy search on {self.world_model.n_points} points"
-        with _search_bar(callback, title, self.gradient_steps) as on_step:
+        with _search_bar(callback, title, self.gradient_steps) as show:
+
+            def on_step(step: int, cost: float) -> None:
+                self.phase = f"{title}, {step + 1} of {self.gradient_steps}, cost {cost:.2f}"
+                show(step, cost)
+
             self._n_updates += self._search(on_step)
+            self.phase = ""
         rate = self.lr_schedule(self._current_progress_remaining)
         self.logger.record("train/learning_rate", rate)
         self.logger.record("train/n_updates", self._n_updates, exclude=QUIET)

@@ -1,6 +1,9 @@
 """What long work says of itself where there is no terminal."""
 
+import re
 import time
+
+import pytest
 
 from tests.agents.contract.conftest import Maker
 from tests.agents.contract.runs import new_agent
@@ -37,3 +40,24 @@ def test_a_run_that_becomes_slow_says_so_once(capsys, monkeypatch):
     # 14 s are 5.6 times the median of 2, 3, 2.5; what comes after is not said again.
     assert error.startswith("a step takes 1 s, 6 times as long as before (load ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["pipps", "pilco"])
+def test_a_policy_search_says_how_far_it_is(name, monkeypatch):
+    agent, phases = new_agent(Maker(name)), []
+    search = type(agent)._search
+
+    def watched(agent, on_step):
+        def spy(step, cost):
+            on_step(step, cost)
+            phases.append(agent.phase)
+
+        return search(agent, spy)
+
+    monkeypatch.setattr(type(agent), "_search", watched)
+    agent.learn(7)
+    pattern = r"trial 1: policy search on \d+ points, (\d+) of (\d+), cost -?\d+\.\d\d"
+    numbers = [tuple(map(int, re.fullmatch(pattern, phase).groups())) for phase in phases]
+    total = agent.gradient_steps
+    assert numbers == [(i + 1, total) for i in range(len(phases))] and len(phases) >= total
+    assert agent.phase == ""

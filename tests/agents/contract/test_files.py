@@ -112,7 +112,7 @@ def test_arguments_given_to_load_replace_the_files(make, file):
     assert loaded.learning_rate == 0.0321 and loaded.lr_schedule(1.0) == 0.0321
     with pytest.raises(ValueError, match="bogus passed to load: the agent has no such argument"):
         make.cls.load(file, device="cpu", bogus=3)
-    with pytest.raises(ValueError, match=r"arguments that fit it, here learning_rate"):
+    with pytest.raises(ValueError, match="arguments that fit it, here env, learning_rate"):
         make.cls.load(file, env=CountingEnv(), device="cpu", learning_rate=-1.0)
 
 
