@@ -45,7 +45,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "gamma": 0.5, "lam": 0.5, "discount_weights": False, "entropy_scale": 0.5,
         "scale_returns": True, "slow_critic_rate": 0.1, "slow_actor_rate": 0.1,
         "representation_scale": 0.3, "model_learning_rate": 0.1,
-        "adam_eps": 0.1, "max_grad_norm": 0.1, "batch_size": 4, "sequence_length": 4,
+        "adam_eps": 0.1, "max_grad_norm": 0.1, "actor_clip": 1.0, "batch_size": 4, "sequence_length": 4,
         "imagination_starts": 5, "buffer_size": 300, "storage": "device",
         "learning_starts": 21, "train_freq": 3, "gradient_steps": 2, "replay_ratio": 6.5,
         "exploration_noise": 0.9, "hold_exponent": 1.5, "kl_scale": 0.5, "free_nats": 0.0,
