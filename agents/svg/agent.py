@@ -95,7 +95,8 @@ class SVG(Algorithm):
             episodes have finished as there are environments. "inf" needs 0.
         horizon: steps after which an episode that goes on counts as finished.
         learning_starts: steps before the policy's first update; the rest learns from the start.
-        policy_updates: gradient steps of the policy per round: the paper's K for "1-er".
+        policy_updates: gradient steps of the policy per round: the paper's K for "1-er". For "inf"
+            each goes through whole episodes: take few.
         value_updates: gradient steps of the critic per round.
         model_updates: gradient steps of model and reward per round.
         batch_size: transitions per gradient step.
@@ -152,7 +153,7 @@ class SVG(Algorithm):
         train_freq: Annotated[int, AtLeast(0)] = 0,
         horizon: Annotated[int, AtLeast(1)] = 1000,
         learning_starts: Annotated[int, AtLeast(0)] = 1000,
-        policy_updates: Annotated[int, AtLeast(1)] = 50,
+        policy_updates: Annotated[int, AtLeast(1)] = 200,
         value_updates: Annotated[int, AtLeast(0)] = 200,
         model_updates: Annotated[int, AtLeast(0)] = 200,
         batch_size: Annotated[int, AtLeast(1)] = 128,
