@@ -209,7 +209,7 @@ def test_arguments_reach_the_update():
         "entropy_scale": 0.1, "kl_scale": 0.2, "free_nats": 0.3, "free_nats_per_step": True,
         "discount_scale": 0.4, "horizon": 4, "imagination_starts": 5, "learning_rate": 0.6,
         "model_learning_rate": 0.7, "adam_eps": 0.8, "max_grad_norm": 0.9, "bf16": True,
-        "decoded_share": 0.5, "actor_clip": 2.5,
+        "decoded_share": 0.5,
     }  # fmt: skip
     settings = make(**changes)._update.settings
     flat = {**vars(settings), **vars(settings.imagination), **settings.model._asdict()}
@@ -245,7 +245,6 @@ WRONG = [
     ("model_learning_rate", 0.0, "above 0"),
     ("adam_eps", -1.0, "above 0"),
     ("max_grad_norm", 0.0, "above 0"),
-    ("actor_clip", 0.5, "0 or at least 1"),
     ("discount_scale", 0.0, "above 0"),
     ("exploration_noise", -0.1, "at least 0"),
     ("hold_exponent", -1.0, "at least 0"),

@@ -3,7 +3,6 @@
 import copy
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -900,35 +899,3 @@ def test_an_update_moves_the_slow_critic_and_the_range_of_returns():
         torch.testing.assert_close(slow, 0.75 * old + 0.25 * fast)
     assert float(record.scalars["return_range"]) == float(policy.return_range) > 0
     assert all(torch.isfinite(value) for value in record.scalars.values())
-
-
-def test_the_actors_gradient_is_limited_to_a_multiple_of_its_usual_norm():
-    """Norms by hand: the first is the average; a spike counts as the limit, 3 times the average."""
-    update = DreamerUpdate(make(), replace(SETTINGS, actor_clip=3.0, max_grad_norm=5.0))
-    parameter, usual, taken = torch.nn.Parameter(torch.zeros(2)), torch.zeros(()), []
-    optimizer = SimpleNamespace(
-        step=lambda: taken.append(float(parameter.grad.norm())), zero_grad=lambda: None
-    )
-    norms = (1.0, 2.0, 50.0, 0.5, math.nan, 400.0, 1.0)
-    averages = []
-    for norm in norms:
-        gradients = [torch.tensor([0.6, -0.8]) * norm]
-        found = update._apply(optimizer, [parameter], gradients, usual=usual)
-        assert float(found) == pytest.approx(norm, nan_ok=True)
-        averages.append(float(usual))
-    second = 0.99 + 0.02
-    third = 0.99 * second + 0.01 * (3 * second)
-    fourth = 0.99 * third + 0.005
-    sixth = 0.99 * fourth + 0.01 * (3 * fourth)
-    expected = [1.0, second, third, fourth, fourth, sixth, 0.99 * sixth + 0.01]
-    assert averages == pytest.approx(expected, rel=1e-5)
-    steps = [1.0, 2.0, 3 * second, 0.5, math.nan, 3 * fourth, 1.0]
-    assert taken == pytest.approx(steps, rel=1e-5, nan_ok=True)
-
-
-def test_without_a_clip_of_its_own_the_actors_usual_norm_is_not_followed():
-    policy = make()
-    DreamerUpdate(policy, SETTINGS)(batch(), generator(0))
-    assert policy.actor_norm == 0
-    record = DreamerUpdate(policy, replace(SETTINGS, actor_clip=2.0))(batch(), generator(1))
-    assert policy.actor_norm == record.scalars["actor_gradient_norm"] > 0
