@@ -144,9 +144,6 @@ class DreamerTPX(Algorithm):
             of what it is without.
         adam_eps: Adam's epsilon.
         max_grad_norm: global-norm clip of each of the three optimizers.
-        actor_clip: the norm of the actor's gradient is also limited to this multiple of its running
-            average. Single gradients of 10 to 100 times the usual norm, which some tasks have,
-            undo what was learned. 0: only max_grad_norm limits it, as in DreamerV1.
         batch_size: sequences per batch.
         sequence_length: entries L of each sequence; an episode of T steps has T + 1. Sequences
             may hold the end of an episode and the beginning of the next.
@@ -238,7 +235,6 @@ class DreamerTPX(Algorithm):
         model_learning_rate: Annotated[float, Above(0)] | Literal["auto"] = 6e-4,
         adam_eps: Annotated[float, Above(0)] = 1e-7,
         max_grad_norm: Annotated[float, Above(0)] = 100.0,
-        actor_clip: Annotated[float, ZeroOrAtLeast(1)] = 0.0,
         batch_size: Annotated[int, AtLeast(1)] = 50,
         sequence_length: Annotated[int, AtLeast(2)] = 50,
         imagination_starts: Annotated[int, ZeroOrAtLeast(3)] = 0,
@@ -292,7 +288,7 @@ class DreamerTPX(Algorithm):
         self.slow_critic_rate, self.slow_actor_rate = slow_critic_rate, slow_actor_rate
         self.representation_scale = representation_scale
         self.model_learning_rate, self.adam_eps = model_learning_rate, adam_eps
-        self.max_grad_norm, self.actor_clip = max_grad_norm, actor_clip
+        self.max_grad_norm = max_grad_norm
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.imagination_starts = imagination_starts
         self.buffer_size, self.storage = buffer_size, storage
@@ -989,7 +985,6 @@ class DreamerTPX(Algorithm):
             model_learning_rate=self._resolved("model_learning_rate"),
             adam_eps=self.adam_eps,
             max_grad_norm=self.max_grad_norm,
-            actor_clip=self.actor_clip,
             slow_critic_rate=self.slow_critic_rate,
             slow_actor_rate=self.slow_actor_rate,
             bf16=self.bf16,

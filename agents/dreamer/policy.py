@@ -156,11 +156,9 @@ class DreamerPolicy(BasePolicy):
 
     OPTIONAL_BUFFERS: ClassVar[tuple[str, ...]] = (
         "return_range",
-        "actor_norm",
         *(f"model.{name}" for name in LatentModel.OPTIONAL_BUFFERS),
     )
     return_range: Tensor  # [] average, see DreamerTPX's scale_returns
-    actor_norm: Tensor  # [] average, see DreamerTPX's actor_clip
     percentiles: Tensor  # [2] the ends of that range
     file_name: ClassVar[str] = "totalprop.DreamerPolicy"
     former_file_names: ClassVar[tuple[str, ...]] = ("agents.dreamer_policy.DreamerPolicy",)
@@ -240,7 +238,6 @@ class DreamerPolicy(BasePolicy):
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False) if slow_critic else None
         self.slow_actor = copy.deepcopy(self.actor).requires_grad_(False) if slow_actor else None
         self.register_buffer("return_range", torch.zeros(()))
-        self.register_buffer("actor_norm", torch.zeros(()))
         # On the device from the start: a CUDA graph cannot copy numbers from the host.
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
 
@@ -283,8 +280,7 @@ class DreamerPolicy(BasePolicy):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        for name in ("return_range", "actor_norm"):  # older files lack them
-            state_dict.setdefault(f"{prefix}{name}", torch.zeros_like(getattr(self, name)))
+        state_dict.setdefault(f"{prefix}return_range", torch.zeros_like(self.return_range))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def initial_state(self, n: int) -> tuple[State, Tensor]:

@@ -50,7 +50,6 @@ class UpdateSettings:
     model_learning_rate: float
     adam_eps: float
     max_grad_norm: float
-    actor_clip: float
     slow_critic_rate: float
     slow_actor_rate: float
     bf16: bool
@@ -199,10 +198,7 @@ class DreamerUpdate:
         norms = {
             "model": self._apply(self.model_optimizer, model_parameters, model_gradient),
             "actor": self._apply(
-                self.actor_optimizer,
-                list(policy.actor.parameters()),
-                actor_gradient.gradients,
-                usual=policy.actor_norm if settings.actor_clip else None,
+                self.actor_optimizer, list(policy.actor.parameters()), actor_gradient.gradients
             ),
             "critic": self._apply(self.critic_optimizer, critic_parameters, critic_gradient),
         }
@@ -275,25 +271,11 @@ class DreamerUpdate:
 
     def _apply(
         self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter],
-        gradients: Sequence[Tensor], *, usual: Tensor | None = None,
+        gradients: Sequence[Tensor],
     ) -> Tensor:  # fmt: skip
-        """Clip and take the step, unless the gradient is not finite; return its norm.
-
-        Args:
-            optimizer: takes the step.
-            parameters: its parameters.
-            gradients: theirs.
-            usual: [] running average of the clipped norms, 0 before the first; brought up to date.
-                `actor_clip` times as much is the limit, too.
-        """
+        """Clip and take the step, unless the gradient is not finite; return its norm."""
         norm = torch.nn.utils.get_total_norm(gradients)
-        limit = torch.full_like(norm, self.settings.max_grad_norm)
-        if usual is not None:
-            relative = self.settings.actor_clip * usual
-            limit = torch.where(usual > 0, torch.minimum(limit, relative), limit)
-            clipped = torch.where(norm.isfinite(), torch.minimum(norm, limit), usual)
-            usual.copy_(torch.where(usual > 0, usual.lerp(clipped, 0.01), clipped))
-        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        scale = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameter, gradient in zip(parameters, gradients):
             # Fused Adam pairs buffers by memory order, so a channels-last gradient (which
             # convolutions may return) would silently permute entries.

@@ -152,7 +152,6 @@ def _settings(name: str, horizon: int) -> UpdateSettings:
         model_learning_rate=v1["model_learning_rate"],
         adam_eps=v1["adam_eps"],
         max_grad_norm=v1["max_grad_norm"],
-        actor_clip=0.0,
         slow_critic_rate=0.0,
         slow_actor_rate=0.0,
         bf16=False,

@@ -59,7 +59,6 @@ SETTINGS = UpdateSettings(
     model_learning_rate=3e-3,
     adam_eps=1e-3,  # large: a step is then a smooth function of the gradient
     max_grad_norm=100.0,
-    actor_clip=0.0,
     slow_critic_rate=0.0,
     slow_actor_rate=0.0,
     bf16=False,
