@@ -61,6 +61,11 @@ class PolicyLine:
     """
 
     def __init__(self, run: Path, direction: int) -> None:
+        if not (run / "config.json").exists():
+            raise UserError(
+                f"--run must be the folder of a run of totalprop train pipps, got '{run}' (the "
+                "default is in the repository, and not in a wheel)"
+            )
         problem = agent_problem(run)
         if not isinstance(problem, PIPPSProblem):
             raise UserError(f"{run} is no run of pipps, whose policy search is measured here")

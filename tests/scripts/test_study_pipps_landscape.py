@@ -223,4 +223,4 @@ def test_wrong_flags_are_refused(study, flags, message, capsys, tmp_path):
 def test_a_folder_without_a_run_is_refused(study, capsys, tmp_path):
     with pytest.raises(SystemExit) as left:
         study.main(["--out", str(tmp_path / "out"), "--run", str(tmp_path)])
-    assert left.value.code == 1 and "is not a run folder" in capsys.readouterr().err
+    assert left.value.code == 1 and "--run must be the folder of a run" in capsys.readouterr().err
