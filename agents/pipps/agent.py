@@ -61,6 +61,8 @@ class PIPPS(TrialAlgorithm):
         noise_stop: a third of a search ends as soon as the directions of its gradients agree by
             less than this many standard errors, for example 2, and the search with its last third.
             0: a search takes all gradient_steps.
+        keep_best: end a search with the policy whose cost, averaged over 10 successive gradients,
+            was lowest, and not with the last one.
         random_trials: first episodes, with uniformly random actions.
         random_scale: these actions as a fraction of the action space, about its middle.
         cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64). Without
@@ -129,6 +131,7 @@ class PIPPS(TrialAlgorithm):
         momentum: Annotated[float, Within(0, 1, open_above=True)] = 0.9,
         dropout: Annotated[float, Within(0, 1, open_above=True)] = 0.0,
         noise_stop: Annotated[float, AtLeast(0)] = 0.0,
+        keep_best: bool = False,
         random_trials: Annotated[int, AtLeast(1)] = 1,
         random_scale: Annotated[float, Within(0, 1)] = 1.0,
         cost_fn: Callable[[Tensor], Tensor] | None = None,
@@ -182,7 +185,7 @@ class PIPPS(TrialAlgorithm):
         self.leg, self.cross_fit, self.kernel = leg, cross_fit, kernel
         self.n_particles, self.optimizer = n_particles, optimizer
         self.adam_eps, self.momentum = adam_eps, momentum
-        self.dropout, self.noise_stop = dropout, noise_stop
+        self.dropout, self.noise_stop, self.keep_best = dropout, noise_stop, keep_best
         self.termination_cost = termination_cost
         self.model_uncertainty, self.noise_multiplier = model_uncertainty, noise_multiplier
         if _init_setup_model:
@@ -232,6 +235,7 @@ class PIPPS(TrialAlgorithm):
             momentum=self.momentum,
             dropout=self.dropout,
             noise_stop=self.noise_stop,
+            keep_best=self.keep_best,
         )
 
     def _variant(self) -> tuple[bool, bool]:

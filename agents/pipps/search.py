@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.logger import Figure, Logger
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from totalprop.agents.core import figures
 from totalprop.agents.core.metrics import PICTURE, QUIET, record_gauge
@@ -41,6 +44,7 @@ class SearchSettings:
     momentum: float
     dropout: float
     noise_stop: float
+    keep_best: bool
 
 
 @dataclass
@@ -80,6 +84,23 @@ class SearchLog:
         if self.gauges:
             record_gauge(logger, torch.stack(self.gauges).sum(0), draw=draw)
         record("train/skipped_steps", self.skipped, exclude=QUIET)
+
+
+class BestSoFar:
+    """The parameters whose cost was lowest, averaged over `WINDOW` successive evaluations."""
+
+    WINDOW = 10  # the noise of one cost, and of the policy between two, is less than its changes
+
+    def __init__(self) -> None:
+        self.cost, self.parameters = math.inf, torch.empty(0)
+        self._recent: deque[tuple[float, Tensor]] = deque(maxlen=self.WINDOW)
+
+    def see(self, cost: float, parameters: Tensor) -> None:
+        """Take in an evaluation of [P] parameters."""
+        self._recent.append((cost, parameters))
+        mean = sum(cost for cost, _ in self._recent) / self.WINDOW
+        if len(self._recent) == self.WINDOW and mean < self.cost:
+            self.cost, self.parameters = mean, self._recent[self.WINDOW // 2][1]
 
 
 def optimise_policy(
@@ -123,6 +144,7 @@ def optimise_policy(
         )
 
     fixed = draw() if settings.fixed_noise else None
+    best = BestSoFar()
 
     def evaluate() -> Evaluation:
         noise = fixed or draw()
@@ -157,6 +179,8 @@ def optimise_policy(
                 variance = result.per_sample.var(0).sum() * len(result.per_sample)
                 tiny = torch.finfo(variance.dtype).tiny  # a gradient of 0 has no noise
                 log.signal_to_noise.append(float(flat.square().sum() / variance.clamp_min(tiny)))
+        if settings.keep_best:
+            best.see(log.losses[-1], parameters_to_vector(parameters).detach())
         on_step(number, log.losses[-1])
         spread = None
         if needs_variance:
@@ -185,4 +209,6 @@ def optimise_policy(
             f"none of the {log.skipped} policy gradients was finite; "
             "choose estimator 'tpx' or 'lr', or a shorter horizon"
         )
+    if len(best.parameters):
+        vector_to_parameters(best.parameters, parameters)
     return log

@@ -470,7 +470,7 @@ def test_invariant_dims_are_the_environments_unless_they_are_given(tmp_path):
 OPTIONS = {
     "speed_integration": "on", "integrated_dims": ((0, 1),), "time_step": 0.5,
     "start_means": ((0.0, 0.0), (1.0, 0.0)), "kernel": "rbf+linear", "dropout": 0.5,
-    "noise_stop": 2.0, "gradient_steps": 6,
+    "noise_stop": 2.0, "gradient_steps": 6, "keep_best": True,
 }  # fmt: skip
 
 

@@ -10,7 +10,12 @@ from torch.nn.utils import parameters_to_vector
 
 from totalprop import estimators
 from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
-from totalprop.agents.pipps.search import DIAGNOSE_EVERY, SearchSettings, optimise_policy
+from totalprop.agents.pipps.search import (
+    DIAGNOSE_EVERY,
+    BestSoFar,
+    SearchSettings,
+    optimise_policy,
+)
 from totalprop.agents.trials.controllers import LinearPolicy, RBFController, RBFPolicy
 from totalprop.world_models.gp_dynamics import GPDynamics
 
@@ -52,6 +57,7 @@ def settings(**changes):
             momentum=0.9,
             dropout=0.0,
             noise_stop=0.0,
+            keep_best=False,
         ),
         **changes,
     )
@@ -187,6 +193,39 @@ def test_fixed_noise_is_the_same_in_every_step():
         log = optimise_policy(policy, model, settings(**changes), generator(5))
         spread = max(log.losses) - min(log.losses)
         assert (spread < 1e-9) == fixed
+
+
+# The best policy
+
+
+def test_the_best_is_the_middle_of_the_cheapest_ten():
+    best, costs = BestSoFar(), [5.0] * 9 + [3.0] * 5 + [1.0, 9.0, 1.0, 1.0, 1.0] + [2.0] * 11
+    for i, cost in enumerate(costs):
+        best.see(cost, torch.tensor([float(i)]))
+        assert (len(best.parameters) == 1) == (i >= 9)
+    means = [sum(costs[i : i + 10]) / 10 for i in range(len(costs) - 9)]
+    assert best.cost == min(means) and best.parameters == means.index(min(means)) + 5
+
+
+def test_a_search_that_steps_off_a_cliff_keeps_the_policy_that_it_had():
+    """At a step size of 0.1 the cost falls; then the optimiser is made to throw it away."""
+    ends = {}
+    for keep in (False, True):
+        model, policy = make()
+
+        def push(number, loss, policy=policy):
+            if number >= 60:
+                with torch.no_grad():
+                    for parameter in policy.parameters():
+                        parameter.add_(3.0)
+
+        options = settings(gradient_steps=80, keep_best=keep)
+        log = optimise_policy(policy, model, options, generator(), push)
+        noise = Noise.draw(H, 500, model.start_mean.shape[-1], generator(9), resample=False)
+        with torch.no_grad():
+            ends[keep] = float(simulate(model, policy, noise, estimators.make("rp"))[0])
+    before = sum(log.losses[40:60]) / 20
+    assert ends[True] < before + 0.1 * abs(before) < ends[False]
 
 
 # Cooling
