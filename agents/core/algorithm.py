@@ -122,7 +122,13 @@ class Algorithm(BaseAlgorithm):
     # ----------------------------------------------------------------------------------------
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """Like SB3's, and also seed the agent's own generator; None draws a seed for it."""
+        """Like SB3's, and also seed the agent's own generator; None draws a seed for it.
+
+        Raises:
+            ValueError: NumPy takes no such seed.
+        """
+        if seed is not None and not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be at least 0 and below 2^32, got {seed}")
         super().set_random_seed(seed)
         seed = self._draw_seed() if seed is None else seed
         self._generator = torch.Generator(self.device).manual_seed(seed)

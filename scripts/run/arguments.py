@@ -155,6 +155,8 @@ def _parse(arguments: list[str], usage: str) -> Job:
     config, imports = _take(arguments, "--config"), []
     while (module := _take(arguments, "--import")) is not None:
         imports.append(module)
+    if config == "":
+        raise UserError("--config needs a run's folder, its config.json, or a YAML file")
     config = config and str(local(config))
     settings = {} if config is None else read_settings(Path(config))
     if config is not None and (not arguments or arguments[0].startswith("-")):

@@ -209,6 +209,8 @@ WRONG = [
     (["--optimizer", "sgd"], 2, "sgd"),
     (["--n-particles", "many"], 2, "many"),
     (["--no-such-flag"], 2, "no-such-flag"),
+    (["--seed", "-1"], 1, "seed must be at least 0 and below 2^32, got -1"),
+    (["--config"], 2, "--config needs a run's folder"),
 ]
 
 
