@@ -303,11 +303,14 @@ def try_out(jobs: Mapping[str, Sequence[str]]) -> None:
     """
     tried: set[tuple[str, str]] = set()
     for name, command in jobs.items():
-        pairs = {pair for pair in itertools.pairwise(command) if "--seed" not in pair}
-        job = parse(command, usage="")
-        if pairs <= tried or job.options.offline:
+        at = command.index("--seed")
+        pairs = set(itertools.pairwise((*command[:at], *command[at + 2 :])))
+        if pairs <= tried:
             continue
         tried |= pairs
+        job = parse(command, usage="")
+        if job.options.offline:
+            continue
         try:
             job.options.check()
             # The device of this machine may not be that of a cluster.

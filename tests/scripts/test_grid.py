@@ -244,3 +244,11 @@ def test_a_table_of_evaluations_is_parquet_too(tmp_path):
     path = sweep._write_evaluations(tmp_path, grid, results, "cost")
     found = parquet.read_table(path.with_suffix(".parquet")).to_pydict()
     assert found["estimator"] == ["tpx"] * 2 and found["cost"] == [5.0, 4.5]
+
+
+def test_each_value_is_tried_once_whatever_the_seeds(monkeypatch):
+    made = []
+    monkeypatch.setattr(sweep.Job, "algorithm", lambda job, env: made.append(job.arguments))
+    own = grid_of("pipps --estimators rp lr --seeds 0 1 2", ["--horizon", "9"])
+    sweep.try_out(sweep.jobs_of(own))
+    assert [arguments["estimator"] for arguments in made] == ["rp", "lr"]
