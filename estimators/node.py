@@ -425,6 +425,12 @@ def _check_legs(estimator: Estimator, zeta: Zeta, probe: Probe | None) -> None:
         raise ValueError(
             f"cross_fit chooses k in halves of at least 2 samples, and needs N >= 4, got {n}"
         )
+    if estimator.probe != "none" and probe is None:
+        raise ValueError(
+            f"an estimator with probe={estimator.probe!r} weighs the legs in parameter space and "
+            "needs probe=... at the node: pass one (estimators.ParameterProbe), or choose "
+            "estimator 'tpx', which needs none"
+        )
 
 
 def _shown(x: object) -> str:

@@ -477,7 +477,7 @@ def _plot(parser: ArgumentParser) -> None:
     add(
         "--out",
         type=Path,
-        help="folder of the pictures (default: plots/NAME, where NAME is the folder of the runs)",
+        help="folder of the pictures (default: plots/NAME, after the folders of the runs)",
     )
 
 

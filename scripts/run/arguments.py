@@ -88,8 +88,19 @@ def policy_flags(agent: str) -> type:
     )
 
 
-def _dataclass(name: str, fields: list[Any], doc: str) -> type:
-    made = dataclasses.make_dataclass(name, fields, frozen=True)
+def run_flags() -> type[RunOptions]:
+    """RunOptions whose flags show their ranges."""
+    hints = typing.get_type_hints(RunOptions, include_extras=True)
+    fields = [
+        (field.name, Annotated[hints[field.name], tyro.conf.arg(metavar=metavar)], field)
+        for field in dataclasses.fields(RunOptions)
+        if (metavar := _metavar(hints[field.name]))
+    ]
+    return _dataclass("RunFlags", fields, str(RunOptions.__doc__), bases=(RunOptions,))
+
+
+def _dataclass(name: str, fields: list[Any], doc: str, bases: tuple[type, ...] = ()) -> type:
+    made = dataclasses.make_dataclass(name, fields, bases=bases, frozen=True)
     made.__doc__ = doc
     return made
 
@@ -129,10 +140,13 @@ def _base(hint: Any) -> Any:
 def _metavar(hint: Any) -> str | None:
     """Return a number's type and range, such as INT ≥ 2; None where tyro's own text is enough."""
     members = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    words = [
+        word for member in members if get_origin(member) is Literal for word in get_args(member)
+    ]
+    others = "".join(f" | {word}" for word in words + ["None"] * (type(None) in members))
     for member in members:
         for found in getattr(member, "__metadata__", ()):
             if isinstance(found, RANGES) and found.symbol:
-                others = " | None" if type(None) in members else ""
                 return f"{_base(member).__name__.upper()} {found.symbol}{others}"
     return None
 
@@ -231,7 +245,7 @@ def _defaults(agent: str, preset: str) -> tuple[RunOptions, Any, Any]:
     names = {field.name for field in dataclasses.fields(own)}
     values = {k: v for k, v in entry.presets.get(preset, {}).items() if k in names}
     policy = {k: to_flag(k, v) for k, v in default_policy_kwargs(agent, preset).items()}
-    return RunOptions(**run), own(**{"seed": 0, **values}), policy_flags(agent)(**policy)
+    return run_flags()(**run), own(**{"seed": 0, **values}), policy_flags(agent)(**policy)
 
 
 def _parse_flags(
@@ -262,7 +276,7 @@ def _parse_flags(
             help_command = f"totalprop train {agent} --help lists the flags"
             raise UserError(f"{_unboxed(box.getvalue())}; {help_command}") from None
         raise
-    return parsed.run, parsed.agent, parsed.policy
+    return RunOptions(**vars(parsed.run)), parsed.agent, parsed.policy
 
 
 def _with_env_args(options: RunOptions, preset_run: Mapping[str, Any]) -> RunOptions:

@@ -28,7 +28,6 @@ import contextlib
 import inspect
 import io
 import itertools
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +50,7 @@ from totalprop.scripts.studies.grid import grid_of
 from totalprop.scripts.studies.learning_curves import (
     AGGREGATES,
     Curve,
+    Unit,
     by,
     figure_of,
     has_interval,
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             task = next(curve.task for curve in curves if curve.action_repeat is None)
             raise UsageError(f"the frames of a decision in {task} are unknown; draw --x decisions")
         pictures = {"learning_curves": figure_of(curves, legend, options.x)}
-        texts = [table(curves, legend, options.x)]
+        texts = [table(own, legend, options.x) for own in by(curves, "quantity").values()]
         if options.profile:
             lines, tasks = normalised(curves, options.normalise)
             pictures["profile"] = profile_figure(lines, legend)
@@ -120,9 +120,16 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _name_of(paths: Sequence[Path]) -> str:
-    """Name of the folder that the paths have in common."""
+    """Name for the pictures of these paths: a folder's own, or what tells several paths apart."""
     folders = [path.parent if path.is_file() else path for path in map(Path.resolve, paths)]
-    return Path(os.path.commonpath(folders)).name or "runs"
+    if len(set(folders)) == 1:
+        return folders[0].name or "runs"
+    parts = _distinct(set(map(str, folders)))
+    own = sorted(
+        (part or Path(path).name).replace("/", "_") for path, part in parts.items() if path
+    )
+    name = "_".join(own)
+    return name if len(name) <= 80 else f"{own[0]}_and_{len(own) - 1}_more"
 
 
 # ---------------------------------------------------------------------------- reading
@@ -378,15 +385,14 @@ def _values(run: Found, keys: Sequence[str]) -> list[str]:
 # ---------------------------------------------------------------------------- tables
 
 
-def table(curves: Sequence[Curve], legend: str, unit: Any) -> str:
-    """The end of every thick line, in Markdown."""
-    lines = [
-        f"| task | {legend} | seeds | until | interquartile mean | 95 % | each seed | success |",
-        "|---" * 8 + "|",
-    ]
+def table(curves: Sequence[Curve], legend: str, unit: Unit) -> str:
+    """The end of every thick line, in Markdown; the curves are all of costs, or all of returns."""
+    is_cost = curves[0].quantity == "cost"
+    heads = ["task", legend, "seeds", "until", f"interquartile mean of the {curves[0].quantity}s",
+             "95 %", "each seed", *(["success"] if is_cost else [])]  # fmt: skip
+    rows = [heads, ["---"] * len(heads)]
     for own in by(curves, "panel", "label").values():
         x, values = together(own, unit)
-        is_cost = own[0].quantity == "cost"
         until, middle, ends, success = "no seed together with all others", "", "", ""
         last = values[:, -1] if len(x) else np.array([])
         if len(x):
@@ -400,9 +406,9 @@ def table(curves: Sequence[Curve], legend: str, unit: Any) -> str:
                 ends_of_rate = _interval((rate.low, rate.high))
                 success = f"{rate.successes}/{rate.runs} ({ends_of_rate})"
         each = ", ".join(f"{value:.1f}" for value in last)
-        lines.append(f"| {own[0].task} | {own[0].label} | {len(own)} | {until} | {middle} | {ends} "
-                     f"| {each} | {success} |")  # fmt: skip
-    return "\n".join(lines) + "\n"
+        row = [own[0].task, own[0].label, str(len(own)), until, middle, ends, each, success]
+        rows.append(row[: len(heads)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _interval(ends: Sequence[float] | np.ndarray) -> str:

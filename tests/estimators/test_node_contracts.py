@@ -342,10 +342,13 @@ def test_tap_without_probe_is_refused():
 
 
 @pytest.mark.parametrize("name", ["tp", "tps", "tpg", "tp-guarded", "tpg-guarded"])
-def test_a_rule_without_its_probe_says_so_in_one_sentence(name):
+def test_a_rule_without_its_probe_is_refused_where_the_node_is_called(name):
+    mean = torch.zeros(4, 3, requires_grad=True)
+    estimator = estimators.make(name)
     with pytest.raises(ValueError, match=r"needs probe=.*'tpx', which needs none") as caught:
-        single_node(estimators.make(name))
+        estimators.Rollout(name).sample(mean, torch.ones(4, 3))
     assert "\n" not in str(caught.value)
+    assert f"probe='{estimator.probe}'" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,14 @@ import inspect
 import json
 import re
 import sys
+import types
+from typing import Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
 
 from totalprop.agents import AGENTS
+from totalprop.agents.core.validation import constructor_hints
 from totalprop.scripts import cli, train
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.arguments import agent_flags, parse, parse_resume, policy_flags
@@ -43,6 +46,15 @@ def helped(field):
     return field.type.__metadata__[-1].help
 
 
+def symbols(hint):
+    """Ranges of an annotation, and the words that a number's place can have."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    notes = [note for m in members for note in getattr(m, "__metadata__", ())]
+    ranges = list(filter(None, (getattr(note, "symbol", "") for note in notes)))
+    words = [word for m in members if get_origin(m) is Literal for word in get_args(m)]
+    return [*ranges, *words] if ranges else []
+
+
 @pytest.mark.parametrize("agent", AGENTS)
 def test_every_flag_of_an_agent_has_its_own_help(agent):
     fields = [*dataclasses.fields(agent_flags(agent)), *dataclasses.fields(policy_flags(agent))]
@@ -65,6 +77,10 @@ def test_the_help_shows_every_flag_with_text_and_default(agent, capsys):
         words = " ".join(line.strip("│ ") for line in shown[flag].splitlines())
         assert "(default: " in words or "(repeatable)" in words, words
         assert len(words) > len(flag) + 25, words
+        # A flag that takes numbers in a range shows it, and the words that it takes instead of one.
+        hint = {**constructor_hints(RunOptions), **constructor_hints(AGENTS[agent].cls)}.get(name)
+        for symbol in symbols(hint):
+            assert symbol in words.partition("(default")[0], words
 
 
 # train reads constructors, and zoo passes its flags on.

@@ -1,6 +1,7 @@
 """Any runs in one picture: what is read, how lines are labelled, and what is drawn."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -313,13 +314,37 @@ def test_the_command_writes_pictures_and_prints_a_table(tmp_path, capsys, monkey
     plot.main(["results/walk", "--profile", "--x", "frames"])
     out = capsys.readouterr().out
     head = "| dmc/walker-walk-v0 | "
-    assert f"{head}rp | 4 | 600 frames | 3.50 | 2.00 to 5.00 | 2.0, 3.0, 4.0, 5.0 |  |" in out
-    assert f"{head}tpx | 2 | 600 frames | 6.50 |  | 6.0, 7.0 |  |" in out
+    assert f"{head}rp | 4 | 600 frames | 3.50 | 2.00 to 5.00 | 2.0, 3.0, 4.0, 5.0 |\n" in out
+    assert f"{head}tpx | 2 | 600 frames | 6.50 |  | 6.0, 7.0 |\n" in out
     names = [f"{name}.{kind}" for name in ("learning_curves", "profile") for kind in ("png", "svg")]
     assert out.splitlines()[-1] == f"written to plots/walk: {', '.join(names)}"
     for name in names:
         start = (tmp_path / "plots" / "walk" / name).read_bytes()[:100]
         assert start.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
+
+
+def test_costs_and_returns_have_tables_of_their_own(tmp_path, capsys):
+    returns = sweep_file(tmp_path / "ppo", {"rp": entries(5)})
+    entry = {"costs": [30, 20, 9], "success_threshold": 20.0}
+    command = SWEEP.replace("dreamer", "pipps").replace("Pendulum-v1", "my_module:Own-v0")
+    costs = sweep_file(tmp_path / "pipps", {"rp": {"0": entry}}, command)
+    plot.main([str(returns), str(costs), "--out", str(tmp_path / "out")])
+    of_returns, of_costs = capsys.readouterr().out.split("\n\n")[:2]
+    assert "| interquartile mean of the returns | 95 % | each seed |\n" in of_returns
+    assert of_returns.endswith("| 7.00 |  | 7.0 |")
+    assert "| interquartile mean of the costs | 95 % | each seed | success |\n" in of_costs
+    assert "| 3 evaluations | 9.00 |  | 9.0 | 1/1 (0.21 to 1.00) |" in of_costs
+
+
+def test_other_runs_are_written_to_another_folder():
+    def name(*paths):
+        return plot._name_of([Path(path) for path in paths])
+
+    assert name("runs") == name("runs/") == "runs"
+    assert name("runs/a", "runs/b") == name("runs/b", "runs/a") == "a_b"
+    assert name("x/dreamer/h15", "x/svg/h15") == "dreamer_svg"
+    assert name("runs", "runs/a") == "a_runs"
+    assert name(*(f"runs/{'long' * 5}{i}" for i in range(9))) == f"{'long' * 5}0_and_8_more"
 
 
 @pytest.mark.parametrize(
