@@ -757,7 +757,7 @@ class DAAPPO(Algorithm, PPO):
                 f"{what} need one vector as action, got {describe(actions)}; {alone}"
             )
         if self.use_sde:
-            raise ValueError(f"{what} need a plain Gaussian policy: use_sde must be False")
+            raise ValueError(f"{what} need a plain Gaussian policy: pass use_sde=False")
         if self.rollout_buffer_class not in (None, ManyActionRolloutBuffer):
             raise ValueError(
                 f"{what} need their own rollout buffer, got "

@@ -770,8 +770,8 @@ class DreamerTPX(Algorithm):
             raise ValueError(
                 f"the dataset '{data.id}' has {data.total_steps:,} steps in "
                 f"{data.total_episodes:,} episodes, which are {entries:,} entries, and the replay "
-                f"has room for {room:,}: pass buffer_size={needed} (--buffer-size {needed}), or "
-                "part of the dataset (minari.split_dataset)"
+                f"has room for {room:,}: pass buffer_size={needed}, or part of the dataset "
+                "(minari.split_dataset)"
             )
         # As in `load_replay_buffer`, the old one is freed first.
         self._last_obs = self._memory = self.replay_buffer = None

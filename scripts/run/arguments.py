@@ -301,6 +301,10 @@ def _unboxed(box: str) -> str:
     groups = itertools.groupby(lines, lambda line: line[:1] in "╭╰" or not line.strip("─-"))
     blocks = [" ".join(group) for is_ruler, group in groups if not is_ruler]
     message = blocks[0 if box.startswith("╭") else 1].partition("  Got errors")[0].rstrip(".")
+    unfit = (
+        r"Error parsing (--[\w-]+): no type matching .* could be instantiated from \['?(.*?)'?\]"
+    )
+    message = re.sub(unfit, r"\1 cannot be \2", message)
     near = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(blocks))
     return f"{message}; did you mean {near[1]}?" if near else message
 

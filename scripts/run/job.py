@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Set
+import re
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -120,10 +122,12 @@ class Job:
 
     def environments(self) -> tuple[VecEnv, VecEnv]:
         """Make the environments for training and for evaluation."""
-        env = make_env(
-            self.options.env_id, self.env_args, seed=None, step_timeout=self.options.step_timeout,
-            rewindable=AGENTS[self.agent].rewinds(self.arguments),
-        )  # fmt: skip
+        with self._naming_flags():
+            env = make_env(
+                self.options.env_id, self.env_args, seed=None,
+                step_timeout=self.options.step_timeout,
+                rewindable=AGENTS[self.agent].rewinds(self.arguments),
+            )  # fmt: skip
         env = self.normalised(env)
         return env, normalise_like(self.evaluation_environment(), unwrap_vec_normalize(env))
 
@@ -159,10 +163,20 @@ class Job:
             arguments["learning_rate"] = LinearSchedule(rate, end=0.0, end_fraction=1.0)
         cls = AGENTS[self.agent].cls
         kwargs = accepted(cls, arguments["policy"], self.policy_kwargs)
-        made = cls(env=env, policy_kwargs=policy_kwargs_from_json(kwargs), **arguments)
-        if dataset is not None:
-            made.load_dataset(dataset)  # type: ignore[attr-defined]
+        with self._naming_flags():
+            made = cls(env=env, policy_kwargs=policy_kwargs_from_json(kwargs), **arguments)
+            if dataset is not None:
+                made.load_dataset(dataset)  # type: ignore[attr-defined]
         return made
+
+    @contextlib.contextmanager
+    def _naming_flags(self) -> Iterator[None]:
+        """Refusals name flags, not arguments; they stay of their kind, which exit codes tell."""
+        try:
+            yield
+        except (UserError, ValueError, AssertionError) as error:
+            error.args = (in_flags(str(error), {**self.arguments, **self.policy_kwargs}),)
+            raise
 
     def flags(self) -> dict[str, Any]:
         """The settings that determine what a run learns."""
@@ -237,6 +251,32 @@ class Job:
             arguments={k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()},
             policy_kwargs=policy_kwargs,
         )
+
+
+def in_flags(text: str, names: Iterable[str]) -> str:
+    """A constructor's refusal in the words of the command line.
+
+    >>> in_flags("horizon must be at least 2, got 1: choose credit='all'", ["horizon", "credit"])
+    '--horizon must be at least 2, got 1: choose --credit all'
+
+    Args:
+        text: the message.
+        names: arguments that are flags.
+    """
+    known = set(names)
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match["name"], (match["value"] or "").strip("'\"")
+        is_word = "_" not in name and not value  # it may be a word of the sentence
+        if name not in known or (is_word and not text.startswith(" must be ", match.end())):
+            return match[0]
+        dashed = name.replace("_", "-")
+        if value in ("True", "False"):
+            return f"--{dashed}" if value == "True" else f"--no-{dashed}"
+        return f"--{dashed} {value}" if value else f"--{dashed}"
+
+    value = r"""(?:=(?P<value>'[^']*'|"[^"]*"|[\w.+-]*\w))?"""
+    return re.sub(rf"(?<![\w.'-])(?P<name>[a-z]\w*){value}(?![\w=(])", flag, text)
 
 
 def _check(

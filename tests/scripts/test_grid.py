@@ -157,7 +157,7 @@ def test_a_file_that_is_no_mapping_is_one_sentence(text, tmp_path):
     ("arguments", "message"),
     [
         ("pipps --estimators tpx nope", "nope_seed0 cannot begin: unknown estimator 'nope'"),
-        ("pipps --vary horizon --values 9 0", "0_seed0 cannot begin: horizon must be at least 1"),
+        ("pipps --vary horizon --values 9 0", "0_seed0 cannot begin: --horizon must be at least 1"),
         (
             "daappo --vary env-id --values Pendulum-v1 Pendulum-v9",
             "Pendulum-v9_seed0 cannot begin: unknown environment 'Pendulum-v9'",

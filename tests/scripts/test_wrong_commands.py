@@ -1,11 +1,14 @@
 """Wrong command lines: exit code 2 (usage) or 1 (failure), one line, never a traceback."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 
 from totalprop.scripts import evaluate, train
 from totalprop.scripts.bench import pipps as bench
+from totalprop.scripts.run.arguments import agent_flags
 from totalprop.scripts.studies import diagnose, variance
 
 CART = ["--env-id", "totalprop/CartPoleSwingUp-v0"]
@@ -101,6 +104,11 @@ def test_wrong_training_commands(command, tmp_path, capsys, monkeypatch):
         error = [line for line in output.err.splitlines() if "error: " in line]
         assert stop.value.code == 2 or error[0].startswith("error: ")
         assert len(error) == 1 and output.err.rstrip().endswith(error[0]) and len(error[0]) > 20
+        if command[1:3] == CART and command[-2] in RANGES[command[0]]:
+            assert command[-2] in error[0] or command[-1] in error[0]
+        spoken = re.findall(r"(\w+)=", error[0])  # flags are named as they are typed
+        agent = command[0] if command[0] in RANGES else "pipps"
+        assert not {field.name for field in dataclasses.fields(agent_flags(agent))} & {*spoken}
     assert not (tmp_path / "runs").exists()  # nothing was started
 
 
@@ -110,7 +118,7 @@ def test_wrong_training_commands(command, tmp_path, capsys, monkeypatch):
         (["--horizn", "5"], "Unrecognized options: --horizn, 5; did you mean --horizon?"),
         (["--horizon"], "Missing value for argument '--horizon'"),
         (["--storage", "cloud"], "invalid choice 'cloud' for argument '--storage'"),
-        (["--seed", "1.5"], "Error parsing --seed: no type matching {None}|INT"),
+        (["--seed", "1.5"], "--seed cannot be 1.5; totalprop"),
         (["--gamma", "x"], "Error parsing --gamma: could not convert string to float: 'x'"),
     ],
 )

@@ -245,7 +245,7 @@ def test_none_takes_all_of_ppos_arguments(tmp_path, settings):
 @pytest.mark.parametrize("own", [{"action_source": "dynamics"}, {"value_clipping": "max"}])
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [(OF_PPO[0], "use_sde must be False"), (OF_PPO[2], "rollout_buffer_class=Halved; leave it")],
+    [(OF_PPO[0], "pass use_sde=False"), (OF_PPO[2], "rollout_buffer_class=Halved; leave it")],
 )
 def test_ppos_arguments_that_extra_actions_cannot_take_are_refused(own, settings, message):
     with pytest.raises(ValueError, match=message) as error:
