@@ -30,10 +30,11 @@ from totalprop.scripts.reproduce.protocol import (
 from totalprop.scripts.reproduce.verdicts import Part, Rule
 from totalprop.scripts.run.folder import read_json
 from totalprop.scripts.studies.chaos import GRIDS, SECOND_BETAS
-from totalprop.scripts.studies.chaos_report import STYLES, Study
+from totalprop.scripts.studies.chaos_report import Study
 from totalprop.scripts.studies.dreamer import profiles
 from totalprop.scripts.studies.learning_curves import profile_figure
 from totalprop.scripts.studies.pipps_table import TASKS as PIPPS_TASKS
+from totalprop.scripts.studies.styles import MARKERS, style_of
 
 PAPER = "Parmas et al. 2023 (TPX)"
 HALF_A_DECADE, TWOFOLD = 0.5, math.log10(2)
@@ -113,7 +114,8 @@ def _fig3_figure(data: Data) -> Figure:
         points = sorted(betas for betas in study if betas[1] == second)
         for name in FIG3:
             y = [study[betas][name].variance for betas in points]
-            axis.plot([b for b, _ in points], y, label=name, ms=4, **STYLES[name])
+            style = {"ms": 4, "marker": MARKERS[name], **style_of(name)}
+            axis.plot([b for b, _ in points], y, label=name, **style)
         axis.axvline(2.5, color="0.85", lw=4, zorder=0)
         axis.set(title=f"$\\beta_2 = {second:g}$", xlabel="$\\beta_1$", yscale="log")
         axis.set_ylim(1e-8, 1e6)
@@ -456,7 +458,8 @@ def _esnr_figure(data: Data, steps: Sequence[str]) -> Figure:
     for axis, title, own in drawn:
         for i, name in enumerate(lines):
             # Estimators that coincide remain visible: later ones are thinner.
-            style = {**STYLES.get(name, {}), "lw": 4 - 0.6 * i, "ms": 9 - 1.2 * i}
+            style = {**style_of(name), "marker": MARKERS.get(name), "lw": 4 - 0.6 * i}
+            style["ms"] = 9 - 1.2 * i
             by_horizon = own.get(name, {})
             axis.plot(list(by_horizon), list(by_horizon.values()), label=name, **style)
         axis.set(title=title, xlabel="imagination horizon", xscale="log")
@@ -669,7 +672,7 @@ def _fig8_robustness(data: Data) -> Figure:
         found = [(float(rate), _cost(data, rate, name)) for rate in _rates(data)]
         x = [rate * 1.04**i for rate, _ in found]
         y, error = ([f(c) for _, c in found] for f in (np.mean, _standard_error))
-        style = {"color": f"C{i}", **STYLES.get(name.removesuffix("-unclipped"), {})}
+        style = style_of(name.removesuffix("-unclipped"))
         axis.errorbar(x, y, error, label=name, capsize=3, **style)
     axis.axhline(THRESHOLD, color="0.5", ls=":", lw=1)
     axis.set(xscale="log", xlabel="learning rate", ylabel="final cost, mean ± SE (Tip Cost)")

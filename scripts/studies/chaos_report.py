@@ -9,24 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from totalprop.estimators import names
+from totalprop.scripts.studies.styles import MARKERS, style_of
 
 REGIONS = {"stable": (0, 2.25), "edge of chaos": (2.25, 2.75), "chaotic": (2.75, np.inf)}
 OURS, LIMIT = "tpg", 1.1
-# Colours of Okabe & Ito; variants of a rule have thin lines.
-STYLES: dict[str, dict[str, Any]] = {
-    "rp": {"color": "#E69F00", "marker": "v"},
-    "lr": {"color": "#56B4E9", "marker": "^"},
-    "tp": {"color": "#009E73", "marker": "s"},
-    "tpx": {"color": "#CC79A7", "marker": "D"},
-    "tpg": {"color": "black", "marker": "o", "lw": 2.2},
-    "tps": {"color": "#009E73", "ls": "--", "lw": 1},
-    "ivw": {"color": "#D55E00", "ls": "-.", "lw": 1.2},
-    "tpx-unclipped": {"color": "#CC79A7", "ls": ":", "lw": 1},
-    "tpx-scalar": {"color": "#CC79A7", "ls": "--", "lw": 1},
-    "tpx-ivw": {"color": "#0072B2", "ls": ":", "lw": 1.3},
-    "tpx-ivw-scalar": {"color": "#0072B2", "ls": "--", "lw": 1},
-}
-
 Betas = tuple[float, ...]
 Study = dict[Betas, dict[str, "Measured"]]
 
@@ -200,7 +186,7 @@ def figure_of(study: Study) -> Figure:
     for (second, points), top, bottom in zip(groups.items(), *axes, strict=True):
         for name in [e for e in seen if e != OURS] + [e for e in seen if e == OURS]:  # tpg on top
             here = [b for b in points if name in study[b]]
-            style = {"lw": 1.6, "ms": 4, **STYLES.get(name, {"ls": "-."})}
+            style = {"lw": 1.6, "ms": 4, "marker": MARKERS.get(name), **style_of(name)}
             y = [study[b][name].variance for b in here]
             top.plot([b[0] for b in here], y, label=name, **style)
         compared = [(b[0], c) for b in points if (c := compare(study[b])) is not None]

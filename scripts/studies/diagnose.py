@@ -51,6 +51,7 @@ from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
 from totalprop.scripts.run.folder import RunFolder, make_env
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.agent_problems import without_bonus
+from totalprop.scripts.studies.styles import style_of
 from totalprop.world_models.latent.model import State
 
 BLOCKED = """Caution: as in DreamerV1, no gradient passed through the policy's input. RP and LR then
@@ -305,11 +306,13 @@ def figure(results: Results) -> Figure:
         found = [each.statistics for each in by_horizon.values()]
         ratios = [median_interval(statistics.snr) for statistics in found]
         # Estimators that coincide remain visible: later lines are thinner and moved a little.
-        style = {"marker": "o", "color": f"C{i}", "lw": max(3.5 - 0.5 * i, 1), "ms": max(8 - i, 3)}
+        style = {"marker": "o", "lw": max(3.5 - 0.5 * i, 1), "ms": max(8 - i, 3), **style_of(name)}
         h = [horizon * 1.01 ** (i - (len(results) - 1) / 2) for horizon in by_horizon]
         left.plot(h, [ratio.median for ratio in ratios], label=name, **style)
         if has_intervals := math.isfinite(ratios[0].low):
-            left.vlines(h, [r.low for r in ratios], [r.high for r in ratios], color=f"C{i}", lw=1)
+            left.vlines(
+                h, [r.low for r in ratios], [r.high for r in ratios], color=style["color"], lw=1
+            )
         right.plot(h, [statistics.within for statistics in found], **style)
     spread = ", 95 % interval" if has_intervals else ""
     left.set(ylabel=f"signal-to-noise ratio of a start:\nmedian{spread}", yscale="log")

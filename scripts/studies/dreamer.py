@@ -30,8 +30,9 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.folder import RunFolder, read_json
-from totalprop.scripts.studies.learning_curves import draw_profile, has_interval, styles_of
+from totalprop.scripts.studies.learning_curves import draw_profile, has_interval
 from totalprop.scripts.studies.scores import interval, iqm
+from totalprop.scripts.studies.styles import styles_of
 from totalprop.scripts.studies.sweep import Asked, check_runs, read_rows, train_runs
 
 

@@ -21,17 +21,14 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from totalprop.scripts.studies import scores
 from totalprop.scripts.studies.scores import MIN_RUNS, Scores
+from totalprop.scripts.studies.styles import Styles, styles_of
 
-# Without the yellow, which is faint on white.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":", "-.")
 MAX_COLUMNS = 3
 CAPTION = (
     f"thin: seeds; thick: their interquartile mean, of fewer than {MIN_RUNS} the mean; "
     f"band: 95 % interval, from {MIN_RUNS} seeds on"
 )
 Unit = Literal["decisions", "frames"]
-Styles = Mapping[str, Mapping[str, Any]]  # colour and dashes of each label
 
 
 class Curve(NamedTuple):
@@ -85,16 +82,6 @@ def together(curves: Sequence[Curve], unit: Unit = "decisions") -> tuple[np.ndar
     grid = np.unique(np.concatenate(xs))
     grid = grid[(grid >= max(x[0] for x in xs)) & (grid <= min(x[-1] for x in xs))]
     return grid, np.array([np.interp(grid, x, c.values) for x, c in zip(xs, curves)])
-
-
-def style(i: int) -> dict[str, Any]:
-    """Colour and dashes of the i-th line."""
-    return {"color": COLORS[i % len(COLORS)], "ls": DASHES[i // len(COLORS) % len(DASHES)]}
-
-
-def styles_of(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour and dashes of each label."""
-    return {label: style(i) for i, label in enumerate(dict.fromkeys(labels))}
 
 
 def figure_of(

@@ -44,7 +44,8 @@ from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, continuing_later
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.measurements import Measurements, origin, read_measurements
-from totalprop.scripts.studies.policy_line import RESAMPLED, PolicyLine, estimator_named, style
+from totalprop.scripts.studies.policy_line import RESAMPLED, PolicyLine, estimator_named
+from totalprop.scripts.studies.styles import style_of
 
 VALUE = "value"  # the quantity whose mean is J(Δ); the others are estimators of its derivative
 KEYS, NUMBERS = ("delta", "quantity"), ("mean", "variance", "ms")
@@ -282,7 +283,7 @@ def figure_of(
     estimators = [name for name in lines if name != VALUE]
     for name in estimators:
         own = lines[name]
-        top[-1].plot(own.delta, own.variance, label=name, **style(name))
+        top[-1].plot(own.delta, own.variance, label=name, **style_of(name))
     top[-1].set(title="variance of a particle's gradient", xlabel="Δ", yscale="log")
     top[-1].grid(alpha=0.25)
     top[-1].legend(frameon=False, fontsize="x-small", loc="upper left")
@@ -292,7 +293,7 @@ def figure_of(
     low, high = float(ends.min()), float(ends.max())
     for axis, name in zip(bottom, estimators):
         own = lines[name]
-        color = style(name)["color"]
+        color = style_of(name)["color"]
         axis.fill_between(own.delta, *_interval(own, particles), color=color, alpha=0.35, lw=0)
         axis.plot(own.delta, own.mean, color=color, lw=1.2)
         axis.plot(value.delta[1:-1], differences, color="k", ls=":", lw=1)

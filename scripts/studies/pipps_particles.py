@@ -40,7 +40,8 @@ from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.chaos_report import Measured
 from totalprop.scripts.studies.estimator_names import LEG
 from totalprop.scripts.studies.measurements import Measurements, origin, read_measurements
-from totalprop.scripts.studies.policy_line import RESAMPLED, PolicyLine, estimator_named, style
+from totalprop.scripts.studies.policy_line import RESAMPLED, PolicyLine, estimator_named
+from totalprop.scripts.studies.styles import style_of
 
 KEYS, NUMBERS = ("delta", "particles", "estimator"), ("ms", "gradients")
 LEAST = 6  # particles that every estimator can choose its weights from
@@ -190,9 +191,9 @@ def figure_of(curves: Curves) -> Figure:
             error = variance * [m.relative_se for m in measured]
             low = np.maximum(variance - error, variance / 10)
             axis.fill_between(
-                sizes, low, variance + error, color=style(name)["color"], alpha=0.08, lw=0
+                sizes, low, variance + error, color=style_of(name)["color"], alpha=0.08, lw=0
             )
-            axis.plot(sizes, variance, label=name, marker="o", ms=3, **style(name))
+            axis.plot(sizes, variance, label=name, marker="o", ms=3, **style_of(name))
         ticks = sorted({n for of_n in own.values() for n in of_n})
         axis.set(xscale="log", yscale="log", xlabel="particles P", title=f"policy at Δ = {delta:g}")
         axis.set_xticks(ticks, [str(n) for n in ticks])

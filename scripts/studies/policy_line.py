@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from totalprop.agents.pipps.particles import Noise, simulate
 from totalprop.estimators import Estimator, PolicyGradient, gradient, make
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.studies.agent_problems import PIPPSProblem, agent_problem
-from totalprop.scripts.studies.chaos_report import STYLES
-from totalprop.scripts.studies.estimator_names import LEG, estimator_with_leg
+from totalprop.scripts.studies.estimator_names import estimator_with_leg
 
 RESAMPLED = "gr"  # RP through Gaussian resampling, which is no estimator of a node
 
@@ -34,13 +32,6 @@ def estimator_named(name: str) -> Estimator:
     estimator = make("rp") if name == RESAMPLED else estimator_with_leg(name)
     try_estimator(estimator, [6])  # the least number of particles
     return estimator
-
-
-def style(name: str) -> dict[str, Any]:
-    """The line of an estimator in figures: the colour of its rule, dashed with a leg of its own."""
-    rule, _, leg = name.partition(LEG)
-    color = STYLES.get(rule, {"color": "0.5"})["color"]
-    return {"color": color, "lw": 1.5, "ls": "--" if leg else "-"}
 
 
 class PolicyLine:

@@ -63,9 +63,10 @@ from totalprop.scripts.run.job import Job
 from totalprop.scripts.run.log import STEPS, table_of
 from totalprop.scripts.studies.executors import Executor, Trial, chosen
 from totalprop.scripts.studies.grid import Grid, grid_of, read_grid
-from totalprop.scripts.studies.learning_curves import figure_of, styles_of
+from totalprop.scripts.studies.learning_curves import figure_of
 from totalprop.scripts.studies.live import watched
 from totalprop.scripts.studies.plot import labelled, read
+from totalprop.scripts.studies.styles import styles_of
 from totalprop.scripts.studies.tune import check_installed, tune
 from totalprop.scripts.train import sentence
 

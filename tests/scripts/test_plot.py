@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from totalprop import estimators
 from totalprop.scripts.run import arguments
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.studies import plot
+from totalprop.scripts.studies import plot, styles
 from totalprop.scripts.studies.learning_curves import (
     Curve,
     draw,
     draw_success,
     figure_of,
     profile_figure,
-    styles_of,
     together,
 )
+from totalprop.scripts.studies.styles import styles_of
 
 STEPS = [100, 200, 300]
 
@@ -222,6 +223,18 @@ def test_the_same_run_twice_is_refused(tmp_path):
 
 
 # ---------------------------------------------------------------------------- pictures
+
+
+def test_an_estimator_looks_the_same_in_every_picture_and_like_no_other():
+    names = [name for name in estimators.names() if name in styles.ESTIMATORS]
+    assert {"rp", "lr", "tp", "tps", "tpx", "tpg", "safe", "aobg", "ddcg", "ivw-h"} <= {*names}
+    looks = styles_of(names)
+    assert len({tuple(look.values()) for look in looks.values()}) == len(names)
+    assert styles_of(["TPX", "tpx, 3"])["TPX"] == looks["tpx"] == styles_of(["tpx"])["tpx"]
+    assert styles_of(["tpx+biw"])["tpx+biw"] == {**looks["tpx"], "ls": "--"}
+    mixed = styles_of(["tpx", *"abcdefgh"])  # others take no estimator's colour
+    assert all(mixed[name]["color"] != mixed["tpx"]["color"] for name in "abcdefgh")
+    assert len({tuple(look.values()) for look in mixed.values()}) == 9
 
 
 @pytest.mark.parametrize(("seeds", "bands"), [(1, 0), (3, 0), (4, 1), (6, 1)])
