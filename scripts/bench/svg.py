@@ -13,7 +13,7 @@ from totalprop.agents import AGENTS, SVG
 from totalprop.scripts.bench.timing import interleaved_medians
 
 ENV_ID = "Pendulum-v1"  # a cheap environment, so that the algorithm dominates the time
-EPISODE, UPDATES = 200, 50  # its steps, and gradient steps after them: SVG's default
+EPISODE, UPDATES = 200, 50  # its steps, and gradient steps after them
 PRESET = "svg2015"
 BATCH = 128
 # "dpg" has the gradient of DDPG. Not "inf", whose gradient steps take episodes in place of batches.

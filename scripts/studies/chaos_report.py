@@ -164,13 +164,16 @@ def summary(name: str, study: Study) -> list[str]:
             f"root mean square {np.sqrt(np.mean(np.square(z))):.2f} (1 if unbiased), "
             f"largest {np.abs(z).max():.1f}"
         )
-    for betas, better, worse in (((2.45,), ["tp"], ["rp", "lr"]), ((1.5, 3.5), ["tpx"], ["tp"])):
-        point = study.get(betas, {})
-        if {*better, *worse} <= set(point):
-            gain = min(point[e].variance for e in worse) / point[better[0]].variance
-            lines.append(
-                f"{name}, β = {betas}: {better[0]} beats {' and '.join(worse)} by {gain:.3g}x"
-            )
+    several = any(len(betas) > 1 for betas in study)  # chains: where their k cannot be one
+    better, worse = ("tpx", ["tp"]) if several else ("tp", ["rp", "lr"])
+    gains = {
+        betas: min(point[e].variance for e in worse) / point[better].variance
+        for betas, point in study.items()
+        if {better, *worse} <= set(point)
+    }
+    if gains:
+        betas, gain = max(gains.items(), key=lambda item: item[1])
+        lines.append(f"{name}, β = {betas}: {better} beats {' and '.join(worse)} by {gain:.3g}x")
     return lines
 
 

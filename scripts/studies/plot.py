@@ -2,7 +2,7 @@ r"""Draw any runs in one picture: learning curves by task, success rates, perfor
 
     totalprop plot runs/pendulum_seed0 runs/pendulum_seed1
     totalprop plot results/dreamer/pendulum_h15 results/dreamer/pendulum_h60
-    totalprop plot results/daa_ppo --profile --x frames
+    totalprop plot results/daa_ppo/cartpole-swingup results/daa_ppo/walker-walk --profile
     totalprop plot results/pipps --labels TPX TP TPG LR RP --out plots/swing_up
 
 A run is a folder of `totalprop train`, finished or not. A sweep is results.json of `totalprop
