@@ -43,7 +43,7 @@ from totalprop.agents.core.spaces import (
     refuse_mixed_images,
     to_actions,
 )
-from totalprop.agents.core.validation import check_arguments
+from totalprop.agents.core.validation import check_arguments, whole
 from totalprop.agents.core.vector_env import GymnasiumVecEnv
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import UNREADABLE, BadFileError, NotInFile
@@ -68,7 +68,30 @@ def _remedy(space: spaces.Space) -> str:
         return ""
     assert isinstance(space, spaces.Dict)
     held = [name for name, part in space.items() if isinstance(part, HELD_SPACES)]
+    if not held:
+        return "convert them with gymnasium.wrappers.TransformObservation"
     return f"leave out the others: gymnasium.wrappers.FilterObservation(env, {held})"
+
+
+def _range_of(space: spaces.Box) -> np.ndarray:
+    """[...] high - low in the space's own numbers, infinite where these overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(space.high - space.low, float)
+
+
+def _refuse_starts(agent: str, observations: spaces.Space, actions: spaces.Space) -> None:
+    """Refuse choices that are not counted from 0, which SB3's policies take for others."""
+    seen = list(observations.values()) if isinstance(observations, spaces.Dict) else [observations]
+    for part, what, shift in [(actions, "actions", "TransformAction")] + [
+        (part, "observations", "TransformObservation") for part in seen
+    ]:
+        if np.any(start := getattr(part, "start", 0)):
+            sign = "+" if part is actions else "-"
+            raise UnsupportedSpaceError(
+                f"{agent} counts choices from 0, and its {what}, {describe(part)}, start at "
+                f"{start}: shift them with gymnasium.wrappers.{shift}(env, lambda x: x {sign} "
+                f"start, space), where the space is the same without start"
+            )
 
 
 def _in_words(kinds: tuple[type[spaces.Space], ...]) -> str:
@@ -98,6 +121,7 @@ class Algorithm(BaseAlgorithm):
         no_vec_normalize: why the agent cannot work with VecNormalize and what to do instead; ""
             if it can.
         action_spaces: the kinds of action spaces that the agent can work with; () for all.
+        takes_starts: whether choices may be counted from another number than 0.
         check_observations: whether `predict` refuses observations that are not finite.
         fixed_arguments: those that cannot be set later, because something was built from them.
         phase: what the agent does between two steps if it takes long, in words; "" otherwise.
@@ -105,11 +129,13 @@ class Algorithm(BaseAlgorithm):
 
     no_vec_normalize: ClassVar[str] = ""
     action_spaces: ClassVar[tuple[type[spaces.Space], ...]] = ()
+    takes_starts: ClassVar[bool] = True
     check_observations = True
     phase: str = ""
     fixed_arguments: ClassVar[tuple[str, ...]] = ("policy_kwargs",)
     group: dist.ProcessGroup | None = None  # an argument of agents that several can learn
     _fixed: Mapping[str, Any] = MappingProxyType({})
+    _own_names: frozenset[str] = frozenset()  # of attributes, when the agent was made
     _generator: torch.Generator
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -169,16 +195,18 @@ class Algorithm(BaseAlgorithm):
                 f"{cls.__name__} needs numbers as observations, got {describe(seen)}; {remedy}"
             )
         refuse_mixed_images(seen)
+        if not cls.takes_starts:
+            _refuse_starts(cls.__name__, seen, actions)
         if cls.action_spaces and not isinstance(actions, cls.action_spaces):
             raise UnsupportedSpaceError(
                 f"{cls.__name__} needs {_in_words(cls.action_spaces)}, got {describe(actions)}; "
                 f"{to_actions(actions, cls.action_spaces)}"
             )
-        if isinstance(actions, spaces.Box) and not np.isfinite([actions.low, actions.high]).all():
+        if isinstance(actions, spaces.Box) and not np.isfinite(_range_of(actions)).all():
             raise UnsupportedSpaceError(
-                f"the action space must have finite bounds, got {describe(actions)}; give it "
-                "bounds: gymnasium.wrappers.TransformAction(env, lambda action: action, "
-                f"gymnasium.spaces.Box(-1, 1, {actions.shape}))"
+                "the action space must have finite bounds, not too far apart, got "
+                f"{describe(actions)}; give it bounds: gymnasium.wrappers.TransformAction(env, "
+                f"lambda action: action, gymnasium.spaces.Box(-1, 1, {actions.shape}))"
             )
         return check_environments(BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper))
 
@@ -213,7 +241,22 @@ class Algorithm(BaseAlgorithm):
             ValueError: the agent cannot work with it; nothing has changed.
         """
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+    def _setup_learn(
+        self, total_timesteps: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, BaseCallback]:
+        total_timesteps = self._check_call(total_timesteps)
+        self._setup_lr_schedule()
+        assert self.env is not None
+        share_statistics(unwrap_vec_normalize(self.env), self._processes)
+        return super()._setup_learn(total_timesteps, *args, **kwargs)
+
+    def _check_call(self, total_timesteps: int) -> int:
+        """Refuse a call of `learn` before anything has changed; return its steps as an int.
+
+        Raises:
+            ValueError: it has no environment, a wrong argument, or one that cannot change.
+        """
+        total_timesteps = whole("total_timesteps", total_timesteps)
         if self.env is None:
             raise NoEnvironmentError(
                 f"this {type(self).__name__} has no environment to learn in: pass one to "
@@ -227,9 +270,21 @@ class Algorithm(BaseAlgorithm):
                     f"it is now {now!r}; make a new agent"
                 )
         self._check_arguments()
-        self._setup_lr_schedule()
-        share_statistics(unwrap_vec_normalize(self.env), self._processes)
-        return super()._setup_learn(*args, **kwargs)
+        return total_timesteps
+
+    def _update_info_buffer(
+        self, infos: list[dict[str, Any]], dones: np.ndarray | None = None
+    ) -> None:
+        """Like SB3's, but a success is kept as a number, whatever the environment says it with.
+
+        Files hold numbers, and an array or a tensor would be refused when they are read.
+        """
+        name = "is_success"
+        infos = [
+            {**info, name: float(np.mean(np.asarray(info[name], float)))} if name in info else info
+            for info in infos
+        ]
+        super()._update_info_buffer(infos, dones)
 
     def _check_arguments(self) -> None:
         """Raise ValueError for a wrong argument, before any work is done."""
@@ -239,9 +294,10 @@ class Algorithm(BaseAlgorithm):
         """Remember `fixed_arguments`; an agent's `_setup_model` ends with it."""
         fixed = {name: copy.copy(getattr(self, name)) for name in self.fixed_arguments}
         self._fixed = {**fixed, "group": self.group}  # which cannot be copied
+        self._own_names = frozenset(vars(self))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_fixed", "group", "phase"]
+        return [*super()._excluded_save_params(), "_fixed", "_own_names", "group", "phase"]
 
     def refuse_vec_normalize(self, env: GymEnv | None) -> None:
         """Raise ValueError if `env` is in VecNormalize and the agent cannot work with that."""
@@ -333,6 +389,13 @@ class Algorithm(BaseAlgorithm):
         left_out = {*(exclude or ()), *self._excluded_save_params()} - set(include or ())
         left_out |= {name.split(".")[0] for name in names}
         attributes = {k: v for k, v in vars(self).items() if k not in left_out}
+        if foreign := self._foreign(attributes):
+            warnings.warn(
+                f"the file does not hold {', '.join(foreign)}, set on the agent from outside: keep "
+                "it elsewhere",
+                stacklevel=3,
+            )
+            attributes = {k: v for k, v in attributes.items() if k not in foreign}
         for name in self.function_arguments:
             needed = f"_needs_{name}"
             attributes[needed] = bool(attributes[needed]) or callable(getattr(self, name))
@@ -345,6 +408,14 @@ class Algorithm(BaseAlgorithm):
                     "file with a smaller step size"
                 )
         return {"attributes": attributes, "parameters": parameters}
+
+    def _foreign(self, attributes: Collection[str]) -> list[str]:
+        """Attributes that `from_values` would refuse: not the agent's, nor its subclass's own."""
+        unknown = set(attributes) - self._own_names - set(self._late_attributes)
+        if unknown:  # a subclass may set some after this class's constructor
+            new = type(self)(self.policy_class, None, _init_setup_model=False)  # type: ignore[call-arg]
+            unknown -= vars(new).keys()
+        return sorted(unknown)
 
     @classmethod
     def load(

@@ -21,6 +21,16 @@ from totalprop.agents.core.spaces import describe
 class CheckedEnv(gym.Wrapper):
     """Refuses what is not Gymnasium's, and copies the observation with which an episode ends."""
 
+    def __getattr__(self, name: str) -> Any:
+        """What the environment has beyond Gymnasium's methods, for wrappers that call it."""
+        if name == "env" or name.startswith("__"):  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.env, name)
+
+    def set_wrapper_attr(self, name: str, value: Any, *, force: bool = True) -> bool:
+        """Set it on what it belongs to, which is never this wrapper."""
+        return self.env.set_wrapper_attr(name, value, force=force)
+
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Like the environment's.
 

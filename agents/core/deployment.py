@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor, nn
 
@@ -62,16 +61,28 @@ class Deployed(nn.Module):
 
     def _as_trained(self, observation: Example) -> Any:
         """What stable-baselines3's wrappers make of observations."""
-        trained = self.policy.observation_space
+        trained, statistics = self.policy.observation_space, self.statistics
         if isinstance(observation, dict):
             parts = cast(spaces.Dict, trained)
-            return {name: _channels_first(x, parts[name]) for name, x in observation.items()}
-        if self.statistics is not None:
-            rms, statistics = cast(RunningMeanStd, self.statistics.obs_rms), self.statistics
-            std = np.sqrt(rms.var + statistics.epsilon)
-            scaled = (observation - torch.as_tensor(rms.mean)) / torch.as_tensor(std)
-            observation = scaled.clamp(-statistics.clip_obs, statistics.clip_obs).float()
-        return _channels_first(observation, trained)
+            normalised = statistics.norm_obs_keys or [] if statistics is not None else []
+            return {
+                name: _channels_first(
+                    self._scaled(x, name) if name in normalised else x, parts[name]
+                )
+                for name, x in observation.items()
+            }
+        return _channels_first(
+            observation if statistics is None else self._scaled(observation), trained
+        )
+
+    def _scaled(self, x: Tensor, name: str = "") -> Tensor:
+        """As VecNormalize scales an observation, or an entry of a dictionary."""
+        assert self.statistics is not None
+        known, clip = self.statistics.obs_rms, self.statistics.clip_obs
+        rms = known[name] if isinstance(known, dict) else known
+        std = np.sqrt(rms.var + self.statistics.epsilon)
+        scaled = (x - torch.as_tensor(rms.mean)) / torch.as_tensor(std)
+        return scaled.clamp(-clip, clip).float()
 
 
 def to_box(actions: Tensor, space: spaces.Box, *, is_scaled: bool) -> Tensor:

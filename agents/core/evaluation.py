@@ -46,8 +46,8 @@ class Episodes:
         """A sentence on the episodes that were cut."""
         return (
             f"{self.n_cut} of {len(self.returns)} evaluation episodes had not ended after "
-            f"{max_steps} steps and were cut there (--eval-max-steps); gymnasium.make(..., "
-            "max_episode_steps=N) gives the environment a time limit"
+            f"{max_steps} steps and were cut there (max_steps, --eval-max-steps); "
+            "gymnasium.make(..., max_episode_steps=N) gives the environment a time limit"
         )
 
 

@@ -6,6 +6,7 @@ averaged over all of them, so that parameters stay equal. Alone, nothing here do
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,10 @@ class SharedStatistics(RunningMeanStd):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunningMeanStd:
         return self.copy()
+
+    def __reduce__(self) -> Any:
+        """Pickled, as by `VecNormalize.save`, they are statistics alone: processes cannot be."""
+        return copy.copy, (self.copy(),)
 
 
 def share_statistics(env: VecNormalize | None, processes: Processes) -> None:

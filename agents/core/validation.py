@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import types
@@ -135,9 +136,26 @@ def constructor_hints(cls: type) -> dict[str, Any]:
         if "__init__" in vars(base) and not base.__module__.startswith("stable_baselines3."):
             # stable-baselines3's alias GymEnv names VecEnv by a string.
             names = {"VecEnv": VecEnv}
-            found |= get_type_hints(vars(base)["__init__"], localns=names, include_extras=True)
+            found |= _hints(vars(base)["__init__"], names)
     found.pop("return", None)
     return found
+
+
+def _hints(function: Callable[..., Any], names: dict[str, Any]) -> dict[str, Any]:
+    """Its annotations, without those that name what is imported for type checkers only."""
+    try:
+        return get_type_hints(function, localns=names, include_extras=True)
+    except NameError:
+        found: dict[str, Any] = {}
+        for name, hint in function.__annotations__.items():
+
+            def alone() -> None: ...
+
+            alone.__annotations__ = {name: hint}
+            with contextlib.suppress(NameError):
+                own = {**getattr(function, "__globals__", {}), **names}
+                found |= get_type_hints(alone, own, include_extras=True)
+        return found
 
 
 def expectation(hint: Any, value: Any, *, exact: bool = False) -> str:
@@ -249,6 +267,17 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def whole(name: str, value: Any) -> int:
+    """The value as an int, if it is a whole number, also one written as a float (1e5).
+
+    Raises:
+        ValueError: it is none.
+    """
+    if is_whole(value) or (is_finite(value) and float(value).is_integer()):
+        return int(value)
+    raise ValueError(f"{name} must be a whole number, got {value!r}")
+
+
 def is_finite(value: Any) -> bool:
     """Whether it is a finite number, NumPy's included; True and False are not."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
@@ -334,18 +363,20 @@ def check_finite(
             )
 
 
-def check_gradients(step: int, update: int, norms: Mapping[str, Tensor], remedy: str) -> None:
+def check_gradients(
+    step: int, update: int, norms: Mapping[str, Tensor], remedies: Mapping[str, str]
+) -> None:
     """Raise FloatingPointError if the norm of a part's gradient is not finite.
 
     Args:
         step: of the environment.
         update: of those already made.
         norms: [] of each part.
-        remedy: what can be changed, to end the sentence "Go on from a checkpoint with".
+        remedies: what can be changed for each part, to end "Go on from a checkpoint with".
     """
     for name, norm in norms.items():
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the {name}'s gradient was not finite at step {step}, update {update}; the step "
-                f"was not taken. Go on from a checkpoint with {remedy}"
+                f"was not taken. Go on from a checkpoint with {remedies[name]}"
             )

@@ -160,6 +160,7 @@ class DAAPPO(Algorithm, PPO):
         **PPO.policy_aliases,
         "TanhMeanPolicy": TanhMeanPolicy,
     }
+    takes_starts = False
     fixed_arguments: ClassVar[tuple[str, ...]] = (
         "policy_kwargs", "n_steps", "use_sde", "rollout_buffer_class", "rollout_buffer_kwargs",
         "action_source", "separate_grad_clip", "value_clipping", "dynamics_target",

@@ -69,7 +69,12 @@ from totalprop.world_models.latent.model import ModelLossSettings, State
 if TYPE_CHECKING:
     from minari import MinariDataset
 
-OPTIMIZED = ("model", "actor", "critic")
+# What is optimised, and what can be changed where its gradient is not finite.
+REMEDIES = {
+    "model": "nonfinite='skip', or a smaller model_learning_rate",
+    "actor": "nonfinite='skip', a shorter horizon, or estimator 'tpx' if it is another",
+    "critic": "nonfinite='skip', or a smaller learning_rate",
+}
 
 
 class Auto(NamedTuple):
@@ -386,6 +391,7 @@ class DreamerTPX(Algorithm):
                 f"{replay} holds less than a sequence of each environment, {self.n_envs} x "
                 f"{self.sequence_length} entries: take a smaller sequence_length, or more data"
             )
+        total_timesteps = self._check_call(total_timesteps)
         if reset_num_timesteps:
             self.num_timesteps = self._rounds = 0
             self.ep_info_buffer = self.ep_success_buffer = None
@@ -394,10 +400,12 @@ class DreamerTPX(Algorithm):
                 number = 1 + get_latest_run_id(self.tensorboard_log, tb_log_name)
                 Path(self.tensorboard_log, f"{tb_log_name}_{number}").mkdir(parents=True)
         self._last_obs = np.empty(0)  # or SB3 would reset
-        total, callback = super()._setup_learn(
-            total_timesteps, callback, False, tb_log_name, progress_bar
-        )
-        self._last_obs = self._memory = None
+        try:
+            total, callback = super()._setup_learn(
+                total_timesteps, callback, False, tb_log_name, progress_bar
+            )
+        finally:
+            self._last_obs = self._memory = None
         if self.device.type == "cpu":
             keep_freed_memory()
         self._settle_offset(replay.oldest())
@@ -648,18 +656,15 @@ class DreamerTPX(Algorithm):
         if draw:
             self._figures_due = time.monotonic() + FIGURE_SECONDS
         batch_size = self._processes.share(batch_size=self.batch_size)
-        with Round(self, draw=draw) as log:
+        with Round(self, draw=draw, skips=self.nonfinite == "skip") as log:
             for step in range(gradient_steps):
                 batch = self.replay_buffer.sample(batch_size, self.sequence_length, self._rng)
                 measure = step % GAUGE_EVERY == 0
                 record = self._update(batch, self._generator, measure=measure)
-                self._n_updates += 1
                 if self.nonfinite == "stop":
-                    norms = {n: record.scalars[f"{n}_gradient_norm"] for n in OPTIMIZED}
-                    check_gradients(
-                        self.num_timesteps, self._n_updates, norms,
-                        "nonfinite='skip', a shorter horizon, or estimator 'tpx' if it is another",
-                    )  # fmt: skip
+                    norms = {n: record.scalars[f"{n}_gradient_norm"] for n in REMEDIES}
+                    check_gradients(self.num_timesteps, self._n_updates, norms, REMEDIES)
+                self._n_updates += 1
                 log.add(record)
                 if callback is not None:
                     self.num_timesteps += 1
@@ -724,14 +729,23 @@ class DreamerTPX(Algorithm):
             raise ValueError("there is no replay yet: the first call of learn makes it")
         self.replay_buffer.save(path)
 
-    def load_replay_buffer(self, path: Any) -> None:
+    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
         """Read a replay that `save_replay_buffer` wrote; the next `learn` begins new episodes.
+
+        Args:
+            path: of the file.
+            truncate_last_traj: SB3's, which must be True here.
 
         Raises:
             ValueError: no environment is set, or the file does not fit.
         """
         if self.env is None:
             raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
+        if not truncate_last_traj:
+            raise ValueError(
+                "truncate_last_traj must be True: the episode that was running when the replay was "
+                "saved cannot go on"
+            )
         if self.replay_buffer is not None:  # refuse a bad file before the old replay is lost
             self.replay_buffer.check(path)
         # A GPU may not hold two replays, so free the old one first.
@@ -832,7 +846,7 @@ class DreamerTPX(Algorithm):
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", *(f"_update.{name}_optimizer" for name in OPTIMIZED)], []
+        return ["policy", *(f"_update.{name}_optimizer" for name in REMEDIES)], []
 
     # ----------------------------------------------------------------------------------------
     # arguments

@@ -31,10 +31,11 @@ class Round:
     Args:
         agent: whose logger takes the averages.
         draw: also record figures.
+        skips: leave out updates of which a step was skipped, and count those steps.
     """
 
-    def __init__(self, agent: Algorithm, *, draw: bool = False) -> None:
-        self.agent, self.draw, self.count = agent, draw, 0
+    def __init__(self, agent: Algorithm, *, draw: bool = False, skips: bool = False) -> None:
+        self.agent, self.draw, self.skips, self.count = agent, draw, skips, 0
         self.scalars: dict[str, Tensor] = {}
         self.gradient: list[Tensor] = []
         self.square = torch.zeros((), device=agent.device)
@@ -47,8 +48,11 @@ class Round:
 
     def add(self, record: UpdateRecord) -> None:
         """Add one update."""
-        self.count += 1
         zero = torch.zeros((), device=self.agent.device)
+        if self.skips and record.scalars[COUNTED] > 0:  # its other scalars need not be finite
+            self.scalars[COUNTED] = self.scalars.get(COUNTED, zero) + record.scalars[COUNTED]
+            return
+        self.count += 1
         for name, value in record.scalars.items():
             self.scalars[name] = self.scalars.get(name, zero) + value
         if not self.gradient:
@@ -66,13 +70,15 @@ class Round:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None or self.count == 0:
+        if kind is not None or (self.count == 0 and not self.scalars):
             return
         record = self.agent.logger.record
         averages = self.agent._processes.average(list(self.scalars.values()))
         for name, value in zip(self.scalars, averages, strict=True):
             record(f"train/{name}", float(value if name == COUNTED else value / self.count))
         n = self.count
+        if n == 0:
+            return
         if n > 1:
             mean_square = sum(float((g / n).square().sum()) for g in self.gradient)
             variance = (float(self.square) / n - mean_square) * n / (n - 1)

@@ -109,7 +109,8 @@ def restore(env: VecEnv | None, state: dict[str, Any]) -> bool:
     for name, of_each in zip(MONITOR, state["monitors"], strict=True):
         for i, value in enumerate(of_each or ()):
             plain = value.tolist() if isinstance(value, np.ndarray) else value
-            inner.set_attr(name, plain, indices=i)
+            # Unlike `set_attr`, which sets it on the outermost wrapper, whatever that is.
+            inner.env_method("set_wrapper_attr", name, plain, indices=i)
     return True
 
 

@@ -60,6 +60,10 @@ class _Objective(NamedTuple):
     shape: tuple[int, ...]  # of k, see `Actor.meter`; () if there is no node
 
 
+# What can be changed where the policy's gradient is not finite.
+REMEDIES = {"policy": "smaller step sizes: learning_rate, value_learning_rate, model_learning_rate"}
+
+
 class Batch(NamedTuple):
     """Transitions as tensors; states are standardised."""
 
@@ -516,10 +520,7 @@ class SVG(Algorithm):
             for parameter, part in zip(parameters.values(), gradient, strict=True):
                 parameter.grad = part
             norm = nn.utils.clip_grad_norm_(parameters.values(), self.max_grad_norm)
-            check_gradients(
-                self.num_timesteps, self._n_updates, {"policy": norm},
-                "smaller step sizes: learning_rate, value_learning_rate, model_learning_rate",
-            )  # fmt: skip
+            check_gradients(self.num_timesteps, self._n_updates, {"policy": norm}, REMEDIES)
             log["policy_loss"].append(float(found.loss))
             log["policy_gradient_norm"].append(float(norm))
             self.policy_optimizer.step()

@@ -15,6 +15,7 @@ from gymnasium.wrappers import NormalizeReward
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from totalprop.agents.core.validation import is_finite
 from totalprop.agents.persistence import env_state
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.agents.trials.saturating_cost import SaturatingCost
@@ -178,8 +179,9 @@ class Problem:
         except (TypeError, ValueError):
             mean = std = np.zeros(0)
         fits = mean.size > 0 and mean.ndim in (1, 2) and mean.shape[-1:] == self.shape
-        if not fits or std.shape != self.shape:
-            why = f"it must be a mean, or several, and a std of shape {self.shape}"
+        is_right = np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()
+        if not fits or std.shape != self.shape or not is_right:
+            why = f"it must be a finite mean, or several, and a std ≥ 0 of shape {self.shape}"
             _warn_unused("initial_distribution", why)
             return None
         return mean, std
@@ -213,6 +215,9 @@ class Problem:
     def time_step(self) -> float | None:
         """The environment's own `time_step`, the time that passes between observations, or None."""
         given = self._attribute("time_step")
+        if given is not None and not (is_finite(given) and given > 0):
+            _warn_unused("time_step", f"it must be a number above 0, and is {given!r}")
+            return None
         return None if given is None else float(given)
 
     @property
@@ -302,7 +307,13 @@ class Problem:
         changing: list[type[Wrapper[Any, Any, Any, Any]]] = [ObservationWrapper]
         if name in ("cost", "saturating_cost"):
             changing += [RewardWrapper, NormalizeReward]
-        inner = self.env.get_attr("unwrapped", indices=0)[0]
+        try:
+            inner = self.env.get_attr("unwrapped", indices=0)[0]
+        except (EOFError, BrokenPipeError) as error:
+            raise ValueError(
+                "the environment is read in this process, and cannot be sent here from its worker: "
+                "use DummyVecEnv, or make it picklable"
+            ) from error
         if (
             any(type(layer) not in env_state.LAYERS for layer in env_state.layers_of(self.env)[0])
             or inner.observation_space != self.observation_space

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -16,6 +18,7 @@ from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import RunFolder, read_json
 
 Normalised = Literal["none", "observations", "rewards", "both"]
+ObsRMS = RunningMeanStd | dict[str, RunningMeanStd]  # of a dictionary, of each entry
 
 
 def normalise(env: VecEnv, what: Normalised, *, gamma: float) -> VecEnv:
@@ -52,8 +55,8 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
             norm_obs = record["norm_obs"]
             if not isinstance(norm_obs, bool):
                 raise ValueError(f"norm_obs must be true or false, got {shown(norm_obs)}")
-            shape = env.observation_space.shape
-            obs_rms = _from_json(record["observation"], shape) if norm_obs else None
+            read = _observation_from_json
+            obs_rms = read(record["observation"], env.observation_space) if norm_obs else None
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{statistics} does not hold statistics of VecNormalize ({type(error).__name__}: "
@@ -61,11 +64,11 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
             ) from error
     else:
         norm_obs = statistics.norm_obs
-        obs_rms = _rms(statistics.obs_rms) if norm_obs else None
+        obs_rms = statistics.obs_rms if norm_obs else None
     made = VecNormalize(env, training=False, norm_obs=norm_obs, norm_reward=False)
-    if norm_obs:
-        assert obs_rms is not None
-        made.obs_rms = obs_rms.copy()  # type: ignore[assignment]  # a dict for dict spaces
+    if obs_rms is not None:
+        copied: Any = copy.deepcopy(obs_rms)
+        made.obs_rms = copied
     return made
 
 
@@ -91,23 +94,24 @@ def save_agent(agent: BaseAlgorithm, model: Path, statistics: Path) -> None:
 def save_statistics(env: VecNormalize, path: Path) -> None:
     """Write the statistics that `normalise_like` reads."""
     record = {"norm_obs": env.norm_obs, "norm_reward": env.norm_reward}
-    statistics = {
-        "observation": _rms(env.obs_rms) if env.norm_obs else None,
-        "return": env.ret_rms,
-    }
-    parts = {name: _to_json(rms) for name, rms in statistics.items()}
+    observation = _observation_to_json(env.obs_rms) if env.norm_obs else None
+    parts = {"observation": observation, "return": _to_json(env.ret_rms)}
     write_text(path, json.dumps({**record, **parts}) + "\n")
 
 
-def _rms(statistics: RunningMeanStd | dict[str, RunningMeanStd]) -> RunningMeanStd:
-    """Narrow the type: SB3 has a dict for dict observations, which no agent here supports."""
-    assert isinstance(statistics, RunningMeanStd)
-    return statistics
+def _observation_to_json(rms: ObsRMS) -> dict[str, Any]:
+    if isinstance(rms, dict):
+        return {name: _to_json(part) for name, part in rms.items()}
+    return _to_json(rms)
 
 
-def _to_json(rms: RunningMeanStd | None) -> dict[str, object] | None:
-    if rms is None:
-        return None
+def _observation_from_json(record: Any, space: spaces.Space) -> ObsRMS:
+    if not isinstance(space, spaces.Dict):
+        return _from_json(record, space.shape)
+    return {name: _from_json(record[name], part.shape) for name, part in space.items()}
+
+
+def _to_json(rms: RunningMeanStd) -> dict[str, Any]:
     mean, var = np.asarray(rms.mean), np.asarray(rms.var)
     return {"mean": mean.tolist(), "var": var.tolist(), "count": float(rms.count)}
 

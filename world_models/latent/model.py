@@ -206,7 +206,11 @@ class LatentModel(nn.Module):
                 return joined
             return joined._replace(vector=(joined.vector - self.offset).float())
         assert isinstance(observations, Tensor)
-        return observations if self.offset is None else (observations - self.offset).float()
+        if self.offset is None:
+            return observations
+        if observations.dtype == torch.bool:  # which cannot be subtracted from
+            observations = observations.to(self.offset.dtype)
+        return (observations - self.offset).float()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

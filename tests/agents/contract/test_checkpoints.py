@@ -2,11 +2,16 @@
 
 import shutil
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
+from tests.agents.contract.conftest import Maker
+from tests.agents.contract.environments import RewindableEnv
 from tests.agents.contract.runs import (
     TOTAL,
     StopAt,
@@ -21,6 +26,7 @@ from tests.agents.contract.runs import (
 from totalprop.agents import AGENTS
 from totalprop.agents.persistence import checkpoint, safe_file
 from totalprop.agents.persistence.checkpoint import Checkpoints, TrainingStopped
+from totalprop.envs.rewind import Rewindable
 
 
 @pytest.fixture(scope="session")
@@ -236,3 +242,25 @@ def test_a_full_disk_leaves_the_checkpoint_before(make, quiet, tmp_path, monkeyp
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in checkpoints.folder.iterdir()} == before
     assert load(checkpoints, make).num_timesteps == quiet[0].num_timesteps
+
+
+class Outer(gym.Wrapper):
+    """Outside of Monitor, as those of `make_vec_env(..., wrapper_class=...)` are."""
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+def test_monitors_below_other_wrappers_are_restored(vec_env_cls, tmp_path):
+    def env():
+        return vec_env_cls([lambda: Outer(Monitor(Rewindable(RewindableEnv())))] * 2)
+
+    make, whole, halves = Maker("dreamer"), env(), [env(), env()]
+    expected = make(whole, seed=3).learn(44)
+    make(halves[0], seed=3).learn(20, Checkpoints(tmp_path))
+    checkpoints = Checkpoints(tmp_path)
+    agent = checkpoints.load(make.cls, halves[1], "cpu")
+    checkpoints.restore(agent)
+    agent.learn(24, checkpoints, reset_num_timesteps=False)
+    records = [[(x["r"], x["l"]) for x in each.ep_info_buffer] for each in (agent, expected)]
+    assert records[0] == records[1] and len(records[0]) > 4
+    for each in (whole, *halves):
+        each.close()

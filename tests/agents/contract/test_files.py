@@ -132,11 +132,10 @@ def test_objects_are_in_the_file_or_asked_for(make, tmp_path):
     loaded.learn(14)
 
 
-def test_attributes_can_be_left_out_or_added(make, tmp_path):
+def test_attributes_can_be_left_out(make):
     agent = make()
-    agent.note = "mine"
     names = set(agent.file_values()["attributes"])
-    assert "note" in names and not {"env", "policy", "_logger"} & names
+    assert "seed" in names and not {"env", "policy", "_logger"} & names
     assert "seed" not in agent.file_values(exclude=["seed"])["attributes"]
 
 
@@ -399,3 +398,57 @@ def test_observations_that_learn_does_not_need_are_checked_or_dropped(make, file
     make.cls.load(tmp_path / "again", device="cpu")
     with pytest.raises(ValueError, match="its _last_original_obs is not one observation"):
         make.cls.load(tmp_path / "other.zip", device="cpu")
+
+
+class Reports(gym.Wrapper):
+    """Says how an episode went with an array, a tensor or NumPy's number."""
+
+    kinds = (np.array, torch.tensor, np.bool_, np.float32)
+
+    def step(self, action):
+        *rest, info = self.env.step(action)
+        if "is_success" in info:
+            kind = self.kinds[self.unwrapped.episode % len(self.kinds)]
+            info = {**info, "is_success": kind(info["is_success"])}
+        return (*rest, info)
+
+
+def test_successes_are_kept_as_numbers_whatever_reports_them(make, tmp_path):
+    agent = make(make.see(Reports(CountingEnv()))).learn(35)
+    agent.save(tmp_path / "agent.zip")
+    loaded = make.cls.load(tmp_path / "agent.zip", device="cpu")
+    assert list(loaded.ep_success_buffer) == [0, 1, 0, 1, 0]
+    assert all(type(x) is float for x in loaded.ep_success_buffer)
+
+
+def test_steps_may_be_a_whole_number_written_as_a_float(make, tmp_path):
+    agent = make().learn(2.1e1)
+    agent.save(tmp_path / "agent.zip")
+    loaded = make.cls.load(tmp_path / "agent.zip", device="cpu")
+    assert_same(loaded.num_timesteps, make().learn(21).num_timesteps)
+    for steps in (20.5, np.nan, np.inf, "20", None):
+        with pytest.raises(ValueError, match=r"total_timesteps must be a whole number, got "):
+            agent.learn(steps)
+
+
+def test_what_is_set_on_an_agent_from_outside_is_left_out_with_a_warning(make, tmp_path):
+    agent = make().learn(14)
+    agent.note, agent.best_return = "mine", 1.0
+    with pytest.warns(UserWarning, match="does not hold best_return, note, set on the agent from"):
+        agent.save(tmp_path / "agent.zip")
+    loaded = make.cls.load(tmp_path / "agent.zip", device="cpu")
+    assert not hasattr(loaded, "note") and loaded.num_timesteps == agent.num_timesteps
+
+
+def test_what_a_subclass_sets_in_its_constructor_is_kept(make, tmp_path):
+    class Mine(make.cls):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.note = ""
+
+    agent = Mine(env=make.see(CountingEnv()), **make.arguments())
+    agent.note = "mine"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent.save(tmp_path / "agent.zip")
+    assert Mine.load(tmp_path / "agent.zip", device="cpu").note == "mine"

@@ -1,11 +1,21 @@
 """What `load` takes from the file, and what from its arguments."""
 
+import pickle
+import threading
+
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 from tests.agents.contract.conftest import Maker
 from totalprop.agents import DAAPPO, DreamerTPX
 from totalprop.agents.core import algorithm as saving
+from totalprop.agents.core.processes import Processes, SharedStatistics
+from totalprop.agents.core.spaces import UnsupportedSpaceError
 from totalprop.agents.persistence import checkpoint
 
 NAMES = {DreamerTPX: "dreamer", DAAPPO: "daappo"}
@@ -84,3 +94,60 @@ def test_an_optimiser_without_eps():
     optimizer = torch.optim.SGD([weight], 0.5)
     saving._set_step_sizes(optimizer, saving._step_sizes(torch.optim.SGD([weight], 0.25)))
     assert optimizer.param_groups[0]["lr"] == 0.25 and "eps" not in optimizer.param_groups[0]
+
+
+class Choices(gym.Env):
+    def __init__(self, seen, actions):
+        self.observation_space, self.action_space = seen, actions
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+BOX = spaces.Box(-1, 1, (2,))
+LATE = spaces.Discrete(3, start=2)
+
+
+@pytest.mark.parametrize(
+    ("seen", "actions", "message"),
+    [
+        (BOX, LATE, "its actions, .* start at 2: shift them with .*TransformAction"),
+        (LATE, spaces.Discrete(2), "its observations, .* start at 2: .*TransformObservation"),
+        (spaces.Dict(a=BOX, b=LATE), spaces.Discrete(2), "its observations, .* start at 2"),
+        (BOX, spaces.MultiDiscrete([2, 3], start=[0, 1]), r"its actions, .* start at \[0 1\]"),
+    ],
+)
+def test_choices_that_are_not_counted_from_0_are_learned_or_refused(seen, actions, message):
+    """stable-baselines3's policies take them for others, without a word."""
+    policy = "MultiInputPolicy" if isinstance(seen, spaces.Dict) else "MlpPolicy"
+    with pytest.raises(UnsupportedSpaceError, match=message):
+        DAAPPO(policy, Choices(seen, actions), action_source="none")
+    arguments = Maker("dreamer").arguments()
+    DreamerTPX(env=TimeLimit(Choices(seen, actions), 7), **arguments).learn(21)
+
+
+@pytest.mark.parametrize("cls", NAMES)
+def test_action_bounds_whose_distance_overflows_are_refused(cls):
+    wide = spaces.Box(-3e38, 3e38, (1,), np.float32)
+    with pytest.raises(UnsupportedSpaceError, match="finite bounds, not too far apart"):
+        cls(env=Choices(BOX, wide), **Maker(NAMES[cls]).arguments())
+
+
+def test_a_dictionary_without_numbers_has_a_remedy_that_works():
+    env = Choices(spaces.Dict(a=spaces.Text(3)), spaces.Box(-1, 1, (1,)))
+    with pytest.raises(UnsupportedSpaceError, match=r"convert them with .*TransformObservation"):
+        DreamerTPX(env=env, **Maker("dreamer").arguments())
+
+
+def test_statistics_of_several_processes_are_pickled_alone():
+    own = RunningMeanStd(shape=(2,))
+    own.update(np.arange(6.0).reshape(3, 2))
+    shared = SharedStatistics(own, Processes(threading.Lock()))  # like a group, it cannot be
+    read = pickle.loads(pickle.dumps(shared))
+    assert type(read) is RunningMeanStd and read.count == own.count
+    np.testing.assert_array_equal(read.mean, own.mean)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from totalprop.agents import AGENTS, DAAPPO
 from totalprop.agents.core.deployment import Deployed
+from totalprop.scripts.run.normalisation import normalise_like, save_statistics
 
 MODELS = sorted(Path(__file__).parents[2].glob("golden/models/*.zip"))
 
@@ -58,3 +60,43 @@ def test_a_deployed_policy_normalises_as_vec_normalize_does():
     with torch.no_grad():
         found = Deployed(agent.policy, env.observation_space, env)(torch.as_tensor(seen))
     np.testing.assert_array_equal(found.numpy(), expected, strict=True)
+
+
+class Two(gym.Env):
+    """Observes a vector, which is normalised, and another that is not."""
+
+    observation_space = spaces.Dict({name: spaces.Box(-9, 9, (2,)) for name in "ab"})
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def _seen(self):
+        return {name: self.np_random.normal(3, 2, 2).astype(np.float32) for name in "ab"}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._seen(), {}
+
+    def step(self, action):
+        return self._seen(), 0.0, False, True, {}
+
+
+@pytest.mark.parametrize("keys", [None, ["a"]])
+def test_entries_of_a_dictionary_are_normalised_as_vec_normalize_does(keys):
+    env = VecNormalize(make_vec_env(Two, 2), norm_obs_keys=keys)
+    agent = DAAPPO("MultiInputPolicy", env, n_steps=20, batch_size=10, action_source="none", seed=0)
+    agent.learn(40)
+    seen = {name: np.arange(8, dtype=np.float32).reshape(4, 2) for name in "ab"}
+    expected, _ = agent.predict(env.normalize_obs(seen), deterministic=True)
+    module = Deployed(agent.policy, Two.observation_space, env)
+    with torch.no_grad():
+        found = module({name: torch.as_tensor(part) for name, part in seen.items()})
+    np.testing.assert_array_equal(found.numpy(), expected, strict=True)
+
+
+def test_statistics_of_a_dictionary_are_written_and_read(tmp_path):
+    env = VecNormalize(make_vec_env(Two, 2))
+    env.reset()
+    save_statistics(env, tmp_path / "statistics.json")
+    made = normalise_like(make_vec_env(Two, 2), tmp_path / "statistics.json")
+    seen = {name: np.ones((2, 2), np.float32) for name in "ab"}
+    for name, part in env.normalize_obs(seen).items():
+        np.testing.assert_array_equal(made.normalize_obs(seen)[name], part)

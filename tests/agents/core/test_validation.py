@@ -142,3 +142,12 @@ def test_every_argument_has_one_docstring_entry(cls):
     assert all(texts.values())
     double = {n for n, text in texts.items() if re.search(rf"\. ({'|'.join(names)}): ", text)}
     assert not double
+
+
+def test_annotations_that_only_type_checkers_know_are_left_out():
+    class Mine:
+        def __init__(self, horizon: "Annotated[int, AtLeast(2)]", other: "Nowhere" = 0): ...  # noqa: F821
+
+    assert set(constructor_hints(Mine)) == {"horizon"}
+    with pytest.raises(ValueError, match="horizon must be at least 2"):
+        check_values(Mine, horizon=1)

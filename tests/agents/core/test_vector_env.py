@@ -140,3 +140,21 @@ def test_one_that_does_not_say_how_it_resets_is_refused():
     env.metadata = {}
     with pytest.raises(ValueError, match="must say how it resets"):
         DAAPPO("MlpPolicy", env)
+
+
+def test_options_reach_the_environments_or_are_refused():
+    class Notes(Task):
+        def reset(self, *, seed=None, options=None):
+            self.given = options
+            return super().reset(seed=seed, options=options)
+
+    inner = SyncVectorEnv([Notes, Notes])
+    env = GymnasiumVecEnv(inner)
+    env.set_options({"x": 1})
+    env.reset()
+    assert [one.given for one in inner.envs] == [{"x": 1}] * 2
+    env.reset()  # they are for one reset
+    assert not any(one.given for one in inner.envs)
+    env.set_options([{"x": 1}, {"x": 2}])
+    with pytest.raises(ValueError, match="the same options for all"):
+        env.reset()

@@ -449,7 +449,9 @@ def test_a_replay_loads_into_an_agent_with_another_offset(tmp_path):
     """It holds the observations as the environment gave them."""
     make(ShiftedEnv(1e6)).learn(30).save_replay_buffer(tmp_path / "replay.npz")
     agent = make(ShiftedEnv(1e6), seed=1)
-    agent.load_replay_buffer(tmp_path / "replay.npz")
+    with pytest.raises(ValueError, match="truncate_last_traj must be True"):
+        agent.load_replay_buffer(tmp_path / "replay.npz", truncate_last_traj=False)
+    agent.load_replay_buffer(tmp_path / "replay.npz", truncate_last_traj=True)
     agent.learn(30)
     seen = agent.policy.model._centred(torch.from_numpy(stored(agent).observation))
     assert 0.1 < seen.abs().max() < 9
@@ -903,6 +905,24 @@ def test_a_round_logs_means_and_the_gradients_signal_to_noise_ratio():
     assert values["train/skipped_steps"] == 2  # a count
     assert [values[f"k/step_{t}"] for t in ("01", "02")] == pytest.approx([0.625, 0.125])
     assert [values[f"k/coordinate_{d}"] for d in ("00", "01")] == pytest.approx([0.25, 0.5])
+
+
+@pytest.mark.parametrize("all_skipped", [False, True])
+def test_a_skipped_update_is_counted_and_does_not_make_the_round_nan(all_skipped):
+    agent = make()
+    memory = logged(agent)
+    nan = torch.tensor(torch.nan)
+    with Round(agent, skips=True) as log:
+        if not all_skipped:
+            scalars = {"kl": torch.tensor(3.0), "skipped_steps": torch.tensor(0.0)}
+            log.add(UpdateRecord(scalars, [torch.ones(1)], torch.zeros(1, 1)))
+        scalars = {"kl": nan, "skipped_steps": torch.tensor(2.0)}
+        log.add(UpdateRecord(scalars, [nan.reshape(1)], nan.reshape(1, 1)))
+    agent.logger.dump()
+    values = memory.dumps[0][0]
+    assert values["train/skipped_steps"] == 2
+    if not all_skipped:
+        assert values["train/kl"] == 3 and values["train/k"] == 0
 
 
 def test_a_round_logs_z_and_ratios_of_the_updates_that_measured_them():

@@ -45,6 +45,7 @@ SPACES = {
     "grey": spaces.Box(0, 255, (84, 84), np.uint8),
     "one channel": spaces.Box(0, 255, (210, 160, 1), np.uint8),
     "four channels": spaces.Box(0, 255, (32, 32, 4), np.uint8),
+    "flags": spaces.Box(0, 1, (3,), np.bool_),
     "discrete": spaces.Discrete(7),
     "many choices": spaces.MultiDiscrete([3, 300]),
     "switches": spaces.MultiBinary([2, 2]),
@@ -93,7 +94,7 @@ def stored(agent):
 def test_auto_depends_on_what_is_observed(name):
     space = {**SPACES, "vector": spaces.Box(-9, 9, (3,), np.float32)}[name]
     free_nats, representation_scale, rate = 1.0, 0.1, 3e-3
-    if name in ("vector", "vector in a dictionary"):
+    if name in ("vector", "vector in a dictionary", "flags"):
         free_nats, representation_scale = 0.0, 1.0
     elif name not in ("choices in a dictionary", "discrete", "many choices", "switches"):
         rate = 1e-3

@@ -310,6 +310,20 @@ def test_the_environment_is_neither_stepped_nor_reset(dataset):
     assert not parameters(agent).equal(before)
 
 
+def test_a_refused_call_changes_nothing():
+    agent = DreamerTPX("DreamerPolicy", Point(), **TINY)
+    agent.load_dataset(store(NAME, play(Point(), 5), Point()))
+    agent.learn_offline(2)
+    for steps, horizon in ((2, 1), (2.5, 3)):
+        agent.horizon, before = horizon, agent.horizon
+        with pytest.raises(ValueError, match="must be"):
+            agent.learn_offline(steps)
+        agent.horizon = before
+    assert agent.num_timesteps == 2
+    assert agent.learn_offline(3e0, reset_num_timesteps=False).num_timesteps == 5
+    agent.learn(8, reset_num_timesteps=False)
+
+
 def test_an_agent_can_be_made_of_the_spaces_alone(dataset):
     agent = DreamerTPX("DreamerPolicy", SpacesOnly(dataset), **TINY)
     agent.load_dataset(dataset)
@@ -499,13 +513,13 @@ def test_a_resumed_run_ends_in_the_same_bits(dataset, tmp_path):
 
 def test_a_dataset_larger_than_the_replay_is_a_sentence_with_the_remedy(dataset):
     agent = make(NUMBERED, buffer_size=26)
-    with pytest.raises(ValueError, match=r"27 entries, .* room for 26: pass buffer_size=27 "):
+    with pytest.raises(ValueError, match=r"27 entries, .* room for 26: pass buffer_size=27, "):
         agent.load_dataset(dataset)
     assert agent.replay_buffer is None
     make(NUMBERED, buffer_size=27).load_dataset(dataset)
     makers = [lambda: Monitor(Untouchable(NUMBERED))] * 2  # each has half of the entries
     agent = DreamerTPX("DreamerPolicy", DummyVecEnv(makers), **{**TINY, "buffer_size": 26})
-    with pytest.raises(ValueError, match=r"27 entries, .* room for 26: pass buffer_size=28 "):
+    with pytest.raises(ValueError, match=r"27 entries, .* room for 26: pass buffer_size=28, "):
         agent.load_dataset(dataset)
 
 

@@ -396,3 +396,19 @@ def test_a_saturating_cost_of_other_rewards_is_not_used():
     env = TransformReward(Saturating(), lambda reward: 2 * reward)
     with pytest.warns(UserWarning, match="a wrapper changes"):
         assert make(env).saturating_cost is None
+
+
+@pytest.mark.parametrize("own", [0, -1.0, "x", np.nan, [0.1]])
+def test_a_time_step_that_is_none_is_not_used_with_a_warning(own):
+    env = Plain()
+    env.time_step = own
+    with pytest.warns(UserWarning, match="`time_step` is not used, because it must be a number ab"):
+        assert make(env).time_step is None
+
+
+@pytest.mark.parametrize("own", [([0, 0], [np.nan, 1]), ([0, 0], [-1, 1]), ([np.inf, 0], [1, 1])])
+def test_a_start_that_is_no_distribution_is_not_used_with_a_warning(own):
+    env = Plain()
+    env.initial_distribution = own
+    with pytest.warns(UserWarning, match="`initial_distribution` is not used, because it must"):
+        assert make(env).start is None
