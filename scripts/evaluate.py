@@ -75,7 +75,7 @@ def evaluate(options: argparse.Namespace) -> None:
         f"{np.mean(found.lengths):.0f} steps)"
     )
     if found.n_cut:
-        print(found.describe_cut(options.max_steps).replace("--eval-max-steps", "--max-steps"))
+        print(found.describe_cut(options.max_steps, "--max-steps"))
     if options.no_gif:
         return
     shown = record_gif(

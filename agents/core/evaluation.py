@@ -42,11 +42,11 @@ class Episodes:
     lengths: list[int]
     n_cut: int
 
-    def describe_cut(self, max_steps: int) -> str:
-        """A sentence on the episodes that were cut."""
+    def describe_cut(self, max_steps: int, by: str = "max_steps, --eval-max-steps") -> str:
+        """A sentence on the episodes that were cut, and by which argument or flag."""
         return (
             f"{self.n_cut} of {len(self.returns)} evaluation episodes had not ended after "
-            f"{max_steps} steps and were cut there (max_steps, --eval-max-steps); "
+            f"{max_steps} steps and were cut there ({by}); "
             "gymnasium.make(..., max_episode_steps=N) gives the environment a time limit"
         )
 
