@@ -409,9 +409,10 @@ class Algorithm(BaseAlgorithm):
                 )
         return {"attributes": attributes, "parameters": parameters}
 
-    def _foreign(self, attributes: Collection[str]) -> list[str]:
+    def _foreign(self, attributes: Mapping[str, Any]) -> list[str]:
         """Attributes that `from_values` would refuse: not the agent's, nor its subclass's own."""
-        unknown = set(attributes) - self._own_names - set(self._late_attributes)
+        unknown = attributes.keys() - self._own_names - set(self._late_attributes)
+        unknown = {name for name in unknown if safe_file.is_held(attributes[name])}
         if unknown:  # a subclass may set some after this class's constructor
             new = type(self)(self.policy_class, None, _init_setup_model=False)  # type: ignore[call-arg]
             unknown -= vars(new).keys()
