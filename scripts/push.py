@@ -16,6 +16,7 @@ from typing import Any
 
 from totalprop.agents import AGENTS
 from totalprop.agents.core.validation import is_finite
+from totalprop.agents.persistence.safe_file import in_one_line
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run import hub
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
@@ -74,8 +75,8 @@ def push(options: argparse.Namespace) -> None:
             repo_id, operations, commit_message=f"Push {folder.path.resolve().name}"
         )
     except Exception as error:  # of the network, in classes of several libraries
-        text = " ".join(str(error).split())
-        raise UserError(f"cannot push to {repo_id}: {text}; log in first: hf auth login") from error
+        what = f"cannot push to {repo_id}: {in_one_line(error)}"
+        raise UserError(f"{what}; log in first: hf auth login") from error
     print(
         f"{', '.join(contents)}: {url}\n"
         f"Next: totalprop evaluate {hub.PREFIX}{repo_id}{import_flag(env_id)}"

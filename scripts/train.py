@@ -43,7 +43,7 @@ from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.core.processes import ALONE, Processes
 from totalprop.agents.core.spaces import UnsupportedSpaceError
 from totalprop.agents.persistence.checkpoint import Checkpoints, Stateful, TrainingStopped
-from totalprop.agents.persistence.safe_file import write_text
+from totalprop.agents.persistence.safe_file import in_one_line, write_text
 from totalprop.scripts.commands import train_usage
 from totalprop.scripts.run import trackers
 from totalprop.scripts.run.arguments import parse, parse_resume
@@ -116,7 +116,7 @@ class Stopwatch:
 
 def sentence(error: Exception) -> str:
     """Describe an error, and what to do about it, in one line."""
-    text = " ".join(str(error).split())
+    text = in_one_line(error)
     if isinstance(error, UserError | ValueError | AssertionError | FloatingPointError | OSError):
         return text
     if isinstance(error, torch.OutOfMemoryError):

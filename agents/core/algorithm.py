@@ -630,7 +630,7 @@ class Algorithm(BaseAlgorithm):
     def _cannot_load(
         cls, path: object, error: Exception, passed: Collection[str] = ()
     ) -> ValueError:
-        text = " ".join(str(error).split())[:400] or type(error).__name__
+        text = safe_file.in_one_line(error, 400)
         expected = f"expected a file written by {cls.__name__}.save (model.zip in a run folder)"
         if passed:
             expected += f", and arguments that fit it, here {', '.join(passed)}"

@@ -16,7 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from totalprop.agents.persistence.safe_file import UNREADABLE, BadFileError, check_regular, shown
+from totalprop.agents.persistence.safe_file import (
+    UNREADABLE,
+    BadFileError,
+    check_regular,
+    in_one_line,
+    shown,
+)
 
 Fields = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and dtype of one row
 
@@ -96,8 +102,9 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as file:
             yield file
     except (zipfile.BadZipFile, EOFError, *UNREADABLE) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadFileError(f"{path} is not a replay that `save` wrote ({reason})") from error
+        raise BadFileError(
+            f"{path} is not a replay that `save` wrote ({in_one_line(error, 200)})"
+        ) from error
 
 
 def _small(file: zipfile.ZipFile, member: zipfile.ZipInfo | None) -> np.ndarray:

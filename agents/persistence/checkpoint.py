@@ -326,7 +326,7 @@ class Checkpoints(BaseCallback):
 
 
 def _reason(path: Path, error: Exception) -> str:
-    return f"{path.name}: {' '.join(str(error).split())}"
+    return f"{path.name}: {safe_file.in_one_line(error)}"
 
 
 def _number_and_steps(path: Path) -> tuple[int, int]:

@@ -208,7 +208,9 @@ def read(source: Path | IO[bytes], kind: str | None = None) -> dict[str, Any]:
     except (
         zipfile.BadZipFile, zipfile.LargeZipFile, SafetensorError, EOFError, *UNREADABLE,
     ) as error:  # fmt: skip
-        raise BadFileError(f"it is truncated or corrupted ({_one_line(error)})") from error
+        raise BadFileError(
+            f"it is truncated or corrupted ({type(error).__name__}: {in_one_line(error, 150)})"
+        ) from error
     if not isinstance(values, dict):
         raise BadFileError("it is truncated or corrupted (no values)")
     return values
@@ -223,9 +225,9 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:150]}"
+def in_one_line(error: Exception, limit: int | None = None) -> str:
+    """What an error says, cut, or its type if it says nothing; for messages of one line."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def _write_zip(target: IO[bytes], document: bytes, tensors: dict[str, Tensor], note: str) -> None:

@@ -29,7 +29,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from totalprop.agents import AGENTS
 from totalprop.agents.core.validation import RANGES, constructor_hints
 from totalprop.agents.persistence import safe_file
-from totalprop.agents.persistence.safe_file import shown
+from totalprop.agents.persistence.safe_file import in_one_line, shown
 from totalprop.scripts.commands import add_import, integer
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import check_import, env_arg_flags, our_id, parse_env_args
@@ -325,7 +325,7 @@ def read_settings(path: Path) -> dict[str, Any]:
             safe_file.check_regular(path)
             found = yaml.safe_load(path.read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot read {path}: {in_one_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} must hold settings by name, such as `estimator: tpx`")
     settings = {str(name).replace("-", "_"): value for name, value in found.items()}

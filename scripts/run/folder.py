@@ -34,7 +34,7 @@ from totalprop.agents import AGENTS
 from totalprop.agents.core import figures
 from totalprop.agents.core.validation import is_finite, is_whole
 from totalprop.agents.persistence import safe_file
-from totalprop.agents.persistence.safe_file import shown, write_text
+from totalprop.agents.persistence.safe_file import in_one_line, shown, write_text
 from totalprop.envs.mujoco_backend import choose_backend
 from totalprop.envs.rewind import Rewindable, can_rewind
 from totalprop.scripts.run.errors import UsageError, UserError
@@ -288,7 +288,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = safe_file.read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot read {path}: {in_one_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"cannot read {path}: it is not a JSON object")
     return found
@@ -536,8 +536,7 @@ def record_gif(
         env = normalised(make_env(env_id, env_args, seed=seed, render=True))
         return _record_gif(agent, env, path, min(max_steps, MAX_VIDEO_STEPS))
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"no GIF: {reason}", file=sys.stderr)
+        print(f"no GIF: {in_one_line(error)}", file=sys.stderr)
         return None
     finally:
         if env is not None:

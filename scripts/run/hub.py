@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+from totalprop.agents.persistence.safe_file import in_one_line
 from totalprop.scripts.run.errors import UserError
 
 PREFIX = "hf://"
@@ -31,7 +32,7 @@ def local(run: str, root: Path = Path("runs/hub")) -> Path:
     try:
         hub.snapshot_download(repo_id, local_dir=folder, allow_patterns=[*READ])
     except Exception as error:  # of the network, in classes of several libraries
-        raise UserError(f"cannot download {run}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot download {run}: {in_one_line(error)}") from error
     return folder
 
 

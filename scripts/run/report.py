@@ -20,6 +20,7 @@ from totalprop.agents.core import figures
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.persistence import safe_file
+from totalprop.agents.persistence.safe_file import in_one_line
 from totalprop.scripts.run.folder import WHOLE, RunFolder, import_flag, program, record_gif
 from totalprop.scripts.run.job import RunOptions
 from totalprop.scripts.run.normalisation import normalise_like
@@ -152,8 +153,7 @@ def _drawn(what: str, draw: Callable[[], Sequence[Path]]) -> list[str]:
     try:
         return [path.name for path in draw()]
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"no {what}: {reason}", file=sys.stderr)
+        print(f"no {what}: {in_one_line(error)}", file=sys.stderr)
         return []
 
 

@@ -29,7 +29,7 @@ from filelock import FileLock
 from stable_baselines3.common.logger import Figure, KVWriter
 
 from totalprop.agents.core.validation import is_whole
-from totalprop.agents.persistence.safe_file import shown, write_text
+from totalprop.agents.persistence.safe_file import in_one_line, shown, write_text
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.run.job import Job
@@ -340,7 +340,7 @@ def _drawn(figure: Any) -> Image:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = in_one_line(error)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 

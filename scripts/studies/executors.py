@@ -24,6 +24,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from totalprop.agents.persistence.safe_file import in_one_line
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.threads import owned_cores
 
@@ -274,7 +275,7 @@ def on_slurm(
         with executor.batch():
             submitted = [executor.submit(trial) for trial in trials]
     except (RuntimeError, NameError, ValueError, AssertionError) as error:
-        raise UserError(f"--slurm: {' '.join(str(error).split())}") from error
+        raise UserError(f"--slurm: {in_one_line(error)}") from error
     number = {job.job_id: i for i, job in enumerate(submitted)}
     poll = 10.0 if cluster == "slurm" else 0.5
     for job in submitit.helpers.as_completed(submitted, poll_frequency=poll):
