@@ -279,10 +279,10 @@ class Algorithm(BaseAlgorithm):
 
         Files hold numbers, and an array or a tensor would be refused when they are read.
         """
-        name = "is_success"
+        name, ends = "is_success", [False] * len(infos) if dones is None else dones
         infos = [
-            {**info, name: float(np.mean(np.asarray(info[name], float)))} if name in info else info
-            for info in infos
+            {**info, name: _as_number(info[name])} if done and name in info else info
+            for info, done in zip(infos, ends, strict=True)
         ]
         super()._update_info_buffer(infos, dones)
 
@@ -413,10 +413,13 @@ class Algorithm(BaseAlgorithm):
         """Attributes that `from_values` would refuse: not the agent's, nor its subclass's own."""
         unknown = attributes.keys() - self._own_names - set(self._late_attributes)
         unknown = {name for name in unknown if safe_file.is_held(attributes[name])}
-        if unknown:  # a subclass may set some after this class's constructor
+        if not unknown:
+            return []
+        try:  # a subclass may set some after this class's constructor
             new = type(self)(self.policy_class, None, _init_setup_model=False)  # type: ignore[call-arg]
-            unknown -= vars(new).keys()
-        return sorted(unknown)
+        except TypeError:  # it takes other arguments, and `load` cannot make it either
+            return []
+        return sorted(unknown - vars(new).keys())
 
     @classmethod
     def load(
@@ -657,6 +660,16 @@ def _set_step_sizes(optimizer: torch.optim.Optimizer, sizes: list[dict[str, floa
                 group[key].fill_(value)
             else:
                 group[key] = value
+
+
+def _as_number(success: Any) -> float | None:
+    """A success as an environment says it; None, which SB3 leaves out, where it is no number."""
+    value = success.detach().cpu() if isinstance(success, Tensor) else success
+    try:
+        number = float(np.mean(np.asarray(value, float)))
+    except (TypeError, ValueError):
+        return None
+    return number if np.isfinite(number) else None
 
 
 def _with_suffix(path: Path) -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 from gymnasium import spaces
 
 from totalprop.agents.core.spaces import describe, is_picture
+from totalprop.agents.persistence.safe_file import in_one_line
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -220,4 +221,4 @@ def _check_array(name: str, values: Any, shape: tuple[int, ...]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return in_one_line(error, 300)

@@ -41,7 +41,7 @@ class GymnasiumVecEnv(VecEnv):
         """Begin an episode in every environment."""
         # Of several environments, Gymnasium counts on from the first one's, as `VecEnv.seed` does.
         options = self._options[0]
-        if any(own != options for own in self._options):
+        if any(own.keys() != options.keys() or not _equal(own, options) for own in self._options):
             raise ValueError("a vector environment takes the same options for all environments")
         observations, infos = self.venv.reset(seed=self._seeds[0], options=options or None)
         self.reset_infos = self._of_each(infos)

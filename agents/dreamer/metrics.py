@@ -35,7 +35,8 @@ class Round:
     """
 
     def __init__(self, agent: Algorithm, *, draw: bool = False, skips: bool = False) -> None:
-        self.agent, self.draw, self.skips, self.count = agent, draw, skips, 0
+        self.agent, self.draw, self.skips = agent, draw, skips
+        self.updates = self.count = 0  # all of them, and those that are averaged
         self.scalars: dict[str, Tensor] = {}
         self.gradient: list[Tensor] = []
         self.square = torch.zeros((), device=agent.device)
@@ -48,6 +49,7 @@ class Round:
 
     def add(self, record: UpdateRecord) -> None:
         """Add one update."""
+        self.updates += 1
         zero = torch.zeros((), device=self.agent.device)
         if self.skips and record.scalars[COUNTED] > 0:  # its other scalars need not be finite
             self.scalars[COUNTED] = self.scalars.get(COUNTED, zero) + record.scalars[COUNTED]
@@ -70,12 +72,14 @@ class Round:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None or (self.count == 0 and not self.scalars):
+        if kind is not None or self.updates == 0:
             return
         record = self.agent.logger.record
         averages = self.agent._processes.average(list(self.scalars.values()))
         for name, value in zip(self.scalars, averages, strict=True):
             record(f"train/{name}", float(value if name == COUNTED else value / self.count))
+        record("time/updates_per_second", self.updates / (time.perf_counter() - self.started))
+        record("train/n_updates", self.agent._n_updates, exclude=QUIET)
         n = self.count
         if n == 0:
             return
@@ -96,8 +100,6 @@ class Round:
             record("figures/k", Figure(figure, close=True), PICTURE)
         if self.gauge is not None:
             record_gauge(self.agent.logger, self.gauge, draw=self.draw)
-        record("time/updates_per_second", n / (time.perf_counter() - self.started))
-        record("train/n_updates", self.agent._n_updates, exclude=QUIET)
 
 
 def record_decisions(agent: Algorithm) -> None:

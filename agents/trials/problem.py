@@ -15,7 +15,6 @@ from gymnasium.wrappers import NormalizeReward
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from totalprop.agents.core.validation import is_finite
 from totalprop.agents.persistence import env_state
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.agents.trials.saturating_cost import SaturatingCost
@@ -215,10 +214,16 @@ class Problem:
     def time_step(self) -> float | None:
         """The environment's own `time_step`, the time that passes between observations, or None."""
         given = self._attribute("time_step")
-        if given is not None and not (is_finite(given) and given > 0):
+        if given is None:
+            return None
+        try:
+            step = float(given)
+        except (TypeError, ValueError):
+            step = math.nan
+        if not 0 < step < math.inf:
             _warn_unused("time_step", f"it must be a number above 0, and is {given!r}")
             return None
-        return None if given is None else float(given)
+        return step
 
     @property
     def time_limit(self) -> int | None:

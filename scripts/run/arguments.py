@@ -18,6 +18,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -92,7 +93,7 @@ def run_flags() -> type[RunOptions]:
     """RunOptions whose flags show their ranges."""
     hints = typing.get_type_hints(RunOptions, include_extras=True)
     fields = [
-        (field.name, Annotated[hints[field.name], tyro.conf.arg(metavar=metavar)], field)
+        (field.name, Annotated[hints[field.name], tyro.conf.arg(metavar=metavar)], copy(field))
         for field in dataclasses.fields(RunOptions)
         if (metavar := _metavar(hints[field.name]))
     ]

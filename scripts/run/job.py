@@ -122,7 +122,7 @@ class Job:
 
     def environments(self) -> tuple[VecEnv, VecEnv]:
         """Make the environments for training and for evaluation."""
-        with self._naming_flags():
+        with self._naming_flags("action_source"):  # an environment speaks of its own arguments
             env = make_env(
                 self.options.env_id, self.env_args, seed=None,
                 step_timeout=self.options.step_timeout,
@@ -163,19 +163,20 @@ class Job:
             arguments["learning_rate"] = LinearSchedule(rate, end=0.0, end_fraction=1.0)
         cls = AGENTS[self.agent].cls
         kwargs = accepted(cls, arguments["policy"], self.policy_kwargs)
-        with self._naming_flags():
+        with self._naming_flags(*self.arguments, *self.policy_kwargs):
             made = cls(env=env, policy_kwargs=policy_kwargs_from_json(kwargs), **arguments)
             if dataset is not None:
                 made.load_dataset(dataset)  # type: ignore[attr-defined]
         return made
 
+    @staticmethod
     @contextlib.contextmanager
-    def _naming_flags(self) -> Iterator[None]:
+    def _naming_flags(*names: str) -> Iterator[None]:
         """Refusals name flags, not arguments; they stay of their kind, which exit codes tell."""
         try:
             yield
         except (UserError, ValueError, AssertionError) as error:
-            error.args = (in_flags(str(error), {**self.arguments, **self.policy_kwargs}),)
+            error.args = (in_flags(str(error), names),)
             raise
 
     def flags(self) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _name_of(paths: Sequence[Path]) -> str:
         (part or Path(path).name).replace("/", "_") for path, part in parts.items() if path
     )
     name = "_".join(own)
-    return name if len(name) <= 80 else f"{own[0]}_and_{len(own) - 1}_more"
+    return name if len(name) <= 80 else f"{own[0][:60]}_and_{len(own) - 1}_more"
 
 
 # ---------------------------------------------------------------------------- reading

@@ -150,6 +150,9 @@ def test_options_reach_the_environments_or_are_refused():
 
     inner = SyncVectorEnv([Notes, Notes])
     env = GymnasiumVecEnv(inner)
+    env.set_options([{"goal": np.arange(2)}, {"goal": np.arange(2)}])
+    env.reset()
+    assert [list(one.given["goal"]) for one in inner.envs] == [[0, 1]] * 2
     env.set_options({"x": 1})
     env.reset()
     assert [one.given for one in inner.envs] == [{"x": 1}] * 2

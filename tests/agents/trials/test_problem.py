@@ -281,6 +281,8 @@ def test_the_environments_own_integrated_dims_are_used(own):
     env = Plain()
     env.integrated_dims, env.time_step = own, np.float32(0.5)
     assert make(env).integrated_dims == ((0, 1),) and make(env).time_step == 0.5
+    env.time_step = np.array(0.25)
+    assert make(env).time_step == 0.25
     assert make(Plain()).integrated_dims == () and make(Plain()).time_step is None
 
 
