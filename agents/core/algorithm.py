@@ -62,12 +62,10 @@ def _remedy(space: spaces.Space) -> str:
         isinstance(part, spaces.Dict | spaces.Tuple) for part in parts
     ):
         return not_nested(space)
-    if not isinstance(space, HELD_SPACES):
-        return "convert them with gymnasium.wrappers.TransformObservation"
-    if all(isinstance(part, HELD_SPACES) for part in parts):
+    if isinstance(space, HELD_SPACES) and all(isinstance(part, HELD_SPACES) for part in parts):
         return ""
-    assert isinstance(space, spaces.Dict)
-    held = [name for name, part in space.items() if isinstance(part, HELD_SPACES)]
+    entries = space.items() if isinstance(space, spaces.Dict) else ()
+    held = [name for name, part in entries if isinstance(part, HELD_SPACES)]
     if not held:
         return "convert them with gymnasium.wrappers.TransformObservation"
     return f"leave out the others: gymnasium.wrappers.FilterObservation(env, {held})"

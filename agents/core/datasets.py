@@ -105,7 +105,7 @@ def open_dataset(source: str | Path | MinariDataset) -> MinariDataset:
             except Exception as error:  # of the network, in classes of several libraries
                 raise ValueError(
                     f"the dataset '{name}' is not in {get_dataset_path()} (MINARI_DATASETS_PATH), "
-                    f"and cannot be downloaded: {_reason(error)}"
+                    f"and cannot be downloaded: {in_one_line(error, 300)}"
                 ) from error
     return _read(path)
 
@@ -124,7 +124,7 @@ def _read(path: Path) -> MinariDataset:
                 raise ValueError(f"it lacks its {name}, and its environment is not made to find it")
         return MinariDataset(folder)
     except (*_UNREADABLE, NotImplementedError, ImportError) as error:
-        raise ValueError(f"cannot read the dataset {path}: {_reason(error)}") from error
+        raise ValueError(f"cannot read the dataset {path}: {in_one_line(error, 300)}") from error
 
 
 def episodes(dataset: MinariDataset) -> Iterator[Episode]:
@@ -139,7 +139,7 @@ def episodes(dataset: MinariDataset) -> Iterator[Episode]:
         try:
             (found,) = dataset.iterate_episodes([number])
         except _UNREADABLE as error:
-            raise ValueError(f"cannot read {where}: {_reason(error)}") from error
+            raise ValueError(f"cannot read {where}: {in_one_line(error, 300)}") from error
         steps = len(found.rewards)
         if not steps:
             raise ValueError(f"{where} has no steps; leave it out with filter_episodes")
@@ -218,7 +218,3 @@ def _check_array(name: str, values: Any, shape: tuple[int, ...]) -> None:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int(np.argwhere(~np.isfinite(array))[0][0])
         raise ValueError(f"the {name} hold a NaN or infinity, first in number {bad}")
-
-
-def _reason(error: Exception) -> str:
-    return in_one_line(error, 300)

@@ -208,9 +208,7 @@ class LatentModel(nn.Module):
         assert isinstance(observations, Tensor)
         if self.offset is None:
             return observations
-        if observations.dtype == torch.bool:  # which cannot be subtracted from
-            observations = observations.to(self.offset.dtype)
-        return (observations - self.offset).float()
+        return (observations.double() - self.offset).float()  # flags cannot be subtracted from
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
