@@ -19,7 +19,7 @@ from totalprop.agents import AGENTS
 from totalprop.agents.core.evaluation import evaluate as evaluate_agent
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, make_env, record_gif
+from totalprop.scripts.run.folder import EVALUATION_ENVS, RunFolder, make_env, record_gif
 from totalprop.scripts.run.hub import local
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
 
@@ -55,7 +55,7 @@ def evaluate(options: argparse.Namespace) -> None:
         check_picture(path)
     folder.check_model(best=options.best)
     config = folder.read_config()
-    n_envs = min(5, options.episodes)
+    n_envs = min(EVALUATION_ENVS, options.episodes)
     env = make_env(
         config["env_id"], config["env_args"], seed=options.seed, n_envs=n_envs,
         rewindable=AGENTS[config["agent"]].rewinds(config["arguments"]),

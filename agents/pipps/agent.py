@@ -62,7 +62,7 @@ class PIPPS(TrialAlgorithm):
             less than this many standard errors, for example 2, and the search with its last third.
             0: a search takes all gradient_steps.
         keep_best: end a search with the policy whose cost, averaged over 10 successive gradients,
-            was lowest, and not with the last one.
+            was lowest, and not with the last one; with fewer than 10 gradients, with the last.
         random_trials: first episodes, with uniformly random actions.
         random_scale: these actions as a fraction of the action space, about its middle.
         cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64). Without

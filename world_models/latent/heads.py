@@ -85,7 +85,7 @@ class ScalarHead(nn.Sequential):
         if self.kind == "gaussian":
             errors = [out.squeeze(-1) - target for target in targets]
             return torch.stack([0.5 * error.square() for error in errors]).sum(0)
-        beside = [_bins_beside(target, self.bins) for target in targets]
+        beside = [bins_beside(target, self.bins) for target in targets]
         index, weight = (torch.cat(parts, -1) for parts in zip(*beside))
         losses: Tensor = _CrossEntropy.apply(out, index, weight)
         return losses
@@ -97,24 +97,18 @@ def symexp_bins(n: int = N_BINS, largest: float = LARGEST) -> Tensor:
     return torch.cat((-positive.flip(0), torch.zeros(1), positive))
 
 
-def two_hot(x: Tensor, bins: Tensor) -> Tensor:
-    """Distribute each number over the two bins beside it, so that the expectation is the number.
+def bins_beside(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
+    """Two-hot encoding: the bins beside each number, weighted so that the mean is the number.
 
     Hafner et al. 2023, Eq. 10. Numbers outside the bins count as the outermost.
 
     Args:
-        x: [...] numbers.
+        x: [...] numbers, through which no gradient flows.
         bins: [K] ascending.
 
     Returns:
-        [..., K] probabilities, of which two are not zero.
+        The indices of the bins below and above, and their probabilities, [..., 2] each.
     """
-    index, weight = _bins_beside(x, bins)
-    return weight.new_zeros(*x.shape, len(bins)).scatter_(-1, index, weight)
-
-
-def _bins_beside(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., 2] each: the indices of the bins below and above, and their probabilities."""
     x = x.detach().clamp(bins[0], bins[-1])
     above = torch.searchsorted(bins, x.contiguous(), right=True).clamp(1, len(bins) - 1)
     low, high = bins[above - 1], bins[above]

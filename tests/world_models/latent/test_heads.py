@@ -8,13 +8,19 @@ import torch
 from totalprop.world_models.latent.heads import (
     N_BINS,
     ScalarHead,
+    bins_beside,
     symexp_bins,
-    two_hot,
     two_hot_mean,
 )
 from totalprop.world_models.latent.networks import initialise, mlp, symexp
 
 BINS = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
+
+
+def two_hot(x, bins):
+    """[..., K] probabilities."""
+    index, weight = bins_beside(x, bins)
+    return weight.new_zeros(*x.shape, len(bins)).scatter_(-1, index, weight)
 
 
 def test_two_hot_by_hand():
