@@ -13,6 +13,7 @@ are looked up in their help. Files that a page names or links exist.
 import ast
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from totalprop.scripts.run import arguments as train_arguments
 from totalprop.scripts.studies import grid
 
 ROOT = Path(__file__).parents[1]
-# docs/results is a link to results/, which has no Python.
+# docs/results is a link to results/, whose pages have no Python.
 PAGES = [
     ROOT / "README.md",
     *(p for p in sorted(ROOT.glob("docs/**/*.md")) if "results" not in p.parts),
@@ -257,6 +258,12 @@ def test_the_costs_of_daappo_are_those_recorded():
         text,
     )
     assert found == [(f"{none:.2f}", *(f"{cost:.1f}" for cost in costs))]
+
+
+def test_the_tables_of_recommended_are_the_raw_numbers():
+    tables = runpy.run_path(str(ROOT / "results" / "dreamer" / "tables.py"))
+    for document in tables["TABLES"]:
+        assert document.read_text(encoding="utf-8") == tables["updated"](document)
 
 
 def names_of(path: Path) -> set[str]:
