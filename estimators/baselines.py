@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from totalprop.estimators.declarations import part_named, without
+from totalprop.estimators.declarations import having, of_at_least, part_named, without
 
 Baseline = Callable[[Tensor, "Tensor | None"], Tensor]
 
@@ -29,6 +29,7 @@ def mean(returns: Tensor, value: Tensor | None) -> Tensor:
     return returns.mean(0, keepdim=True)
 
 
+@of_at_least(2)
 @without("needs_value")
 def leave_one_out(returns: Tensor, value: Tensor | None) -> Tensor:
     """b_i = Σ_{j≠i} R_j / (N - 1). Mnih & Rezende 2016; Parmas et al. 2018, Sec. 2.2."""
@@ -41,6 +42,8 @@ def leave_one_out(returns: Tensor, value: Tensor | None) -> Tensor:
     return (returns.sum(0, keepdim=True) - returns) / (n - 1)
 
 
+@of_at_least(3)
+@having("needs_value")
 def critic(returns: Tensor, value: Tensor | None) -> Tensor:
     """b_i = leave-one-out linear regression of the returns on a state value.
 

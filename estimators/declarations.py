@@ -22,7 +22,9 @@ def without(*needs: str) -> Callable[[Function], Function]:
     """Mark a function as not using some of its inputs.
 
     Args:
-        needs: attributes to set to False on the function, such as "needs_value".
+        needs: attributes to set to False on the function: of a rule "needs_pathwise",
+            "needs_score", "several_legs" or "cross_fit", of a rule or a leg "categorical_nodes" or
+            "more_axes", of a leg "needs_baseline", of a baseline "needs_value".
     """
 
     def mark(function: Function) -> Function:
@@ -31,6 +33,21 @@ def without(*needs: str) -> Callable[[Function], Function]:
         return function
 
     return mark
+
+
+def of_at_least(samples: int) -> Callable[[Function], Function]:
+    """Mark a leg or a baseline as needing some number of samples on axis 0, see `least_samples`."""
+
+    def mark(function: Function) -> Function:
+        function.least_samples = samples  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def least_samples(function: Callable[..., Any]) -> int:
+    """The samples that a leg or a baseline needs: 1 unless it is marked with `of_at_least`."""
+    return int(getattr(_unwrapped(function), "least_samples", 1))
 
 
 def having(*traits: str) -> Callable[[Function], Function]:

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from totalprop.estimators.baselines import Baseline
-from totalprop.estimators.legs import Leg, Zeta, pathwise
+from totalprop.estimators.legs import Leg, pathwise
+from totalprop.estimators.probes import Zeta
 
 SHAPE = (4, 2)  # fields of a reading; sum and count
 LEAST = 4  # samples; with fewer, z² has no mean

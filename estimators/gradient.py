@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,11 +18,12 @@ from totalprop.estimators.legs import nothing
 from totalprop.estimators.mixing import (
     Context,
     GraphContext,
-    Zeta,
     likelihood_ratio,
     pathwise,
 )
 from totalprop.estimators.node import Estimator
+from totalprop.estimators.probes import Zeta
+from totalprop.estimators.registry import make
 
 RolloutLoss = Callable[[Estimator, "Tensor | None"], Tensor]
 
@@ -39,8 +40,8 @@ class PolicyGradient(NamedTuple):
 
 def gradient(
     rollout: RolloutLoss,
-    parameters: Sequence[Tensor],
-    estimator: Estimator,
+    parameters: Iterable[Tensor],
+    estimator: str | Estimator,
     *,
     samples: int,
     per_sample: bool = False,
@@ -61,7 +62,7 @@ def gradient(
         rollout: (estimator, tap) -> loss []. It calls the estimator at its nodes, passes them the
             tap and a probe, and uses the same noise on every call.
         parameters: the tensors to differentiate w.r.t., P elements in all, in the probe's order.
-        estimator: any estimator, for example `make("tpx")`.
+        estimator: a registered name, or an `Estimator`.
         samples: N.
         per_sample: also return the per-sample gradients, which needs probes over all parameters.
             They sum to the gradient if the parameters act through the nodes only.
@@ -73,7 +74,17 @@ def gradient(
             ratio.
     Returns:
         The loss and its gradients; the per-sample gradients and k if they were asked for.
+    Raises:
+        ValueError: there are no parameters, or one needs no gradient; the loss depends on no node;
+            the estimator's name is unknown or does not fit the nodes; per-sample gradients are
+            needed, and the nodes were called without the tap.
     """
+    estimator, parameters = make(estimator), list(parameters)
+    if not parameters or not all(p.requires_grad for p in parameters):
+        raise ValueError(
+            "gradient needs parameters with requires_grad=True, got "
+            f"{[list(p.shape) for p in parameters if not p.requires_grad] or 'none'}"
+        )
     size, group = tap_size or sum(p.numel() for p in parameters), estimator.group
 
     def backward(estimator: Estimator, tapped: bool) -> PolicyGradient:
@@ -82,7 +93,16 @@ def gradient(
         loss = rollout(estimator, tap)
         extra = [x for x in (tap, meter, gauge) if x is not None]
         n = len(parameters)
-        found = torch.autograd.grad(loss, [*parameters, *extra], materialize_grads=True)
+        found = torch.autograd.grad(loss, [*parameters, *extra], allow_unused=True)
+        if tap is not None and found[n] is None:
+            raise ValueError(
+                "per-sample gradients are needed, and no node of the loss recorded them: pass the "
+                "tap that the rollout is given, and a probe, to every node"
+            )
+        found = tuple(
+            torch.zeros_like(x) if g is None else g
+            for x, g in zip([*parameters, *extra], found, strict=True)
+        )
         rest = iter(found[n:])
         of_tap, k, of_gauge = (None if x is None else next(rest) for x in (tap, meter, gauge))
         return PolicyGradient(loss.detach(), found[:n], of_tap, k, of_gauge)
@@ -97,10 +117,15 @@ def gradient(
 
     if not estimator.several_passes:
         return backward(estimator, per_sample)
-    nodewise, recorder = replace(estimator, whole_graph=False, base=()), _Recorder()
+    nodewise, recorder = replace(estimator, whole_graph=False, base=()), _Recorder(estimator)
     of_rp = replace(nodewise, weight=recorder, legs=(nothing,))
     rp = of_all(of_rp) if estimator.whole_graph else backward(of_rp, False)
     graph = recorder.graph()
+    if not graph.nodes:
+        raise ValueError(
+            "the loss depends on no stochastic node: call the estimator that the rollout is given "
+            "at every node, and average the credited costs"
+        )
     is_gaussian = all(len(node.zeta) == 2 for node in graph.nodes)
     if not is_gaussian and not declared(estimator.weight, "categorical_nodes"):
         raise ValueError(
@@ -165,7 +190,10 @@ class _Recorder:
 
     takes_context = True
 
-    def __init__(self) -> None:
+    def __init__(self, estimator: Estimator) -> None:
+        """Of a pass of this estimator."""
+        rule = estimator.weight
+        self.compares_means = has(rule, "compares_means") or not declared(rule, "needs_pathwise")
         self.nodes: list[Context] = []
         self.pathwise: list[Zeta] = []
 
@@ -175,8 +203,14 @@ class _Recorder:
         return pathwise(rp, legs, context.probe)
 
     def graph(self) -> GraphContext:
-        """All nodes, in the order in which they were drawn."""
-        return GraphContext(self.nodes[::-1], self.pathwise[::-1])
+        """All nodes, in the order in which they were drawn; they are forgotten here.
+
+        Each holds a part of the loss's graph, which holds this rule: a cycle through autograd that
+        Python's garbage collector does not see.
+        """
+        nodes, pathwise_legs = self.nodes[::-1], self.pathwise[::-1]
+        self.nodes, self.pathwise = [], []
+        return GraphContext(nodes, pathwise_legs)
 
 
 def _one_weight(k: Tensor | tuple[Tensor, ...]) -> Tensor:

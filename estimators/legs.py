@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from totalprop.estimators.baselines import Baseline, leave_one_out, none
-from totalprop.estimators.declarations import having, part_named, without
+from totalprop.estimators.declarations import having, of_at_least, part_named, without
 from totalprop.estimators.mixing import GraphContext
+from totalprop.estimators.probes import Zeta
 
-Zeta = tuple[Tensor, ...]
 Leg = Callable[[Zeta, Tensor, Tensor, Tensor | None, Baseline], Zeta]
 
 
@@ -32,6 +32,13 @@ def draw(zeta: Zeta, noise: Tensor) -> Tensor:
     index = (logits + noise).argmax(-1, keepdim=True)
     # Unlike functional.one_hot, this never reads the indices on the host.
     return (index == torch.arange(logits.shape[-1], device=logits.device)).to(logits.dtype)
+
+
+def broadcasts_to(x: Tensor, like: Tensor) -> bool:
+    """Whether a tensor takes the shape of another in a product with it."""
+    if x.ndim > like.ndim:
+        return False
+    return all(n in (1, m) for n, m in zip(reversed(x.shape), reversed(like.shape)))
 
 
 def pathwise(zeta: Zeta, noise: Tensor, g_sample: Tensor) -> Zeta:
@@ -64,7 +71,13 @@ def score(
     Returns:
         The cotangent of zeta.
     """
-    advantage = returns - baseline(returns, value)
+    b = baseline(returns, value)
+    if not broadcasts_to(b, returns):
+        raise ValueError(
+            f"a baseline of shape {list(b.shape)} cannot be subtracted from returns "
+            f"{list(returns.shape)}: it needs one number per return, e.g. value.squeeze(-1)"
+        )
+    advantage = returns - b
     advantage = advantage[(...,) + (None,) * (zeta[0].ndim - advantage.ndim)]
     if len(zeta) == 1:
         return (advantage * (draw(zeta, noise) - zeta[0].softmax(-1)),)
@@ -73,7 +86,7 @@ def score(
     return g_mean, torch.addcmul(-advantage, g_mean, noise)
 
 
-@without("categorical_nodes", "more_axes")
+@without("categorical_nodes", "more_axes", "needs_baseline")
 def biw(
     zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
 ) -> Zeta:
@@ -112,6 +125,7 @@ def biw(
     return g_mean, (second_moment - weighted.sum(1, keepdim=True)) / std
 
 
+@without("needs_baseline")
 def nothing(
     zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
 ) -> Zeta:
@@ -136,14 +150,17 @@ def lax(critic: Callable[[Tensor], Tensor]) -> Leg:
             depend on the noise in another way.
     """
 
-    @without("categorical_nodes")
+    @of_at_least(4)
+    @without("categorical_nodes", "needs_baseline")
     def lax_leg(
         zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
     ) -> Zeta:
         with torch.enable_grad():
             x = draw(zeta, noise).detach().requires_grad_()
-            c = critic(x)
-            (slope_of_c,) = torch.autograd.grad(c.sum(), x)
+            c = _checked(critic(x), returns)
+            slope_of_c = torch.zeros_like(x)
+            if c.requires_grad:  # a constant does not
+                (slope_of_c,) = torch.autograd.grad(c.sum(), x, materialize_grads=True)
         c = c.detach()
         a, b = _left_out_line(c, returns)
         rest = ((returns - a * c - b).unsqueeze(-1)) / zeta[1]
@@ -167,8 +184,10 @@ def first_order(graph: GraphContext) -> Leg:
     little noise, and LR estimates the rest. Differs from the paper: the expansion is along a
     sampled rollout and averaged, and a and b are a regression of the returns on it; a is near 0
     where pathwise gradients explode or mislead. The averages are those of the other half of the
-    batch and the regression leaves out the sample itself, so the leg is unbiased. It makes no use
-    of the estimator's baseline. At categorical nodes, and of fewer than 8 samples, it is `score`.
+    batch and the regression leaves out the sample itself, so the leg is unbiased. What does not
+    depend on the node's own noise is clipped, so that nothing is extrapolated to an outlying start.
+    It makes no use of the estimator's baseline. At categorical nodes, and of fewer than 8 samples,
+    it is `score`.
 
     Args:
         graph: of a pass of RP with the same noise, which `estimators.gradient` makes.
@@ -182,6 +201,7 @@ class _FirstOrder:
     """See `first_order`."""
 
     one_call_per_node = True
+    needs_baseline = False
 
     def __init__(self, graph: GraphContext) -> None:
         self._graph = graph
@@ -199,9 +219,10 @@ class _FirstOrder:
         g = torch.where(torch.isfinite(g).all(), g, 0.0)
         slope, s = _mean_of_other_half(g), _mean_of_other_half(g * std)
         shape = returns.shape
-        future = (s * noise).sum(-1) + self._future.get(shape, 0.0)
-        self._future[shape] = future
-        f = future + (slope * mean).sum(-1)
+        of_own_noise, later = (s * noise).sum(-1), self._future.get(shape, 0.0)
+        self._future[shape] = later + of_own_noise
+        known = later + (slope * mean).sum(-1)
+        f = torch.cat([_without_outliers(half) for half in known.tensor_split(2)]) + of_own_noise
         halves = zip(f.tensor_split(2), returns.tensor_split(2), strict=True)
         lines = [_left_out_line(*half) for half in halves]
         a, b = (torch.cat(parts) for parts in zip(*lines, strict=True))
@@ -217,22 +238,52 @@ def _mean_of_other_half(x: Tensor) -> Tensor:
 
 
 def _mean_of_others(x: Tensor) -> Tensor:
-    """[N, ...] mean along axis 0 over all other samples."""
-    return (x.sum(0) - x) / (len(x) - 1)
+    """[N, ...] mean along axis 0 over all other samples.
+
+    It is the sum of those before and of those after a sample. The sum of all less the sample would
+    leave nothing but round-off of others that are far smaller.
+    """
+    first = torch.zeros_like(x[:1])
+    before = torch.cat((first, x[:-1].cumsum(0)))
+    after = torch.cat((x[1:].flip(0).cumsum(0).flip(0), first))
+    return (before + after) / (len(x) - 1)
 
 
 def _left_out_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and intercept [N, ...] of y on x along axis 0, for each sample from all others."""
-    n = len(x)
-    if n < 4:
-        raise ValueError(f"the legs 'lax' and 'mvd' need at least 4 samples on axis 0, got {n}")
-    dx, dy = x - x.mean(0), y - y.mean(0)
-    tiny, share = torch.finfo(x.dtype).tiny, n / (n - 1)
+    """Slope and intercept [N, ...] of y on x along axis 0, for each sample from all others.
+
+    The slope is 0 where the others are all alike, and tell none.
+    """
+    tiny, eps = torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).eps
+    middle, level = x.median(0).values, y.median(0).values  # no outlier moves them
+    dx, dy = x - middle, y - level
     scale = torch.linalg.vector_norm(dx, math.inf, dim=0).clamp_min(tiny)
     dx = dx / scale  # or its square could overflow
-    square = (dx.square().sum(0) - share * dx.square()).clamp_min(tiny)
-    slope = ((dx * dy).sum(0) - share * dx * dy) / square / scale
-    return slope, _mean_of_others(y) - slope * _mean_of_others(x)
+    mean_x, mean_y, second, mixed = (_mean_of_others(z) for z in (dx, dy, dx.square(), dx * dy))
+    variance = second - mean_x.square()
+    slope = (mixed - mean_x * mean_y) / variance.clamp_min(tiny) / scale
+    slope = torch.where(variance > 8 * eps * second, slope, 0.0)
+    return slope, level + mean_y - slope * (middle + scale * mean_x)
+
+
+def _without_outliers(x: Tensor) -> Tensor:
+    """[N, ...] clipped along axis 0: no further from the central 90 % than these are wide.
+
+    Of fewer than 20 samples none is.
+    """
+    ordered, left_out = x.sort(0).values, len(x) // 20
+    low, high = ordered[left_out], ordered[-1 - left_out]
+    return torch.minimum(torch.maximum(x, 2 * low - high), 2 * high - low)
+
+
+def _checked(c: Tensor, returns: Tensor) -> Tensor:
+    """A critic's output, which must have one number for each return."""
+    if c.shape != returns.shape:
+        raise ValueError(
+            f"the critic of a node must give one number per sample, {list(returns.shape)}, got "
+            f"{list(c.shape)}; a network's [N, 1] needs .squeeze(-1)"
+        )
+    return c
 
 
 @having("needs_critic")
@@ -252,16 +303,17 @@ def mvd(critic: Callable[[Tensor], Tensor]) -> Leg:
             it fits both.
     """
 
-    @without("categorical_nodes", "more_axes")
+    @of_at_least(4)
+    @without("categorical_nodes", "more_axes", "needs_baseline")
     def mvd_leg(
         zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
     ) -> Zeta:
         (mean, std), x = zeta, draw(zeta, noise)
-        c = critic(x)
+        c = _checked(critic(x), returns)
         slope, _ = _left_out_line(c, returns)
         # Nothing is drawn here: both are functions of the noise, by their distribution functions.
-        rank = torch.special.ndtr(noise).clamp(1e-12, 1 - 1e-12)
-        rayleigh = (-2 * torch.log1p(-rank)).sqrt()
+        rank = torch.special.ndtr(noise)
+        rayleigh = (-2 * torch.special.log_ndtr(-noise)).sqrt()
         maxwell = _maxwell(2 * (rank - 0.5).abs()) * (rank - 0.5).sign()
         by_mean, by_std = [], []
         for d in range(x.shape[-1]):

@@ -32,9 +32,8 @@ import torch
 from torch import Tensor
 
 from totalprop.estimators.declarations import having, without
-from totalprop.estimators.probes import Probe, gram, gram_of_variables
+from totalprop.estimators.probes import Probe, Zeta, gram, gram_of_variables
 
-Zeta = tuple[Tensor, ...]
 K = Tensor | tuple[Tensor, ...]  # one for all members of zeta, or one for each
 Weight = Callable[[Zeta, Sequence[Zeta], Any], Sequence[K]]
 
@@ -143,9 +142,9 @@ def ivw_h(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None) -> list[K]:
 def cut(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, limit: float = 4.0) -> list[Tensor]:
     """Clip the pathwise gradient of each sample: with the leg `nothing`, the estimator `rp-cut`.
 
-    A sample whose cotangent of the mean is longer than `limit` medians is scaled down to that. This
-    ends explosions and is biased, the more the heavier the tails are (on clipping through time, see
-    Metz et al. 2021).
+    A sample whose cotangent of the mean is longer than `limit` medians is scaled down to that; the
+    median is of those that have a gradient. This ends explosions and is biased, the more the
+    heavier the tails are (on clipping through time, see Metz et al. 2021).
 
     Args:
         rp: pathwise cotangents of zeta.
@@ -155,7 +154,9 @@ def cut(rp: Zeta, legs: Sequence[Zeta], probe: Probe | None, *, limit: float = 4
     """
     length = torch.linalg.vector_norm(rp[0], dim=-1, keepdim=True)
     length = length.nan_to_num(nan=math.inf)
-    bound = limit * length.median(0, keepdim=True).values
+    none, n = (length == 0).sum(0, keepdim=True), len(length)
+    median = length.sort(0).values.gather(0, (none + (n - 1 - none) // 2).clamp(max=n - 1))
+    bound = limit * median
     return [1 - (bound / length.clamp_min(_tiny(length))).clamp(max=1.0)]
 
 

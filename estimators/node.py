@@ -15,7 +15,7 @@ Schulman et al. 2015 (stochastic computation graphs); Parmas 2018 (total propaga
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -25,16 +25,20 @@ from torch import Tensor
 
 from totalprop.estimators.baselines import Baseline, leave_one_out
 from totalprop.estimators.collectives import gathered, own
-from totalprop.estimators.declarations import declared, has
+from totalprop.estimators.declarations import declared, has, least_samples
 from totalprop.estimators.gauge import SHAPE, measure
-from totalprop.estimators.legs import Leg, Zeta, draw, nothing, pathwise, score
-from totalprop.estimators.mixing import Context, K, Weight, largest_usable
-from totalprop.estimators.probes import GroupProbe, Probe, restrict
+from totalprop.estimators.legs import Leg, broadcasts_to, draw, nothing, pathwise, score
+from totalprop.estimators.mixing import Context, Weight, largest_usable
+from totalprop.estimators.probes import GroupProbe, Probe, Zeta, restrict
 
 HALF = (torch.bfloat16, torch.float16)
 UNCREDITED = (
     "the loss depends on a node's sample but not on the credit that the node returned, so its "
     "score leg is 0: credit every cost downstream, with assign_credit(cost, credit) or Rollout.cost"
+)
+PATHLESS = (
+    "no cost depends on a node's sample differentiably (they jump, or the sample was detached or "
+    "rounded), so its pathwise leg is 0, which this estimator trusts: use 'lr' or 'tpx-guarded'"
 )
 
 
@@ -60,11 +64,7 @@ def assign_credit(cost: Tensor, credit: Tensor) -> Tensor:
             f"cost and credit must be tensors, one number per sample, got {_shown(cost)} and "
             f"{_shown(credit)}; average the credited costs, not the costs"
         )
-    try:
-        fits = torch.broadcast_shapes(cost.shape, credit.shape) == cost.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not broadcasts_to(credit, cost):
         raise ValueError(
             f"a cost of shape {list(cost.shape)} cannot take a credit of shape "
             f"{list(credit.shape)}: one number per sample is needed, e.g. cost.squeeze(-1)"
@@ -309,7 +309,7 @@ def stochastic_node(
     if tap is not None and probe is None:
         raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
     if estimator.needs_score and torch.is_grad_enabled():
-        _check_legs(estimator, zeta, probe)
+        _check_legs(estimator, zeta, probe, value)
     if gauge is not None and gauge.shape != SHAPE:
         raise ValueError(
             f"gauge must be zeros {list(SHAPE)}, got {_shown(gauge)}; each node takes its own"
@@ -407,19 +407,19 @@ def _looks_normal(noise: Tensor) -> Tensor:
     return fits & ((x.mean() - 0.5772).abs() * root_n / 1.2825 > 6)
 
 
-def _check_legs(estimator: Estimator, zeta: Zeta, probe: Probe | None) -> None:
+def _check_legs(
+    estimator: Estimator, zeta: Zeta, probe: Probe | None, value: Tensor | None
+) -> None:
     """Refuse a node on which the backward pass would fail."""
     n, mean = len(zeta[0]), zeta[0]
     if len(zeta) != 2 or mean.ndim != 2:
         need = "categorical_nodes" if len(zeta) == 1 else "more_axes"
-        parts: tuple[Callable[..., Any], ...] = (estimator.weight, *estimator.legs)
-        for part in parts:
+        for part in (estimator.weight, *estimator.legs):
             if not declared(part, need):
-                name = getattr(part, "__name__", part)
                 kind = "Gaussian" if len(zeta) == 2 else "categorical"
                 raise ValueError(
-                    f"'{name}' needs a Gaussian node of shape [N, D], got a {kind} one of shape "
-                    f"{list(mean.shape)}; use estimator 'tpx' with legs='score'"
+                    f"'{_name(part)}' needs a Gaussian node of shape [N, D], got a {kind} "
+                    f"one of shape {list(mean.shape)}; use estimator 'tpx' with legs='score'"
                 )
     if estimator.cross_fit and n < 4:
         raise ValueError(
@@ -431,6 +431,29 @@ def _check_legs(estimator: Estimator, zeta: Zeta, probe: Probe | None) -> None:
             "needs probe=... at the node: pass one (estimators.ParameterProbe), or choose "
             "estimator 'tpx', which needs none"
         )
+    parts = estimator.legs
+    if any(declared(leg, "needs_baseline") for leg in estimator.legs):
+        parts = (*estimator.legs, estimator.baseline)
+        if has(estimator.baseline, "needs_value") and value is None:
+            raise ValueError(
+                f"baseline '{_name(estimator.baseline)}' needs value=[N, ...]: pass it to the "
+                "estimator's call"
+            )
+    if estimator.group is not None:
+        n *= estimator.group.size()
+    if estimator.cross_fit:
+        n //= 2
+    for part in parts:
+        if n < (least := least_samples(part)):
+            halves = " in each half of cross_fit" if estimator.cross_fit else ""
+            raise ValueError(
+                f"'{_name(part)}' needs at least {least} samples on axis 0{halves}, got {n}; use "
+                "more samples, or legs='score' with baseline='none'"
+            )
+
+
+def _name(part: Callable[..., Any]) -> str:
+    return str(getattr(part, "__name__", part))
 
 
 def _shown(x: object) -> str:
@@ -457,7 +480,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     estimator, probe, noise, credit, value, meter, gauge, tap, members, *zeta = inputs
     ctx.estimator, ctx.probe, ctx.credit_shape = estimator, probe, credit.shape
     ctx.meter_shape = None if meter is None else meter.shape
-    ctx.has_gauge, ctx.has_tap = gauge is not None, tap is not None
+    ctx.has_gauge, ctx.tap_shape = gauge is not None, None if tap is None else tap.shape
     ctx.set_materialize_grads(False)  # to tell a credit without gradient
     ctx.is_split = len(zeta) > members
     ctx.save_for_backward(noise, value, *zeta[:members])
@@ -502,12 +525,19 @@ class _Node(torch.autograd.Function):
                 warnings.warn(UNCREDITED, stacklevel=2)
             returns = zeta[0].new_zeros(ctx.credit_shape)
         if g_sample is None:
+            if is_credited and _follows_pathwise(ctx.estimator):
+                warnings.warn(PATHLESS, stacklevel=2)
             g_sample = torch.zeros_like(zeta[0])
         batch = _Batch(tuple(zeta), noise, g_sample, returns, value, ctx.probe)
         group = ctx.estimator.group if ctx.estimator.needs_score or ctx.has_gauge else None
         if group is not None:
             batch = batch.of_all(group)
-        g_zeta, k = mix(ctx.estimator, *batch)
+        device = zeta[0].device.type
+        if torch.is_autocast_enabled(device):  # mixes dtypes, and rounds what needs its digits
+            with torch.autocast(device, enabled=False):
+                g_zeta, k = mix(ctx.estimator, *batch)
+        else:
+            g_zeta, k = mix(ctx.estimator, *batch)
         g_gauge = None
         if ctx.has_gauge:
             received = batch.g_sample if has_path else None, batch.returns if is_credited else None
@@ -520,12 +550,22 @@ class _Node(torch.autograd.Function):
         g_meter = None
         if ctx.meter_shape is not None:
             g_meter = torch.where(_has_pathwise(k), k, 1.0).mean(0).expand(ctx.meter_shape)
-        g_tap = ctx.probe(g_zeta) if ctx.has_tap else None
+        g_tap = None if ctx.tap_shape is None else ctx.probe(g_zeta)
+        if g_tap is not None and g_tap.shape != ctx.tap_shape:
+            raise ValueError(
+                f"tap must be zeros {list(g_tap.shape)}, samples by parameters of the probe, got "
+                f"{list(ctx.tap_shape)}"
+            )
         g_carried: Zeta = ()
         if ctx.is_split:
             is_pathwise = ctx.estimator.carry == "pathwise"
             g_carried = pathwise(tuple(zeta), noise, g_sample) if is_pathwise else g_zeta
         return (None, None, None, returns, None, g_meter, g_gauge, g_tap, None, *g_zeta, *g_carried)
+
+
+def _follows_pathwise(estimator: Estimator) -> bool:
+    """Whether the rule trusts a pathwise leg that is exactly 0."""
+    return estimator.needs_pathwise and not has(estimator.weight, "compares_means")
 
 
 def _score_parts(estimator: Estimator) -> tuple[tuple[Leg, ...], Baseline]:
@@ -646,8 +686,34 @@ def _weigh(
     about: Context | Probe | None = probe
     if has(estimator.weight, "takes_context"):
         about = Context(probe, zeta, noise, returns, value)
-    chosen: list[K] = list(estimator.weight(rp, legs, about))
-    return legs, [k if isinstance(k, tuple) else (k,) * len(rp) for k in chosen]
+    for leg, found in zip(estimator.legs, legs):
+        if [g.shape for g in found] != [z.shape for z in zeta]:
+            raise ValueError(
+                f"leg '{_name(leg)}' must return a cotangent like zeta, "
+                f"{[list(z.shape) for z in zeta]}, got {[list(g.shape) for g in found]}"
+            )
+    return legs, _weights(estimator, estimator.weight(rp, legs, about), rp)
+
+
+def _weights(estimator: Estimator, chosen: Any, rp: Zeta) -> list[Zeta]:
+    """What a rule returned, as one k for each leg and member of zeta; refused if it is no such."""
+
+    def fits(ks: tuple[Any, ...]) -> bool:
+        tensors = len(ks) == len(rp) and all(isinstance(k, Tensor) for k in ks)
+        return tensors and all(broadcasts_to(k, g) for k, g in zip(ks, rp))
+
+    if isinstance(chosen, Sequence):
+        weights = [k if isinstance(k, tuple) else (k,) * len(rp) for k in chosen]
+        if len(weights) == len(estimator.legs) and all(map(fits, weights)):
+            return [tuple(k.to(g.dtype) for k, g in zip(ks, rp)) for ks in weights]
+        shown = str([tuple(map(_shown, ks)) for ks in weights])
+    else:
+        shown = _shown(chosen)
+    raise ValueError(
+        f"weight rule '{_name(estimator.weight)}' must return a list with one k for each leg, here "
+        f"{len(estimator.legs)}: a tensor that broadcasts to {list(rp[0].shape)}, or a tuple of "
+        f"one for each member of zeta; got {shown}"
+    )
 
 
 def _has_pathwise(k: Tensor) -> Tensor:

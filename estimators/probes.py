@@ -104,7 +104,8 @@ class ParameterProbe:
     """The general probe: per-sample vector-Jacobian products with `torch.func`.
 
     Args:
-        function: (parameters, *inputs of one sample) -> its zeta, e.g. (mean [D], std [D]); or an
+        function: (parameters, *inputs of one sample) -> its zeta, (mean [D], std [D]) for a
+            Gaussian, and logits [D], (logits,) or (logits, None) for a categorical; or an
             `nn.Module` that maps the inputs to zeta.
         parameters: name -> tensor, or an `nn.Module` for all of its own. Leave out those that
             should not count for the rule, as `tps` does (Parmas et al. 2023, Sec. 4).
@@ -136,12 +137,19 @@ class ParameterProbe:
         """[N, P] gradients of Σ cotangent·zeta, one row per sample, parameters in order."""
 
         def one_sample(cotangent: Zeta, *inputs: Tensor) -> Tensor:
-            zeta, pull_back, *_ = vjp(lambda p: tuple(self.function(p, *inputs)), self.parameters)
+            zeta, pull_back, *_ = vjp(
+                lambda p: _members(self.function(p, *inputs)), self.parameters
+            )
             matching = (c.to(z.dtype) for c, z in zip(cotangent, zeta, strict=True))
             gradients = pull_back(tuple(matching))[0]
             return torch.cat([g.reshape(-1) for g in gradients.values()])
 
         return vmap(one_sample)(tuple(cotangent), *self.inputs)
+
+
+def _members(zeta: Any) -> Zeta:
+    """Mean and std, or the logits alone."""
+    return (zeta,) if isinstance(zeta, Tensor) else tuple(x for x in zeta if x is not None)
 
 
 def _call_module(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor) -> Any:

@@ -33,7 +33,13 @@ class Rollout:
         self.credit: Tensor | None = None  # what the last node returned
 
     def sample(
-        self, mean: Tensor, std: Tensor | None, *, noise: Tensor | None = None, **extra: Any
+        self,
+        mean: Tensor,
+        std: Tensor | None,
+        *,
+        noise: Tensor | None = None,
+        joint: bool = False,
+        **extra: Any,
     ) -> Tensor:
         """Sample a node: mean + std·noise.
 
@@ -42,6 +48,8 @@ class Rollout:
                 None.
             std: [N, ..., D], positive, or None.
             noise: like `mean`; drawn here if None.
+            joint: at the first node, the samples are counted by axis 0 alone: the categoricals of
+                logits [N, ..., D] are one sample, with one return. Later nodes go by the first.
             extra: `probe`, `value`, `critic`, `meter`, `gauge`, `tap` and `carried` of
                 `Estimator.__call__`.
         Returns:
@@ -51,7 +59,7 @@ class Rollout:
             noise = self._draw(mean, is_gaussian=std is not None)
         credit = self.credit
         if credit is None and isinstance(mean, Tensor):
-            credit = mean.new_zeros(mean.shape[:-1])
+            credit = mean.new_zeros(mean.shape[:1] if joint else mean.shape[:-1])
         sample, self.credit = self.estimator(mean, std, noise, credit, **extra)
         return sample
 

@@ -44,6 +44,7 @@ LARGEST_LOG = 300.0  # of a hyper-parameter: the square of its exponential is fi
 # 4; a zero prior mean is no worse than theirs up to 70, and doubles the noise at 700.
 LARGE_OFFSET = 10.0
 Kernel = Literal["rbf", "rbf+linear"]
+NO_DATA = "the GP has no data; call set_data (and fit) first"
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)  # relative to the signal variance, tried in this order
 
 
@@ -128,6 +129,7 @@ class GaussianProcess(nn.Module):
         if kernel == "rbf+linear":
             self.register_buffer("log_slope", torch.zeros(e, d, dtype=dtype))
         self.register_buffer("has_fit", torch.tensor(False))
+        self._made_of: list[tuple[Tensor, int]] = []  # buffers and their versions
         self._factors: tuple[Any, ...] | None = None
         self._kernel_sum: KernelSum | None = None
         self._prior = torch.zeros(e, dtype=dtype)  # the offset that the factors were made with
@@ -167,8 +169,9 @@ class GaussianProcess(nn.Module):
             keep: number of newest points to keep; 0 for all.
 
         Raises:
-            ValueError: a value is not finite.
+            ValueError: a value is not finite, or a shape is another one.
         """
+        self._check_data(inputs, targets)
         inputs, targets = torch.cat((self.inputs, inputs)), torch.cat((self.targets, targets))
         self.set_data(inputs[-keep:], targets[-keep:])
 
@@ -180,13 +183,22 @@ class GaussianProcess(nn.Module):
             targets: [n, E].
 
         Raises:
-            ValueError: a value is not finite.
+            ValueError: a value is not finite, or a shape is another one.
         """
-        if not (torch.isfinite(inputs).all() and torch.isfinite(targets).all()):
-            raise ValueError("GP data hold a NaN or infinity; check the environment's observations")
+        self._check_data(inputs, targets)
         self.inputs = inputs.detach().to(self.inputs)
         self.targets = targets.detach().to(self.targets)
-        self._forget()
+
+    def _check_data(self, inputs: Tensor, targets: Tensor) -> None:
+        d, e = self.inputs.shape[1], self.targets.shape[1]
+        n = len(inputs) if inputs.ndim else 0
+        if inputs.shape != (n, d) or targets.shape != (n, e):
+            raise ValueError(
+                f"GP data are inputs [n, {d}] and targets [n, {e}], got {list(inputs.shape)} and "
+                f"{list(targets.shape)}; targets [n] of one output need unsqueeze(-1)"
+            )
+        if not (torch.isfinite(inputs).all() and torch.isfinite(targets).all()):
+            raise ValueError("GP data hold a NaN or infinity; check the environment's observations")
 
     def fit(self, *, max_evaluations: int = 200) -> Tensor:
         """Choose the hyper-parameters by L-BFGS on the penalised marginal likelihood, per output.
@@ -199,7 +211,12 @@ class GaussianProcess(nn.Module):
 
         Returns:
             [E] negative log marginal likelihood per data point at the optimum (without penalty).
+
+        Raises:
+            RuntimeError: there is no data yet.
         """
+        if not len(self.inputs):
+            raise RuntimeError(NO_DATA)
         input_std = positive_std(self.inputs, self.rounding)
         if not self.is_fitted:
             target_std = positive_std(self.targets, ROUNDING[np.float64])
@@ -220,7 +237,6 @@ class GaussianProcess(nn.Module):
                 losses.append(loss / len(self.inputs))
         finally:
             torch.set_num_threads(threads)
-        self._forget()
         return torch.tensor(losses, dtype=torch.float64)
 
     def posterior(self, x: Tensor) -> Posterior:
@@ -232,8 +248,10 @@ class GaussianProcess(nn.Module):
         Raises:
             RuntimeError: there is no data yet, or a kernel matrix cannot be factorised.
         """
+        self._renew()
         if self._factors is None:
-            self._factors = _factorise(self)
+            with torch.inference_mode(False):
+                self._factors = _factorise(self)
         mean, *others = _PosteriorMoments.apply(x, *self._factors)
         return Posterior(mean + self._prior, *others)
 
@@ -248,20 +266,24 @@ class GaussianProcess(nn.Module):
         """
         if self.slope_variance is not None:
             raise ValueError("moment matching needs kernel='rbf', got 'rbf+linear'; take particles")
+        self._renew()
         if self._kernel_sum is None:
-            _, supports = _supports(self, as_root=True)
-            points = [self.inputs[support.points] for support in supports]
-            root = _padded([support.precision for support in supports])
-            self._kernel_sum = KernelSum(
-                centres=_padded(points),
-                beta=_padded([support.beta for support in supports]).squeeze(-1),
-                inverse_lengthscale=(-self.log_lengthscale).exp(),
-                log_signal=self.log_signal.clone(),
-                offset=self._prior,
-                root=root,
-                precision=root.mT @ root,
-            )
+            with torch.inference_mode(False):
+                self._kernel_sum = self._made_kernel_sum()
         return self._kernel_sum
+
+    def _made_kernel_sum(self) -> KernelSum:
+        _, supports = _supports(self, as_root=True)
+        root = _padded([support.precision for support in supports])
+        return KernelSum(
+            centres=_padded([self.inputs[support.points] for support in supports]),
+            beta=_padded([support.beta for support in supports]).squeeze(-1),
+            inverse_lengthscale=(-self.log_lengthscale).exp(),
+            log_signal=self.log_signal.clone(),
+            offset=self._prior,
+            root=root,
+            precision=root.mT @ root,
+        )
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Check that a state dict whose shapes fit has a meaning, too.
@@ -286,11 +308,16 @@ class GaussianProcess(nn.Module):
                 found = getattr(self, name).new_empty(state_dict[prefix + name].shape)
                 setattr(self, name, found)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._forget()
 
-    def _forget(self) -> None:
-        """Data or hyper-parameters have changed."""
-        self._factors = self._kernel_sum = None
+    def _renew(self) -> None:
+        """Forget what was computed from other data or hyper-parameters than today's."""
+        buffers = [(b, 0 if b.is_inference() else b._version) for b in self.buffers()]
+        same = len(buffers) == len(self._made_of) and all(
+            b is made_of and version == then
+            for (b, version), (made_of, then) in zip(buffers, self._made_of)
+        )
+        if not same:
+            self._made_of, self._factors, self._kernel_sum = buffers, None, None
 
 
 class _PosteriorMoments(torch.autograd.Function):
@@ -403,7 +430,7 @@ def _cholesky(k: Tensor, noise_variance: Tensor, signal_variance: Tensor) -> tup
 def _supports(gp: GaussianProcess, *, as_root: bool) -> tuple[Tensor, list[Support]]:
     """Inputs [E, n, D] about their mean in lengthscales, and the support of each output."""
     if len(gp.inputs) == 0:
-        raise RuntimeError("the GP has no data; call set_data (and fit) first")
+        raise RuntimeError(NO_DATA)
     scaled = (gp.inputs - gp.inputs.mean(0)) * (-gp.log_lengthscale).exp().unsqueeze(1)
     supports = []
     gp.jitter, gp._prior = 0.0, gp.offset

@@ -148,8 +148,10 @@ class GPDynamics(nn.Module):
             keep: number of newest steps to keep; 0 for all.
 
         Raises:
-            ValueError: a value is not finite.
+            ValueError: a value is not finite; nothing is appended then.
         """
+        if not torch.isfinite(rewards).all():
+            raise ValueError("rewards hold a NaN or infinity; check the environment's reward")
         changes = (next_states - states)[:, self.predicted_dims]
         self.gp.add_data(self.dynamics_inputs(states, controls), changes, keep=keep)
         arrival = self.encode(next_states, controls)

@@ -29,6 +29,7 @@ class _Ledger(Rollout):
 
     def __init__(self, estimator: Estimator, ledger: float, noise_scale: float) -> None:
         super().__init__(estimator)
+        self.zeros: list[Tensor] = []  # meter, gauge and tap, which are no parameters
         self.ledger = torch.tensor(ledger, dtype=torch.float64, requires_grad=True)
         self.noise_scale = noise_scale
 
@@ -39,6 +40,7 @@ class _Ledger(Rollout):
             noise = self._draw(mean, is_gaussian=std is not None)
         if noise is not None:
             noise = self.noise_scale * noise
+        self.zeros += [extra[name] for name in ("meter", "gauge", "tap") if name in extra]
         return super().sample(mean, std, noise=noise, **extra)
 
     def cost(self, cost: Tensor) -> Tensor:
@@ -152,6 +154,9 @@ def check(
     The rollout is evaluated `repeats` times with each estimator. All see the same noise, so the
     difference of RP and LR is measured pairwise. PyTorch's global generator is restored.
 
+    All randomness of the rollout must come from that generator, which is seeded before each call;
+    another one can be made from it, such as `np.random.default_rng(torch.initial_seed())`.
+
     Args:
         rollout: r -> loss [], which samples with `r.sample(mean, std)` and credits each cost with
             `r.cost(cost)`, for an r that is passed to it, a `Rollout`.
@@ -164,11 +169,12 @@ def check(
         A report to print, with its figures as attributes.
     Raises:
         TypeError: the rollout does not return a tensor.
-        ValueError: the loss is no scalar, or depends on no parameter or on no node.
+        ValueError: the loss is no scalar, depends on no parameter or on no node, or is another one
+            in a second call with the same seed; a parameter is made in the rollout.
     """
     if repeats < 3:
         raise ValueError(f"check needs at least 3 repeats, got {repeats}")
-    chosen = {_name(e): make(e) for e in ("rp", "lr", *estimators)}
+    chosen = _named_estimators(["rp", "lr", *estimators])
 
     def evaluate(
         name: str, number: int, *, ledger: float = 0.0, noise_scale: float = 1.0
@@ -188,7 +194,16 @@ def check(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
         warnings.filterwarnings("ignore", re.escape(UNCREDITED))  # the report says it
         loss, credited, r = evaluate("rp", 0)
-        named = _named(parameters, loss, r.ledger)
+        named = _named(parameters, loss, [r.ledger, *r.zeros])
+        again, _, _ = evaluate("rp", 0)
+        if not torch.allclose(loss.detach(), again.detach(), rtol=1e-4, equal_nan=True):
+            raise ValueError(
+                f"the rollout's loss is {loss:.6g} in one call and {again:.6g} in the next, with "
+                "the same seed: draw all noise from PyTorch's global generator, or from one made "
+                "in the rollout, such as np.random.default_rng(torch.initial_seed())"
+            )
+        if parameters is None:
+            _check_persistent(again, named)
         # What is not credited must not change with the nodes' noise, and crediting is linear.
         moved, moved_credited, _ = evaluate("rp", 0, noise_scale=-0.7)
         doubled, _, _ = evaluate("rp", 0, ledger=1.0)
@@ -293,16 +308,27 @@ def _check_loss(loss: object, r: Rollout) -> None:
 
 
 def _named(
-    parameters: Mapping[str, Tensor] | nn.Module | None, loss: Tensor, ledger: Tensor
+    parameters: Mapping[str, Tensor] | nn.Module | None, loss: Tensor, others: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     if isinstance(parameters, nn.Module):
         return {n: p for n, p in parameters.named_parameters() if p.requires_grad}
     if parameters is not None:
         return dict(parameters)
-    leaves = [leaf for leaf in _leaves(loss) if leaf is not ledger]
+    leaves = [leaf for leaf in _leaves(loss) if not any(leaf is other for other in others)]
     if not leaves:
         raise ValueError("the loss depends on no parameter: is one with requires_grad=True used?")
     return {f"parameter {i}": leaf for i, leaf in enumerate(leaves)}
+
+
+def _check_persistent(loss: Tensor, named: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that a second call does not use."""
+    used = _leaves(loss)
+    for name, parameter in named.items():
+        if not any(parameter is leaf for leaf in used):
+            raise ValueError(
+                f"{name}, of shape {list(parameter.shape)}, is not used by the next call of the "
+                "rollout: make it outside of the rollout, or pass parameters={...} to check"
+            )
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
@@ -320,7 +346,16 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return found
 
 
-def _name(estimator: str | Estimator) -> str:
-    if isinstance(estimator, str):
-        return estimator
-    return getattr(estimator.weight, "__name__", "estimator")
+def _named_estimators(estimators: Sequence[str | Estimator]) -> dict[str, Estimator]:
+    """Each under a name of its own: the registered one, or its rule's, with a number if taken."""
+    found: dict[str, Estimator] = {}
+    for one in estimators:
+        estimator = make(one)
+        if any(estimator == other for other in found.values()):
+            continue
+        rule = getattr(estimator.weight, "__name__", "estimator").replace("_", "-")
+        name, number = one if isinstance(one, str) else rule, 2
+        while name in found:
+            name, number = f"{rule} {number}", number + 1
+        found[name] = estimator
+    return found

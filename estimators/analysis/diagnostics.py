@@ -154,10 +154,10 @@ def median_interval(values: Tensor, confidence: float = 0.95) -> MedianInterval:
     fewer than 6 values at 95 %.
     """
     ordered = values.double().sort().values
-    n, j, tail = len(ordered), 0, 0.5 ** len(ordered)
-    while tail <= (1 - confidence) / 2:
-        j += 1
-        tail += math.comb(n, j) * 0.5**n
+    from scipy.stats import binom  # here: the estimators alone need no SciPy
+
+    n = len(ordered)
+    j = int((binom.cdf(range(n), n, 0.5) <= (1 - confidence) / 2).sum())
     middle = float(ordered[(n - 1) // 2] + ordered[n // 2]) / 2
     if j == 0:
         return MedianInterval(middle, -math.inf, math.inf)

@@ -176,6 +176,41 @@ def test_inputs_far_from_the_origin_give_the_same_posterior(offset):
 def test_no_data_is_a_clear_error():
     with pytest.raises(RuntimeError, match="no data"):
         GaussianProcess(2, 1).posterior(torch.zeros(1, 2, dtype=F64))
+    with pytest.raises(RuntimeError, match="no data"):
+        GaussianProcess(2, 1).fit()
+
+
+@pytest.mark.parametrize(
+    "shapes", [((4, 2), (4,)), ((4, 2), (3, 1)), ((4, 3), (4, 1)), ((2,), (1,))]
+)
+@pytest.mark.parametrize("method", ["set_data", "add_data"])
+def test_data_of_another_shape_are_refused(method, shapes):
+    gp = GaussianProcess(2, 1)
+    with pytest.raises(ValueError, match=r"inputs \[n, 2\] and targets \[n, 1\], got"):
+        getattr(gp, method)(*(torch.zeros(shape, dtype=F64) for shape in shapes))
+    assert not len(gp.inputs)
+
+
+@pytest.mark.parametrize("name", ["inputs", "targets", "log_noise", "log_lengthscale"])
+def test_attributes_that_are_set_in_place_count_at_once(name):
+    gp, fresh, x = make_gp(), make_gp(), randn(5, N_INPUTS, seed=3)
+    before = gp.posterior(x).mean, gp.kernel_sum().beta
+    for one in (gp, fresh):
+        getattr(one, name).add_(0.5)
+    after = gp.posterior(x).mean, gp.kernel_sum().beta
+    expected = fresh.posterior(x).mean, fresh.kernel_sum().beta
+    assert not torch.equal(after[0], before[0])
+    assert torch.equal(after[0], expected[0])
+    assert torch.equal(after[1], expected[1])
+
+
+def test_what_was_computed_in_inference_mode_can_be_differentiated_later():
+    gp, x = make_gp(), randn(5, N_INPUTS, seed=3).requires_grad_()
+    with torch.inference_mode():
+        gp.posterior(x)
+        sums = gp.kernel_sum()
+    gp.posterior(x).mean.sum().backward()
+    assert not sums.beta.is_inference()
 
 
 # Data

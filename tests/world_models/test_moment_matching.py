@@ -140,7 +140,6 @@ def make_gp(n=20, inputs=3, outputs=3, noise=0.1, seed=0):
     gp.log_lengthscale.copy_(0.3 * randn(outputs, inputs, seed=seed + 2))
     gp.log_signal.copy_(0.4 * randn(outputs, seed=seed + 3))
     gp.log_noise.copy_(math.log(noise) + 0.3 * randn(outputs, seed=seed + 4))
-    gp._forget()
     return gp
 
 
@@ -171,7 +170,6 @@ def test_gaussian_processes_on_their_support():
     gp.set_data(inputs, torch.stack((time.cos(), (2 * time).sin()), 1))
     gp.log_noise.fill_(math.log(0.05))
     gp.log_lengthscale[1].fill_(-0.5)
-    gp._forget()
     function = gp.kernel_sum()
     assert function.centres.shape[1] < SUPPORT_POINTS / 2
     assert (function.root[0].abs().sum(0) == 0).any() != (function.root[1].abs().sum(0) == 0).any()

@@ -39,8 +39,8 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if not _is_plain(x, weight) or x.numel() * len(weight) < MIN_WORK:
         return linear(x, weight, bias)
-    out: Tensor = _OneDNNLinear.apply(x.flatten(0, -2), weight, bias)
-    return out.unflatten(0, x.shape[:-1])
+    out: Tensor = _OneDNNLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return out.view(*x.shape[:-1], len(weight))
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:

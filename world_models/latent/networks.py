@@ -90,9 +90,9 @@ class ImageEncoder(nn.Module):
         self.outputs = 2 * 2 * 8 * depth
 
     def forward(self, images: Tensor) -> Tensor:
-        flat = images.flatten(0, -4)
+        flat = images.reshape(-1, *images.shape[-3:])
         embeds = [self._encode(flat[rows]) for rows in _chunks(flat)]
-        return torch.cat(embeds).unflatten(0, images.shape[:-3])
+        return torch.cat(embeds).view(*images.shape[:-3], self.outputs)
 
     def _encode(self, images: Tensor) -> Tensor:
         x = _for_convolution(normalise(images))
@@ -137,9 +137,9 @@ class ImageDecoder(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        flat = features.flatten(0, -2)
-        images = [self._decode(flat[rows]) for rows in _chunks(flat)]
-        return torch.cat(images).unflatten(0, features.shape[:-1])
+        flat = features.reshape(-1, features.shape[-1])
+        images = torch.cat([self._decode(flat[rows]) for rows in _chunks(flat)])
+        return images.view(*features.shape[:-1], *images.shape[1:])
 
     def _decode(self, features: Tensor) -> Tensor:
         # On a 1 x 1 input a transposed convolution is a matrix product, which is much faster.
@@ -291,4 +291,4 @@ def _chunks(batch: Tensor) -> Iterator[slice]:
         return iter([slice(None)])
     n = len(batch)
     size = CPU_CHUNK if batch.device.type == "cpu" else n
-    return (slice(i, i + size) for i in range(0, n, max(size, 1)))
+    return (slice(i, i + size) for i in range(0, max(n, 1), max(size, 1)))
