@@ -101,7 +101,7 @@ class StateScale(RunningMoments):
 
         They are 0 before the first update: without a scale, any number would be one of the units.
         """
-        scaled = (states - self.offset - self.mean) / self.std
+        scaled = (states.double() - self.offset - self.mean) / self.std
         return torch.where(self.count > 0, scaled, 0.0).float()
 
     def inverse(self, states: Tensor) -> Tensor:

@@ -248,6 +248,15 @@ class Algorithm(BaseAlgorithm):
         share_statistics(unwrap_vec_normalize(self.env), self._processes)
         return super()._setup_learn(total_timesteps, *args, **kwargs)
 
+    def _step_size(self) -> float:
+        """The learning rate of this round: the attribute may have been set since the last one."""
+        self._setup_lr_schedule()
+        return float(self.lr_schedule(self._current_progress_remaining))
+
+    def _update_learning_rate(self, optimizers: Any) -> None:
+        self._setup_lr_schedule()
+        super()._update_learning_rate(optimizers)
+
     def _check_call(self, total_timesteps: int) -> int:
         """Refuse a call of `learn` before anything has changed; return its steps as an int.
 

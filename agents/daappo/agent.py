@@ -663,7 +663,7 @@ class DAAPPO(Algorithm, PPO):
         self._try_estimator()
         self._processes.share(batch_size=self.batch_size)
         source = SOURCES[self.action_source]
-        is_matched = source is None or source.follows_horizon
+        is_matched = source is not None and source.follows_horizon
         if self.real_advantage == "matched_horizon" and not is_matched:
             raise ValueError(
                 "real_advantage='matched_horizon' is the horizon of extra actions that are "

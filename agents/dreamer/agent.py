@@ -451,7 +451,8 @@ class DreamerTPX(Algorithm):
 
         A round of updates follows every `train_freq` steps, even if they are spread over several
         calls of `learn`. It is skipped while an environment has not `sequence_length` entries: an
-        agent loaded without its replay first acts with its policy until there are.
+        agent loaded without its replay first acts until there are, with its policy if
+        reset_num_timesteps is False, so that the random decisions count as made.
 
         Args:
             total_timesteps: decisions to make; exact up to the number of environments. Imagined
@@ -489,12 +490,15 @@ class DreamerTPX(Algorithm):
         callback.on_training_end()
         steps = self.num_timesteps - before[0]
         if self.verbose and steps and self._n_updates == before[1]:
-            due = self.num_timesteps + self.train_freq - self._since_round
+            due = max(
+                self.num_timesteps + self.train_freq - self._since_round, self.learning_starts
+            )
+            asked = f", and replay_ratio={self.replay_ratio:g} asks for one"
             print(
-                f"no update was made in these {steps:,} steps: the next is due after step "
-                f"{max(due, self.learning_starts):,} (learning_starts={self.learning_starts:,}, "
-                f"train_freq={self.train_freq:,}), once every environment has stored "
-                f"{self.sequence_length} entries"
+                f"no update was made in these {steps:,} steps: the next is due after step {due:,} "
+                f"(learning_starts={self.learning_starts:,}, train_freq={self.train_freq:,}), once "
+                f"every environment has stored {self.sequence_length} entries"
+                f"{asked if self.replay_ratio else ''}"
             )
         return self
 
@@ -649,7 +653,7 @@ class DreamerTPX(Algorithm):
         self.policy.set_training_mode(True)
         self._notice_terminations(self.replay_buffer)
         self._update.configure(self._update_settings())
-        rate = self.lr_schedule(self._current_progress_remaining)
+        rate = self._step_size()
         self._update.set_learning_rate(rate)
         self.logger.record("train/learning_rate", rate)
         draw = self.tensorboard_log is not None and time.monotonic() >= self._figures_due

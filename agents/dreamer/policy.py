@@ -363,6 +363,11 @@ class DreamerPolicy(BasePolicy):
         n = count(seen)
         latent, action = self.initial_state(n)
         if state is not None:
+            if len(state) != 3:
+                raise ValueError(
+                    f"state must be what predict returned, three arrays, got {len(state)}; pass "
+                    "state=None at the start"
+                )
             if any(len(part) != n for part in state):
                 raise ValueError(
                     f"state is of {len(state[0])} environments, observation of {n}; "
@@ -375,7 +380,13 @@ class DreamerPolicy(BasePolicy):
             latent = State(deter, stoch)
         is_first = torch.zeros(n, dtype=torch.bool, device=self.device)
         if episode_start is not None:
-            is_first |= torch.as_tensor(np.asarray(episode_start, dtype=bool), device=self.device)
+            starts = np.asarray(episode_start, dtype=bool).reshape(-1)
+            if len(starts) != n:
+                raise ValueError(
+                    f"episode_start must have one entry for each of {n} observations, got "
+                    f"{len(starts)}"
+                )
+            is_first |= torch.as_tensor(starts, device=self.device)
         tensors = to_tensors(seen, self.device)
         action, latent = self.step(tensors, latent, action, is_first, deterministic=deterministic)
         scaled = action.cpu().numpy()

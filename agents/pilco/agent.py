@@ -89,8 +89,8 @@ class PILCO(TrialAlgorithm):
         device: "cpu", "cuda", or "auto" for a GPU if there is one. All is float64.
 
     Raises:
-        ValueError: a value out of range, with what was expected. Spaces other than Box raise
-            stable-baselines3's AssertionError.
+        ValueError: a value out of range, with what was expected. Spaces other than a vector of
+            real numbers raise an UnsupportedSpaceError, which is an AssertionError, too.
     """
 
     unknown_end: ClassVar[str] = (
@@ -172,14 +172,17 @@ class PILCO(TrialAlgorithm):
     def _search(self, on_step: OnStep) -> int:
         model, parameters = self._moment_model(), list(self.policy.parameters())
         losses: list[float] = []
+        costs: list[float] = []
         norms: list[float] = []
         least, best = math.inf, parameters_to_vector(parameters).detach().clone()
 
         def evaluate() -> Evaluation:
             nonlocal least, best
-            loss = predict(model, self.policy, self.horizon).loss
+            found = predict(model, self.policy, self.horizon)
+            loss = found.loss
             gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)])
             losses.append(float(loss.detach()))
+            costs.append(float(found.costs.sum(0).mean()))
             norms.append(float(gradient.norm()))
             if math.isfinite(norms[-1]) and losses[-1] < least:
                 least, best = losses[-1], parameters_to_vector(parameters).detach().clone()
@@ -187,7 +190,7 @@ class PILCO(TrialAlgorithm):
             return Evaluation(loss.detach(), gradient)
 
         if self.optimizer == "adam":
-            rate = self.lr_schedule(self._current_progress_remaining)
+            rate = self._step_size()
             skipped = optimisers.adam(
                 parameters, evaluate, steps=self.gradient_steps, learning_rate=rate, eps=ADAM_EPS
             )
@@ -206,7 +209,7 @@ class PILCO(TrialAlgorithm):
                 vector_to_parameters(best, parameters)
                 found = predict(model, self.policy, self.horizon)
         self._predicted = _quantiles(found)
-        self._record(found, losses, norms, skipped)
+        self._record(found, costs[0], norms, skipped)
         return len(losses)
 
     def _moment_model(self) -> MomentModel:
@@ -228,12 +231,14 @@ class PILCO(TrialAlgorithm):
             exploration=self.exploration,
         )
 
-    def _record(
-        self, found: Prediction, losses: list[float], norms: list[float], skipped: int
-    ) -> None:
+    def _record(self, found: Prediction, first: float, norms: list[float], skipped: int) -> None:
         record, finite = self.logger.record, [norm for norm in norms if math.isfinite(norm)]
-        record("train/loss", float(found.loss))
-        record("train/loss_first", losses[0], exclude=QUIET)
+        record("train/loss", float(found.costs.sum(0).mean()))
+        if self.exploration:
+            record("train/objective", float(found.loss))
+        if self.optimizer == "adam":
+            record("train/learning_rate", self._step_size())
+        record("train/loss_first", first, exclude=QUIET)
         record("train/gradient_norm", float(np.mean(finite)))
         record("train/gradient_norm_last", finite[-1], exclude=QUIET)
         record("train/skipped_steps", skipped, exclude=QUIET)

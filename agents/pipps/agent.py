@@ -62,7 +62,8 @@ class PIPPS(TrialAlgorithm):
             less than this many standard errors, for example 2, and the search with its last third.
             0: a search takes all gradient_steps.
         keep_best: end a search with the policy whose cost, averaged over 10 successive gradients,
-            was lowest, and not with the last one; with fewer than 10 gradients, with the last.
+            was lowest, and not with the last one; with fewer than 10 gradients, with the last. The
+            search of "rp-fs" and "gr-fs" ends with its best in any case.
         random_trials: first episodes, with uniformly random actions.
         random_scale: these actions as a fraction of the action space, about its middle.
         cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64). Without
@@ -103,8 +104,8 @@ class PIPPS(TrialAlgorithm):
         device: "cpu", "cuda", or "auto" for a GPU if there is one. All is float64.
 
     Raises:
-        ValueError: a value out of range, with what was expected. Spaces other than Box raise
-            stable-baselines3's AssertionError.
+        ValueError: a value out of range, with what was expected. Spaces other than a vector of
+            real numbers raise an UnsupportedSpaceError, which is an AssertionError, too.
     """
 
     fixed_arguments: ClassVar[tuple[str, ...]] = (*TrialAlgorithm.fixed_arguments, "kernel")
@@ -193,8 +194,12 @@ class PIPPS(TrialAlgorithm):
 
     def _search(self, on_step: OnStep) -> int:
         model = self._particle_model()
-        log = optimise_policy(self.policy, model, self._settings(), self._generator, on_step)
-        self._predicted = self._simulate_trial(model)
+        settings = self._settings()
+        log = optimise_policy(self.policy, model, settings, self._generator, on_step)
+        loss, self._predicted = self._simulate_trial(model)
+        self.logger.record("train/loss", loss)
+        if settings.optimizer != "quasi-newton":
+            self.logger.record("train/learning_rate", settings.learning_rate)
         log.record(self.logger, draw=self.tensorboard_log is not None)
         return len(log.losses)
 
@@ -225,7 +230,7 @@ class PIPPS(TrialAlgorithm):
         return SearchSettings(
             estimator=self._resolved_estimator(),
             optimizer="quasi-newton" if fixed_noise else self.optimizer,
-            learning_rate=self.lr_schedule(self._current_progress_remaining),
+            learning_rate=self._step_size(),
             gradient_steps=self.gradient_steps,
             n_particles=self.n_particles,
             horizon=self.horizon,
@@ -235,7 +240,7 @@ class PIPPS(TrialAlgorithm):
             momentum=self.momentum,
             dropout=self.dropout,
             noise_stop=self.noise_stop,
-            keep_best=self.keep_best,
+            keep_best=self.keep_best and not fixed_noise,
         )
 
     def _variant(self) -> tuple[bool, bool]:
@@ -254,25 +259,27 @@ class PIPPS(TrialAlgorithm):
             changes["cross_fit"] = True
         return estimators.make("rp" if self.estimator in VARIANTS else self.estimator, **changes)
 
-    def _simulate_trial(self, model: ParticleModel) -> np.ndarray:
-        """States [H + 1, N, S] that the new policy is predicted to visit in the next trial."""
+    def _simulate_trial(self, model: ParticleModel) -> tuple[float, np.ndarray]:
+        """Cost and states [H + 1, N, S] that the new policy is predicted to have in a trial."""
         size = self.horizon, self.n_particles, model.start_mean.shape[-1]
         noise = Noise.draw(*size, self._generator, resample=False)
         with torch.no_grad():
-            _, _, states = simulate(model, self.policy, noise, estimators.make("rp"))
-        return states.cpu().numpy()
+            loss, _, states = simulate(model, self.policy, noise, estimators.make("rp"))
+        return float(loss), states.cpu().numpy()
 
     # ----------------------------------------------------------------------------------------
     # arguments
     # ----------------------------------------------------------------------------------------
 
     def _remarks(self) -> list[str]:
-        is_blind = (
-            self._problem.termination is not None
-            and self._resolved_estimator().needs_pathwise
-            and not self._problem.end_has_gradient
-        )
-        if not is_blind:
+        if self._problem.termination is None:
+            if not self.termination_cost:
+                return []
+            return [
+                f"termination_cost={self.termination_cost:g} has no effect, since simulated "
+                "particles do not end: pass termination=..., a function of the states"
+            ]
+        if self._problem.end_has_gradient or not self._resolved_estimator().needs_pathwise:
             return []
         return [
             "termination gives True or False, of which a pathwise gradient sees nothing; give a "
@@ -297,6 +304,11 @@ class PIPPS(TrialAlgorithm):
 
     def _check_search(self) -> None:
         """What the search's options need of each other."""
+        if self._variant()[1] and self.optimizer == "rmsprop2018":
+            raise ValueError(
+                f"estimator={self.estimator!r} fixes the noise for optimizer 'quasi-newton', got "
+                f"{self.optimizer!r}: leave optimizer out, or take estimator 'rp' or 'gr'"
+            )
         if (self.dropout or self.noise_stop) and (self.optimizer != "adam" or self._variant()[1]):
             raise ValueError(
                 f"dropout={self.dropout:g} and noise_stop={self.noise_stop:g} scale the steps of "

@@ -66,7 +66,6 @@ class SearchLog:
             draw: also log a figure of k.
         """
         record = logger.record
-        record("train/loss", self.losses[-1])
         record("train/loss_first", self.losses[0], exclude=QUIET)
         norms = np.array(self.gradient_norms)
         record("train/gradient_norm", float(norms[np.isfinite(norms)].mean()))

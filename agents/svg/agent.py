@@ -391,7 +391,7 @@ class SVG(Algorithm):
         """Fit model and critic to the replay, improve the policy, and begin the next round."""
         assert self.replay is not None
         self._see(self.replay.take(self.replay.recent()))
-        rate = self.lr_schedule(self._current_progress_remaining)
+        rate = self._step_size()
         self._set_step_sizes(rate)
         log: dict[str, list[float]] = defaultdict(list)
         if self.variant in USES_MODEL:
@@ -459,11 +459,13 @@ class SVG(Algorithm):
         batch, model = self._draw(), self.world_model
         applied = batch.actions.clamp(-1, 1)
         loss = model.dynamics.loss(batch.states, applied, batch.next_states)
-        of_reward = model.reward.loss(batch.states, applied, batch.rewards)
         log["model_loss"].append(float(loss.detach()))
-        log["reward_loss"].append(float(of_reward.detach()))
+        if self._cost is None:  # else nothing reads the learned reward
+            of_reward = model.reward.loss(batch.states, applied, batch.rewards)
+            log["reward_loss"].append(float(of_reward.detach()))
+            loss = loss + of_reward
         self.model_optimizer.zero_grad()
-        (loss + of_reward).backward()
+        loss.backward()
         self.model_optimizer.step()
 
     def _update_critic(self, log: dict[str, list[float]]) -> None:
@@ -739,6 +741,12 @@ class SVG(Algorithm):
                 "a batch: n_extra_actions must be 0, or use an estimator such as 'tpx'"
             )
         samples, what = [self.batch_size], "batch_size"
+        if self.buffer_size < samples[0]:
+            samples, what = [self.buffer_size], "buffer_size"
+        if self.variant in ("0", "1") and self.train_freq:
+            of_round = self.train_freq * (1 if self.env is None else self.env.num_envs)
+            if of_round < samples[0]:
+                samples, what = [of_round], "steps of a round, train_freq"
         if self.variant == "inf":
             # Without an environment it is loaded to predict; `learn` checks again.
             samples, what = [100 if self.env is None else self.env.num_envs], "environments"

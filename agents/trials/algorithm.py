@@ -26,7 +26,7 @@ from torch import Tensor
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.core.metrics import QUIET, record_progress
-from totalprop.agents.core.spaces import describe, to_vector
+from totalprop.agents.core.spaces import UnsupportedSpaceError, describe, to_vector
 from totalprop.agents.core.validation import Above, AtLeast, Within, check_arguments, check_finite
 from totalprop.agents.core.workers import explain_dead_workers
 from totalprop.agents.trials import metrics
@@ -122,6 +122,9 @@ class TrialAlgorithm(Algorithm):
         self.time_step, self.start_means = time_step, start_means
         self.gp_evaluations, self.max_points = gp_evaluations, max_points
         self._n_trials = 0
+        self._search_due = False  # a trial has ended, and no search has followed yet
+        # Of a trial that the end of `learn` interrupts, where the environment has no time limit.
+        self._trial_steps, self._trial_returns = 0, np.zeros(0)
         self._needs_cost_fn = self._needs_termination = False
         self._warned_of_end = self._warned_of_cut = False
         self._start_observations: list[np.ndarray] = []
@@ -261,12 +264,11 @@ class TrialAlgorithm(Algorithm):
         while self.num_timesteps < total_timesteps:
             # Before the trial: after it, the last search would have no progress and no step left.
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            if self._n_trials >= self.random_trials and not self.policy.is_placed:
-                # A callback stopped an earlier `learn` before the first search.
+            if self._search_due:  # a callback stopped an earlier `learn` at the end of a trial
                 self._improve_policy(callback)
             if not self._collect_trial(callback, total_timesteps):
                 break
-            if self._n_trials >= self.random_trials:
+            if self._search_due:
                 self._improve_policy(callback)
             if log_interval and self._n_trials % log_interval == 0:
                 self.dump_logs()
@@ -317,8 +319,16 @@ class TrialAlgorithm(Algorithm):
         path, transitions = [np.array(self._last_obs)], []
         from_start = bool(np.asarray(self._last_episode_starts)[0])
         limit = self.horizon if self._problem.time_limit is None else math.inf
-        steps = 0
-        while not finished.all() and self.num_timesteps < total_timesteps and steps < limit:
+        is_new = (
+            len(self._trial_returns) != self.env.num_envs
+        )  # or of a file from before it was kept
+        if is_new or np.asarray(self._last_episode_starts).all():
+            self._trial_steps, self._trial_returns = 0, np.zeros(self.env.num_envs)
+        while (
+            not finished.all()
+            and self.num_timesteps < total_timesteps
+            and self._trial_steps < limit
+        ):
             observations = np.array(self._last_obs)
             if is_random:
                 actions = np.stack([self._random_action() for _ in finished])
@@ -326,7 +336,8 @@ class TrialAlgorithm(Algorithm):
                 actions, _ = self.predict(observations)
             new_obs, rewards, dones, infos = self.env.step(actions)
             self.num_timesteps += self.env.num_envs
-            steps += 1
+            self._trial_steps += 1
+            self._trial_returns += rewards
             next_observations = np.array(new_obs)
             for i in np.flatnonzero(dones):  # already reset: take the true end
                 next_observations[i] = infos[i]["terminal_observation"]
@@ -342,19 +353,26 @@ class TrialAlgorithm(Algorithm):
             self._warn_of_end(dones, infos)
             callback.update_locals(locals())
             if not callback.on_step():
-                self._n_trials += int(finished.all())
+                if finished.all():
+                    self._end_trial()
                 self._store(transitions)
                 return False
             self._update_info_buffer(infos, dones)
-        self._n_trials += 1
+        self._end_trial()
         self._store(transitions)
-        if steps >= limit and not finished.all():
-            self._truncate(finished, transitions)
+        if finished.all():
+            self._trial_steps = 0
+        elif self._trial_steps >= limit:
+            self._truncate(finished)
         if self._predicted is not None and from_start and self.tensorboard_log is not None:
             seen = np.stack(path)[:, 0]
             metrics.record_prediction(self.logger, self._problem, self._predicted, seen)
         callback.on_rollout_end()
         return True
+
+    def _end_trial(self) -> None:
+        self._n_trials += 1
+        self._search_due = self._n_trials >= self.random_trials
 
     def _random_action(self) -> np.ndarray:
         action: np.ndarray = self.action_space.sample()
@@ -364,9 +382,7 @@ class TrialAlgorithm(Algorithm):
         middle = (self.action_space.low + self.action_space.high) / 2
         return (middle + self.random_scale * (action - middle)).astype(action.dtype)
 
-    def _truncate(
-        self, finished: np.ndarray, transitions: Sequence[tuple[np.ndarray, ...]]
-    ) -> None:
+    def _truncate(self, finished: np.ndarray) -> None:
         """Begin new episodes; the running ones of this trial count as truncated."""
         assert self.env is not None
         if not self._warned_of_cut:
@@ -376,9 +392,8 @@ class TrialAlgorithm(Algorithm):
                 f"horizon={self.horizon} steps; gymnasium.wrappers.TimeLimit sets another one",
                 stacklevel=4,
             )
-        rewards = np.stack([step[3] for step in transitions])  # [T, n_envs]
-        for sum_of_rewards in rewards.sum(0)[~finished]:
-            episode = {"r": float(sum_of_rewards), "l": len(rewards), "t": 0.0}
+        for sum_of_rewards in self._trial_returns[~finished]:
+            episode = {"r": float(sum_of_rewards), "l": self._trial_steps, "t": 0.0}
             self._update_info_buffer([{"episode": episode}])
         self._last_obs = self.env.reset()  # type: ignore[assignment]
         self._last_episode_starts = np.ones(self.env.num_envs, dtype=bool)
@@ -436,8 +451,7 @@ class TrialAlgorithm(Algorithm):
 
             self._n_updates += self._search(on_step)
             self.phase = ""
-        rate = self.lr_schedule(self._current_progress_remaining)
-        self.logger.record("train/learning_rate", rate)
+        self._search_due = False
         self.logger.record("train/n_updates", self._n_updates, exclude=QUIET)
         metrics.record_gp(self.logger, self.world_model, likelihoods)
 
@@ -522,7 +536,7 @@ class TrialAlgorithm(Algorithm):
         space = self.observation_space
         if not isinstance(space, spaces.Box) or len(space.shape) != 1:
             remedy = to_vector(space, otherwise="take DreamerTPX, which learns from images")
-            raise ValueError(
+            raise UnsupportedSpaceError(
                 f"{type(self).__name__} models a vector of real numbers, got {describe(space)} as "
                 f"observation; {remedy}"
             )
@@ -532,7 +546,7 @@ class TrialAlgorithm(Algorithm):
             or actions.dtype.kind != "f"
             or not (actions.low < actions.high).all()
         ):
-            raise ValueError(
+            raise UnsupportedSpaceError(
                 f"{type(self).__name__} needs a vector of real numbers as action, each with some "
                 f"room between its bounds, got {describe(actions)} from {actions.low.tolist()} to "
                 f"{actions.high.tolist()}"

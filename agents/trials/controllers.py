@@ -111,10 +111,11 @@ class ControllerPolicy(BasePolicy):
         return self.act(observation.double()).float()
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """Like SB3's, clipped so that rounding never carries an action beyond its bounds."""
+        """Like SB3's, in the dtype of the space, and clipped so that rounding stays within it."""
         space = self.action_space
         assert isinstance(space, spaces.Box)
-        return np.clip(super().unscale_action(scaled_action), space.low, space.high)
+        unscaled = np.clip(super().unscale_action(scaled_action), space.low, space.high)
+        return unscaled.astype(space.dtype)
 
     def forward(self, observation: Tensor) -> Tensor:
         """`act` for observations of any dtype."""

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 
 from tests.agents.contract.conftest import SIZES, Maker
 from tests.agents.contract.environments import CountingEnv
+from tests.agents.contract.probes import logged
 from totalprop.agents import AGENTS
 from totalprop.agents.core.validation import constructor_hints
 from totalprop.agents.trials.saturating_cost import SaturatingCost
@@ -130,3 +132,28 @@ def parameters(agent):
 def assert_same(agent, other):
     assert agent.num_timesteps == other.num_timesteps == 28
     assert torch.equal(parameters(agent), parameters(other))
+
+
+class _SetRate(BaseCallback):
+    """Sets the attribute at a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.step:
+            self.model.learning_rate = 0.125
+        return True
+
+
+@pytest.mark.parametrize("agent", SIZES)
+def test_a_learning_rate_that_a_callback_sets_counts_from_the_next_round_on(agent):
+    made = Maker(agent)()
+    dumps = logged(made)
+    made.learn(56, callback=_SetRate(29))
+    rates = [
+        values["train/learning_rate"] for values, _ in dumps if "train/learning_rate" in values
+    ]
+    if agent != "pilco":  # whose line search has none
+        assert rates[0] != 0.125 and rates[-1] == 0.125

@@ -677,7 +677,7 @@ def test_truncated_advantages_are_sums_of_deltas_within_the_episode(horizon):
     assert np.allclose(found, whole) == (horizon >= steps)
 
 
-@pytest.mark.parametrize("source", ["q", "states"])
+@pytest.mark.parametrize("source", ["q", "states", "none"])
 def test_matched_horizon_needs_extra_actions_of_that_horizon(source):
     with pytest.raises(ValueError, match="does not do: use real_advantage='gae'"):
         make(action_source=source, real_advantage="matched_horizon")

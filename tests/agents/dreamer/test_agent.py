@@ -1024,6 +1024,11 @@ def test_verbose_says_that_no_update_was_made_and_when_one_is_due(capsys):
     assert "no update" not in capsys.readouterr().out
 
 
+def test_verbose_says_that_the_ratio_has_to_ask_for_an_update(capsys):
+    make(verbose=1, replay_ratio=0.01).learn(STARTS + 5)
+    assert ", and replay_ratio=0.01 asks for one\n" in capsys.readouterr().out
+
+
 def test_verbose_says_how_large_the_replay_is(capsys):
     make(verbose=1).learn(30)
     out = capsys.readouterr().out

@@ -110,6 +110,20 @@ def test_episode_start_resets_its_rows_and_no_others():
     assert np.abs(fresh - kept).max(1).min() > 1e-4  # the memory matters
 
 
+@pytest.mark.parametrize("starts", [[True], [True, False], np.ones((2, 2), bool)])
+def test_episode_starts_of_another_number_are_refused(starts):
+    policy, observations = make(), draw(VECTOR, 1, 3)
+    with pytest.raises(ValueError, match="one entry for each of 3 observations, got"):
+        policy.predict(observations[0], None, starts)
+
+
+def test_a_state_of_other_parts_is_refused():
+    policy, observations = make(), draw(VECTOR, 2, 3)
+    _, state = policy.predict(observations[0])
+    with pytest.raises(ValueError, match="what predict returned, three arrays, got 2"):
+        policy.predict(observations[1], state[:2])
+
+
 def test_episode_start_none_keeps_every_row():
     policy, observations = make(), draw(VECTOR, 2, 3)
     _, state = policy.predict(observations[0], deterministic=True)

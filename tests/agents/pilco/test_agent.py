@@ -259,7 +259,7 @@ def test_scalars_are_logged():
     keys = {key for values, _ in dumps for key in values}
     assert keys >= {
         "train/loss", "train/loss_first", "train/gradient_norm", "train/skipped_steps",
-        "train/learning_rate", "prediction/last_std_0", "prediction/last_std_1", "gp/data",
+        "prediction/last_std_0", "prediction/last_std_1", "gp/data",
         "model_fit/standardised_error", "rollout/ep_rew", "time/trials",
     }  # fmt: skip
 
@@ -294,3 +294,23 @@ def test_it_learns_on_the_unicycle_with_the_environments_cost_start_and_invarian
     assert model.gp.inputs.shape == (20, 11) and model.gp.targets.shape == (20, 10)
     assert not torch.equal(parameters_to_vector(agent.policy.parameters()), before)
     assert agent._problem.saturating_cost is not None
+
+
+def test_the_logged_loss_is_the_expected_cost_and_the_objective_is_beside_it():
+    agent = make(cost_fn=GOAL, exploration=-0.5)
+    dumps = logged(agent)
+    agent.learn(2 * LENGTH)
+    values = [values for values, _ in dumps if "train/loss" in values][-1]
+    with torch.no_grad():
+        found = module.predict(agent._moment_model(), agent.policy, LENGTH)
+    assert values["train/loss"] == pytest.approx(float(found.costs.sum()))
+    assert values["train/objective"] == pytest.approx(float(found.loss))
+    assert values["train/objective"] < values["train/loss"]
+    assert "train/learning_rate" not in values
+
+
+def test_adam_logs_its_step_size():
+    agent = make(cost_fn=GOAL, optimizer="adam", learning_rate=0.25)
+    dumps = logged(agent)
+    agent.learn(LENGTH)
+    assert [v["train/learning_rate"] for v, _ in dumps if "train/learning_rate" in v] == [0.25]

@@ -1460,3 +1460,110 @@ def test_policy_search_lowers_the_simulated_cost():
     agent.learn(LENGTH)
     values = memory.dumps[-1][0]
     assert values["train/loss"] < 0.95 * values["train/loss_first"]
+
+
+# Trials that end in other ways than by themselves
+
+
+class StopAfterTrials(BaseCallback):
+    """As StopTrainingOnMaxEpisodes: stops at the step that ends a trial."""
+
+    def __init__(self, trials):
+        super().__init__()
+        self.left = trials
+
+    def _on_step(self):
+        self.left -= int(self.locals["dones"].sum())
+        return self.left > 0
+
+
+@pytest.mark.parametrize("trials", [1, 2, 3])
+def test_a_callback_that_stops_at_the_end_of_a_trial_postpones_the_search(trials):
+    agent, searches = make(), []
+    search = agent._search
+    agent._search = lambda on_step: searches.append(agent.num_timesteps) or search(on_step)
+    agent.learn(4 * LENGTH, callback=StopAfterTrials(trials))
+    assert agent.num_timesteps == trials * LENGTH
+    agent.learn((4 - trials) * LENGTH, reset_num_timesteps=False)
+    assert searches == [LENGTH, 2 * LENGTH, 3 * LENGTH, 4 * LENGTH]
+
+
+def test_a_search_that_is_due_is_in_the_file(tmp_path):
+    agent = make().learn(4 * LENGTH, callback=StopAfterTrials(2))
+    agent.save(tmp_path / "agent")
+    loaded = PIPPS.load(tmp_path / "agent", CountingEnv(), device="cpu")
+    assert loaded._search_due and loaded._n_updates == 3
+    loaded.learn(LENGTH, reset_num_timesteps=False)
+    assert not loaded._search_due and loaded._n_updates == 9
+
+
+@pytest.mark.parametrize("calls", [(15, 9), (5, 4, 15), (8, 16)])
+def test_a_trial_without_a_time_limit_keeps_its_length_over_calls_of_learn(calls):
+    """Rewards are minus the time, so that each episode's return is that of its length."""
+    agent, ends = make(CountingEnv(10**6), horizon=6), []
+    update = agent._update_info_buffer
+    agent._update_info_buffer = lambda infos, *dones: (
+        ends.extend(info["episode"] for info in infos if "episode" in info),
+        update(infos, *dones),
+    )
+    for i, steps in enumerate(calls):
+        agent.learn(steps, reset_num_timesteps=i == 0)
+    assert [(end["l"], end["r"]) for end in ends] == [(6, -21.0)] * 4
+
+
+# What is logged, and what has no effect
+
+
+def test_the_logged_loss_is_of_the_policy_that_is_kept():
+    """Within 5 deviations of what its simulations cost; not that of a search's last evaluation."""
+    agent = make(CostEnv(), keep_best=True, gradient_steps=40, n_particles=200)
+    memory = logged(agent)
+    agent.learn(2 * LENGTH)
+    model = agent._particle_model()
+    costs = [agent._simulate_trial(model)[0] for _ in range(20)]
+    found = [values["train/loss"] for values, _ in memory.dumps if "train/loss" in values][-1]
+    assert abs(found - np.mean(costs)) < 5 * np.std(costs)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "is_logged"), [("tpx", True), ("rp-fs", False), ("gr-fs", False)]
+)
+def test_a_search_without_a_step_size_logs_none(estimator, is_logged):
+    agent = make(estimator=estimator)
+    memory = logged(agent)
+    agent.learn(LENGTH)
+    assert any("train/learning_rate" in values for values, _ in memory.dumps) == is_logged
+
+
+@pytest.mark.parametrize("estimator", ["rp-fs", "gr-fs"])
+def test_keep_best_leaves_a_search_alone_that_ends_with_its_best(estimator):
+    found = [
+        make(estimator=estimator, keep_best=keep, gradient_steps=15).learn(LENGTH)
+        for keep in (False, True)
+    ]
+    assert torch.equal(*(parameters(agent) for agent in found))
+
+
+def test_an_optimiser_that_the_estimator_does_not_use_is_refused():
+    with pytest.raises(ValueError, match="'rp-fs' fixes the noise for optimizer 'quasi-newton'"):
+        make(estimator="rp-fs", optimizer="rmsprop2018")
+
+
+def test_the_cost_of_an_end_that_never_comes_is_a_warning():
+    found = messages(lambda: make(termination="ignore", termination_cost=5.0).learn(LENGTH))
+    assert any("termination_cost=5 has no effect" in text for text in found)
+
+
+def test_actions_have_the_dtype_of_the_space():
+    env = CountingEnv()
+    env.action_space = spaces.Box(LOW, HIGH, (1,), np.float16)
+    action, _ = make(env).predict(np.zeros(2, np.float32))
+    assert action.dtype == np.float16 and env.action_space.contains(action)
+
+
+@pytest.mark.parametrize("space", [spaces.Dict({"a": spaces.Box(0, 1, (2,))}), spaces.Discrete(3)])
+def test_observations_that_are_no_vector_raise_what_stable_baselines3_raises(space):
+    env = CountingEnv()
+    env.observation_space = space
+    with pytest.raises(AssertionError, match="models a vector of real numbers"):
+        make(env)

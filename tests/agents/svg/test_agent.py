@@ -348,3 +348,24 @@ def test_it_learns_to_regulate(variant):
         agent.learn(10 * 4 * STEPS)
         after = evaluate_policy(agent, test_env, 10)[0]
     assert before < -15 and after > -6
+
+
+@pytest.mark.parametrize("variant", ["0", "1"])
+def test_an_estimator_that_needs_more_samples_than_a_round_has_is_refused(variant):
+    with pytest.raises(ValueError, match=r"does not work with 1 sample\(s\) \(steps of a round"):
+        make(vector(n=1), variant=variant, estimator="tpx", train_freq=1)
+    make(vector(n=2), variant=variant, estimator="tpx", train_freq=1)
+
+
+def test_a_reward_that_is_known_is_not_learned():
+    agent = make(vector(CostRegulator), variant="1-er", cost_fn=lambda s: s.square().sum(-1))
+    before = [p.clone() for p in agent.world_model.reward.parameters()]
+    agent.learn(2 * 4 * STEPS)
+    assert all(map(torch.equal, before, agent.world_model.reward.parameters()))
+    assert "train/reward_loss" not in agent.logger.name_to_value
+
+
+def test_observations_of_bool_are_scaled():
+    made = SVGPolicy(spaces.Box(0, 1, (3,), bool), spaces.Box(-1, 1, (1,)), net_arch=[8])
+    action, _ = made.predict(np.array([True, False, True]))
+    assert action.shape == (1,)
