@@ -8,7 +8,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import os
-from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import (
+    ArgumentParser,
+    ArgumentTypeError,
+    BooleanOptionalAction,
+    RawDescriptionHelpFormatter,
+)
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -59,18 +64,45 @@ def parser_of(name: str) -> ArgumentParser:
     return parser
 
 
+def new_folder(text: str) -> Path:
+    """A folder that results are written to, which can be made if there is none.
+
+    Raises:
+        ArgumentTypeError: it is a file or lies in one, or nothing may be written there.
+    """
+    path = Path(text)
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "may not be written to" if there.is_dir() else "is no folder"
+        raise ArgumentTypeError(f"cannot write to {path}: {there} {reason}; choose another")
+    return path
+
+
+def new_file(text: str) -> Path:
+    """A file that results are written to, whose folder can be made; see `new_folder`."""
+    path = Path(text)
+    new_folder(str(path.absolute().parent))
+    if path.is_dir():
+        raise ArgumentTypeError(f"cannot write to {path}: it is a folder; name a file in it")
+    return path
+
+
+class NotAnInteger(ArgumentTypeError, ValueError):
+    """For argparse, which shows the text of its own error alone, and for tyro."""
+
+
 def integer(text: str) -> int:
     """The integer that a flag is given as, which may be written as 1e5.
 
     Raises:
-        ValueError: the text is no integer.
+        NotAnInteger: the text is no integer.
     """
     with contextlib.suppress(ValueError):
         return int(text)
     with contextlib.suppress(ValueError):
         if (number := float(text)).is_integer():
             return int(number)
-    raise ValueError(f"{text!r} is not an integer, such as 100000 or 1e5")
+    raise NotAnInteger(f"{text!r} is not an integer, such as 100000 or 1e5")
 
 
 def train_usage() -> str:
@@ -212,7 +244,7 @@ def _diagnose(parser: ArgumentParser) -> None:
         "--trajectories",
         type=int,
         default=250,
-        help="imagined trajectories per gradient (default: 250; the paper uses 2500)",
+        help="imagined trajectories per gradient, at least 8 (default: 250; the paper uses 2500)",
     )
     parser.add_argument(
         "--stop-grad-actor-input", action=BooleanOptionalAction, default=None,
@@ -226,7 +258,10 @@ def _diagnose(parser: ArgumentParser) -> None:
         help="CPU threads of PyTorch (default: PyTorch's own choice)",
     )
     parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the results (default: RUN/diagnosis)"
+        "--out",
+        type=new_folder,
+        default=None,
+        help="folder of the results (default: RUN/diagnosis)",
     )
     add_import(parser)
 
@@ -289,7 +324,7 @@ def _variance(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
     parser.add_argument(
-        "--json", type=Path, default=None, help="also write the components to this file"
+        "--json", type=new_file, default=None, help="also write the components to this file"
     )
     add_import(parser)
 
@@ -313,14 +348,14 @@ def _add_runs(parser: ArgumentParser, of: str, *, seeds: str = "", out: str = ""
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=new_folder,
         default=Path(out) if out else None,
         required=not out,
         help="folder of the results" + (f" (default: {out})" if out else ""),
     )
     parser.add_argument(
         "--runs",
-        type=Path,
+        type=new_folder,
         default=None,
         help="folder of the runs (default: runs/NAME, where NAME is the last part of --out)",
     )
@@ -343,7 +378,7 @@ def _add_measurements(parser: ArgumentParser, out: str) -> None:
     """The flags of a study that measures, without training, and writes figures and tables."""
     parser.add_argument(
         "--out",
-        type=Path,
+        type=new_folder,
         default=Path(out),
         help=f"folder of the results (default: {out})",
     )
@@ -476,7 +511,7 @@ def _plot(parser: ArgumentParser) -> None:
     )
     add(
         "--out",
-        type=Path,
+        type=new_folder,
         help="folder of the pictures (default: plots/NAME, after the folders of the runs)",
     )
 
@@ -509,13 +544,13 @@ def _reproduce(parser: ArgumentParser) -> None:
     )
     add(
         "--out",
-        type=Path,
+        type=new_folder,
         default=Path("results/reproduce"),
         help="folder of the results (default: results/reproduce)",
     )
     add(
         "--runs",
-        type=Path,
+        type=new_folder,
         default=Path("runs/reproduce"),
         help="folder of the runs (default: runs/reproduce)",
     )
@@ -708,7 +743,7 @@ def _peer(parser: ArgumentParser) -> None:
         help="episodes per evaluation (default: 5)",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="JSON file of the results"
+        "--out", type=new_file, required=True, metavar="FILE", help="JSON file of the results"
     )
 
 
@@ -761,7 +796,7 @@ def _bench(parser: ArgumentParser) -> None:
         help="dreamer: accelerated modes to time as well (default: none)",
     )
     parser.add_argument(
-        "--json", type=Path, default=None, help="also write the results to this file"
+        "--json", type=new_file, default=None, help="also write the results to this file"
     )
 
 
@@ -784,7 +819,10 @@ def _kill_test(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     parser.add_argument(
-        "--out", type=Path, default=None, help="folder for kill_test.json (default: not written)"
+        "--out",
+        type=new_folder,
+        default=None,
+        help="folder for kill_test.json (default: not written)",
     )
 
 
@@ -796,12 +834,12 @@ def _kill_sweep(parser: ArgumentParser) -> None:
     add("--runs", type=int, default=2, help="training processes to kill (default: 2)")
     add("--drivers", type=int, default=1, help="kills of the sweep itself (default: 1)")
     add("--seed", type=int, default=0, help="seed of the moments (default: 0)")
-    add("--out", type=Path, help="folder for kill_sweep.json (default: not written)")
+    add("--out", type=new_folder, help="folder for kill_sweep.json (default: not written)")
 
 
 def _fingerprint(parser: ArgumentParser) -> None:
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--out", type=Path, help="write the hashes to this file")
+    wanted.add_argument("--out", type=new_file, help="write the hashes to this file")
     wanted.add_argument("--compare", type=Path, help="compare with the hashes in this file")
     parser.add_argument(
         "--only", default="", metavar="SUBSTRING", help="only settings whose name contains this"
@@ -824,7 +862,7 @@ def _soak(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=new_folder,
         default=None,
         help="folder of soak.json and soak.png; results of other agents in it are kept",
     )
@@ -881,7 +919,7 @@ def _gpu(parser: ArgumentParser) -> None:
     )
     add(
         "--out",
-        type=Path,
+        type=new_folder,
         default=Path("results/gpu"),
         help="folder of the results (default: results/gpu)",
     )
@@ -894,7 +932,7 @@ def _gpu(parser: ArgumentParser) -> None:
     )
     add(
         "--runs",
-        type=Path,
+        type=new_folder,
         default=Path("runs"),
         help="folder in which a new run's folder is created (default: runs)",
     )

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")
             parser.error(f"--{flag} must be at least 1, got {getattr(options, name)}")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed must be in [0, {2**32 - 1}], got {options.seed}")
     with ending_with_a_sentence():
         evaluate(options)
 

@@ -75,8 +75,10 @@ def push(options: argparse.Namespace) -> None:
             repo_id, operations, commit_message=f"Push {folder.path.resolve().name}"
         )
     except Exception as error:  # of the network, in classes of several libraries
-        what = f"cannot push to {repo_id}: {in_one_line(error)}"
-        raise UserError(f"{what}; log in first: hf auth login") from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        log_in = "log in first: hf auth login"
+        remedy = log_in if status in (401, 403) else f"check the network; if it is there, {log_in}"
+        raise UserError(f"cannot push to {repo_id}: {in_one_line(error)}; {remedy}") from error
     print(
         f"{', '.join(contents)}: {url}\n"
         f"Next: totalprop evaluate {hub.PREFIX}{repo_id}{import_flag(env_id)}"

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -126,6 +127,13 @@ def sentence(error: Exception) -> str:
         )
     if isinstance(error, MemoryError):
         return f"out of memory: {text}; reduce --buffer-size or --dynamics-buffer-size"
+    if "can't allocate memory" in text:  # PyTorch, on the CPU
+        asked = re.search(r"you tried to allocate (\d+) bytes", text)
+        size = f" for {int(asked[1]) / 2**30:,.1f} GiB at once" if asked else ""
+        return (
+            f"out of memory{size}: a size of the run is too large, of --batch-size, --horizon, "
+            "--n-particles or the networks; start it again with a smaller one"
+        )
     # Most likely raised by the environment; its author needs the traceback.
     return (
         f"{type(error).__name__}: {text}; TOTALPROP_TRACEBACK=1 shows the traceback, --resume "
@@ -245,8 +253,8 @@ def resume(
             folder.sweep()
         if folder.summary.exists() and total_timesteps <= own:
             raise UserError(
-                f"{folder.path} is finished ({own} steps); to extend it, pass a larger "
-                "--total-timesteps"
+                f"{folder.path} is finished ({own} steps, as asked for); to extend it, pass a "
+                "larger --total-timesteps"
             )
         if total_timesteps < own:
             raise UserError(
@@ -402,6 +410,8 @@ def learn_on(
     """Make the steps that are left. A signal writes a checkpoint and exits with a sentence."""
     options = job.options
     remaining = options.total_timesteps - algorithm.num_timesteps
+    if remaining <= 0 and algorithm.num_timesteps:
+        print(f"Nothing is left to do: {algorithm.num_timesteps} steps were made.")
     is_drawn = options.progress and sys.stdout.isatty()
     with stopping_on_signals(checkpoints) as signals, contextlib.ExitStack() as stack:
         if not is_drawn:

@@ -48,7 +48,8 @@ def register() -> None:
         import rl_zoo3
     except ImportError:
         raise UserError(
-            "RL-Zoo is not installed: pip install 'totalprop[zoo]', in an environment of its own"
+            "RL-Zoo is not installed: pip install 'rl_zoo3>=2.9,<3', in an environment of its own "
+            "that was made without constraints.txt"
         ) from None
     import totalprop.envs  # noqa: F401
 

@@ -179,7 +179,8 @@ def expectation(hint: Any, value: Any, *, exact: bool = False) -> str:
             is_kind = is_whole if kind is int else is_finite
             if is_kind(value) and all(value in r for r in wanted):
                 return ""
-            note = ", a whole number" if kind is int else ""
+            is_infinite = isinstance(value, Real) and not math.isfinite(value)
+            note = ", a whole number" if kind is int else ", a finite number" if is_infinite else ""
             expected = expected or " and ".join(map(str, wanted)) + note
         elif get_origin(member) is Literal:
             choices = get_args(member)

@@ -740,8 +740,20 @@ class DAAPPO(Algorithm, PPO):
             ) from error
 
     def _check_spaces(self) -> None:
-        what = "extra actions, separate_grad_clip, value_clipping='max' and several processes"
-        alone = "use action_source='none' and the defaults of the others, in one process"
+        found = {  # what asks for more than PPO -> what to do instead
+            f"action_source={self.action_source!r}": "use action_source='none'",
+            "separate_grad_clip": "leave separate_grad_clip out",
+            "value_clipping='max'": "leave value_clipping out",
+            "several processes": "train in one process",
+        }
+        asks = (
+            SOURCES[self.action_source] is not None, self.separate_grad_clip,
+            self.value_clipping != "clipped", self._processes.size > 1,
+        )  # fmt: skip
+        wanted = [pair for pair, is_so in zip(found.items(), asks, strict=True) if is_so]
+        what = " and ".join(name for name, _ in wanted)
+        alone = " and ".join(remedy for _, remedy in wanted)
+        need = "need" if len(wanted) > 1 or what == "several processes" else "needs"
         seen, actions = self.observation_space, self.action_space
         if not isinstance(seen, spaces.Box) or len(seen.shape) != 1:
             # stable-baselines3's CNN takes colour images of at least 36 x 36.
@@ -750,18 +762,18 @@ class DAAPPO(Algorithm, PPO):
             policy = "CnnPolicy" if is_seen else "MlpPolicy"
             images = f"{alone}, and policy='{policy}'"
             raise UnsupportedSpaceError(
-                f"{what} need one vector as observation, got {describe(seen)}; "
+                f"{what} {need} one vector as observation, got {describe(seen)}; "
                 f"{to_vector(seen, otherwise=images)}"
             )
         if not isinstance(actions, spaces.Box) or len(actions.shape) != 1:
             raise UnsupportedSpaceError(
-                f"{what} need one vector as action, got {describe(actions)}; {alone}"
+                f"{what} {need} one vector as action, got {describe(actions)}; {alone}"
             )
         if self.use_sde:
-            raise ValueError(f"{what} need a plain Gaussian policy: pass use_sde=False")
+            raise ValueError(f"{what} {need} a plain Gaussian policy: pass use_sde=False")
         if self.rollout_buffer_class not in (None, ManyActionRolloutBuffer):
             raise ValueError(
-                f"{what} need their own rollout buffer, got "
+                f"{what} {need} a rollout buffer of its own, got "
                 f"rollout_buffer_class={self.rollout_buffer_class.__name__}; leave it None, or "
                 f"{alone}"
             )

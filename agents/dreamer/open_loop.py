@@ -31,6 +31,8 @@ SEED = 0  # of separate generators, so that predictions do not change what the a
 def predict_sequences(agent: DreamerTPX, sequences: int = 6) -> tuple[np.ndarray, np.ndarray]:
     """Sample stored sequences and predict them open loop.
 
+    They lie within an episode where such are found: no model foresees the next one's start.
+
     Args:
         agent: its world model predicts, its replay is sampled.
         sequences: number of sequences, B.
@@ -45,9 +47,11 @@ def predict_sequences(agent: DreamerTPX, sequences: int = 6) -> tuple[np.ndarray
     """
     if agent.replay_buffer is None:
         raise ValueError("the agent has no replay to sample from; call learn first")
-    batch = agent.replay_buffer.sample(
-        sequences, agent.sequence_length, np.random.default_rng(SEED)
+    drawn = agent.replay_buffer.sample(
+        8 * sequences, agent.sequence_length, np.random.default_rng(SEED)
     )
+    begins = drawn.is_first[1:].any(0).long()  # a new episode after the first step
+    batch = drawn.columns(begins.argsort(stable=True)[:sequences])
     generator = torch.Generator(agent.device).manual_seed(SEED)
     context = min(CONTEXT, agent.sequence_length)
     model = agent.policy.model.open_loop(

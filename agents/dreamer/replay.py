@@ -54,6 +54,16 @@ class SequenceBatch(NamedTuple):
     is_first: Tensor
     is_terminal: Tensor
 
+    def columns(self, index: Tensor) -> SequenceBatch:
+        """Some of the windows."""
+        seen = self.observation
+        if isinstance(seen, dict):
+            return self._columns({name: x[:, index] for name, x in seen.items()}, index)
+        return self._columns(seen[:, index], index)
+
+    def _columns(self, observation: Observation, index: Tensor) -> SequenceBatch:
+        return SequenceBatch(observation, *(x[:, index] for x in self[1:]))
+
 
 class SequenceReplay:
     """One ring buffer per environment; all windows of consecutive entries are equally likely.

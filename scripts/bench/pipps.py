@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json is not None:
         record = {"what": options.what, "device": options.device, "threads": options.threads}
         record |= {"torch": torch.__version__, "rows": rows}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.json, json.dumps(record, indent=1) + "\n")
         print(f"written to {options.json}")
 

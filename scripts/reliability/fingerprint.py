@@ -392,11 +392,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [name for name in SETTINGS if options.only in name]
     if not names:
         parser.error(f"--only: no setting contains {options.only!r}")
-    before = json.loads(options.compare.read_text()) if options.compare else None
-    if before:
+    before = None
+    if options.compare:
         try:  # now, not after all the runs
+            before = json.loads(options.compare.read_text())
             differences(before, before)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             print(f"error: {options.compare}: {error}", file=sys.stderr)
             raise SystemExit(2) from error
     torch.set_num_threads(1)
@@ -405,6 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         after["runs"][name] = fingerprint(SETTINGS[name])
         print(f"{name}: {len(after['runs'][name])} hashes", flush=True)
     if before is None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.out, json.dumps(after, indent=1) + "\n")
         print(f"{options.out}: {len(names)} runs")
         return

@@ -12,6 +12,7 @@ usual number of open files must not change. Exit code 1 if either does. Linux on
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import statistics
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("soak")
     options = parser.parse_args(arguments)
     seconds = 60 * options.minutes
-    if options.every <= 0 or seconds * (1 - WARM_UP) < 8 * options.every:
+    if not (0 < 8 * options.every <= seconds * (1 - WARM_UP) < math.inf):
         parser.error("--minutes must leave at least 8 samples after the warm-up (its first third)")
     with tempfile.TemporaryDirectory() as folder:
         records = soak(options.agents, Path(folder), seconds, options.every)

@@ -38,6 +38,7 @@ from totalprop.agents.persistence.safe_file import in_one_line, shown, write_tex
 from totalprop.envs.mujoco_backend import choose_backend
 from totalprop.envs.rewind import Rewindable, can_rewind
 from totalprop.scripts.run.errors import UsageError, UserError
+from totalprop.scripts.run.interruption import is_trained_now
 from totalprop.scripts.run.watchdog import Watchdog, Watched
 
 # Entries of config.json: their types, and whether all runs have them. Older ones lack the others.
@@ -251,6 +252,12 @@ class RunFolder:
             )
         flag = import_flag(self.read_config()["env_id"])
         reason = "has had no evaluation yet" if best else "has not finished"
+        if is_trained_now(self.path):
+            so_far = ", or pass --best for the agent of its best evaluation so far"
+            raise UserError(
+                f"{path} does not exist: the run is being trained and {reason}; wait for it"
+                f"{so_far if self.best_model.exists() else ''}"
+            )
         other = ", or pass --best for the agent of its best evaluation so far"
         raise UserError(
             f"{path} does not exist: the run {reason}; continue it with totalprop train --resume "

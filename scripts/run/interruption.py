@@ -39,6 +39,17 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_trained_now(folder: Path) -> bool:
+    """Whether another process holds the run's lock."""
+    try:
+        with FileLock(folder / ".lock").acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that may only be read
+        return False
+
+
 @contextlib.contextmanager
 def stopping_on_signals(checkpoints: Checkpoints) -> Iterator[list[int]]:
     """Raise TrainingStopped within seconds of SIGINT or SIGTERM, wherever the run is.

@@ -84,7 +84,8 @@ def table(name: str, settings: dict[str, Any], study: Study) -> str:
     """Markdown table of a study: variances, the best other estimator, and tpg's ratio to it."""
     columns = sorted({e for point in study.values() for e in point}, key=rank)
     head = ["β_1", *(["β_2"] if name == "double" else []), *(f"`{e}`" for e in columns)]
-    head += ["best other", "tpg / best other", "95 %", ""]
+    if OURS in columns:
+        head += ["best other", f"{OURS} / best other", "95 %", ""]
     sizes = ", ".join(f"{k} {settings[k]}" for k in ("samples", "repeats", "horizon", "seed"))
     lines = [f"## {name}", "", *_origins(settings["runs"], study, sizes), ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -178,41 +179,49 @@ def summary(name: str, study: Study) -> list[str]:
 
 
 def figure_of(study: Study) -> Figure:
-    """Variances (top) and ratio of tpg to the best other (bottom), one column per β_2."""
+    """Variances, and below the ratio of tpg to the best other if there is one; a column per β_2."""
     groups: dict[Betas, list[Betas]] = {}
     for betas in study:
         groups.setdefault(betas[1:], []).append(betas)
     n = len(groups)
-    figure = Figure(figsize=(7.5 if n == 1 else 4 * n, 6.5), layout="constrained")
-    axes = figure.subplots(2, n, sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
     seen = sorted({e for point in study.values() for e in point}, key=rank)
-    for (second, points), top, bottom in zip(groups.items(), *axes, strict=True):
+    ratios = (3, 1) if OURS in seen else (3,)
+    size = 7.5 if n == 1 else 4 * n, 6.5 if OURS in seen else 5
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(
+        len(ratios), n, sharex=True, sharey="row", squeeze=False, height_ratios=ratios
+    )
+    for (second, points), column in zip(groups.items(), axes.T, strict=True):
+        top, lowest_axis = column[0], column[-1]
         for name in [e for e in seen if e != OURS] + [e for e in seen if e == OURS]:  # tpg on top
             here = [b for b in points if name in study[b]]
             style = {"lw": 1.6, "ms": 4, "marker": MARKERS.get(name), **style_of(name)}
             y = [study[b][name].variance for b in here]
             top.plot([b[0] for b in here], y, label=name, **style)
-        compared = [(b[0], c) for b in points if (c := compare(study[b])) is not None]
-        for x, c in compared:
-            bottom.plot([x, x], c.interval, color="0.55", lw=1.2)
-        bottom.plot([x for x, _ in compared], [c.ratio for _, c in compared], "o", color="k", ms=4)
-        bottom.axhline(1, color="0.3", lw=0.8)
-        bottom.axhline(LIMIT, color="0.3", lw=0.8, ls=":")
-        for axis in (top, bottom):
+        for bottom in column[1:]:
+            compared = [(b[0], c) for b in points if (c := compare(study[b])) is not None]
+            for x, c in compared:
+                bottom.plot([x, x], c.interval, color="0.55", lw=1.2)
+            ratio = [c.ratio for _, c in compared]
+            bottom.plot([x for x, _ in compared], ratio, "o", color="k", ms=4)
+            bottom.axhline(1, color="0.3", lw=0.8)
+            bottom.axhline(LIMIT, color="0.3", lw=0.8, ls=":")
+        for axis in column:
             axis.axvline(2.5, color="0.85", lw=4, zorder=0)
             axis.grid(alpha=0.25)
         top.set_title(f"$\\beta_2 = {second[0]:g}$" if second else "one chain", fontsize=11)
-        bottom.set_xlabel("$\\beta_1$" if second else "$\\beta$")
+        lowest_axis.set_xlabel("$\\beta_1$" if second else "$\\beta$")
     shown = [m.variance for p in study.values() for e, m in p.items() if e != "rp"]
     shown = [v for v in shown if np.isfinite(v)]
     lowest = min((m.variance for p in study.values() for m in p.values()), default=1.0)
     lowest = min(max(lowest, 1e-12), 1.0)
     axes[0, 0].set(yscale="log", ylabel="variance of $dL/d\\beta_1$")
     axes[0, 0].set_ylim(lowest / 5, max([*shown, lowest]) * 30)
-    axes[1, 0].set(yscale="log", ylabel=f"{OURS} / best other")
-    ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10)
-    axes[1, 0].set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axes[1, 0].minorticks_off()
+    for bottom in axes[1:, 0]:
+        bottom.set(yscale="log", ylabel=f"{OURS} / best other")
+        ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10)
+        bottom.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        bottom.minorticks_off()
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncol=min(len(labels), 5), frameon=False

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 import totalprop.estimators as estimators
@@ -103,6 +104,9 @@ def diagnose(options: argparse.Namespace) -> None:
     for name in options.estimators:
         estimators.make(name)
     agent = _load(RunFolder.open(options.run, imports=options.imports))
+    assert agent.replay_buffer is not None
+    if options.starts > (stored := len(agent.replay_buffer)):
+        raise UserError(f"--starts must be at most {stored}, the steps in the replay")
     starts = encoded_starts(agent, options.starts, options.seed)
     results: Results = {name: {} for name in options.estimators}
     horizons = sorted(set(options.horizons))
@@ -319,6 +323,10 @@ def figure(results: Results) -> Figure:
     right.set(ylabel="gradient variance within a start", yscale="log")
     ticks = list(next(iter(results.values())))
     for axes in (left, right):
+        low, high = axes.get_ylim()
+        if high < 20 * low:  # or one label, or none, would remain
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:.2g}")
         axes.set(xlabel="imagination horizon", xscale="log")
         axes.set_xticks(ticks, [str(h) for h in ticks])
         axes.minorticks_off()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from totalprop.agents.persistence.safe_file import in_one_line
-from totalprop.scripts.run.errors import UserError
+from totalprop.scripts.run.errors import UserError, sigterm_stops
 from totalprop.scripts.run.threads import owned_cores
 
 ATTEMPTS = 10  # at a run whose process is killed, each from the last checkpoint
@@ -216,10 +216,12 @@ def on_ray(
         )(_train)
         waiting = iter(trials)
         running.update((train.remote(trial), trial) for trial in itertools.islice(waiting, jobs))
-        while running:
-            (done, *_), _ = ray.wait(list(running))
-            yield running.pop(done), ray.get(done)
-            running.update((train.remote(trial), trial) for trial in itertools.islice(waiting, 1))
+        with sigterm_stops():  # Ray's own handler prints a dump and exits
+            while running:
+                (done, *_), _ = ray.wait(list(running))
+                yield running.pop(done), ray.get(done)
+                more = itertools.islice(waiting, 1)
+                running.update((train.remote(trial), trial) for trial in more)
     except ConnectionError as error:
         raise UserError(f"no cluster of Ray answers at {address} ({error})") from error
     finally:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from totalprop.agents import AGENTS
 from totalprop.agents.core import figures
@@ -322,6 +323,7 @@ def _figure(done: list[FrozenTrial], search: Search) -> Figure:
     bests = (np.minimum if search.quantity == "cost" else np.maximum).accumulate(values)
     axes[0].plot(numbers, values, "o", ms=4, alpha=0.7)
     axes[0].step(numbers, bests, where="post", color="k", lw=1, label="best so far")
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set(xlabel="trial", ylabel=f"final {search.quantity}, mean over seeds")
     axes[0].legend(frameon=False, fontsize="small")
     for axis, (flag, own) in zip(axes[1:], spaces.items()):
@@ -337,6 +339,8 @@ def _figure(done: list[FrozenTrial], search: Search) -> Figure:
                 axis.set_xscale("log")
                 # Below a decade its ticks have long labels, such as 3 x 10^-4.
                 axis.tick_params(axis="x", which="both", labelrotation=30)
+            else:
+                axis.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axis.set(xlabel=flag)
     for axis in axes[1 + len(spaces) :]:
         axis.set_visible(False)

@@ -23,6 +23,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor, nn
@@ -56,8 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):  # fmt: skip
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    if options.delta <= 0:
-        parser.error(f"--delta must be above 0, got {options.delta}")
+    for name, low, high, range_ in (
+        ("gamma", 0, 1, "in [0, 1]"), ("delta", 1e-300, 1e300, "a finite number above 0"),
+        ("learning_rate", 0, 1e300, "a finite number, at least 0"),
+    ):  # fmt: skip
+        if not low <= (value := getattr(options, name)) <= high:
+            parser.error(f"--{name.replace('_', '-')} must be {range_}, got {value:g}")
+    if options.run is not None:
+        for name in ("env_id", "env_arg", "updates", "learning_rate"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(
+                    f"--{name.replace('_', '-')} is for a new policy: leave it out with a run"
+                )
     with ending_with_a_sentence(ValueError):
         measure(options)
 
@@ -83,6 +94,11 @@ def measure(options: argparse.Namespace) -> None:
         statistics = statistics_of(folder, config)
     env = make_env(env_id, env_args, seed=options.seed, rewindable=True)
     env = normalise_like(env, statistics)
+    if not isinstance(env.action_space, spaces.Box):
+        raise UserError(
+            f"variance draws actions of a Gaussian, and {env_id} has choices as actions "
+            f"({env.action_space}): take an environment whose actions are a Box"
+        )
     policy = _policy(options, env)
     sampler = Sampler(env, policy, options)
     for _ in range(options.updates if options.run is None else 0):
@@ -93,6 +109,8 @@ def measure(options: argparse.Namespace) -> None:
             sampled.append(sampler.trajectory())
             advance()
     gradients = torch.stack(sampled)
+    if not torch.isfinite(gradients).all():
+        raise UserError("a gradient is not finite: the policy, or a return, has exploded")
     generator = torch.Generator().manual_seed(options.seed)
     # Trajectories begin with a reset, whose distribution is not the stationary one.
     found = estimate_components(gradients, stationary=False, generator=generator)
@@ -104,6 +122,7 @@ def measure(options: argparse.Namespace) -> None:
             "intervals": {name: found.interval(row) for name, row in rows.items()},
             "options": vars(options),
         }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.json, json.dumps(record, indent=1, default=str) + "\n")
         print(f"written to {options.json}")
 

@@ -253,3 +253,24 @@ def test_an_estimator_that_overflows_is_the_worst_not_the_best():
             "worst tpg / best other = 0." in line for line in chaos_report.summary("one", study)
         )
         chaos_report.figure_of(study)
+
+
+def test_without_tpg_nothing_is_compared_with_it():
+    study = {
+        (beta,): {
+            name: chaos_report.Measured(np.arange(1.0, 6) * beta, 0.1) for name in ("rp", "lr")
+        }
+        for beta in (2.0, 3.0)
+    }
+    settings = {
+        "samples": 5,
+        "repeats": 5,
+        "horizon": 5,
+        "seed": 0,
+        "runs": [{"command": "c", "commit": "1", "torch": "2"}],
+    }
+    text = chaos_report.table("single", settings, study)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert "tpg" not in text and len({row.count("|") for row in rows}) == 1
+    (axis,) = chaos_report.figure_of(study).axes
+    assert axis.get_xlabel() == "$\\beta$"

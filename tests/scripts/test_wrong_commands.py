@@ -1,14 +1,20 @@
 """Wrong command lines: exit code 2 (usage) or 1 (failure), one line, never a traceback."""
 
+import argparse
 import dataclasses
 import json
 import re
+import signal
+from pathlib import Path
 
 import pytest
+import torch
 
-from totalprop.scripts import evaluate, train
+from totalprop.scripts import commands, evaluate, train
 from totalprop.scripts.bench import pipps as bench
 from totalprop.scripts.run.arguments import agent_flags
+from totalprop.scripts.run.errors import continuing_later, ending_with_a_sentence, sigterm_stops
+from totalprop.scripts.run.interruption import locked
 from totalprop.scripts.studies import diagnose, variance
 
 CART = ["--env-id", "totalprop/CartPoleSwingUp-v0"]
@@ -68,7 +74,7 @@ OTHERS = [
     [*P, "--seed", "-1"], [*P, "--runs", "/dev/null/runs"], [*P, "--name", "a/../../b\0"],
     ["daappo", "--env-id", "InvertedPendulum-v5", "--action-source", "rewind"],
     [*P, "--name", "../beside"], [*P, "--name", "."], [*P, "--stats-window-size", "0"],
-    [*A, "--ent-coef", "nan"],
+    [*A, "--ent-coef", "nan"], [*P, "--total-timesteps", "1e20"],
 ]  # fmt: skip
 SCRIPTS = {
     "evaluate": evaluate.main, "diagnose": diagnose.main, "variance": variance.main,
@@ -139,6 +145,11 @@ def test_what_a_usage_error_says(arguments, message, capsys):
         ("diagnose", ["{run}", "--threads", "0"]), ("bench", ["--threads", "0"]),
         ("resume", ["--total-timesteps", "90", "--resume", "no/such/run"]),
         ("variance", ["--env-id", "no-env"]), ("variance", ["--trajectories", "many"]),
+        ("evaluate", ["{run}", "--seed", "-1"]), ("evaluate", ["{run}", "--seed", "1e30"]),
+        ("variance", ["--gamma", "nan"]), ("variance", ["--gamma", "7"]),
+        ("variance", ["--delta", "nan"]), ("variance", ["--learning-rate", "nan"]),
+        ("variance", ["{run}", "--env-id", "Pendulum-v1"]),
+        ("variance", ["{run}", "--updates", "3"]),
     ],
 )  # fmt: skip
 def test_wrong_commands_of_other_scripts(script, arguments, tmp_path, capsys):
@@ -152,6 +163,85 @@ def test_wrong_commands_of_other_scripts(script, arguments, tmp_path, capsys):
     output = capsys.readouterr()
     assert stop.value.code in (1, 2) and "Traceback" not in output.err
     assert "error" in output.err.lower()
+
+
+def test_a_number_that_is_not_finite_is_said_to_be_none(capsys):
+    with pytest.raises(SystemExit):
+        train.main([*P, "--learning-rate", "inf"])
+    assert "--learning-rate must be at least 0, a finite number, got inf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["2.5", "nan", "many"])
+def test_what_is_no_integer_is_said_by_every_command(text, capsys):
+    for main, arguments in ((evaluate.main, ["run"]), (variance.main, [])):
+        flag = "--episodes" if main is evaluate.main else "--trajectories"
+        with pytest.raises(SystemExit, match="2"):
+            main([*arguments, flag, text])
+        expected = f"argument {flag}: '{text}' is not an integer, such as 100000 or 1e5\n"
+        assert capsys.readouterr().err.endswith(expected)
+
+
+WRITERS = [
+    (name, action)
+    for name, command in commands.COMMANDS.items() if command.add_flags is not None
+    for action in commands.parser_of(name)._actions
+    if {"--out", "--json", "--runs"} & {*action.option_strings} and action.type is not int
+]  # fmt: skip
+
+
+def test_there_are_writers():
+    assert len(WRITERS) >= 20
+
+
+@pytest.mark.parametrize(("name", "action"), WRITERS, ids=lambda x: getattr(x, "dest", x))
+def test_results_that_cannot_be_written_are_refused_before_the_work(name, action, tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=r"cannot write to .*file is no folder"
+        ):
+            action.type(str(path))
+    new = tmp_path / "new" / "folder"
+    assert action.type(str(new)) == new and not new.parent.exists()
+    wrong = tmp_path if action.type is commands.new_file else tmp_path / "file"
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot write to"):
+        action.type(str(wrong))
+
+
+def test_an_error_of_a_file_is_a_sentence(capsys):
+    with pytest.raises(SystemExit, match="1"), ending_with_a_sentence():
+        Path("no/such/file").read_text()
+    assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: 'no/such/file'\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_says_how_to_continue(number, code, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop, continuing_later(), sigterm_stops():
+        signal.raise_signal(number)
+    assert stop.value.code == code
+    assert capsys.readouterr().err == "\nstopped; run the same command again to continue\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_memory_that_pytorch_did_not_get_is_no_fault_of_the_environment():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**57)
+    text = train.sentence(caught.value)
+    assert text.startswith("out of memory for ") and "--resume" not in text
+
+
+def test_a_run_that_is_being_trained_is_waited_for(tmp_path, capsys):
+    config = {"agent": "pipps", "env_id": "totalprop/CartPoleSwingUp-v0", "env_args": {}}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "arguments": {"seed": 0}}))
+    with locked(tmp_path), pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path)])
+    said = capsys.readouterr().err
+    assert "the run is being trained and has not finished; wait for it" in said
+    assert "--resume" not in said
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path)])
+    assert "continue it with totalprop train --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"agent": "pipps"}', '{"agent": "human"}'])

@@ -35,7 +35,7 @@ def test_without_rl_zoo_one_sentence_says_how_to_install_it(monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "rl_zoo3", None)
     with pytest.raises(SystemExit, match="1"):
         zoo.main(["train", "--algo", "pipps"])
-    assert "RL-Zoo is not installed: pip install 'totalprop[zoo]'" in capsys.readouterr().err
+    assert "RL-Zoo is not installed: pip install 'rl_zoo3>=2.9,<3'" in capsys.readouterr().err
 
 
 def test_settings_are_given_where_train_has_none(tmp_path):

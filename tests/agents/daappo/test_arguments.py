@@ -129,7 +129,9 @@ OWN_EPOCHS = [{"separate_grad_clip": True}, {"value_clipping": "max"}]
     ],
 )
 def test_spaces_must_be_vectors(name, space, settings):
-    remedy = "wrap the env" if name == "observation_space" else "use action_source='none'"
+    # Of what asks for a vector, and of nothing else.
+    own = f"leave {next(reversed(settings))} out$" if settings else "use action_source='none'$"
+    remedy = "wrap the env" if name == "observation_space" else own
     with pytest.raises(ValueError, match=f"one vector as {name[:6]}.*got .*; {remedy}"):
         make(Still(**{name: space}), **settings)
 

@@ -78,6 +78,18 @@ def test_vectors_are_as_the_environment_gives_them():
     assert np.isfinite(model).all()
 
 
+@pytest.mark.parametrize("channels", [0, 1])
+def test_sequences_lie_within_an_episode_where_they_can(channels):
+    """13 entries of an episode hold 6 windows of 8; two steps after a reset hold none."""
+    truth, _ = open_loop.predict_sequences(make(channels).learn(60))
+    times = truth[..., 0] if channels == 0 else truth[:, :, 0, 0, 0] * 255
+    assert (np.diff(times.round(), axis=0) == 1).all()
+    crossing, _ = open_loop.predict_sequences(
+        make(sequence_length=20, learning_starts=30).learn(40)
+    )
+    assert (np.diff(crossing[..., 0], axis=0) == -12).any()
+
+
 def test_model_sees_the_context_and_nothing_after_it(monkeypatch):
     agent = make().learn(30)
     sample = agent.replay_buffer.sample

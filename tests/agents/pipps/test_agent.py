@@ -1012,7 +1012,10 @@ def test_an_estimator_object_is_used_as_it_is(monkeypatch):
         ({"cost_fn": lambda states: 1.0}, r"a tensor \[2, 3\], got float"),
         ({"cost_fn": lambda states: (states[..., 0] > 0).double()}, "must be differentiable"),
         ({"noise_multiplier": None}, "noise_multiplier must be above 0, got None"),
-        ({"noise_multiplier": np.inf}, "noise_multiplier must be above 0, got inf"),
+        (
+            {"noise_multiplier": np.inf},
+            "noise_multiplier must be above 0, a finite number, got inf",
+        ),
         ({"learning_rate": "0.1"}, "learning_rate must be at least 0, got '0.1'"),
         ({"horizon": True}, "horizon must be at least 1, a whole number, got True"),
     ],
