@@ -181,6 +181,9 @@ def _parse(arguments: list[str], usage: str) -> Job:
     agent = arguments[0] if arguments else ""
     if agent not in AGENTS:
         known = ", ".join(AGENTS)
+        near = difflib.get_close_matches(agent, AGENTS, 1)
+        if near:
+            raise UserError(f"unknown agent {shown(agent)}; did you mean {near[0]}?")
         print(usage)
         if agent in ("-h", "--help"):
             raise SystemExit(0)

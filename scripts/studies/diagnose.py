@@ -326,7 +326,7 @@ def figure(results: Results) -> Figure:
         low, high = axes.get_ylim()
         if high < 20 * low:  # or one label, or none, would remain
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:.2g}")
+            axes.yaxis.set_major_formatter("{x:.3g}")
         axes.set(xlabel="imagination horizon", xscale="log")
         axes.set_xticks(ticks, [str(h) for h in ticks])
         axes.minorticks_off()

@@ -396,7 +396,8 @@ def table(curves: Sequence[Curve], legend: str, unit: Unit) -> str:
         until, middle, ends, success = "no seed together with all others", "", "", ""
         last = values[:, -1] if len(x) else np.array([])
         if len(x):
-            until = f"{x[-1]} {'evaluations' if is_cost else unit}"
+            counted = "evaluation" if x[-1] == 1 else "evaluations"
+            until = f"{x[-1]} {counted if is_cost else unit}"
             middle = f"{scores.iqm([last]):.2f}"
             if len(own) >= MIN_RUNS:
                 ends = _interval(scores.interval([last], scores.iqm))
