@@ -308,8 +308,6 @@ def stochastic_node(
     _check_values(zeta, noise)
     if tap is not None and probe is None:
         raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
-    if estimator.needs_score and torch.is_grad_enabled():
-        _check_legs(estimator, zeta, probe, value)
     if gauge is not None and gauge.shape != SHAPE:
         raise ValueError(
             f"gauge must be zeros {list(SHAPE)}, got {_shown(gauge)}; each node takes its own"
@@ -320,6 +318,8 @@ def stochastic_node(
             "torch.func cannot transform a node whose samples are spread over processes: set "
             "group=None, or take the gradient with torch.autograd"
         )
+    if estimator.needs_score and torch.is_grad_enabled():
+        _check_legs(estimator, zeta, probe, value)
     node = _TransformedNode if is_transformed else _Node
     sample, credit = node.apply(
         estimator, probe, noise, credit, value, meter, gauge, tap, len(zeta), *zeta, *carried

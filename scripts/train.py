@@ -253,8 +253,8 @@ def resume(
             folder.sweep()
         if folder.summary.exists() and total_timesteps <= own:
             raise UserError(
-                f"{folder.path} is finished ({own} steps, as asked for); to extend it, pass a "
-                "larger --total-timesteps"
+                f"{folder.path} is finished ({own} steps); to extend it, pass a larger "
+                "--total-timesteps"
             )
         if total_timesteps < own:
             raise UserError(

@@ -264,7 +264,9 @@ class TrialAlgorithm(Algorithm):
         while self.num_timesteps < total_timesteps:
             # Before the trial: after it, the last search would have no progress and no step left.
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            if self._search_due:  # a callback stopped an earlier `learn` at the end of a trial
+            is_random = self._n_trials < self.random_trials
+            if self._search_due or not (is_random or self.policy.is_placed):
+                # A callback stopped an earlier `learn` at the end of a trial.
                 self._improve_policy(callback)
             if not self._collect_trial(callback, total_timesteps):
                 break
@@ -319,10 +321,8 @@ class TrialAlgorithm(Algorithm):
         path, transitions = [np.array(self._last_obs)], []
         from_start = bool(np.asarray(self._last_episode_starts)[0])
         limit = self.horizon if self._problem.time_limit is None else math.inf
-        is_new = (
-            len(self._trial_returns) != self.env.num_envs
-        )  # or of a file from before it was kept
-        if is_new or np.asarray(self._last_episode_starts).all():
+        begins = bool(np.asarray(self._last_episode_starts).all())
+        if begins or len(self._trial_returns) != self.env.num_envs:  # older files have none
             self._trial_steps, self._trial_returns = 0, np.zeros(self.env.num_envs)
         while (
             not finished.all()

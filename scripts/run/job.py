@@ -20,7 +20,7 @@ from totalprop.agents import AGENTS
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.evaluation import MAX_STEPS
 from totalprop.agents.core.processes import ALONE, Processes
-from totalprop.agents.core.validation import AtLeast, Within, constructor_hints, expectation
+from totalprop.agents.core.validation import AtLeast, constructor_hints, expectation
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import RunFolder, current_commit, make_env, make_evaluation_env
@@ -57,7 +57,7 @@ class RunOptions:
     """
     normalize: Normalised = "none"
     """Scale observations, rewards or both by running statistics (VecNormalize); daappo only."""
-    total_timesteps: Annotated[int, Within(1, 2**63 - 1)] = 1
+    total_timesteps: Annotated[int, AtLeast(1)] = 1
     """Environment steps (decisions) to learn for; with --offline, gradient updates."""
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
     """"linear" decreases --learning-rate to 0 over the run, so that the policy settles."""
@@ -97,6 +97,8 @@ class RunOptions:
             if expected := expectation(hint, value):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} must be {expected}, got {value}")
+        if self.total_timesteps >= 2**63:  # more than a file can count
+            raise UserError(f"--total-timesteps must be below 2^63, got {self.total_timesteps:.3g}")
         if self.threads > (cores := owned_cores()):
             raise UserError(
                 f"--threads must be at most {cores}, the cores that this process may use, got "

@@ -104,9 +104,6 @@ def diagnose(options: argparse.Namespace) -> None:
     for name in options.estimators:
         estimators.make(name)
     agent = _load(RunFolder.open(options.run, imports=options.imports))
-    assert agent.replay_buffer is not None
-    if options.starts > (stored := len(agent.replay_buffer)):
-        raise UserError(f"--starts must be at most {stored}, the steps in the replay")
     starts = encoded_starts(agent, options.starts, options.seed)
     results: Results = {name: {} for name in options.estimators}
     horizons = sorted(set(options.horizons))
@@ -169,8 +166,12 @@ def encoded_starts(agent: DreamerTPX, n: int, seed: int) -> list[State]:
         seed: seed of the sequences, the steps and the posterior's noise.
     Returns:
         n states, each [1, ...].
+    Raises:
+        UserError: there are not as many steps in the replay.
     """
     assert agent.replay_buffer is not None
+    if n > (stored := len(agent.replay_buffer)):
+        raise UserError(f"--starts must be at most {stored}, the steps in the replay, got {n}")
     length, rng = agent.sequence_length, np.random.default_rng(seed)
     batch = agent.replay_buffer.sample(n, length, rng)
     generator = torch.Generator(agent.device).manual_seed(seed)

@@ -74,7 +74,8 @@ def test_a_number_outside_its_range_is_one_sentence(cls, name, kind, found):
         True,
         np.array([1.0, 2.0]),
     ]:
-        sentence = f"{name} must be {found}" + (", a whole number" if kind is int else "")
+        note = ", a finite number" if isinstance(value, float) and not np.isfinite(value) else ""
+        sentence = f"{name} must be {found}" + (", a whole number" if kind is int else note)
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}, got ") as error:
             check_values(cls, **{name: value})
         assert "\n" not in str(error.value)

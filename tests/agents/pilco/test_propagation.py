@@ -259,7 +259,6 @@ def test_a_batch_of_states_takes_a_step_together():
 def test_a_model_that_knows_nothing_predicts_finite_costs_and_gradients():
     dynamics, policy = make()
     dynamics.gp.log_signal.fill_(5.0)
-    dynamics.gp._forget()
     found = predict(model_of(dynamics), policy, 10)
     gradient = torch.autograd.grad(found.loss, list(policy.parameters()))
     assert all(torch.isfinite(g).all() for g in gradient) and found.loss > 8
