@@ -240,7 +240,6 @@ class Source:
         follows_horizon: whether it follows each action for `simulation_horizon` steps.
         model: what it learns; None for a source that learns nothing.
         optimizer: the model's Adam, or None.
-        transitions: those observed so far, in the environment's own units.
         generator: draws the actions.
         rng: draws the batches of the fit.
         extra_steps: environment steps taken for extra actions; None for a source that takes none.
@@ -256,11 +255,6 @@ class Source:
 
     def __init__(self, settings: SourceSettings, processes: Processes = ALONE) -> None:
         self.settings, self.processes = settings, processes
-        self._recorded: list[tuple[np.ndarray, ...]] = []  # of this process's part of a rollout
-        self.transitions = TransitionBuffer(
-            settings.buffer_size, settings.state_size, settings.action_size, settings.state_dtype
-        )
-        self._segments = Segments("transitions")
         self.set_random_seed(settings.seed)
         with torch.random.fork_rng():  # or the policy would draw other numbers than PPO's does
             torch.manual_seed(settings.seed)
@@ -318,17 +312,9 @@ class Source:
             next_states: [n, S], at the end of an episode its last state.
             terminated: [n] whether the episode terminated, rather than reach a time limit.
         """
-        step = states, actions, rewards, next_states, terminated
-        if self.processes.size == 1:
-            self.transitions.add(*step)
-        else:
-            self._recorded.append(step)
 
     def share_transitions(self) -> None:
-        """Store what all processes recorded of a rollout, as one process with all environments."""
-        for steps in zip(*self.processes.objects(self._recorded), strict=True):
-            self.transitions.add(*map(np.concatenate, zip(*steps, strict=True)))
-        self._recorded = []
+        """Called after each rollout, before the fit."""
 
     def fit(self, rollout: Rollout, behaviour: Behaviour, *, steps: int) -> dict[str, float]:
         """Fit the model, after each rollout.
@@ -357,23 +343,63 @@ class Source:
         raise NotImplementedError
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
-        """Generators and transitions; the latter in segments, files of their own in `folder`.
+        """The generators, and the names of files in `folder`.
 
         Model and optimiser are not in it: they are saved with the agent's parameters.
         """
-        buffer = self.transitions
-        segments = self._segments.save(folder, buffer.count, buffer.capacity, buffer.rows)
         return {
             "generator": self.generator.get_state(),
             "rng": self.rng.bit_generator.state,
-            "transitions": segments,
-            "files": [name for *_, name in segments],
+            "files": [],
         }
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         """Restore what `state_dict` returned."""
         self.generator.set_state(state["generator"])
         self.rng.bit_generator.state = state["rng"]
+
+
+class ModelSource(Source):
+    """A source that simulates in a learned dynamics model.
+
+    Attributes:
+        transitions: those observed so far, in the environment's own units.
+    """
+
+    model: MLPDynamics
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, settings: SourceSettings, processes: Processes = ALONE) -> None:
+        super().__init__(settings, processes)
+        self._recorded: list[tuple[np.ndarray, ...]] = []  # of this process's part of a rollout
+        self.transitions = TransitionBuffer(
+            settings.buffer_size, settings.state_size, settings.action_size, settings.state_dtype
+        )
+        self._segments = Segments("transitions")
+
+    def record_step(self, *step: np.ndarray) -> None:
+        """See `Source`."""
+        if self.processes.size == 1:
+            self.transitions.add(*step)
+        else:
+            self._recorded.append(step)
+
+    def share_transitions(self) -> None:
+        """Store what all processes recorded of a rollout, as one process with all environments."""
+        for steps in zip(*self.processes.objects(self._recorded), strict=True):
+            self.transitions.add(*map(np.concatenate, zip(*steps, strict=True)))
+        self._recorded = []
+
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """In addition: the transitions, in segments, files of their own."""
+        buffer = self.transitions
+        segments = self._segments.save(folder, buffer.count, buffer.capacity, buffer.rows)
+        own = {"transitions": segments, "files": [name for *_, name in segments]}
+        return {**super().state_dict(folder), **own}
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
+        """Restore what `state_dict` returned."""
+        super().load_state_dict(state, folder)
         buffer = self.transitions
 
         def put(first: int, rows: dict[str, np.ndarray]) -> None:
@@ -387,13 +413,6 @@ class Source:
             buffer.put_rows(first, {"terminated": unknown, **rows, **states})
 
         self._segments.load(folder, state["transitions"], buffer.capacity, put)
-
-
-class ModelSource(Source):
-    """A source that simulates in a learned dynamics model."""
-
-    model: MLPDynamics
-    optimizer: torch.optim.Optimizer
 
     def _new_model(self) -> MLPDynamics:
         settings = self.settings
@@ -556,7 +575,6 @@ class RewindSource(Source):
 
     def record_step(self, *transitions: np.ndarray) -> None:
         """See `Source`."""
-        super().record_step(*transitions)
         for kept, now in zip(self.snapshots, self.env.env_method("snapshot"), strict=True):
             kept.append(now)
 
