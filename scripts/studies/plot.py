@@ -388,10 +388,12 @@ def _values(run: Found, keys: Sequence[str]) -> list[str]:
 def table(curves: Sequence[Curve], legend: str, unit: Unit) -> str:
     """The end of every thick line, in Markdown; the curves are all of costs, or all of returns."""
     is_cost = curves[0].quantity == "cost"
-    heads = ["task", legend, "seeds", "until", f"interquartile mean of the {curves[0].quantity}s",
+    lines = by(curves, "panel", "label").values()
+    middle_of = "mean" if max(map(len, lines)) < MIN_RUNS else "interquartile mean"
+    heads = ["task", legend, "seeds", "until", f"{middle_of} of the {curves[0].quantity}s",
              "95 %", "each seed", *(["success"] if is_cost else [])]  # fmt: skip
     rows = [heads, ["---"] * len(heads)]
-    for own in by(curves, "panel", "label").values():
+    for own in lines:
         x, values = together(own, unit)
         until, middle, ends, success = "no seed together with all others", "", "", ""
         last = values[:, -1] if len(x) else np.array([])

@@ -343,9 +343,9 @@ def test_costs_and_returns_have_tables_of_their_own(tmp_path, capsys):
     costs = sweep_file(tmp_path / "pipps", {"rp": {"0": entry}}, command)
     plot.main([str(returns), str(costs), "--out", str(tmp_path / "out")])
     of_returns, of_costs = capsys.readouterr().out.split("\n\n")[:2]
-    assert "| interquartile mean of the returns | 95 % | each seed |\n" in of_returns
+    assert "| mean of the returns | 95 % | each seed |\n" in of_returns
     assert of_returns.endswith("| 7.00 |  | 7.0 |")
-    assert "| interquartile mean of the costs | 95 % | each seed | success |\n" in of_costs
+    assert "| mean of the costs | 95 % | each seed | success |\n" in of_costs
     assert "| 3 evaluations | 9.00 |  | 9.0 | 1/1 (0.21 to 1.00) |" in of_costs
 
 
