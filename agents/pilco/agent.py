@@ -172,17 +172,18 @@ class PILCO(TrialAlgorithm):
     def _search(self, on_step: OnStep) -> int:
         model, parameters = self._moment_model(), list(self.policy.parameters())
         losses: list[float] = []
-        costs: list[float] = []
+        first = math.nan  # expected cost before the search
         norms: list[float] = []
         least, best = math.inf, parameters_to_vector(parameters).detach().clone()
 
         def evaluate() -> Evaluation:
-            nonlocal least, best
+            nonlocal least, best, first
             found = predict(model, self.policy, self.horizon)
             loss = found.loss
             gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)])
+            if not losses:
+                first = float(found.costs.sum(0).mean())
             losses.append(float(loss.detach()))
-            costs.append(float(found.costs.sum(0).mean()))
             norms.append(float(gradient.norm()))
             if math.isfinite(norms[-1]) and losses[-1] < least:
                 least, best = losses[-1], parameters_to_vector(parameters).detach().clone()
@@ -209,7 +210,7 @@ class PILCO(TrialAlgorithm):
                 vector_to_parameters(best, parameters)
                 found = predict(model, self.policy, self.horizon)
         self._predicted = _quantiles(found)
-        self._record(found, costs[0], norms, skipped)
+        self._record(found, first, norms, skipped)
         return len(losses)
 
     def _moment_model(self) -> MomentModel:

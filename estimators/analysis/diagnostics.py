@@ -153,9 +153,9 @@ def median_interval(values: Tensor, confidence: float = 0.95) -> MedianInterval:
     which P(Binomial(S, ½) < j) <= (1 - confidence) / 2. It is infinite if there is none, as for
     fewer than 6 values at 95 %.
     """
-    ordered = values.double().sort().values
     from scipy.stats import binom  # here: the estimators alone need no SciPy
 
+    ordered = values.double().sort().values
     n = len(ordered)
     j = int((binom.cdf(range(n), n, 0.5) <= (1 - confidence) / 2).sum())
     middle = float(ordered[(n - 1) // 2] + ordered[n // 2]) / 2

@@ -252,17 +252,12 @@ class RunFolder:
             )
         flag = import_flag(self.read_config()["env_id"])
         reason = "has had no evaluation yet" if best else "has not finished"
+        remedy = f"continue it with totalprop train --resume {self.quoted}{flag}"
         if is_trained_now(self.path):
-            so_far = ", or pass --best for the agent of its best evaluation so far"
-            raise UserError(
-                f"{path} does not exist: the run is being trained and {reason}; wait for it"
-                f"{so_far if self.best_model.exists() else ''}"
-            )
-        other = ", or pass --best for the agent of its best evaluation so far"
-        raise UserError(
-            f"{path} does not exist: the run {reason}; continue it with totalprop train --resume "
-            f"{self.quoted}{flag}{other if self.best_model.exists() else ''}"
-        )
+            reason, remedy = f"is being trained and {reason}", "wait for it"
+        if self.best_model.exists():
+            remedy += ", or pass --best for the agent of its best evaluation so far"
+        raise UserError(f"{path} does not exist: the run {reason}; {remedy}")
 
     def load_agent(self, env: VecEnv, *, device: str = "auto", best: bool = False) -> BaseAlgorithm:
         """Load the trained agent of this run, or that of its best evaluation.
