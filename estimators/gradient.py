@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from totalprop.estimators.collectives import gathered, own
@@ -85,13 +86,47 @@ def gradient(
             "gradient needs parameters with requires_grad=True, got "
             f"{[list(p.shape) for p in parameters if not p.requires_grad] or 'none'}"
         )
-    size, group = tap_size or sum(p.numel() for p in parameters), estimator.group
+    size = tap_size or sum(p.numel() for p in parameters)
+    passes = _Passes(rollout, parameters, samples, size, meter, gauge, estimator.group)
+    if not estimator.several_passes:
+        return passes.one(estimator, per_sample)
+    recorder = _Recorder(estimator)
+    of_rp = replace(_nodewise(estimator), weight=recorder, legs=(nothing,))
+    rp = passes.of_all(of_rp) if estimator.whole_graph else passes.one(of_rp, False)
+    graph = recorder.graph()
+    if not graph.nodes:
+        raise ValueError(
+            "the loss depends on no stochastic node: call the estimator that the rollout is given "
+            "at every node, and average the credited costs"
+        )
+    is_gaussian = all(len(node.zeta) == 2 for node in graph.nodes)
+    if not is_gaussian and not declared(estimator.weight, "categorical_nodes"):
+        raise ValueError(
+            "the estimator needs Gaussian nodes, got categorical ones; use estimator 'tpx'"
+        )
+    if not estimator.whole_graph:
+        return passes.one(_bound(estimator, graph, estimator.group), per_sample)
+    return _whole_graph(passes, estimator, graph, rp)
 
-    def backward(estimator: Estimator, tapped: bool) -> PolicyGradient:
+
+class _Passes(NamedTuple):
+    """Backward passes through the same rollout, of one estimator each."""
+
+    rollout: RolloutLoss
+    parameters: list[Tensor]
+    samples: int
+    size: int  # of a row of the tap
+    meter: Tensor | None
+    gauge: Tensor | None
+    group: dist.ProcessGroup | None
+
+    def one(self, estimator: Estimator, tapped: bool) -> PolicyGradient:
         """One pass; its per-sample gradients are this process's."""
-        tap = parameters[0].new_zeros(samples, size, requires_grad=True) if tapped else None
-        loss = rollout(estimator, tap)
-        extra = [x for x in (tap, meter, gauge) if x is not None]
+        parameters, tap = self.parameters, None
+        if tapped:
+            tap = parameters[0].new_zeros(self.samples, self.size, requires_grad=True)
+        loss = self.rollout(estimator, tap)
+        extra = [x for x in (tap, self.meter, self.gauge) if x is not None]
         n = len(parameters)
         found = torch.autograd.grad(loss, [*parameters, *extra], allow_unused=True)
         if tap is not None and found[n] is None:
@@ -104,49 +139,34 @@ def gradient(
             for x, g in zip([*parameters, *extra], found, strict=True)
         )
         rest = iter(found[n:])
-        of_tap, k, of_gauge = (None if x is None else next(rest) for x in (tap, meter, gauge))
+        of_tap, k, of_gauge = (
+            None if x is None else next(rest) for x in (tap, self.meter, self.gauge)
+        )
         return PolicyGradient(loss.detach(), found[:n], of_tap, k, of_gauge)
 
-    def of_all(estimator: Estimator) -> PolicyGradient:
+    def of_all(self, estimator: Estimator) -> PolicyGradient:
         """One pass; its per-sample gradients are of all processes."""
-        found = backward(estimator, True)
-        if group is None:
+        found = self.one(estimator, True)
+        if self.group is None:
             return found
         assert found.per_sample is not None
-        return found._replace(per_sample=gathered(group, [found.per_sample])[0])
+        return found._replace(per_sample=gathered(self.group, [found.per_sample])[0])
 
-    if not estimator.several_passes:
-        return backward(estimator, per_sample)
-    nodewise, recorder = replace(estimator, whole_graph=False, base=()), _Recorder(estimator)
-    of_rp = replace(nodewise, weight=recorder, legs=(nothing,))
-    rp = of_all(of_rp) if estimator.whole_graph else backward(of_rp, False)
-    graph = recorder.graph()
-    if not graph.nodes:
-        raise ValueError(
-            "the loss depends on no stochastic node: call the estimator that the rollout is given "
-            "at every node, and average the credited costs"
-        )
-    is_gaussian = all(len(node.zeta) == 2 for node in graph.nodes)
-    if not is_gaussian and not declared(estimator.weight, "categorical_nodes"):
-        raise ValueError(
-            "the estimator needs Gaussian nodes, got categorical ones; use estimator 'tpx'"
-        )
 
-    def bound(estimator: Estimator) -> Estimator:
-        """The estimator with those legs made that need the graph."""
-        made = [leg(graph) if has(leg, "needs_graph") else leg for leg in estimator.legs]
-        return replace(estimator, legs=tuple(made), group=group)
-
-    if not estimator.whole_graph:
-        return backward(bound(estimator), per_sample)
+def _whole_graph(
+    passes: _Passes, estimator: Estimator, graph: GraphContext, rp: PolicyGradient
+) -> PolicyGradient:
+    """Combine RP's gradient, or a calmer one of the bases, with LR's by one k."""
+    group = passes.group
     if estimator.base:
         # The composites' k were fitted to the same samples, one for each node that a coordinate's
         # gradient came through; so their variance counts more (Akaike 1974; Mallows 1973).
-        whole = samples if group is None else samples * group.size()
+        whole = passes.samples if group is None else passes.samples * group.size()
         factor = 1 + 2 * len(graph.nodes) / whole
-        calmest = functools.reduce(_calmer, (of_all(bound(e)) for e in estimator.base))
-        rp = _calmer(calmest, rp, factor**0.5)
-    lr = of_all(bound(replace(nodewise, weight=likelihood_ratio)))
+        bases = (passes.of_all(_bound(base, graph, group)) for base in estimator.base)
+        rp = _calmer(functools.reduce(_calmer, bases), rp, factor**0.5)
+    of_lr = replace(_nodewise(estimator), weight=likelihood_ratio)
+    lr = passes.of_all(_bound(of_lr, graph, group))
     assert rp.per_sample is not None and lr.per_sample is not None
     told = graph if has(estimator.weight, "takes_context") else None
     (found,) = estimator.weight((rp.per_sample,), [(lr.per_sample,)], told)
@@ -156,14 +176,23 @@ def gradient(
         return torch.where(k < 1, torch.lerp(g_rp, g_lr, k), g_lr)
 
     gradients = tuple(mix(*pair) for pair in zip(rp.gradients, lr.gradients, strict=True))
-    used = None if meter is None else k.expand_as(meter)
-    legs = rp.gauge
-    if legs is not None:
-        legs = without_mixture(legs)
+    used = None if passes.meter is None else k.expand_as(passes.meter)
+    legs = None if rp.gauge is None else without_mixture(rp.gauge)
     mixed = mix(rp.per_sample, lr.per_sample)
     if group is not None:
         mixed = own(group, mixed)
     return PolicyGradient(rp.loss, gradients, mixed, used, legs)
+
+
+def _nodewise(estimator: Estimator) -> Estimator:
+    """The estimator without what is done to the whole graph."""
+    return replace(estimator, whole_graph=False, base=())
+
+
+def _bound(estimator: Estimator, graph: GraphContext, group: dist.ProcessGroup | None) -> Estimator:
+    """The estimator of a group's processes, with those legs made that need the graph."""
+    made = [leg(graph) if has(leg, "needs_graph") else leg for leg in estimator.legs]
+    return replace(estimator, legs=tuple(made), group=group)
 
 
 def _calmer(a: PolicyGradient, b: PolicyGradient, factor: float = 1.0) -> PolicyGradient:
