@@ -18,8 +18,6 @@ row records the command and the commit that produced it.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import shlex
 import sys
 import time
@@ -35,11 +33,10 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.estimators import make, names
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, continuing_later
-from totalprop.scripts.run.folder import current_commit
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.chaos_report import Measured, Study, figure_of, rank, summary, table
 from totalprop.scripts.studies.chaotic_rnn import STD, draw_noise, gradients
-from totalprop.scripts.studies.measurements import write_measurements
+from totalprop.scripts.studies.measurements import Measurements, read_measurements
 
 GRIDS = {
     "single": (
@@ -49,9 +46,8 @@ GRIDS = {
     "double": (1.0, 1.5, 2.0, 2.2, 2.35, 2.45, 2.5, 2.6, 2.75, 3.0, 3.5, 4.0),
 }
 SECOND_BETAS = (1.5, 2.5, 3.5)
-COLUMNS = (
-    "beta_1", "beta_2", "estimator", "variance", "relative_se", "mean", "se", "ms", "run", "g"
-)  # fmt: skip
+KEYS = {"single": ("beta_1", "estimator"), "double": ("beta_1", "beta_2", "estimator")}
+NUMBERS = ("variance", "relative_se", "mean", "se", "ms", "g")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,35 +87,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> None:
     """Measure the grid points that are missing in the CSV file, and rewrite it after each."""
-    path = options.out / f"{options.study}.csv"
-    keys = ("study", "samples", "repeats", "horizon", "seed")
-    settings: dict[str, Any] = {**{k: getattr(options, k) for k in keys}, "noise_std": STD}
-    study: Study = {}
-    runs: list[dict[str, str]] = []
-    if path.exists():
-        found, study = read(path)
-        runs = found["runs"]
-        for key, value in settings.items():
-            if found.get(key) != value:
-                raise UserError(
-                    f"{path} was measured with {key} = {found.get(key)}, not {value}: "
-                    "choose another --out, or delete the file"
-                )
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {options.out}: {error.strerror}") from error
-    own = {"command": f"totalprop chaos {options.command}".strip()}
-    own |= {"commit": current_commit(), "torch": torch.__version__}
-    settings["runs"] = runs if own in runs else [*runs, own]
-    run = settings["runs"].index(own)
+    names_ = ("study", "samples", "repeats", "horizon", "seed")
+    settings: dict[str, Any] = {**{k: getattr(options, k) for k in names_}, "noise_std": STD}
+    keys, path = KEYS[options.study], options.out / f"{options.study}.csv"
+    command = f"totalprop chaos {options.command}".strip()
+    found = Measurements(path, settings, keys=keys, values=NUMBERS, command=command)
 
     seconds = options.second_betas if options.study == "double" else [None]
     points = [(b,) if c is None else (b, c) for c in seconds for b in options.betas]
     # With one chain there is one β, and tps equals tp.
     asked = list(dict.fromkeys([*options.estimators, *options.redo]))
     asked = [e for e in asked if options.study == "double" or e != "tps"]
-    jobs = {p: [e for e in asked if e not in study.get(p, {}) or e in options.redo] for p in points}
+    jobs = {
+        betas: [e for e in asked if e in options.redo or (*map(str, betas), e) not in found.rows]
+        for betas in points
+    }
     todo = sum(map(len, jobs.values()))
     if todo:  # warm up: the first gradient of a process includes PyTorch's set-up time
         gradients(
@@ -135,41 +117,36 @@ def measure(options: argparse.Namespace) -> None:
                 began = time.process_time()
                 g = gradients(make(name), betas, noise)[:, 0].numpy()
                 ms = 1000 * (time.process_time() - began) / options.repeats
-                study.setdefault(betas, {})[name] = Measured(g, ms, run)
+                found.add((*map(str, betas), name), cells(Measured(g, ms)))
                 advance()
-            write(path, settings, study)
 
 
-def write(path: Path, settings: dict[str, Any], study: Study) -> None:
-    """Write the CSV file; `read` reads it."""
-    rows: list[list[Any]] = []
-    for betas in sorted(study, key=lambda b: (b[1:], b)):
-        for name, m in sorted(study[betas].items(), key=lambda item: rank(item[0])):
-            se = m.g.std(ddof=1) / len(m.g) ** 0.5
-            shown = [f"{v:.4g}" for v in (m.variance, m.relative_se, m.g.mean(), se, m.ms)]
-            second = betas[1] if len(betas) > 1 else ""
-            each = " ".join(f"{g:.8g}" for g in m.g)
-            rows.append([betas[0], second, name, *shown, m.run, each])
-    write_measurements(path, settings, COLUMNS, rows)
+def cells(found: Measured) -> list[str]:
+    """The `NUMBERS` of a row; `read` needs the milliseconds and the gradients alone."""
+    se = found.g.std(ddof=1) / len(found.g) ** 0.5
+    shown = (found.variance, found.relative_se, found.g.mean(), se, found.ms)
+    return [*(f"{number:.4g}" for number in shown), " ".join(f"{g:.8g}" for g in found.g)]
 
 
 def read(path: Path) -> tuple[dict[str, Any], Study]:
-    """Read a CSV file: its settings, including the "runs" that rows refer to, and its rows."""
+    """Read a CSV file: its settings, including the "runs" that rows refer to, and its rows.
+
+    Raises:
+        UserError: the file is not there, or not one of this study.
+    """
+    settings, rows = read_measurements(path, ("estimator", "ms", "run", "g"))
     study: Study = {}
     try:
-        with open(path, newline="") as file:
-            settings = json.loads(file.readline().removeprefix("#"))
-            if "runs" not in settings:  # older files record their last command only
-                settings["runs"] = [{k: settings.pop(k) for k in ("command", "commit", "torch")}]
-            for row in csv.DictReader(file):
-                betas = tuple(float(row[b]) for b in ("beta_1", "beta_2") if row[b])
-                g = np.array(row["g"].split(), float)
-                run = int(row.get("run") or 0)
-                settings["runs"][run]  # raises IndexError if the row refers to no run
-                study.setdefault(betas, {})[row["estimator"]] = Measured(g, float(row["ms"]), run)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        *of_betas, _ = KEYS[settings["study"]]
+        for row in rows:
+            g, run = np.array(row["g"].split(), float), int(row["run"])
+            settings["runs"][run]  # raises IndexError if the row refers to no run
+            betas = tuple(float(row[name]) for name in of_betas)
+            study.setdefault(betas, {})[row["estimator"]] = Measured(g, float(row["ms"]), run)
+    except (ValueError, LookupError) as error:
         raise UserError(f"cannot read {path}: {error!r}; delete it to measure again") from error
-    return settings, study
+    points = sorted(study.items(), key=lambda item: (item[0][1:], item[0]))
+    return settings, {b: dict(sorted(own.items(), key=lambda e: rank(e[0]))) for b, own in points}
 
 
 # ---------------------------------------------------------------------------- reporting

@@ -70,8 +70,12 @@ class Measurements:
         self._run = str(self._runs.index(own))
 
     def add(self, key: Key, values: Sequence[str]) -> None:
-        """Add a row, and write the file."""
+        """Add a row in place of an earlier one of its key, and write the file."""
         self.rows[key] = [*values, self._run]
+        self.write()
+
+    def write(self) -> None:
+        """Write all rows."""
         rows = [[*key, *values] for key, values in self.rows.items()]
         write_measurements(self.path, {**self.settings, "runs": self._runs}, self.columns, rows)
 

@@ -1,14 +1,14 @@
 """The chaotic-RNN study: claims of Parmas et al. 2023, Sec. 5 and Fig. 3, and the script."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
 import torch
 
 from totalprop.estimators import baselines, make, names
-from totalprop.scripts.studies import chaos, chaos_report
+from totalprop.scripts.run.errors import UserError
+from totalprop.scripts.studies import chaos, chaos_report, measurements
 from totalprop.scripts.studies.chaotic_rnn import START, STD, W, draw_noise, gradients
 
 SMALL = ("--samples", "20", "--repeats", "3", "--horizon", "5", "--estimators", "rp", "tp", "tpg")
@@ -167,11 +167,11 @@ def test_redo_measures_what_is_not_among_the_estimators(tmp_path, no_report):
 
 def test_rows_keep_the_command_and_commit_that_measured_them(tmp_path, monkeypatch, capsys):
     command = [*SMALL, "--out", str(tmp_path), "--betas", "1.5"]
-    monkeypatch.setattr(chaos, "current_commit", lambda: "0ld0ne")
+    monkeypatch.setattr(measurements, "current_commit", lambda: "0ld0ne")
     chaos.main(command)
     page = capsys.readouterr().out
     assert "horizon 5, seed 0), commit 0ld0ne" in page and "Measured by" not in page
-    monkeypatch.setattr(chaos, "current_commit", lambda: "n3w0ne")
+    monkeypatch.setattr(measurements, "current_commit", lambda: "n3w0ne")
     chaos.main([*command, "2.4", "--redo", "tpg"])
     settings, study = chaos.read(tmp_path / "single.csv")
     assert [run["commit"] for run in settings["runs"]] == ["0ld0ne", "n3w0ne"]
@@ -183,23 +183,16 @@ def test_rows_keep_the_command_and_commit_that_measured_them(tmp_path, monkeypat
     assert "--redo tpg`, commit n3w0ne: rp at 1, tp at 1, tpg at 2 point(s)" in page
 
 
-def test_a_file_of_one_command_is_read(tmp_path, no_report):
-    command = ["--betas", "1.5", *SMALL, "--out", str(tmp_path)]
-    chaos.main(command)
+@pytest.mark.parametrize(("cut", "told"), [(40, "could not convert"), (None, "without g")])
+def test_a_damaged_file_says_so(cut, told, tmp_path, capsys, no_report):
+    chaos.main(["--betas", "1.5", *SMALL, "--out", str(tmp_path)])
     path = tmp_path / "single.csv"
-    header, names_, *lines = path.read_text().splitlines()
-    settings = json.loads(header.removeprefix("#"))
-    settings |= settings.pop("runs")[0]
-    rows = [line.rsplit(",", 2) for line in lines]
-    old = [
-        f"# {json.dumps(settings)}",
-        names_.replace("run,", ""),
-        *(f"{a},{g}" for a, _, g in rows),
-    ]
-    path.write_text("\n".join(old) + "\n")
-    found, study = chaos.read(path)
-    assert found["runs"] == [{key: settings[key] for key in ("command", "commit", "torch")}]
-    assert {m.run for m in study[(1.5,)].values()} == {0}
+    header, names_, row, *_ = path.read_text().splitlines()
+    first, run = row.rsplit(",", 1)
+    g = "" if cut is None else "0.1 nonsense"
+    path.write_text("\n".join([header, names_, f"{first.rsplit(',', 1)[0]},{g},{run}"]) + "\n")
+    with pytest.raises(UserError, match=f"cannot read .*{told}.*; delete it to measure again"):
+        chaos.read(path)
 
 
 def test_other_settings_do_not_mix(tmp_path, capsys, no_report):
@@ -208,7 +201,7 @@ def test_other_settings_do_not_mix(tmp_path, capsys, no_report):
     with pytest.raises(SystemExit) as stop:
         chaos.main([*command, "--repeats", "4"])
     assert stop.value.code == 1
-    assert "repeats = 3, not 4" in capsys.readouterr().err
+    assert "repeats 3, not 4" in capsys.readouterr().err
 
 
 def test_a_report_without_measurements_says_so(tmp_path, capsys):

@@ -19,7 +19,7 @@ from totalprop.scripts.run.arguments import parse as parse_train
 from totalprop.scripts.studies import chaos, dreamer, pipps_table
 from totalprop.scripts.studies.chaos_report import Measured
 from totalprop.scripts.studies.grid import read_grid
-from totalprop.scripts.studies.measurements import write_measurements
+from totalprop.scripts.studies.measurements import Measurements, write_measurements
 from totalprop.scripts.studies.policy_line import estimator_named
 
 ROOT = Path(__file__).parents[2]
@@ -507,13 +507,16 @@ def chaos_file(path, study, scale):
     """A file of `totalprop chaos` whose gradients have the standard deviations of `scale`."""
     g = np.random.default_rng(0).standard_normal(30)
     seconds = chaos.SECOND_BETAS if study == "double" else [None]
-    points = {}
-    for second in seconds:
-        for b in chaos.GRIDS[study]:
-            betas = (b,) if second is None else (b, second)
-            points[betas] = {e: Measured(scale(e, *betas) * g, 1.0) for e in tpx.FIG3}
-    runs = [{"command": "totalprop chaos", "commit": "x", "torch": "x"}]
-    chaos.write(path, {"samples": 9, "runs": runs}, points)
+    keys, settings = chaos.KEYS[study], {"study": study, "samples": 9}
+    file = Measurements(path, settings, keys=keys, values=chaos.NUMBERS, command="totalprop chaos")
+    file.rows = {
+        (*map(str, betas), e): [*chaos.cells(Measured(scale(e, *betas) * g, 1.0)), "0"]
+        for second in seconds
+        for b in chaos.GRIDS[study]
+        for betas in [(b,) if second is None else (b, second)]
+        for e in tpx.FIG3
+    }
+    file.write()
     return path
 
 
