@@ -61,6 +61,7 @@ class _Objective(NamedTuple):
 
 
 # What can be changed where the policy's gradient is not finite.
+LEAST_STEPS = 6  # of a round of episodes, so that every estimator has the samples it needs
 REMEDIES = {"policy": "smaller step sizes: learning_rate, value_learning_rate, model_learning_rate"}
 
 
@@ -96,7 +97,7 @@ class SVG(Algorithm):
             samples are then the actions of a state.
         gamma: discount per decision.
         train_freq: steps of each environment between rounds of updates; 0: a round whenever as many
-            episodes have finished as there are environments. "inf" needs 0.
+            episodes have finished as there are environments, and 6 steps. "inf" needs 0.
         horizon: steps after which an episode that goes on counts as finished.
         learning_starts: steps before the policy's first update; the rest learns from the start.
         policy_updates: gradient steps of the policy per round: the paper's K for "1-er". For "inf"
@@ -345,7 +346,8 @@ class SVG(Algorithm):
         assert self.env is not None and self.replay is not None
         if self.train_freq:
             return self._since_round >= self.train_freq * self.env.num_envs
-        return len(self.replay.finished) >= self.env.num_envs
+        enough = len(self.replay.finished) >= self.env.num_envs
+        return enough and self._since_round >= LEAST_STEPS
 
     def _collect(self, callback: BaseCallback, until: int) -> bool:
         """Act until the round is complete; False if a callback stopped it."""
@@ -743,10 +745,12 @@ class SVG(Algorithm):
         samples, what = [self.batch_size], "batch_size"
         if self.buffer_size < samples[0]:
             samples, what = [self.buffer_size], "buffer_size"
-        if self.variant in ("0", "1") and self.train_freq:
-            of_round = self.train_freq * (1 if self.env is None else self.env.num_envs)
-            if of_round < samples[0]:
-                samples, what = [of_round], "steps of a round, train_freq"
+        if self.train_freq:
+            fewest = self.train_freq * (1 if self.env is None else self.env.num_envs)
+            if self.variant == "1-er":  # from the replay of all rounds
+                fewest = max(fewest, self.learning_starts)
+            if fewest < samples[0]:
+                samples, what = [fewest], "steps of the first update, train_freq"
         if self.variant == "inf":
             # Without an environment it is loaded to predict; `learn` checks again.
             samples, what = [100 if self.env is None else self.env.num_envs], "environments"

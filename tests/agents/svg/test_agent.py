@@ -350,11 +350,35 @@ def test_it_learns_to_regulate(variant):
     assert before < -15 and after > -6
 
 
+class Bandit(Regulator):
+    """Its episodes end with the first step."""
+
+    def step(self, action):
+        observation, reward, *_ = super().step(action)
+        return observation, reward, True, False, {}
+
+
 @pytest.mark.parametrize("variant", ["0", "1"])
 def test_an_estimator_that_needs_more_samples_than_a_round_has_is_refused(variant):
-    with pytest.raises(ValueError, match=r"does not work with 1 sample\(s\) \(steps of a round"):
+    with pytest.raises(ValueError, match=r"with 1 sample\(s\) \(steps of the first update"):
         make(vector(n=1), variant=variant, estimator="tpx", train_freq=1)
     make(vector(n=2), variant=variant, estimator="tpx", train_freq=1)
+
+
+def test_the_replay_has_to_hold_enough_samples_at_the_first_update():
+    few = {"variant": "1-er", "estimator": "tpx", "train_freq": 1}
+    with pytest.raises(ValueError, match=r"with 1 sample\(s\) \(steps of the first update"):
+        make(vector(n=1), **few)
+    agent = make(vector(n=1), **few | {"learning_starts": 2})
+    agent.learn(4)
+    assert agent._n_updates == 3 * FEW["policy_updates"]
+
+
+@pytest.mark.parametrize("estimator", estimators.names())
+def test_episodes_of_one_step_are_gathered_until_the_estimator_has_enough(estimator):
+    agent = make(vector(Bandit, n=1), variant="1", estimator=estimator)
+    agent.learn(13)
+    assert agent._rounds == 2
 
 
 def test_a_reward_that_is_known_is_not_learned():
