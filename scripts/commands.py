@@ -6,19 +6,14 @@ The flags of `train` are an agent's constructor's arguments: see scripts/run/arg
 from __future__ import annotations
 
 import ast
-import contextlib
 import os
-from argparse import (
-    ArgumentParser,
-    ArgumentTypeError,
-    BooleanOptionalAction,
-    RawDescriptionHelpFormatter,
-)
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from totalprop.agents import AGENTS
+from totalprop.scripts.flag_types import Parser, at_least, new_file, new_folder, real, seed
 
 GPU_STEPS = ("tests", "bench", "train")
 BENCHMARKS = ("pipps", "pilco", "dreamer", "ppo", "svg", "checkpoint")
@@ -53,56 +48,14 @@ class Command(NamedTuple):
 def parser_of(name: str) -> ArgumentParser:
     """The parser of a command in `COMMANDS` that has `add_flags`."""
     command = COMMANDS[name]
-    parser = _PARSERS.get(name, ArgumentParser)(
+    parser = Parser(
         prog=f"totalprop {name}",
         description=docstring(command.module),
         formatter_class=RawDescriptionHelpFormatter,
     )
     assert command.add_flags is not None
-    parser.register("type", int, integer)
     command.add_flags(parser)
     return parser
-
-
-def new_folder(text: str) -> Path:
-    """A folder that results are written to, which can be made if there is none.
-
-    Raises:
-        ArgumentTypeError: it is a file or lies in one, or nothing may be written there.
-    """
-    path = Path(text)
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "may not be written to" if there.is_dir() else "is no folder"
-        raise ArgumentTypeError(f"cannot write to {path}: {there} {reason}; choose another")
-    return path
-
-
-def new_file(text: str) -> Path:
-    """A file that results are written to, whose folder can be made; see `new_folder`."""
-    path = Path(text)
-    new_folder(str(path.absolute().parent))
-    if path.is_dir():
-        raise ArgumentTypeError(f"cannot write to {path}: it is a folder; name a file in it")
-    return path
-
-
-class NotAnInteger(ArgumentTypeError, ValueError):
-    """For argparse, which shows the text of its own error alone, and for tyro."""
-
-
-def integer(text: str) -> int:
-    """The integer that a flag is given as, which may be written as 1e5.
-
-    Raises:
-        NotAnInteger: the text is no integer.
-    """
-    with contextlib.suppress(ValueError):
-        return int(text)
-    with contextlib.suppress(ValueError):
-        if (number := float(text)).is_integer():
-            return int(number)
-    raise NotAnInteger(f"{text!r} is not an integer, such as 100000 or 1e5")
 
 
 def train_usage() -> str:
@@ -139,20 +92,18 @@ def add_best(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
-class _OneLineErrors(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
 def _evaluate(parser: ArgumentParser) -> None:
     parser.add_argument(
         "run", help="run folder, as printed by totalprop train, or hf://ORG/NAME of the Hub"
     )
     parser.add_argument(
-        "--episodes", type=int, default=30, help="number of episodes to average (default: 30)"
+        "--episodes",
+        type=at_least(1),
+        default=30,
+        help="number of episodes to average (default: 30)",
     )
     parser.add_argument(
-        "--seed", type=int, default=12345, help="seed of the environments (default: 12345)"
+        "--seed", type=seed, default=12345, help="seed of the environments (default: 12345)"
     )
     parser.add_argument(
         "--gif",
@@ -162,7 +113,7 @@ def _evaluate(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-steps",
-        type=int,
+        type=at_least(1),
         default=10_000,
         help="steps after which an episode is cut, if the environment has not ended it "
         "(default: 10000); a GIF shows 1000 at most",
@@ -188,12 +139,12 @@ def _export(parser: ArgumentParser) -> None:
         )
     parser.add_argument(
         "--steps",
-        type=int,
+        type=at_least(1),
         default=300,
         help="steps of the run's environment in which the files are checked (default: 300)",
     )
     parser.add_argument(
-        "--seed", type=int, default=12345, help="seed of the environment (default: 12345)"
+        "--seed", type=seed, default=12345, help="seed of the environment (default: 12345)"
     )
     add_best(parser)
     add_import(parser)
@@ -223,26 +174,26 @@ def _diagnose(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--horizons",
         nargs="+",
-        type=int,
+        type=at_least(2),
         default=[2, 5, 15, 30, 60],
         metavar="H",
         help="imagination horizons (default: 2 5 15 30 60)",
     )
     parser.add_argument(
         "--starts",
-        type=int,
+        type=at_least(1),
         default=10,
         help="encoded states to start from (default: 10; the paper uses 50)",
     )
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=at_least(4),
         default=10,
         help="gradients per state, at least 4 (default: 10; the paper uses 50)",
     )
     parser.add_argument(
         "--trajectories",
-        type=int,
+        type=at_least(8),
         default=250,
         help="imagined trajectories per gradient, at least 8 (default: 250; the paper uses 2500)",
     )
@@ -250,10 +201,10 @@ def _diagnose(parser: ArgumentParser) -> None:
         "--stop-grad-actor-input", action=BooleanOptionalAction, default=None,
         help="stop gradients at the policy's input (default: as in training)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: 0)")
     parser.add_argument(
         "--threads",
-        type=int,
+        type=at_least(1),
         default=None,
         help="CPU threads of PyTorch (default: PyTorch's own choice)",
     )
@@ -287,42 +238,50 @@ def _variance(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--trajectories",
-        type=int,
+        type=at_least(2),
         default=40,
         help="trajectories to sample (default: 40; the paper uses 1100)",
     )
     parser.add_argument(
         "--steps",
-        type=int,
+        type=at_least(1),
         default=50,
         help="T, steps per trajectory (default: 50; the paper uses 100)",
     )
     parser.add_argument(
         "--rollouts",
-        type=int,
+        type=at_least(2),
         default=2,
         help="K, rollouts per action (default: 2; the paper uses 100)",
     )
-    parser.add_argument("--horizon", type=int, default=25, help="steps per rollout (default: 25)")
+    parser.add_argument(
+        "--horizon", type=at_least(1), default=25, help="steps per rollout (default: 25)"
+    )
     parser.add_argument(
         "--updates",
-        type=int,
+        type=at_least(0),
         default=0,
         help="policy-gradient steps of a new policy (default: 0; the paper uses 20)",
     )
     parser.add_argument(
-        "--learning-rate", type=float, default=0.1, help="step size of --updates (default: 0.1)"
+        "--learning-rate",
+        type=real(least=0),
+        default=0.1,
+        help="step size of --updates (default: 0.1)",
     )
     parser.add_argument(
-        "--gamma", type=float, default=0.99, help="discount of the rollouts (default: 0.99)"
+        "--gamma",
+        type=real(least=0, most=1),
+        default=0.99,
+        help="discount of the rollouts (default: 0.99)",
     )
     parser.add_argument(
         "--delta",
-        type=float,
+        type=real(above=0),
         default=1.0,
         help="cost of an extra action, in units of the cost of an extra state (default: 1)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed (default: 0)")
     parser.add_argument(
         "--json", type=new_file, default=None, help="also write the components to this file"
     )
@@ -341,7 +300,7 @@ def _add_runs(parser: ArgumentParser, of: str, *, seeds: str = "", out: str = ""
     parser.add_argument(
         "--seeds",
         nargs="+",
-        type=int,
+        type=seed,
         required=not seeds,
         metavar="SEED",
         help=f"seeds of each {of}" + (f" (default: {seeds})" if seeds else ""),
@@ -368,7 +327,7 @@ def _add_runs(parser: ArgumentParser, of: str, *, seeds: str = "", out: str = ""
 def _add_jobs(parser: ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=at_least(1),
         default=os.cpu_count(),
         help=f"{what} at the same time, one thread each (default: one per core)",
     )
@@ -415,7 +374,7 @@ def _sweep(parser: ArgumentParser) -> None:
     )
     add(
         "--tune",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="search N settings instead, with Optuna: values may be ranges, low..high or "
         "low..high:log; needs seeds from 100 on",
@@ -430,13 +389,13 @@ def _sweep(parser: ArgumentParser) -> None:
     )
     add(
         "--cpus-per-run",
-        type=float,
+        type=real(above=0),
         metavar="N",
         help="cores that a run occupies on Ray or Slurm, on Ray maybe a fraction (default: 1)",
     )
     add(
         "--gpus-per-run",
-        type=float,
+        type=real(above=0),
         metavar="N",
         help="GPUs that a run occupies, likewise (default: none are assigned)",
     )
@@ -496,7 +455,7 @@ def _plot(parser: ArgumentParser) -> None:
     )
     add(
         "--success",
-        type=float,
+        type=real(),
         metavar="COST",
         help="cost below which a trial succeeds (default: that of the environment, if it has one)",
     )
@@ -504,7 +463,7 @@ def _plot(parser: ArgumentParser) -> None:
     add(
         "--normalise",
         nargs=2,
-        type=float,
+        type=real(),
         metavar=("LOW", "HIGH"),
         help="returns that have the scores 0 and 1, with --profile; of costs the worst comes first "
         "(default: 0 1000 in the control suite)",
@@ -538,7 +497,7 @@ def _reproduce(parser: ArgumentParser) -> None:
     add(
         "--seeds",
         nargs="+",
-        type=int,
+        type=seed,
         metavar="SEED",
         help="seeds of what is trained (default: those of the scale)",
     )
@@ -578,18 +537,18 @@ def _gradients(parser: ArgumentParser) -> None:
     add(
         "--samples",
         nargs="+",
-        type=int,
+        type=at_least(5),
         default=[50, 300, 1000, 5000],
         metavar="N",
         help="samples per gradient (default: 50 300 1000 5000)",
     )
     add(
         "--repeats",
-        type=int,
+        type=at_least(2),
         default=20,
         help="gradients per point, half of them from 5000 samples on (default: 20)",
     )
-    add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    add("--seed", type=seed, default=0, help="seed of the noise (default: 0)")
     _add_jobs(parser, "points")
     _add_measurements(parser, "results/gradients")
 
@@ -611,7 +570,7 @@ def _study_dreamer(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--horizons",
         nargs="+",
-        type=int,
+        type=at_least(1),
         default=[15, 60],
         metavar="H",
         help="imagination horizons (default: 15 60)",
@@ -629,9 +588,9 @@ def _policy_line(parser: ArgumentParser, name: str) -> None:
         help="folder of a run of totalprop train pipps, whose policy is moved (default: "
         "results/gradients/agents/pipps-300, which has seen 10 episodes of the cart-pole)",
     )
-    add("--direction", type=int, default=8, help="seed of the line's direction (default: 8)")
-    add("--end", type=float, default=6.0, metavar="Δ", help="end of the line (default: 6)")
-    add("--seed", type=int, default=0, help="seed of the particles' noise (default: 0)")
+    add("--direction", type=seed, default=8, help="seed of the line's direction (default: 8)")
+    add("--end", type=real(above=0), default=6.0, metavar="Δ", help="end of the line (default: 6)")
+    add("--seed", type=seed, default=0, help="seed of the particles' noise (default: 0)")
     _add_measurements(parser, f"results/pipps/{name}")
 
 
@@ -646,10 +605,15 @@ def _pipps_landscape(parser: ArgumentParser) -> None:
         help=f"estimators to measure (default: {' '.join(default)}); the gradients of the first "
         "four are drawn",
     )
-    add("--particles", type=int, default=1000, help="particles P (default: 1000, as in the paper)")
-    add("--points", type=int, default=25, help="policies on the line (default: 25)")
     add(
-        "--box-points", type=int, default=41, metavar="N",
+        "--particles",
+        type=at_least(6),
+        default=1000,
+        help="particles P (default: 1000, as in the paper)",
+    )
+    add("--points", type=at_least(3), default=25, help="policies on the line (default: 25)")
+    add(
+        "--box-points", type=at_least(2), default=41, metavar="N",
         help="points on each side of a box (default: 41)",
     )  # fmt: skip
     _policy_line(parser, "landscape")
@@ -668,13 +632,13 @@ def _pipps_particles(parser: ArgumentParser) -> None:
     add(
         "--particles",
         nargs="+",
-        type=int,
+        type=at_least(6),
         default=[25, 50, 100, 250],
         metavar="P",
         help="numbers of particles (default: 25 50 100 250)",
     )
     add(
-        "--repeats", type=int, default=30, metavar="R",
+        "--repeats", type=at_least(3), default=30, metavar="R",
         help="gradients of each variance (default: 30)",
     )  # fmt: skip
     _policy_line(parser, "particles")
@@ -692,7 +656,7 @@ def _pipps_table(parser: ArgumentParser) -> None:
     add(
         "--noise",
         nargs="+",
-        type=float,
+        type=real(least=0),
         metavar="K",
         help="noise multipliers k of the cart-pole (default: 1 16; 0.01 1 4 9 16 with --scale "
         "paper)",
@@ -723,21 +687,25 @@ def _peer(parser: ArgumentParser) -> None:
         help="argument of the environment; may be repeated",
     )
     parser.add_argument(
-        "--total-timesteps", type=int, required=True, metavar="N", help="decisions to learn for"
+        "--total-timesteps",
+        type=at_least(1),
+        required=True,
+        metavar="N",
+        help="decisions to learn for",
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=int, required=True, metavar="SEED", help="seeds to train"
+        "--seeds", nargs="+", type=seed, required=True, metavar="SEED", help="seeds to train"
     )
     parser.add_argument(
         "--eval-every",
-        type=int,
+        type=at_least(1),
         default=1000,
         metavar="N",
         help="decisions between evaluations (default: 1000)",
     )
     parser.add_argument(
         "--eval-episodes",
-        type=int,
+        type=at_least(1),
         default=5,
         metavar="N",
         help="episodes per evaluation (default: 5)",
@@ -757,32 +725,32 @@ def _bench(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--points",
-        type=int,
+        type=at_least(1),
         nargs="+",
         metavar="N",
         help="pipps, pilco: numbers of data points of the GP (default: 30 150 450; 30 150 300)",
     )
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=at_least(1),
         help="repeats, of which the median is taken (default: 11 for pipps and pilco, else 5)",
     )
     parser.add_argument(
         "--threads",
-        type=int,
+        type=at_least(1),
         default=None,
         help="CPU threads of PyTorch (default: PyTorch's own choice)",
     )
     parser.add_argument("--device", default="cpu", help="dreamer: cpu or cuda (default: cpu)")
     parser.add_argument(
-        "--batch", type=int, default=50, help="dreamer: sequences per batch (default: 50)"
+        "--batch", type=at_least(1), default=50, help="dreamer: sequences per batch (default: 50)"
     )
     parser.add_argument(
-        "--length", type=int, default=50, help="dreamer: steps per sequence (default: 50)"
+        "--length", type=at_least(2), default=50, help="dreamer: steps per sequence (default: 50)"
     )
     parser.add_argument(
         "--horizons",
-        type=int,
+        type=at_least(2),
         nargs="+",
         default=[15, 60],
         metavar="H",
@@ -809,15 +777,18 @@ def _kill_test(parser: ArgumentParser) -> None:
         help="agents to test (default: all)",
     )
     parser.add_argument(
-        "--kills", type=int, default=20, help="kills at random moments, per agent (default: 20)"
+        "--kills",
+        type=at_least(0),
+        default=20,
+        help="kills at random moments, per agent (default: 20)",
     )
     parser.add_argument(
         "--kills-in-checkpoints",
-        type=int,
+        type=at_least(0),
         default=5,
         help="kills while a checkpoint is written, per agent (default: 5)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the moments (default: 0)")
     parser.add_argument(
         "--out",
         type=new_folder,
@@ -829,11 +800,11 @@ def _kill_test(parser: ArgumentParser) -> None:
 def _kill_sweep(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--agent", choices=list(AGENTS), default="daappo", help="agent to train (default: daappo)")
-    add("--trials", type=int, default=12, help="runs of the sweep (default: 12)")
-    add("--workers", type=int, default=2, help="workers of Ray to kill (default: 2)")
-    add("--runs", type=int, default=2, help="training processes to kill (default: 2)")
-    add("--drivers", type=int, default=1, help="kills of the sweep itself (default: 1)")
-    add("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    add("--trials", type=at_least(1), default=12, help="runs of the sweep (default: 12)")
+    add("--workers", type=at_least(0), default=2, help="workers of Ray to kill (default: 2)")
+    add("--runs", type=at_least(0), default=2, help="training processes to kill (default: 2)")
+    add("--drivers", type=at_least(0), default=1, help="kills of the sweep itself (default: 1)")
+    add("--seed", type=seed, default=0, help="seed of the moments (default: 0)")
     add("--out", type=new_folder, help="folder for kill_sweep.json (default: not written)")
 
 
@@ -855,10 +826,10 @@ def _soak(parser: ArgumentParser) -> None:
         help="agents to train (default: all)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=60, help="minutes to train for (default: 60)"
+        "--minutes", type=real(above=0), default=60, help="minutes to train for (default: 60)"
     )
     parser.add_argument(
-        "--every", type=float, default=10, help="seconds between samples (default: 10)"
+        "--every", type=real(above=0), default=10, help="seconds between samples (default: 10)"
     )
     parser.add_argument(
         "--out",
@@ -879,13 +850,13 @@ def _chaos(parser: ArgumentParser) -> None:
     add(
         "--betas",
         nargs="+",
-        type=float,
+        type=real(above=0, most=10),
         help="grid of β_1 (default: 22 values for single, 12 for double)",
     )
     add(
         "--second-betas",
         nargs="+",
-        type=float,
+        type=real(above=0, most=10),
         help="values of β_2 for --study double (default: 1.5 2.5 3.5)",
     )
     add(
@@ -894,10 +865,10 @@ def _chaos(parser: ArgumentParser) -> None:
         metavar="ESTIMATOR",
         help="estimators to measure (default: all that are registered)",
     )
-    add("--samples", type=int, default=1000, help="N, samples per gradient (default: 1000)")
-    add("--repeats", type=int, default=40, help="R, gradients per grid point (default: 40)")
-    add("--horizon", type=int, default=100, help="H, steps of a rollout (default: 100)")
-    add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    add("--samples", type=at_least(3), default=1000, help="N, samples per gradient (default: 1000)")
+    add("--repeats", type=at_least(3), default=40, help="R, gradients per grid point (default: 40)")
+    add("--horizon", type=at_least(1), default=100, help="H, steps of a rollout (default: 100)")
+    add("--seed", type=seed, default=0, help="seed of the noise (default: 0)")
     add(
         "--redo",
         nargs="+",
@@ -910,7 +881,12 @@ def _chaos(parser: ArgumentParser) -> None:
 
 def _gpu(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--minutes", type=float, default=9.0, help="minutes that all steps may take (default: 9)")
+    add(
+        "--minutes",
+        type=real(above=0),
+        default=9.0,
+        help="minutes that all steps may take (default: 9)",
+    )
     add(
         "--steps",
         default=",".join(GPU_STEPS),
@@ -937,12 +913,11 @@ def _gpu(parser: ArgumentParser) -> None:
         help="folder in which a new run's folder is created (default: runs)",
     )
     add("--device", default="cuda", help="cuda or cuda:INDEX; cpu is for tests (default: cuda)")
-    add("--batch", type=int, default=50, help="bench: sequences per batch (default: 50)")
-    add("--length", type=int, default=50, help="bench: steps per sequence (default: 50)")
-    add("--repeats", type=int, default=10, help="bench: repeats of an update (default: 10)")
+    add("--batch", type=at_least(1), default=50, help="bench: sequences per batch (default: 50)")
+    add("--length", type=at_least(2), default=50, help="bench: steps per sequence (default: 50)")
+    add("--repeats", type=at_least(1), default=10, help="bench: repeats of an update (default: 10)")
 
 
-_PARSERS = {"chaos": _OneLineErrors, "gpu": _OneLineErrors}
 COMMANDS: dict[str, Command] = {
     "train": Command("train", "train an agent, or resume a run"),
     "evaluate": Command(

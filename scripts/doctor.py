@@ -7,16 +7,18 @@ Every line of the report is "ok", a "note" (something optional is missing) or "B
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
 import tempfile
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from totalprop.scripts.flag_types import Parser
 
 ENOUGH_DISK = 2 * 2**30  # bytes; a run on pixels needs more, for the checkpoints of its replay
 
@@ -31,9 +33,7 @@ class Finding(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--runs",
         type=Path,

@@ -28,12 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = parser_of("evaluate")
     options = parser.parse_args(arguments)
-    for name in ("episodes", "max_steps"):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} must be at least 1, got {getattr(options, name)}")
-    if not 0 <= options.seed < 2**32:
-        parser.error(f"--seed must be in [0, {2**32 - 1}], got {options.seed}")
     with ending_with_a_sentence():
         evaluate(options)
 

@@ -61,10 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = parser_of("export")
     options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
-    if not 0 <= options.seed < 2**32:
-        parser.error(f"--seed must be in [0, {2**32 - 1}], got {options.seed}")
     with ending_with_a_sentence():
         export(options)
 

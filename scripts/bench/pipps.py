@@ -102,13 +102,6 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         options.repeats = 11 if options.what in POINTS else 5
     if options.points is None:
         options.points = POINTS.get(options.what, [])
-    for name, least in (
-        ("points", 1), ("repeats", 1), ("threads", 1), ("batch", 1), ("length", 2), ("horizons", 2)
-    ):  # fmt: skip
-        value = getattr(options, name)
-        if min(value if isinstance(value, list) else [value], default=least) < least:
-            given = " ".join(map(str, value)) if isinstance(value, list) else value
-            parser.error(f"--{name} must be at least {least}, got {given}")
     if options.what != "dreamer" and (options.device != "cpu" or options.modes):
         parser.error(f"--device and --modes are for dreamer; {options.what} is timed on the CPU")
     try:

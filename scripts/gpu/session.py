@@ -98,11 +98,6 @@ def check(
     """Reject wrong values in one line each."""
     if wrong := [step for step in options.steps if step not in GPU_STEPS]:
         parser.error(f"--steps must be among {','.join(GPU_STEPS)}, got '{wrong[0]}'")
-    if options.minutes <= 0:
-        parser.error(f"--minutes must be above 0, got {options.minutes:g}")
-    for name, least in (("batch", 1), ("length", 2), ("repeats", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if options.resume is not None and flags:
         parser.error("a run that is resumed keeps its settings; drop the flags after --")
 

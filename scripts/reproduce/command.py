@@ -74,10 +74,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; on wrong usage, exit with code 2."""
     parser = parser_of("reproduce")
     options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    if options.seeds and min(options.seeds) < 0:
-        parser.error(f"--seeds must be at least 0, got {min(options.seeds)}")
     if options.source is not None and not options.source.is_dir():
         parser.error(f"--from {options.source} is no folder; results is that of a checkout")
     return options

@@ -6,7 +6,6 @@ the docstring.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -31,7 +30,8 @@ from totalprop.agents import AGENTS
 from totalprop.agents.core.validation import RANGES, constructor_hints
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import in_one_line, shown
-from totalprop.scripts.commands import add_import, integer
+from totalprop.scripts.commands import add_import
+from totalprop.scripts.flag_types import Parser, at_least, integer
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import check_import, env_arg_flags, our_id, parse_env_args
 from totalprop.scripts.run.hub import local
@@ -372,11 +372,12 @@ def _as_flags(settings: dict[str, Any], config: str, defaults: Sequence[Any]) ->
 
 def parse_resume(arguments: Sequence[str]) -> tuple[Path, int | None, list[str]]:
     """(run folder, steps or None, modules that its config may name) of `--resume RUN`."""
-    parser = argparse.ArgumentParser("totalprop train", description="Resume a run.")
-    parser.register("type", int, integer)
+    parser = Parser("totalprop train", description="Resume a run.")
     parser.add_argument("--resume", type=Path, required=True, metavar="RUN", help="its folder")
     parser.add_argument(
-        "--total-timesteps", type=int, help="steps in all, to extend a run beyond what it was for"
+        "--total-timesteps",
+        type=at_least(1),
+        help="steps in all, to extend a run beyond what it was for",
     )
     add_import(parser)
     options = parser.parse_args(arguments)

@@ -68,12 +68,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.betas = options.betas or GRIDS[options.study]
     options.second_betas = options.second_betas or SECOND_BETAS
     options.estimators = options.estimators or names()
-    for name, least in (("samples", 3), ("repeats", 3), ("horizon", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    for beta in (*options.betas, *options.second_betas):
-        if not 0 < beta <= 10:
-            parser.error(f"every β must be in (0, 10], got {beta:g}")
     for name in (*options.estimators, *options.redo):
         try:
             make(name)

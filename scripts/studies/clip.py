@@ -32,6 +32,7 @@ from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.estimators import gradient, make
 from totalprop.scripts.bench.pipps import random_problem
+from totalprop.scripts.flag_types import Parser
 from totalprop.scripts.run.folder import current_commit
 
 ESTIMATORS = ("tpx", "tpx-unclipped")
@@ -40,9 +41,7 @@ STEPS = 30  # of a trial on the cart-pole
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", choices=("trained", "untrained"), default="trained", help="(default: trained)")
     add("--points", type=int, nargs="+", default=[30, 90], help="untrained: data (default: 30 90)")

@@ -68,11 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads is None:
         options.threads = torch.get_num_threads()
-    for name, least in (("starts", 1), ("repeats", 4), ("trajectories", 8), ("threads", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    if min(options.horizons) < 2:
-        parser.error(f"--horizons must be at least 2, got {min(options.horizons)}")
     with ending_with_a_sentence(ValueError):
         diagnose(options)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from totalprop.agents import AGENTS
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.commands import parser_of
+from totalprop.scripts.flag_types import seed
 from totalprop.scripts.run.arguments import read_settings
 from totalprop.scripts.run.errors import UsageError
 from totalprop.scripts.run.folder import env_arg_flags
@@ -155,10 +156,10 @@ def read_grid(options: argparse.Namespace, flags: Sequence[str]) -> Grid:
     if options.grid is not None:
         settings = read_settings(options.grid)
         agents += _listed(options.grid, "agent", settings.pop("agent", []))
-        for seed in _listed(options.grid, "seed", settings.pop("seed", [])):
-            if not seed.isdecimal():
-                raise UsageError(f"{options.grid}: seed must be whole numbers, got {shown(seed)}")
-            seeds.append(int(seed))
+        try:
+            seeds += map(seed, _listed(options.grid, "seed", settings.pop("seed", [])))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{options.grid}: seed {error}") from error
         for name, value in settings.items():
             flag = name.replace("_", "-")
             if name == "env_args" and isinstance(value, dict):
@@ -173,9 +174,6 @@ def read_grid(options: argparse.Namespace, flags: Sequence[str]) -> Grid:
     for agent in agents:
         if agent not in AGENTS:
             raise UsageError(f"unknown agent {shown(agent)}; choose one of {', '.join(AGENTS)}")
-    for seed in seeds:
-        if seed < 0:
-            raise UsageError(f"--seeds must be at least 0, got {seed}")
     for flag in (*fixed, *flags):
         name = flag.partition("=")[0].removeprefix("--no-").removeprefix("--")
         if flag.startswith("--") and name in ("seed", *(axis for axis, _ in axes)):

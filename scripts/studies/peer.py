@@ -74,11 +74,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; on wrong usage, exit with code 2."""
     parser = parser_of("peer")
     options = parser.parse_args(arguments)
-    for name in ("total_timesteps", "eval_every", "eval_episodes"):
-        if (value := getattr(options, name)) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if min(options.seeds) < 0:
-        parser.error(f"--seeds must be at least 0, got {min(options.seeds)}")
     return options
 
 

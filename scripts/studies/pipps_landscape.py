@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import shlex
 import sys
 import time
@@ -93,12 +92,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; on wrong usage, exit with code 2."""
     parser = parser_of("study pipps-landscape")
     options = parser.parse_args(arguments)
-    bounds = {"particles": 6, "points": 3, "box_points": 2, "direction": 0, "seed": 0}
-    for name, least in bounds.items():
-        if (value := getattr(options, name)) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if not 0 < options.end < math.inf:
-        parser.error(f"--end must be above 0, got {options.end}")
     for name in options.estimators:
         if name == RESAMPLED:
             parser.error(

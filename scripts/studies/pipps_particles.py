@@ -19,7 +19,6 @@ with the same command: what is in the file is not measured again.
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import sys
 import time
@@ -44,7 +43,6 @@ from totalprop.scripts.studies.policy_line import RESAMPLED, PolicyLine, estimat
 from totalprop.scripts.studies.styles import style_of
 
 KEYS, NUMBERS = ("delta", "particles", "estimator"), ("ms", "gradients")
-LEAST = 6  # particles that every estimator can choose its weights from
 
 Curves = dict[float, dict[str, dict[int, Measured]]]  # Δ -> estimator -> P -> its gradients
 
@@ -65,13 +63,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; on wrong usage, exit with code 2."""
     parser = parser_of("study pipps-particles")
     options = parser.parse_args(arguments)
-    for name, least in (("repeats", 3), ("direction", 0), ("seed", 0)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    if min(options.particles) < LEAST:
-        parser.error(f"--particles must be at least {LEAST}, got {min(options.particles)}")
-    if not 0 < options.end < math.inf:
-        parser.error(f"--end must be above 0, got {options.end}")
     for name in options.estimators:
         try:
             estimator_named(name)

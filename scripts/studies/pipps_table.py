@@ -242,12 +242,6 @@ def parse(arguments: Sequence[str]) -> Asked:
     options.noise = options.noise or scale.noises
     options.methods = options.methods or scale.methods
     options.seeds = scale.seeds if options.seeds is None else options.seeds
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    if min(options.seeds) < 0:
-        parser.error(f"--seeds must be at least 0, got {min(options.seeds)}")
-    if not min(options.noise) >= 0:
-        parser.error(f"--noise must be at least 0, got {min(options.noise):g}")
     cells = [
         Cell(task, noise, method)
         for task in options.tasks

@@ -40,7 +40,6 @@ import importlib.util
 import io
 import itertools
 import json
-import math
 import os
 import shlex
 import sys
@@ -80,12 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
-    for name in ("jobs", "cpus_per_run", "gpus_per_run"):
-        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
-        if value is not None and not 0 < value < math.inf:
-            least = "at least 1" if name == "jobs" else "above 0"
-            parser.error(f"{flag} must be {least}, got {value}")
-        if options.slurm and value is not None and value != int(value):
+    for name in ("cpus_per_run", "gpus_per_run"):
+        if options.slurm and (value := getattr(options, name) or 0) != int(value):
+            flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} must be a whole number with --slurm, got {value}")
     if options.slurm and options.address:
         parser.error("--address is a cluster of Ray, --slurm one of Slurm: pass one of them")
@@ -115,8 +111,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _check_tune(options: argparse.Namespace) -> None:
     """Raise a UserError where a search cannot be what is asked for."""
-    if options.tune < 1:
-        raise UsageError(f"--tune must be at least 1, got {options.tune}")
     if options.slurm:
         raise UsageError("--tune needs each result before it proposes more: use --address on Ray")
     if options.address and not options.jobs:

@@ -52,17 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = parser_of("variance")
     options = parser.parse_args(arguments)
-    for name, least in (
-        ("trajectories", 2), ("steps", 1), ("rollouts", 2), ("horizon", 1), ("updates", 0)
-    ):  # fmt: skip
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    for name, low, high, range_ in (
-        ("gamma", 0, 1, "in [0, 1]"), ("delta", 1e-300, 1e300, "a finite number above 0"),
-        ("learning_rate", 0, 1e300, "a finite number, at least 0"),
-    ):  # fmt: skip
-        if not low <= (value := getattr(options, name)) <= high:
-            parser.error(f"--{name.replace('_', '-')} must be {range_}, got {value:g}")
     if options.run is not None:
         for name in ("env_id", "env_arg", "updates", "learning_rate"):
             if getattr(options, name) != parser.get_default(name):

@@ -104,8 +104,8 @@ def test_a_file_says_what_flags_say(tmp_path):
         ("pipps --estimators tpx", None, "needs an agent and --seeds"),
         ("--estimators tpx --seeds 0", None, "needs an agent and --seeds"),
         ("pips --estimators tpx --seeds 0", None, "unknown agent 'pips'; choose one of pipps"),
-        ("pipps --estimators tpx --seeds 0 -1", None, "--seeds must be at least 0, got -1"),
-        ("pipps --grid FILE", "seed: [0, x]", "seed must be whole numbers, got 'x'"),
+        ("pipps --estimators tpx --grid FILE", "seed: -1", "seed must be at least 0 and below 2"),
+        ("pipps --grid FILE", "seed: [0, x]", "yaml: seed 'x' is not an integer"),
         ("pipps --grid FILE --seeds 0", "horizon: []", "horizon has no values"),
         ("pipps --grid FILE --seeds 0", "horizon: [{a: 1}]", "horizon must be a word, a number"),
         ("pipps --grid FILE --seeds 0", "horizon: null", "horizon must be a word, a number"),
@@ -181,7 +181,7 @@ def test_a_value_that_a_run_would_refuse_is_said_before_the_first_run(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--cpus-per-run", "0"], "--cpus-per-run must be above 0, got 0.0"),
+        (["--cpus-per-run", "0"], "--cpus-per-run must be above 0, got 0"),
         (["--gpus-per-run", "nan"], "--gpus-per-run must be above 0, got nan"),
         (["--slurm", "--cpus-per-run", "0.5"], "must be a whole number with --slurm, got 0.5"),
         (["--slurm", "--address", "auto"], "pass one of them"),

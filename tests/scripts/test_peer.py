@@ -65,7 +65,7 @@ def test_a_peer_whose_policy_is_deterministic_explores(algorithm, tmp_path, monk
         (["--total-timesteps", "0"], 2, "--total-timesteps must be at least 1, got 0"),
         (["--eval-every", "-1"], 2, "--eval-every must be at least 1, got -1"),
         (["--eval-episodes", "0"], 2, "--eval-episodes must be at least 1, got 0"),
-        (["--seeds", "0", "-1"], 2, "--seeds must be at least 0, got -1"),
+        (["--seeds", "0", "-1"], 2, "--seeds must be at least 0 and below 2^32, got -1"),
         (["--env-id", "CartPole-v1"], 1, "sac needs actions in a Box; those of CartPole-v1 are"),
     ],
 )

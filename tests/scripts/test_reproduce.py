@@ -868,7 +868,7 @@ def test_the_gallery_shows_the_committed_verdicts(path):
         (["tpx-fig3", "--seeds", "0"], 2, "tpx-fig3 trains nothing, so it takes no --seeds"),
         (["tpx-fig3", "--", "--gamma", "1"], 2, "takes no flags after --"),
         (["daa-fig3", "--jobs", "0"], 2, "--jobs must be at least 1, got 0"),
-        (["daa-fig3", "--seeds", "-1"], 2, "--seeds must be at least 0, got -1"),
+        (["daa-fig3", "--seeds", "-1"], 2, "--seeds must be at least 0 and below 2^32, got -1"),
         (["daa-fig3", "--report-only"], 1, "nothing was measured"),
     ],
 )

@@ -313,8 +313,8 @@ def test_an_error_of_the_truth_is_taken_off_but_never_variance():
         (["--estimators", "tqx"], "did you mean 'tpx'"),
         (["--estimators", "tpx+lux"], "unknown leg 'lux': did you mean 'lax'"),
         (["--estimators", "tpx+lax"], "tpx+lax needs a critic: choose --problems that are runs"),
-        (["--repeats", "1"], "--repeats must be larger, got 1"),
-        (["--jobs", "0"], "--jobs must be larger, got 0"),
+        (["--repeats", "1"], "--repeats must be at least 2, got 1"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
     ],
 )
 def test_wrong_flags_are_refused(flags, message, capsys, tmp_path):

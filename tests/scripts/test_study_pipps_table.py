@@ -139,7 +139,7 @@ def test_scales_set_the_defaults_and_flags_override_them():
         (["--methods", "PPO"], "invalid choice: 'PPO'"),
         (["--tasks", "chess"], "invalid choice: 'chess'"),
         (["--noise", "-1"], "--noise must be at least 0, got -1"),
-        (["--seeds", "-1"], "--seeds must be at least 0, got -1"),
+        (["--seeds", "-1"], "--seeds must be at least 0 and below 2^32, got -1"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
     ],
 )

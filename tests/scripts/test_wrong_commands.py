@@ -1,6 +1,7 @@
 """Wrong command lines: exit code 2 (usage) or 1 (failure), one line, never a traceback."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -12,6 +13,7 @@ import torch
 
 from totalprop.scripts import commands, evaluate, train
 from totalprop.scripts.bench import pipps as bench
+from totalprop.scripts.flag_types import at_least, new_file, real, seed
 from totalprop.scripts.run.arguments import agent_flags
 from totalprop.scripts.run.errors import continuing_later, ending_with_a_sentence, sigterm_stops
 from totalprop.scripts.run.interruption import locked
@@ -177,15 +179,65 @@ def test_what_is_no_integer_is_said_by_every_command(text, capsys):
         flag = "--episodes" if main is evaluate.main else "--trajectories"
         with pytest.raises(SystemExit, match="2"):
             main([*arguments, flag, text])
-        expected = f"argument {flag}: '{text}' is not an integer, such as 100000 or 1e5\n"
-        assert capsys.readouterr().err.endswith(expected)
+        expected = f"argument {flag}: '{text}' is not an integer, such as 100000 or 1e5 (--help"
+        assert expected in capsys.readouterr().err
+
+
+def is_bounded(action):
+    """Whether a flag is a number, but for costs and returns, which may be any."""
+    for text in ("1", "99") if callable(action.type) else ():  # 1 may be too small, 99 too large
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            if isinstance(action.type(text), int | float):
+                return action.dest not in ("success", "normalise")
+    return False
+
+
+COUNTED = [
+    (name, action)
+    for name, command in commands.COMMANDS.items() if command.add_flags is not None
+    for action in commands.parser_of(name)._actions if is_bounded(action)
+]  # fmt: skip
+
+
+def test_there_are_numbers():
+    assert len(COUNTED) >= 50
+
+
+@pytest.mark.parametrize(("name", "action"), COUNTED, ids=lambda x: getattr(x, "dest", x))
+def test_a_number_out_of_its_range_is_refused_in_one_sentence(name, action, capsys):
+    (flag,) = action.option_strings
+    with pytest.raises(SystemExit, match="2"):
+        commands.parser_of(name).parse_args([flag, "-1"])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {flag} must be ") and error.count("\n") == 1
+    assert "got -1 (--help lists the flags)" in error
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        (at_least(3), "3", 3), (at_least(3), "2", "must be at least 3, got 2"),
+        (at_least(3), "1e2", 100), (at_least(3), "3.5", "'3.5' is not an integer"),
+        (seed, "4294967295", 2**32 - 1), (seed, "4294967296", "below 2^32, got 4294967296"),
+        (real(), "-2.5", -2.5), (real(), "inf", "must be finite, got inf"),
+        (real(), "much", "'much' is not a number"), (real(least=0), "0", 0.0),
+        (real(above=0), "0", "must be above 0, got 0"), (real(above=0), "nan", "got nan"),
+        (real(least=0, most=1), "1.5", "must be at least 0 and at most 1, got 1.5"),
+    ],
+)  # fmt: skip
+def test_ranges(kind, text, expected):
+    if isinstance(expected, str):
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(expected)):
+            kind(text)
+    else:
+        assert kind(text) == expected
 
 
 WRITERS = [
     (name, action)
     for name, command in commands.COMMANDS.items() if command.add_flags is not None
     for action in commands.parser_of(name)._actions
-    if {"--out", "--json", "--runs"} & {*action.option_strings} and action.type is not int
+    if {"--out", "--json", "--runs"} & {*action.option_strings} and not is_bounded(action)
 ]  # fmt: skip
 
 
@@ -203,7 +255,7 @@ def test_results_that_cannot_be_written_are_refused_before_the_work(name, action
             action.type(str(path))
     new = tmp_path / "new" / "folder"
     assert action.type(str(new)) == new and not new.parent.exists()
-    wrong = tmp_path if action.type is commands.new_file else tmp_path / "file"
+    wrong = tmp_path if action.type is new_file else tmp_path / "file"
     with pytest.raises(argparse.ArgumentTypeError, match="cannot write to"):
         action.type(str(wrong))
 
