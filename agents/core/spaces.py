@@ -142,6 +142,28 @@ def to_actions(space: spaces.Space, taken: tuple[type[spaces.Space], ...]) -> st
     return "give the environment one vector of numbers or of choices as its action"
 
 
+def check_vectors(agent: str, observations: spaces.Space, actions: spaces.Space) -> int:
+    """The entries of an observation, where an agent needs a vector, and one as action.
+
+    Raises:
+        UnsupportedSpaceError: one of them is none, or there is nothing to choose.
+    """
+    if not isinstance(observations, spaces.Box) or len(observations.shape) != 1:
+        remedy = to_vector(observations, otherwise="take DreamerTPX, which learns from images")
+        raise UnsupportedSpaceError(
+            f"{agent} models a vector of real numbers, got {describe(observations)} as "
+            f"observation; {remedy}"
+        )
+    assert isinstance(actions, spaces.Box)
+    if len(actions.shape) != 1 or not (actions.low < actions.high).all():
+        raise UnsupportedSpaceError(
+            f"{agent} needs a vector of real numbers as action, each with some room between its "
+            f"bounds, got {describe(actions)} from {actions.low.tolist()} to "
+            f"{actions.high.tolist()}"
+        )
+    return observations.shape[0]
+
+
 def refuse_whole_numbers(actions: spaces.Space) -> None:
     """Raise UnsupportedSpaceError if actions are a Box of whole numbers.
 

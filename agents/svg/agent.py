@@ -26,7 +26,7 @@ import totalprop.agents.svg.gradients as gradients
 import totalprop.estimators as estimators
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.metrics import record_gauge, record_progress
-from totalprop.agents.core.spaces import UnsupportedSpaceError, describe, to_vector
+from totalprop.agents.core.spaces import UnsupportedSpaceError, check_vectors, describe
 from totalprop.agents.core.validation import (
     Above,
     AtLeast,
@@ -765,24 +765,11 @@ class SVG(Algorithm):
             ) from error
 
     def _check_spaces(self) -> None:
-        space, actions = self.observation_space, self.action_space
-        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
-            remedy = to_vector(space, otherwise="take DreamerTPX, which learns from images")
-            raise UnsupportedSpaceError(
-                f"SVG models a vector of real numbers, got {describe(space)} as observation; "
-                f"{remedy}"
-            )
-        if self.variant in USES_MODEL and space.shape[0] > MOST_STATES:
+        size = check_vectors("SVG", self.observation_space, self.action_space)
+        if self.variant in USES_MODEL and size > MOST_STATES:
             raise UnsupportedSpaceError(
                 f"SVG's model has a network for each entry of the state, at most {MOST_STATES}, "
-                f"got {describe(space)}; use variant '0', or take DreamerTPX, which learns a "
-                "latent state"
-            )
-        assert isinstance(actions, spaces.Box)
-        if len(actions.shape) != 1 or not (actions.low < actions.high).all():
-            raise UnsupportedSpaceError(
-                "SVG needs a vector of real numbers as action, each with some room between its "
-                f"bounds, got {describe(actions)} from {actions.low.tolist()} to "
-                f"{actions.high.tolist()}"
+                f"got {describe(self.observation_space)}; use variant '0', or take DreamerTPX, "
+                "which learns a latent state"
             )
         self.refuse_vec_normalize(self.env)

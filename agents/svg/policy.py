@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from totalprop.agents.core.policies import BoundedPolicy
 from totalprop.agents.core.validation import Finite, check_values, is_whole
 from totalprop.world_models.mlp_dynamics import network
 from totalprop.world_models.stochastic_dynamics import ACTIVATIONS, StateScale
@@ -20,7 +20,7 @@ from totalprop.world_models.stochastic_dynamics import ACTIVATIONS, StateScale
 FIRST_GAIN = 0.1  # of the mean's last layer
 
 
-class SVGPolicy(BasePolicy):
+class SVGPolicy(BoundedPolicy):
     """a = tanh μ(s) + σ η, in units in which the bounds of the action space are -1 and 1.
 
     Actions beyond the bounds are drawn and stored as they are, so that their noise can be inferred,
@@ -117,13 +117,6 @@ class SVGPolicy(BasePolicy):
     def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Actions of the environment's space from drawn ones [n, A]."""
         return self.unscale_action(np.clip(actions, -1.0, 1.0))
-
-    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """Like SB3's, in the dtype of the space, and clipped so that rounding stays within it."""
-        space = self.action_space
-        assert isinstance(space, spaces.Box)
-        unscaled = np.clip(super().unscale_action(scaled_action), space.low, space.high)
-        return unscaled.astype(space.dtype)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         assert isinstance(observation, Tensor)

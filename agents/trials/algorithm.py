@@ -26,7 +26,7 @@ from torch import Tensor
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.core.metrics import QUIET, record_progress
-from totalprop.agents.core.spaces import UnsupportedSpaceError, describe, to_vector
+from totalprop.agents.core.spaces import check_vectors
 from totalprop.agents.core.validation import Above, AtLeast, Within, check_arguments, check_finite
 from totalprop.agents.core.workers import explain_dead_workers
 from totalprop.agents.trials import metrics
@@ -533,33 +533,15 @@ class TrialAlgorithm(Algorithm):
         self.start_means = tuple(map(tuple, means.tolist()))
 
     def _check_spaces(self) -> None:
-        space = self.observation_space
-        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
-            remedy = to_vector(space, otherwise="take DreamerTPX, which learns from images")
-            raise UnsupportedSpaceError(
-                f"{type(self).__name__} models a vector of real numbers, got {describe(space)} as "
-                f"observation; {remedy}"
-            )
-        actions: Any = self.action_space
-        if (
-            len(actions.shape) != 1
-            or actions.dtype.kind != "f"
-            or not (actions.low < actions.high).all()
-        ):
-            raise UnsupportedSpaceError(
-                f"{type(self).__name__} needs a vector of real numbers as action, each with some "
-                f"room between its bounds, got {describe(actions)} from {actions.low.tolist()} to "
-                f"{actions.high.tolist()}"
-            )
+        size = check_vectors(type(self).__name__, self.observation_space, self.action_space)
         self.refuse_vec_normalize(self.env)
         for name in ("angle_dims", "invariant_dims"):
             dims = getattr(self, name) or ()
-            wrong = [d for d in dims if not 0 <= d < space.shape[0]]
+            wrong = [d for d in dims if not 0 <= d < size]
             if wrong or len(set(dims)) < len(dims):
                 raise ValueError(
-                    f"{name} must be entries of the observation, "
-                    f"0..{space.shape[0] - 1}, each once, "
-                    f"got {list(dims)}"
+                    f"{name} must be entries of the observation, 0..{size - 1}, each once, got "
+                    f"{list(dims)}"
                 )
 
 

@@ -12,13 +12,12 @@ import math
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
+from totalprop.agents.core.policies import BoundedPolicy
 from totalprop.agents.core.validation import AtLeast, check_values
 from totalprop.estimators import DenseJacobian
 from totalprop.estimators.probes import Gram, gram_of_products
@@ -27,7 +26,7 @@ from totalprop.world_models.gp_dynamics import trig_features
 from totalprop.world_models.moment_matching import Gaussian, Image, KernelSteps, KernelSum
 
 
-class ControllerPolicy(BasePolicy):
+class ControllerPolicy(BoundedPolicy):
     """Base of the controllers, with the interface that stable-baselines3 asks of a policy.
 
     Args:
@@ -109,13 +108,6 @@ class ControllerPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
         assert isinstance(observation, Tensor)
         return self.act(observation.double()).float()
-
-    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """Like SB3's, in the dtype of the space, and clipped so that rounding stays within it."""
-        space = self.action_space
-        assert isinstance(space, spaces.Box)
-        unscaled = np.clip(super().unscale_action(scaled_action), space.low, space.high)
-        return unscaled.astype(space.dtype)
 
     def forward(self, observation: Tensor) -> Tensor:
         """`act` for observations of any dtype."""
