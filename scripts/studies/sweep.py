@@ -1,5 +1,6 @@
 r"""Train agents x values of flags x seeds; write raw results, tables and learning curves.
 
+    totalprop sweep pipps --seeds 0 1 2 3 4 --out results/pipps -- --preset recommended
     totalprop sweep pipps --estimators tpx lr rp --seeds 0 1 2 3 4 --out results/pipps
     totalprop sweep daappo --vary action-source --values none dynamics --seeds 0 1 2 \
         --out results/daa_ppo/cartpole -- --preset recommended
@@ -91,8 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.tune is not None:
             _check_tune(options)
         grid = read_grid(options, extra)
-        if not grid.axes and len(grid.agents) == 1 and options.grid is None:
-            raise UsageError("name what to compare: --estimators, --vary with --values, or --grid")
         executor = chosen(
             address=options.address, cpus=options.cpus_per_run, gpus=options.gpus_per_run,
             slurm=options.slurm,

@@ -140,10 +140,12 @@ def test_success_is_that_of_the_tasks_own_threshold():
         assert "success" not in sweep._table(runs, "cost", "estimator")
 
 
-def test_a_command_line_that_compares_nothing_is_one_sentence(capsys):
-    with pytest.raises(SystemExit):
-        sweep.main(["pipps", "--seeds", "0", "--out", "o"])
-    assert "name what to compare" in capsys.readouterr().err
+def test_seeds_of_one_setting_are_a_sweep():
+    grid = grid_of("pilco --seeds 0 1", ["--preset", "recommended"])
+    (setting,) = grid.settings().values()
+    assert setting.label == "pilco" and setting.command(1)[-2:] == ["--preset", "recommended"]
+    words = "totalprop sweep pilco --seeds 0 1 --out o -- --preset recommended"
+    assert studies_grid.grid_of(words) == grid and grid.command() == "totalprop sweep pilco"
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a: [", "!!python/object/apply:os.getcwd []"])
