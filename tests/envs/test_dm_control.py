@@ -62,11 +62,10 @@ def run(code, **environment):
 @pytest.fixture(scope="module")
 def drawing():
     try:
-        env = make("pendulum-swingup", observation="pixels", render="fast", size=8)
-        env.reset()
+        mujoco_backend.check_rendering()
     except RuntimeError as error:
         pytest.skip(str(error))
-    env.close()
+    make("pendulum-swingup", observation="pixels", render="fast", size=8).close()
 
 
 # Names and imports

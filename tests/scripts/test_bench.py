@@ -9,9 +9,11 @@ from tests.agents.pilco.test_propagation import make
 from totalprop.agents.pilco.propagation import MomentModel, predict, saturating
 from totalprop.agents.trials.controllers import RBFPolicy
 from totalprop.agents.trials.saturating_cost import SaturatingCost
+from totalprop.scripts.bench import dreamer as bench_dreamer
 from totalprop.scripts.bench import pilco as bench_pilco
 from totalprop.scripts.bench import pipps as bench
 from totalprop.scripts.bench import svg as bench_svg
+from totalprop.scripts.bench import timing
 from totalprop.scripts.bench.pilco_peer import make_gradient
 from totalprop.world_models.moment_matching import Gaussian
 
@@ -72,3 +74,40 @@ def test_a_row_of_pipps_has_the_peer_and_every_ratio():
     row = bench.bench_pipps(8, 1)
     assert {"seconds (rp)", "tpx / rp"} <= row.keys() and any("GPyTorch" in name for name in row)
     assert all(math.isfinite(value) for value in row.values())
+
+
+def test_medians_are_of_rounds_that_take_turns(monkeypatch):
+    clock, order = [0.0], []
+
+    def task(name, *seconds):
+        left = iter(seconds)
+
+        def run():
+            order.append(name)
+            clock[0] += next(left)
+
+        return run
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    tasks = {"a": task("a", 50.0, 1.0, 9.0, 2.0), "b": task("b", 50.0, 4.0, 5.0, 30.0)}
+    assert timing.interleaved_medians(tasks, 3) == {"a": 2.0, "b": 5.0}  # the first is a warm-up
+    assert order == ["a", "b", "a", "b", "a", "b", "a", "b"]
+
+
+def test_ratios_of_the_dreamers_benchmark(monkeypatch):
+    """Others' seconds over those of rp, and the work of an update over its seconds."""
+    monkeypatch.setattr(bench_dreamer, "make_update", lambda *args, **how: None)
+    monkeypatch.setattr(bench_dreamer.sheeprl_peer, "start_update", lambda **how: None)
+    monkeypatch.setattr(bench_dreamer, "keep_freed_memory", lambda: None)
+    seconds = {"rp H=15": 2.0, "rp H=60": 8.0, "sheeprl": 6.0, "sheeprl, our allocator": 3.0}
+
+    def medians(tasks, repeats, **how):
+        return {name: seconds.get(name, 5.0) for name in tasks}
+
+    monkeypatch.setattr(bench_dreamer, "interleaved_medians", medians)
+    row = bench_dreamer.bench_dreamer(1, batch=4, length=5)
+    assert row["seconds (rp, H=60)"] == 8.0 and row["tpx / rp at H=15"] == 2.5
+    assert row["tpx / rp at H=60"] == 0.625 and row["sheeprl / rp H=15"] == 3.0
+    assert row["sheeprl, our allocator / rp H=15"] == 1.5
+    work = 6 * 4 * 5 * (bench_dreamer.FRAME_MACS + 15 * bench_dreamer.STEP_MACS)
+    assert row["TFLOP/s"] == pytest.approx(work / 2.0 / 1e12)

@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.vec_env import unwrap_vec_normalize
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import DummyVecEnv, unwrap_vec_normalize
 
 from totalprop import estimators
 from totalprop.agents import AGENTS, DreamerTPX
+from totalprop.envs.rewind import Rewindable
 from totalprop.estimators.analysis.diagnostics import mean_difference, statistics_of
 from totalprop.scripts import evaluate, train
 from totalprop.scripts.bench import pipps as bench
@@ -220,6 +225,79 @@ def test_a_daappo_run_leaves_everything_and_evaluates(source, tmp_path, capsys):
     capsys.readouterr()
     evaluate.main([str(folder), "--episodes", "2", "--no-gif"])
     assert "over 2 episodes" in capsys.readouterr().out
+
+
+class Line(gym.Env):
+    """x' = x + a; reward x' on arriving."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gym.spaces.Box(-100, 100, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = 1.0
+        return np.array([self.x], np.float32), {}
+
+    def step(self, action):
+        self.x += float(action[0])
+        return np.array([self.x], np.float32), self.x, False, False, {}
+
+    def get_state(self):
+        return {"x": self.x}
+
+    def set_state(self, state):
+        self.x = state["x"]
+
+
+def line_sampler(std=1e-6, **changes):
+    """Its policy has the mean 2 x + 0.5."""
+    options = {"seed": 0, "steps": 3, "rollouts": 2, "horizon": 4, "gamma": 0.5, "trajectories": 20}
+    env = DummyVecEnv([lambda: Rewindable(Line())])
+    torch.manual_seed(0)
+    how = {"net_arch": {"pi": [], "vf": []}}
+    policy = ActorCriticPolicy(env.observation_space, env.action_space, lambda _: 0.0, **how)
+    with torch.no_grad():
+        policy.action_net.weight.fill_(2.0)
+        policy.action_net.bias.fill_(0.5)
+        policy.log_std.fill_(math.log(std))
+    return variance.Sampler(env, policy, SimpleNamespace(**{**options, **changes}))
+
+
+def test_values_of_variance_are_discounted_returns():
+    sampler = line_sampler()
+    sampler._method("reset", seed=0)
+    start = sampler._method("snapshot")
+    x, expected = 1.0 + 0.25, 0.0
+    for step in range(4):
+        expected += 0.5**step * x
+        x += 2 * x + 0.5
+    assert sampler._value(start, torch.tensor([0.25])) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_gradients_of_variance_are_values_times_scores(monkeypatch):
+    sampler, values, actions = line_sampler(std=0.3, steps=1), [], []
+    value, draw = sampler._value, sampler._draw
+    monkeypatch.setattr(sampler, "_value", lambda *args: values.append(value(*args)) or values[-1])
+    monkeypatch.setattr(sampler, "_draw", lambda state: actions.append(draw(state)) or actions[-1])
+    found = sampler.trajectory()
+    assert found.shape == (1, 2, 2, 3)  # [T, 2, K, P]: log_std, weight, bias
+    parameters = list(sampler.actor.parameters())
+    for i in range(2):
+        mean, log_std = sampler.actor(torch.ones(1, 1))
+        density = torch.distributions.Normal(mean[0], log_std.exp()).log_prob(actions[i]).sum()
+        score = torch.cat([g.flatten() for g in torch.autograd.grad(density, parameters)])
+        for j in range(2):
+            torch.testing.assert_close(found[0, i, j], values[2 * i + j] * score)
+
+
+def test_updates_of_variance_ascend(monkeypatch):
+    sampler = line_sampler()
+    before = torch.nn.utils.parameters_to_vector(sampler.actor.parameters()).detach().clone()
+    made = iter([torch.ones(1, 2, 2, 3), 3 * torch.ones(1, 2, 2, 3)])
+    monkeypatch.setattr(sampler, "trajectory", lambda: next(made))
+    sampler.update(0.25)
+    after = torch.nn.utils.parameters_to_vector(sampler.actor.parameters())
+    torch.testing.assert_close(after, before + 0.25 * 2)
 
 
 def test_variance_prints_the_table_and_the_advice(tmp_path, capsys):

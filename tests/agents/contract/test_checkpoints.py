@@ -54,6 +54,18 @@ def test_a_stopped_and_resumed_run_ends_bit_identical_to_an_uninterrupted_one(
     assert np.isfinite(action).all()
 
 
+def test_so_does_one_whose_episodes_were_running(tmp_path):
+    """The other checkpoints of small agents are written between episodes."""
+    make = Maker("daappo")
+    make.changes = {"n_steps": 5, "batch_size": 5}
+    ends = []
+    for name, stops in (("quiet", ()), ("stopped", (20, 50))):
+        agent, evaluation = run(make, tmp_path / name, stops=stops)
+        ends.append((state_of(agent, tmp_path / name), evaluation.returns))
+    assert_same_states(ends[1][0], ends[0][0])
+    assert ends[1][1] == ends[0][1]
+
+
 class Pending(BaseCallback):
     """Keeps the scalars that the logger held at the first and at the last start of a rollout."""
 

@@ -209,11 +209,14 @@ def test_arguments_reach_the_update():
         "entropy_scale": 0.1, "kl_scale": 0.2, "free_nats": 0.3, "free_nats_per_step": True,
         "discount_scale": 0.4, "horizon": 4, "imagination_starts": 5, "learning_rate": 0.6,
         "model_learning_rate": 0.7, "adam_eps": 0.8, "max_grad_norm": 0.9, "bf16": True,
-        "decoded_share": 0.5,
+        "decoded_share": 0.5, "scale_returns": True, "node": "both",
+        "representation_scale": 0.25, "slow_critic_rate": 0.3, "slow_actor_rate": 0.15,
     }  # fmt: skip
     settings = make(**changes)._update.settings
     flat = {**vars(settings), **vars(settings.imagination), **settings.model._asdict()}
     assert {name: flat[name] for name in changes} == changes
+    own = make(credit="own")._update.settings  # needs discount_weights
+    assert own.imagination.credit == "own"
 
 
 # What is refused

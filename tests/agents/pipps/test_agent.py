@@ -676,8 +676,11 @@ def test_a_start_of_another_kind_is_learned_from_the_resets(own, monkeypatch):
     env = CountingEnv()
     env.initial_distribution = own
     agent = make(env)
+    seen = spy_on_search(monkeypatch)
     with pytest.warns(UserWarning, match=r"`initial_distribution` is not used, because it must be"):
         agent.learn(14)
+    starts = [model.start_mean.tolist() for model, _ in seen]
+    assert starts[0] == [1.0, 0.0] and starts[-1] == [1.5, 0.0]  # resets to 1 and then 2
 
 
 def test_a_registered_estimator_keeps_its_legs(monkeypatch):
@@ -1147,6 +1150,11 @@ def test_agent_saved_before_its_first_fit_fits_as_if_it_had_not_been_saved(tmp_p
     agent.save(tmp_path / "agent")
     loaded = PIPPS.load(tmp_path / "agent", env=CountingEnv(first=1), device="cpu")
     assert not loaded.dynamics.is_fitted
+    for each in (agent, loaded):
+        each.dynamics.fit(max_evaluations=5)
+    for name, value in agent.dynamics.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(loaded.dynamics.state_dict()[name], value), name
 
 
 def test_save_and_load_with_objects_for_estimator_and_cost(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from tests.agents.svg.tasks import STEPS, CostRegulator, Regulator
 from totalprop import estimators
-from totalprop.agents.svg.agent import SVG
+from totalprop.agents.svg.agent import SVG, Batch
 from totalprop.agents.svg.networks import Critic
 from totalprop.agents.svg.policy import SVGPolicy
 
@@ -326,6 +327,109 @@ def test_episodes_are_the_samples_of_inf(tmp_path):
     SVG.load(tmp_path / "agent", device="cpu").predict(np.zeros(2, np.float32))
     with pytest.raises(ValueError, match="does not work with 1 sample"):
         SVG.load(tmp_path / "agent", env=vector(n=1), device="cpu")
+
+
+# One step of each part, by hand
+
+
+def five_transitions():
+    """Two of them terminate, and actions lie beyond the bounds."""
+    source = torch.Generator().manual_seed(1)
+    states, actions, following = (torch.randn(5, 2, generator=source) for _ in range(3))
+    rewards, densities = torch.randn(5, generator=source), torch.zeros(5)
+    ends = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0])
+    return Batch(states, 2 * actions, rewards, following, ends, densities)
+
+
+@pytest.mark.parametrize("variant", ["0", "1", "1-er", "dpg"])
+def test_what_the_critic_is_fitted_to(variant, monkeypatch):
+    """Heess et al. 2015, Alg. 4: y = r + γ V'(s'), weighted for states of another policy."""
+    agent = make(variant=variant).learn(4 * STEPS)
+    batch, seen, loss = five_transitions(), [], agent.critic.loss
+    now = agent.policy.log_prob(batch.states, batch.actions).detach()
+    batch = batch._replace(log_probs=now - torch.tensor([3.0, 0.5, 0.0, -0.5, -2.0]))
+    monkeypatch.setattr(agent, "_draw", lambda **how: batch)
+    monkeypatch.setattr(agent.critic, "loss", lambda *args: seen.append(args) or loss(*args))
+    weights = torch.ones(5)
+    if variant in ("1", "1-er"):
+        value = agent.critic.of_target(batch.next_states)
+        weights = torch.tensor([3.0, 0.5, 0.0, -0.5, -2.0]).exp().clamp(max=5)
+    else:
+        mean, std = agent.policy.zeta({}, batch.next_states)
+        noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(7))
+        then = mean if variant == "dpg" else mean + std * noise
+        value = agent.critic.of_target(batch.next_states, then.detach().clamp(-1, 1))
+    agent._generator.manual_seed(7)
+    agent._update_critic(defaultdict(list))
+    ((targets, given, *inputs),) = seen
+    expected = batch.rewards + 0.9 * torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0]) * value
+    torch.testing.assert_close(targets, expected.detach())
+    torch.testing.assert_close(given, weights)
+    assert torch.equal(inputs[0], batch.states)
+    assert len(inputs) == 1 or torch.equal(inputs[1], batch.actions.clamp(-1, 1))
+
+
+class Uneven(Regulator):
+    """Its episodes end after this many steps."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+
+    def step(self, action):
+        observation, reward, *_ = super().step(action)
+        return observation, reward, False, self.time >= self.length, {}
+
+
+def test_episodes_of_unequal_length_are_padded_with_their_last_state(monkeypatch):
+    env = DummyVecEnv([lambda n=n: Monitor(Uneven(n)) for n in (3, 5)])
+    agent, seen = make(env, variant="inf"), []
+    original = agent._paths
+
+    def spy():
+        paths = original()
+        episodes = [agent._to_batch(rows) for rows in agent.replay.episodes()]
+        seen.append((paths, episodes))
+        return paths
+
+    monkeypatch.setattr(agent, "_paths", spy)
+    agent.learn(10)
+    paths, episodes = seen[0]
+    lengths = [len(episode.states) for episode in episodes]
+    assert sorted(lengths) == [3, 5] and paths.states.shape == (6, 2, 2)
+    for i, (episode, n) in enumerate(zip(episodes, lengths, strict=True)):
+        assert torch.equal(paths.is_alive[:, i], (torch.arange(5) < n).float())
+        assert torch.equal(paths.states[:n, i], episode.states)
+        assert torch.equal(paths.states[n:, i], episode.next_states[-1].expand(6 - n, -1))
+        assert torch.equal(paths.actions[:n, i], episode.actions)
+        assert not paths.actions[n:, i].any()
+
+
+@pytest.mark.parametrize("variant", ["0", "1", "1-er", "dpg"])
+def test_only_replay_improves_the_policy_on_earlier_rounds(variant, monkeypatch):
+    agent, asked = make(variant=variant).learn(4 * STEPS), []
+    monkeypatch.setattr(
+        agent, "_draw", lambda *, recent=False: asked.append(recent) or five_transitions()
+    )
+    agent._objective(defaultdict(list))
+    assert asked == [variant != "1-er"]
+
+
+@pytest.mark.parametrize("of", ["_predict_next", "_reward_of", "_action_value"])
+def test_beyond_the_bounds_an_action_has_no_gradient(of):
+    agent = make(variant="0" if of == "_action_value" else "1").learn(4 * STEPS)
+    states = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+
+    def value(actions):
+        args = (states, actions, states) if of == "_reward_of" else (states, actions)
+        found = getattr(agent, of)(*args)
+        return (found[0] if of == "_predict_next" else found).sum()
+
+    for scale, inside in ((0.5, True), (2.0, False)):
+        actions = torch.full((3, 2), scale, requires_grad=True)
+        (gradient,) = torch.autograd.grad(value(actions), actions)
+        assert gradient.any() == inside
+    assert torch.equal(value(torch.full((3, 2), 2.0)), value(torch.ones(3, 2)))
 
 
 # Learning
