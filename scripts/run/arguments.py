@@ -31,7 +31,7 @@ from totalprop.agents.core.validation import RANGES, constructor_hints
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import in_one_line, shown
 from totalprop.scripts.commands import add_import
-from totalprop.scripts.flag_types import Parser, at_least, integer
+from totalprop.scripts.flag_types import Parser, integer
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import check_import, env_arg_flags, our_id, parse_env_args
 from totalprop.scripts.run.hub import local
@@ -375,9 +375,7 @@ def parse_resume(arguments: Sequence[str]) -> tuple[Path, int | None, list[str]]
     parser = Parser("totalprop train", description="Resume a run.")
     parser.add_argument("--resume", type=Path, required=True, metavar="RUN", help="its folder")
     parser.add_argument(
-        "--total-timesteps",
-        type=at_least(1),
-        help="steps in all, to extend a run beyond what it was for",
+        "--total-timesteps", type=int, help="steps in all, to extend a run beyond what it was for"
     )
     add_import(parser)
     options = parser.parse_args(arguments)
