@@ -265,7 +265,7 @@ def _variance(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--learning-rate",
-        type=real(least=0),
+        type=real(least=0, most=1e300),
         default=0.1,
         help="step size of --updates (default: 0.1)",
     )
@@ -277,7 +277,7 @@ def _variance(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--delta",
-        type=real(above=0),
+        type=real(above=0, most=1e300),
         default=1.0,
         help="cost of an extra action, in units of the cost of an extra state (default: 1)",
     )
@@ -463,7 +463,7 @@ def _plot(parser: ArgumentParser) -> None:
     add(
         "--normalise",
         nargs=2,
-        type=real(),
+        type=float,  # plot says what is wrong with the pair
         metavar=("LOW", "HIGH"),
         help="returns that have the scores 0 and 1, with --profile; of costs the worst comes first "
         "(default: 0 1000 in the control suite)",

@@ -60,8 +60,8 @@ class _Objective(NamedTuple):
     shape: tuple[int, ...]  # of k, see `Actor.meter`; () if there is no node
 
 
-# What can be changed where the policy's gradient is not finite.
 LEAST_STEPS = 6  # of a round of episodes, so that every estimator has the samples it needs
+# What can be changed where the policy's gradient is not finite.
 REMEDIES = {"policy": "smaller step sizes: learning_rate, value_learning_rate, model_learning_rate"}
 
 

@@ -72,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; on wrong usage, exit with code 2."""
-    parser = parser_of("peer")
-    options = parser.parse_args(arguments)
-    return options
+    return parser_of("peer").parse_args(arguments)
 
 
 def read_record(options: argparse.Namespace) -> dict[str, Any]:

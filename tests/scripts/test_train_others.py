@@ -372,7 +372,7 @@ def test_variance_shows_a_trained_policy_what_it_was_trained_on(tmp_path, monkey
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["--delta", "0"], 2, "--delta must be above 0, got 0"),
+        (["--delta", "0"], 2, "--delta must be above 0 and at most 1e+300, got 0"),
         (["--rollouts", "1"], 2, "--rollouts must be at least 2, got 1"),
         (["--env-id", "InvertedPendulum-v5"], 1, "rewound"),
         (["--env-id", "totalprop/CartPoleSwingUp-v0", "--steps", "31"], 1, "before --steps 31"),
