@@ -37,13 +37,14 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: [O, I], contiguous or transposed; a slice of a larger matrix would be slow.
         bias: [O] or None.
     """
-    if not _is_plain(x, weight) or x.numel() * len(weight) < MIN_WORK:
+    if not is_plain(x, weight) or x.numel() * len(weight) < MIN_WORK:
         return linear(x, weight, bias)
     out: Tensor = _OneDNNLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return out.view(*x.shape[:-1], len(weight))
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
+def is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is float32 on the CPU that nothing traces, maps, or runs in bfloat16."""
     return (
         HAS_ONEDNN
         and x.device.type == "cpu"

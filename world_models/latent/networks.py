@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from totalprop.world_models.latent.convolution import FewChannelsConvTranspose2d, PatchConv2d
 from totalprop.world_models.latent.linear import Linear, fast_linear
 
 IMAGE_SIZE = 64  # four VALID convolutions with kernel 4 and stride 2 reduce it to 2 x 2
@@ -83,8 +84,9 @@ class ImageEncoder(nn.Module):
     def __init__(self, channels: int, *, depth: int, layer_norm: bool = False) -> None:
         super().__init__()
         sizes = [channels, depth, 2 * depth, 4 * depth, 8 * depth]
+        kinds = [nn.Conv2d, nn.Conv2d, nn.Conv2d, PatchConv2d]
         self.layers = nn.ModuleList(
-            nn.Conv2d(a, b, kernel_size=4, stride=2) for a, b in pairwise(sizes)
+            kind(a, b, kernel_size=4, stride=2) for kind, (a, b) in zip(kinds, pairwise(sizes))
         )
         self.activations = nn.ModuleList(_activation(size, layer_norm) for size in sizes[1:])
         self.outputs = 2 * 2 * 8 * depth
@@ -133,7 +135,7 @@ class ImageDecoder(nn.Module):
             _activation(2 * depth, layer_norm),
             nn.ConvTranspose2d(2 * depth, depth, kernel_size=6, stride=2),
             _activation(depth, layer_norm),
-            nn.ConvTranspose2d(depth, channels, kernel_size=6, stride=2),
+            FewChannelsConvTranspose2d(depth, channels, kernel_size=6),
         )
 
     def forward(self, features: Tensor) -> Tensor:
