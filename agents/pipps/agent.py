@@ -261,7 +261,7 @@ class PIPPS(TrialAlgorithm):
 
     def _simulate_trial(self, model: ParticleModel) -> tuple[float, np.ndarray]:
         """Cost and states [H + 1, N, S] that the new policy is predicted to have in a trial."""
-        size = self.horizon, self.n_particles, model.start_mean.shape[-1]
+        size = self.horizon, self.n_particles, model.n_states
         noise = Noise.draw(*size, self._generator, resample=False)
         with torch.no_grad():
             loss, _, states = simulate(model, self.policy, noise, estimators.make("rp"))

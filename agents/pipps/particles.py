@@ -14,7 +14,13 @@ from torch import Tensor
 
 from totalprop.agents.trials.controllers import Controller, ControllerPolicy
 from totalprop.agents.trials.problem import Cost, StateFunction
-from totalprop.estimators import ControlProbe, Estimator, assign_credit
+from totalprop.estimators import (
+    ControlProbe,
+    Estimator,
+    PolicyGradient,
+    assign_credit,
+    gradient,
+)
 from totalprop.estimators.mixing import pathwise
 from totalprop.world_models.gp_dynamics import GPDynamics, Prediction
 from totalprop.world_models.moment_matching import take
@@ -88,6 +94,11 @@ class ParticleModel:
     termination: StateFunction | None = None
     termination_cost: float = 0.0
 
+    @property
+    def n_states(self) -> int:
+        """S."""
+        return self.start_mean.shape[-1]
+
 
 def simulate(
     model: ParticleModel,
@@ -125,7 +136,7 @@ def simulate(
     needs_probe = estimator.probe != "none" or tap is not None
     dynamics, dims = model.dynamics, model.dynamics.predicted_dims
     noise_variance = dynamics.noise.square() * model.noise_multiplier
-    mean = model.start_mean.view(-1, model.start_mean.shape[-1])
+    mean = model.start_mean.view(-1, model.n_states)
     turn = torch.arange(len(noise.start), device=mean.device) % len(mean)
     x = mean[turn] + model.start_std * noise.start
     credit = x.new_zeros(len(x))
@@ -185,6 +196,37 @@ def simulate(
         costs = weight * costs + (1 - weight) * model.termination_cost
     loss = assign_credit(costs, torch.stack(credits)).sum(0).mean()
     return loss, costs.detach(), path.detach()
+
+
+def policy_gradient(
+    model: ParticleModel,
+    policy: ControllerPolicy,
+    noise: Noise,
+    estimator: Estimator,
+    *,
+    per_sample: bool = False,
+    meter: Tensor | None = None,
+    gauge: Tensor | None = None,
+) -> PolicyGradient:
+    """The estimator's gradient of `simulate`'s loss, with respect to the policy's parameters.
+
+    Args:
+        model: what is simulated.
+        policy: the controller.
+        noise: of the simulation.
+        estimator: of every node.
+        per_sample: whether the gradient of each particle is asked for, too.
+        meter: as in `simulate`.
+        gauge: as in `simulate`.
+    """
+
+    def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
+        return simulate(model, policy, noise, estimator, tap=tap, meter=meter, gauge=gauge)[0]
+
+    return gradient(
+        rollout, list(policy.parameters()), estimator,
+        samples=len(noise.start), per_sample=per_sample, meter=meter, gauge=gauge,
+    )  # fmt: skip
 
 
 def _get(whole: Tensor, rows: Rows) -> Tensor:

@@ -16,11 +16,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from totalprop.agents.core import figures
 from totalprop.agents.core.metrics import PICTURE, QUIET, record_gauge
-from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
+from totalprop.agents.pipps.particles import Noise, ParticleModel, policy_gradient
 from totalprop.agents.trials import optimisers
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.agents.trials.optimisers import Cooling, Evaluation
-from totalprop.estimators import Estimator, gradient
+from totalprop.estimators import Estimator
 from totalprop.estimators.gauge import SHAPE
 
 DIAGNOSE_EVERY = 25  # gradient steps between measurements of k and of the gradient's noise
@@ -122,7 +122,6 @@ def optimise_policy(
         FloatingPointError: no gradient was finite.
     """
     log, parameters = SearchLog(), list(policy.parameters())
-    n_states = model.start_mean.shape[-1]
     needs_variance = settings.optimizer == "rmsprop2018"
 
     cooling = None
@@ -135,7 +134,7 @@ def optimise_policy(
         return Noise.draw(
             settings.horizon,
             settings.n_particles,
-            n_states,
+            model.n_states,
             generator,
             resample=settings.resample,
             n_basis=policy.n_basis,
@@ -156,14 +155,11 @@ def optimise_policy(
             if not settings.resample:  # resampled particles depend on each other
                 gauge = noise.start.new_zeros(settings.horizon, *SHAPE, requires_grad=True)
 
-        def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
-            return simulate(model, policy, noise, estimator, tap=tap, meter=meter, gauge=gauge)[0]
-
-        result = gradient(
-            rollout,
-            parameters,
+        result = policy_gradient(
+            model,
+            policy,
+            noise,
             settings.estimator,
-            samples=settings.n_particles,
             per_sample=needs_variance or diagnose,
             meter=meter,
             gauge=gauge,

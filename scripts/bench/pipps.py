@@ -28,7 +28,7 @@ import totalprop.envs  # noqa: F401  (registers our environments)
 import totalprop.estimators as estimators
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.persistence.safe_file import write_text
-from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
+from totalprop.agents.pipps.particles import Noise, ParticleModel, policy_gradient
 from totalprop.agents.trials.controllers import RBFPolicy
 from totalprop.scripts.bench.checkpoint import bench_checkpoint
 from totalprop.scripts.bench.dreamer import bench_dreamer
@@ -122,16 +122,10 @@ def bench_pipps(points: int, repeats: int) -> dict[str, float]:
     keep_freed_memory()  # as PIPPS does
     model, policy = random_problem(points)
     noise = Noise.draw(HORIZON, PARTICLES, 4, torch.Generator().manual_seed(0), resample=False)
-    parameters = list(policy.parameters())
 
-    def policy_gradient(name: str, model: ParticleModel = model) -> Callable[[], object]:
+    def timed(name: str, model: ParticleModel = model) -> Callable[[], object]:
         estimator = estimators.make(name)
-        return lambda: estimators.gradient(
-            lambda estimator, tap: simulate(model, policy, noise, estimator, tap=tap)[0],
-            parameters,
-            estimator,
-            samples=PARTICLES,
-        )
+        return lambda: policy_gradient(model, policy, noise, estimator)
 
     k, precision = torch.rand(4, PARTICLES, points).double(), torch.rand(4, points, points).double()
 
@@ -139,11 +133,11 @@ def bench_pipps(points: int, repeats: int) -> dict[str, float]:
         for _ in range(HORIZON):
             torch.bmm(k, precision)
 
-    tasks = {name: policy_gradient(name) for name in ESTIMATORS}
+    tasks = {name: timed(name) for name in ESTIMATORS}
     tasks["floor"] = floor
     gpytorch_model = _gpytorch_model(model)
     if gpytorch_model is not None:
-        tasks["gpytorch"] = policy_gradient("rp", gpytorch_model)
+        tasks["gpytorch"] = timed("rp", gpytorch_model)
     seconds = interleaved_medians(tasks, repeats)
     ratios = {f"{name} / rp": seconds[name] / seconds["rp"] for name in ESTIMATORS[1:]}
     row = {"GP data points": points, "seconds (rp)": seconds["rp"], **ratios}

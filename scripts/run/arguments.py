@@ -16,7 +16,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -64,6 +64,38 @@ def _integers(of: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         is_instance=lambda value: type(value) is int,
         str_from_instance=lambda value: [str(value)],
     )
+
+
+class Integers(tuple[int, ...]):
+    """A list of integers in one word of a flag, 0,2 or [0,2]."""
+
+    metavar = "INT,INT"
+
+
+class Numbers(tuple[float, ...]):
+    """A list of numbers in one word of a flag, -1,0.5 or [-1,0.5]."""
+
+    metavar = "FLOAT,FLOAT"
+
+
+@REGISTRY.primitive_rule
+def _lists(of: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if of.type not in (Integers, Numbers):
+        return None
+    read: Callable[[str], Any] = integer if of.type is Integers else float
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=of.type.metavar,
+        instance_from_str=lambda words: tuple(map(read, words[0].strip("[]").split(","))),
+        is_instance=lambda value: isinstance(value, tuple | list),
+        str_from_instance=lambda value: list(to_words([value])),
+    )
+
+
+NESTED = {
+    tuple[tuple[int, int], ...]: tuple[Integers, ...],
+    Sequence[Sequence[float]]: tuple[Numbers, ...],
+}
 
 
 def agent_flags(agent: str) -> type:
@@ -128,9 +160,8 @@ def _typed(hint: Any) -> Any:
     if get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
     types_of_text = (int, float, str, bool, type(None))
-    plain = [
-        m for m in get_args(hint) if _base(m) in types_of_text or get_origin(m) in (Literal, tuple)
-    ]
+    members = [NESTED.get(m, m) for m in get_args(hint)]
+    plain = [m for m in members if _base(m) in types_of_text or get_origin(m) in (Literal, tuple)]
     return typing.Union[tuple(plain)]  # noqa: UP007  (built at run time)
 
 
@@ -139,13 +170,15 @@ def _base(hint: Any) -> Any:
 
 
 def _metavar(hint: Any) -> str | None:
-    """Return a number's type and range, such as INT ≥ 2; None where tyro's own text is enough."""
+    """Return a type and range, such as INT ≥ 2; None where tyro's own text is enough."""
     members = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     words = [
         word for member in members if get_origin(member) is Literal for word in get_args(member)
     ]
     others = "".join(f" | {word}" for word in words + ["None"] * (type(None) in members))
     for member in members:
+        if member in NESTED.values():
+            return f"{get_args(member)[0].metavar} ...{others}"
         for found in getattr(member, "__metadata__", ()):
             if isinstance(found, RANGES) and found.symbol:
                 return f"{_base(member).__name__.upper()} {found.symbol}{others}"

@@ -111,10 +111,16 @@ def to_flag(name: str, value: Any) -> Any:
 
 
 def to_words(value: Mapping[str, Sequence[Any]] | Sequence[Any]) -> tuple[str, ...]:
-    """Format a list, or a mapping to lists, for a flag: 256 256, or pi=512,512 vf=1024,1024."""
+    """Format a list, of lists, too, or a mapping to lists, for a flag.
+
+    256 256, or [0,2] [1,3], or pi=512,512 vf=1024,1024.
+    """
     if isinstance(value, Mapping):
         return tuple(f"{key}={','.join(map(str, items))}" for key, items in value.items())
-    return tuple(map(str, value))
+    return tuple(
+        f"[{','.join(map(str, item))}]" if isinstance(item, list | tuple) else str(item)
+        for item in value
+    )
 
 
 def from_flag(name: str, value: Any) -> Any:

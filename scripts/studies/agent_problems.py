@@ -18,8 +18,8 @@ from totalprop.agents import PIPPS, DreamerTPX
 from totalprop.agents.dreamer.actions import Choices
 from totalprop.agents.dreamer.imagination import ImaginationNoise
 from totalprop.agents.dreamer.update import DreamerUpdate
-from totalprop.agents.pipps.particles import Noise, simulate
-from totalprop.estimators import Estimator, gradient, make
+from totalprop.agents.pipps.particles import Noise, policy_gradient, simulate
+from totalprop.estimators import Estimator, make
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import RunFolder, make_env
 from totalprop.world_models.latent.model import State
@@ -60,16 +60,11 @@ class PIPPSProblem:
     def draw(self, horizon: int, n: int, seed: int) -> Noise:
         """The noise of n particles, from a seed."""
         generator = torch.Generator(self.model.start_mean.device).manual_seed(seed)
-        size = len(self.model.start_mean)
-        return Noise.draw(horizon, n, size, generator, resample=False)
+        return Noise.draw(horizon, n, self.model.n_states, generator, resample=False)
 
     def gradient(self, estimator: Estimator, noise: Noise) -> Tensor:
         """The estimator's gradient, or a sketch of it."""
-
-        def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
-            return simulate(self.model, self.policy, noise, estimator, tap=tap)[0]
-
-        found = gradient(rollout, self.parameters, estimator, samples=len(noise.start))
+        found = policy_gradient(self.model, self.policy, noise, estimator)
         return self._sketch(found.gradients)
 
     def loss(self, noise: Noise) -> Tensor:

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from totalprop import PIPPS
 from totalprop.agents.persistence.safe_file import write_text
-from totalprop.agents.pipps.particles import Noise, ParticleModel, simulate
+from totalprop.agents.pipps.particles import Noise, ParticleModel, policy_gradient
 from totalprop.agents.trials.controllers import ControllerPolicy
-from totalprop.estimators import gradient, make
+from totalprop.estimators import make
 from totalprop.scripts.bench.pipps import random_problem
 from totalprop.scripts.flag_types import Parser
 from totalprop.scripts.run.folder import current_commit
@@ -115,19 +115,11 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """[R, P] gradients and [R, H, S] weights k; the noise is the same for all estimators."""
     rows, weights = [], []
-    generator, states = torch.Generator().manual_seed(0), len(model.start_mean)
+    generator, states = torch.Generator().manual_seed(0), model.n_states
     for _ in range(repeats):
         noise = Noise.draw(STEPS, particles, states, generator, resample=False)
         meter = torch.zeros(STEPS, states, dtype=torch.float64, requires_grad=True)
-        found = gradient(
-            lambda estimator, tap, noise=noise, meter=meter: simulate(  # type: ignore[misc]
-                model, policy, noise, estimator, tap=tap, meter=meter
-            )[0],
-            list(policy.parameters()),
-            make(name),
-            samples=particles,
-            meter=meter,
-        )
+        found = policy_gradient(model, policy, noise, make(name), meter=meter)
         assert found.k is not None
         rows.append(torch.cat([g.flatten() for g in found.gradients]))
         weights.append(found.k)

@@ -69,7 +69,7 @@ class Landscape(NamedTuple):
 
 
 class Box(NamedTuple):
-    """The value of states about the mean of p(x_1), over two entries of the state."""
+    """The value of states about the mean of p(x_1), over two entries that are predicted."""
 
     first: np.ndarray  # [X] of the cart-pole: m
     second: np.ndarray  # [Y] rad
@@ -112,12 +112,12 @@ def measure(options: argparse.Namespace, command: str) -> None:
     line = PolicyLine(options.run, options.direction)
     settings: dict[str, Any] = {"policy": line.digest}
     settings |= {name: getattr(options, name) for name in ("direction", "particles", "seed")}
-    of_boxes: dict[str, Any] = {
-        "box_points": options.box_points,
-        "axes": list(line.state_names[:2]),
-    }
-    if min(len(of_boxes["axes"]), line.horizon) < 2:
-        raise UserError(f"{options.run} has one step, or a state of one entry: a box needs two")
+    axes = [line.state_names[d] for d in line.model.dynamics.predicted_dims[:2]]
+    of_boxes: dict[str, Any] = {"box_points": options.box_points, "axes": axes}
+    if min(len(axes), line.horizon) < 2:
+        raise UserError(
+            f"{options.run} has one step, or predicts one entry of the state: a box needs two"
+        )
     found = Measurements(
         options.out / "landscape.csv", settings, keys=KEYS, values=NUMBERS, command=command
     )
@@ -150,10 +150,11 @@ def measure(options: argparse.Namespace, command: str) -> None:
 
 
 def box_at(line: PolicyLine, points: int, seed: int) -> Box:
-    """The value around the mean prediction of x_1 from the centre of the starts.
+    """The value around the mean prediction of x_1 from the centre of the (first) start.
 
     V(x_1) = Σ_{t≥1} c(x_t), averaged over BOX_PARTICLES seeds that are the same at every x_1. All
-    entries of x_1 but the first two are those of the mean. Parmas et al. 2018, Sec. 4.1.1.
+    predicted entries of x_1 but the first two are those of the mean. Parmas et al. 2018,
+    Sec. 4.1.1.
 
     Args:
         line: at the policy.
@@ -163,7 +164,7 @@ def box_at(line: PolicyLine, points: int, seed: int) -> Box:
     model, horizon = line.model, line.horizon
     own = line.draw(BOX_PARTICLES, seed)
     with torch.no_grad():
-        centre = model.start_mean.unsqueeze(0)
+        centre = model.start_mean.view(-1, model.n_states)[:1]
         found = model.dynamics.predict(centre, line.policy.controller()(centre))
         mean = found.mean[0]
         variance = model.dynamics.noise.square() * model.noise_multiplier
@@ -172,12 +173,13 @@ def box_at(line: PolicyLine, points: int, seed: int) -> Box:
         std = variance.sqrt()
         z = torch.linspace(-CORNERS, CORNERS, points).to(mean)
         corners = mean.new_zeros(points, points, len(mean))
-        corners[..., 0], corners[..., 1] = z, z.unsqueeze(1)  # [angles, positions, S]
-        starts = corners.view(-1, len(mean)).repeat_interleave(BOX_PARTICLES, 0)
+        corners[..., 0], corners[..., 1] = z, z.unsqueeze(1)  # [second, first, E]
+        corners = corners.view(-1, len(mean)).repeat_interleave(BOX_PARTICLES, 0)
+        x1 = model.dynamics.complete(centre, mean + std * corners)
         moving = own.model[: horizon - 1].repeat(1, points * points, 1)
-        from_x1 = dataclasses.replace(model, start_mean=mean, start_std=std)
-        _, costs, _ = simulate(from_x1, line.policy, Noise(starts, moving, None), make("rp"))
-        x1 = mean + std * starts
+        noise = Noise(torch.zeros_like(x1), moving, None)
+        from_x1 = dataclasses.replace(model, start_mean=x1)
+        _, costs, _ = simulate(from_x1, line.policy, noise, make("rp"))
         first = model.cost(x1, line.policy.controller()(x1))
     values = (first + costs.sum(0)).view(points, points, BOX_PARTICLES).mean(-1)
     sides: list[Tensor] = [mean[d] + std[d] * z for d in (0, 1)]

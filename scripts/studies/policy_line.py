@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from totalprop.agents.core.validation import try_estimator
-from totalprop.agents.pipps.particles import Noise, simulate
-from totalprop.estimators import Estimator, PolicyGradient, gradient, make
+from totalprop.agents.pipps.particles import Noise, policy_gradient, simulate
+from totalprop.estimators import Estimator, make
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.studies.agent_problems import PIPPSProblem, agent_problem
 from totalprop.scripts.studies.estimator_names import estimator_with_leg
@@ -81,8 +81,7 @@ class PolicyLine:
     def draw(self, n: int, seed: int, *, resample: bool = False) -> Noise:
         """The noise of n particles, from a seed."""
         generator = torch.Generator(self._start.device).manual_seed(seed)
-        states = len(self.model.start_mean)
-        return Noise.draw(self.horizon, n, states, generator, resample=resample)
+        return Noise.draw(self.horizon, n, self.model.n_states, generator, resample=resample)
 
     def returns(self, noise: Noise) -> Tensor:
         """[N] the cost of each particle's trajectory at the policy."""
@@ -92,20 +91,11 @@ class PolicyLine:
 
     def slope(self, estimator: Estimator, noise: Noise) -> Tensor:
         """[] vᵀ dJ/dθ, the gradient along the line."""
-        found = self._gradient(estimator, noise, per_sample=False)
+        found = policy_gradient(self.model, self.policy, noise, estimator)
         return torch.cat([g.flatten() for g in found.gradients]) @ self.direction
 
     def slopes(self, estimator: Estimator, noise: Noise) -> Tensor:
         """[N] the gradient along the line of each particle; `slope` is their mean."""
-        found = self._gradient(estimator, noise, per_sample=True)
+        found = policy_gradient(self.model, self.policy, noise, estimator, per_sample=True)
         assert found.per_sample is not None
         return len(found.per_sample) * (found.per_sample @ self.direction)
-
-    def _gradient(self, estimator: Estimator, noise: Noise, *, per_sample: bool) -> PolicyGradient:
-        def rollout(estimator: Estimator, tap: Tensor | None) -> Tensor:
-            return simulate(self.model, self.policy, noise, estimator, tap=tap)[0]
-
-        return gradient(
-            rollout, self._parameters, estimator,
-            samples=len(noise.start), per_sample=per_sample,
-        )  # fmt: skip

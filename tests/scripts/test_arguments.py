@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import types
+import typing
 from typing import Literal, Union, get_args, get_origin
 
 import pytest
@@ -234,6 +235,7 @@ def test_the_unicycles_preset_is_its_task_with_a_linear_controller():
         ["dreamer", "--preset", "laptop", "--deter", "7", "--no-tensorboard", "--seed", "None"],
         ["daappo", "--preset", "mbma2023", "--name", "a b", "--target-kl", "0.02"],
         ["daappo", "--net-arch", "8", "--clip-range-vf", "None", "--env-arg", "action_repeat=2"],
+        ["pipps", "--integrated-dims", "0,2", "[1,3]", "--start-means", "[-1,3,0,0]", "1,3,0,.5"],
     ],
     ids=" ".join,
 )
@@ -246,6 +248,20 @@ def test_a_runs_config_is_a_command_line(tmp_path, arguments, suffix):
     assert again.flags() == wanted.flags()
     assert again.options.name == wanted.options.name
     assert job(arguments[0], f"--config={path}").flags() == wanted.flags()
+
+
+def test_lists_of_lists_are_a_word_for_each(capsys):
+    made = job("pilco", "--integrated-dims", "0,2", "[1,3]", "--start-means", "-1,3,0,.5", "1,2")
+    assert made.arguments["integrated_dims"] == ((0, 2), (1, 3))
+    assert made.arguments["start_means"] == ((-1.0, 3.0, 0.0, 0.5), (1.0, 2.0))
+    assert "--integrated-dims cannot be 0,x" in refused(capsys, "pilco", "--integrated-dims", "0,x")
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_every_flag_takes_more_than_none(agent):
+    for flags in (agent_flags(agent), policy_flags(agent)):
+        hints = typing.get_type_hints(flags)
+        assert type(None) not in hints.values(), hints
 
 
 def test_a_yaml_file_of_settings_and_flags_that_override_it(tmp_path):

@@ -16,15 +16,18 @@ from totalprop.scripts.studies.pipps_landscape import Landscape, box_at
 from totalprop.scripts.studies.policy_line import PolicyLine, estimator_named
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def train(runs, *flags):
     """The folder of a short run of pipps."""
-    runs = tmp_path_factory.mktemp("runs")
     command = ["pipps", "--n-particles", "20", "--gradient-steps", "1", "--total-timesteps", "30"]
-    command += ["--runs", str(runs), "--name", "pipps", "--threads", "1", "--no-progress"]
+    command += ["--runs", str(runs), "--name", "pipps", "--threads", "1", "--no-progress", *flags]
     done = forked.run("totalprop.scripts.train", command)
     assert done.returncode == 0, done.stderr
     return runs / "pipps"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,31 @@ def test_a_box_is_the_value_of_each_state(line):
     assert box.values[1, 1] == pytest.approx(float(cost.mean()))
     assert (box.first[1], box.second[1]) == pytest.approx(x1[:2].tolist())
     assert len(np.unique(box.values.round(9))) == 9
+
+
+def test_a_run_with_several_starts_and_integrated_positions(tmp_path):
+    """A box then is over the two velocities, which alone are predicted, from the first start."""
+    run = train(tmp_path, "--speed-integration", "on", "--start-means", "0,0,0,0", "1,0,2,0")
+    line = PolicyLine(run, direction=0)
+    noise, model, control = line.draw(20, 0), line.model, line.policy.controller()
+    assert line.slopes(make("tpx"), noise).shape == (20,)
+    box = box_at(line, 3, seed=4)
+    start = torch.zeros(1, 4, dtype=torch.float64)
+    with torch.no_grad():
+        found = model.dynamics.predict(start, control(start))
+        x = model.dynamics.complete(start, found.mean).expand(4, -1)
+        assert (box.first[1], box.second[1]) == pytest.approx(found.mean[0].tolist())
+        cost = model.cost(x, None)
+        for z in line.draw(4, 4).model[: line.horizon - 1]:
+            found = model.dynamics.predict(x, control(x))
+            std = (found.variance + model.dynamics.noise.square()).sqrt()
+            moved = found.mean + std * z[:, model.dynamics.predicted_dims]
+            x = model.dynamics.complete(x, moved)
+            cost = cost + model.cost(x, None)
+    assert box.values[1, 1] == pytest.approx(float(cost.mean()))
+    landscape(run, tmp_path / "out")
+    header = (tmp_path / "out" / "boxes.csv").read_text().splitlines()[0]
+    assert json.loads(header[1:])["axes"] == ["cart [m/s]", "pole [rad/s]"]
 
 
 def test_growth_and_differences_by_hand():
