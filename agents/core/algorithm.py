@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import warnings
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -134,6 +135,7 @@ class Algorithm(BaseAlgorithm):
     group: dist.ProcessGroup | None = None  # an argument of agents that several can learn
     _fixed: Mapping[str, Any] = MappingProxyType({})
     _own_names: frozenset[str] = frozenset()  # of attributes, when the agent was made
+    _own_lr_schedule: Any = None  # that was made of `learning_rate`
     _generator: torch.Generator
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -243,18 +245,28 @@ class Algorithm(BaseAlgorithm):
         self, total_timesteps: int, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         total_timesteps = self._check_call(total_timesteps)
-        self._setup_lr_schedule()
+        self._renew_lr_schedule()
         assert self.env is not None
         share_statistics(unwrap_vec_normalize(self.env), self._processes)
         return super()._setup_learn(total_timesteps, *args, **kwargs)
 
-    def _step_size(self) -> float:
-        """The learning rate of this round: the attribute may have been set since the last one."""
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        self._own_lr_schedule = self.lr_schedule
+
+    def _renew_lr_schedule(self) -> None:
+        """Take over a `learning_rate` or an `lr_schedule` that was set since the last round."""
+        if self.lr_schedule is not self._own_lr_schedule:
+            self.learning_rate = self.lr_schedule
         self._setup_lr_schedule()
+
+    def _step_size(self) -> float:
+        """The learning rate of this round."""
+        self._renew_lr_schedule()
         return float(self.lr_schedule(self._current_progress_remaining))
 
     def _update_learning_rate(self, optimizers: Any) -> None:
-        self._setup_lr_schedule()
+        self._renew_lr_schedule()
         super()._update_learning_rate(optimizers)
 
     def _check_call(self, total_timesteps: int) -> int:
@@ -304,7 +316,10 @@ class Algorithm(BaseAlgorithm):
         self._own_names = frozenset(vars(self))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_fixed", "_own_names", "group", "phase"]
+        return [
+            *super()._excluded_save_params(), "_fixed", "_own_names", "_own_lr_schedule", "group",
+            "phase",
+        ]  # fmt: skip
 
     def refuse_vec_normalize(self, env: GymEnv | None) -> None:
         """Raise ValueError if `env` is in VecNormalize and the agent cannot work with that."""
@@ -372,14 +387,14 @@ class Algorithm(BaseAlgorithm):
                 older one is unchanged.
         """
         if isinstance(path, str | Path):
-            path = _with_suffix(Path(path))
+            path = with_suffix(Path(path))
             path.parent.mkdir(parents=True, exist_ok=True)
         values, info = self.file_values(exclude, include), get_system_info(print_info=False)[1]
         for name in sorted(_ESSENTIAL & values["attributes"].keys()):
-            if not safe_file.is_held(values["attributes"][name]):
+            for place, kind in safe_file.not_held(values["attributes"][name], name):
                 warnings.warn(
-                    f"the file does not hold {name}, a {type(getattr(self, name)).__name__}: pass "
-                    f"it to load again, by name ({name}=...)",
+                    f"the file does not hold {place}, a {kind}: pass it to load again, by name "
+                    f"({name}=...)",
                     stacklevel=2,
                 )
         safe_file.write(cast("Path | IO[bytes]", path), self._file_kind(), values, note=info)
@@ -483,17 +498,19 @@ class Algorithm(BaseAlgorithm):
         attributes, parameters = values["attributes"], values["parameters"]
         kwargs = attributes["policy_kwargs"]
         passed = replaced.get("policy_kwargs", kwargs)
-        if passed != kwargs:
+        if not safe_file.agrees(passed, kwargs):
             raise ValueError(f"the file's policy_kwargs are {kwargs}, you passed {passed}")
+        if "stats_window_size" in replaced:  # which stable-baselines3 keeps under another name
+            window = {"_stats_window_size": replaced["stats_window_size"]}
+            replaced = {k: v for k, v in replaced.items() if k != "stats_window_size"} | window
         attributes = {**attributes, **replaced}
-        for name, value in list(attributes.items()):
-            if isinstance(value, NotInFile):
-                if name in _ESSENTIAL:
-                    raise ValueError(
-                        f"{name} was a {value.kind}, which files do not hold; pass it again: "
-                        f"load(path, custom_objects={{'{name}': ...}})"
-                    )
-                del attributes[name]
+        for name in sorted(_ESSENTIAL & attributes.keys()):
+            for place, kind in safe_file.not_held(attributes[name], name, read=True):
+                raise ValueError(
+                    f"{place} was a {kind}, which files do not hold; pass it again: "
+                    f"load(path, custom_objects={{'{name}': ...}})"
+                )
+        attributes = {k: v for k, v in attributes.items() if not isinstance(v, NotInFile)}
         if env is not None:
             env = cls._wrap_env(env, attributes["verbose"])
             check_for_correct_spaces(
@@ -517,6 +534,11 @@ class Algorithm(BaseAlgorithm):
             raise BadFileError(f"it holds unknown attributes: {', '.join(unknown[:3])}")
         check_attributes(agent, {k: v for k, v in attributes.items() if k not in replaced})
         vars(agent).update(attributes)
+        if "_stats_window_size" in replaced:
+            check_arguments(agent)
+            for name in ("ep_info_buffer", "ep_success_buffer"):
+                kept = deque(getattr(agent, name) or (), maxlen=agent._stats_window_size)
+                setattr(agent, name, kept)
         # A policy class that the caller passed may make what it likes.
         limit = SizeLimit(parameters) if "policy_class" not in replaced else nullcontext()
         with limit:
@@ -529,6 +551,16 @@ class Algorithm(BaseAlgorithm):
         if agent.use_sde:
             agent.policy.reset_noise()  # type: ignore[operator]
         return agent
+
+    def _check_replay_call(self, truncate_last_traj: bool) -> None:
+        """Raise ValueError where no replay can be loaded, whatever the file."""
+        if self.env is None:
+            raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
+        if not truncate_last_traj:
+            raise ValueError(
+                "truncate_last_traj must be True: the episode that was running when the replay was "
+                "saved cannot go on"
+            )
 
     def _check_given_again(self) -> None:
         """Raise ValueError if the agent was made with functions and loaded without them."""
@@ -625,7 +657,7 @@ class Algorithm(BaseAlgorithm):
     def _read(cls, path: str | Path | io.BufferedIOBase) -> dict[str, Any]:
         if isinstance(path, str | Path):
             path = Path(path)
-            path = path if path.exists() else _with_suffix(path)
+            path = existing(path)
         try:
             values = safe_file.read(cast("Path | IO[bytes]", path), cls._file_kind())
         except FileNotFoundError as error:
@@ -679,5 +711,11 @@ def _as_number(success: Any) -> float | None:
     return number if np.isfinite(number) else None
 
 
-def _with_suffix(path: Path) -> Path:
-    return path if path.suffix else path.with_name(path.name + ".zip")
+def with_suffix(path: Path, suffix: str = ".zip") -> Path:
+    """The path, with a suffix if it has none."""
+    return path if path.suffix else path.with_name(path.name + suffix)
+
+
+def existing(path: Path, suffix: str = ".zip") -> Path:
+    """The path, or where there is no such file the one that `with_suffix` makes of it."""
+    return path if path.exists() else with_suffix(path, suffix)

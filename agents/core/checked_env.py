@@ -27,6 +27,13 @@ class CheckedEnv(gym.Wrapper):
             raise AttributeError(name)
         return getattr(self.env, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set it on the environment, as `VecEnv.set_attr` means it, but for what is private."""
+        if name == "env" or name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.env, name, value)
+
     def set_wrapper_attr(self, name: str, value: Any, *, force: bool = True) -> bool:
         """Set it on what it belongs to, which is never this wrapper."""
         return self.env.set_wrapper_attr(name, value, force=force)

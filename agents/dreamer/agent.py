@@ -27,7 +27,7 @@ from stable_baselines3.common.utils import get_latest_run_id
 from torch import Tensor
 
 import totalprop.estimators as estimators
-from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.algorithm import Algorithm, existing, with_suffix
 from totalprop.agents.core.datasets import check_spaces, open_dataset
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.core.validation import (
@@ -580,8 +580,9 @@ class DreamerTPX(Algorithm):
         callback.on_rollout_start()
         seen = to_model(self._last_obs)
         while self.num_timesteps < until:
-            actions = self._act(seen)
-            new_obs, rewards, dones, infos = env.step(self.policy.to_env(actions))
+            drawn = self._act(seen)
+            actions = self.policy.to_env(drawn)
+            new_obs, rewards, dones, infos = env.step(actions)
             check_finite(self.num_timesteps, new_obs, rewards, infos, dones)  # type: ignore[arg-type]
             self.num_timesteps += n_envs
             self._since_round += n_envs
@@ -590,7 +591,7 @@ class DreamerTPX(Algorithm):
             for i in np.flatnonzero(dones):
                 end = to_model.one(infos[i]["terminal_observation"])
                 ends[i] = {**infos[i], "terminal_observation": end}
-            replay.step(actions, seen, rewards, dones, ends)
+            replay.step(drawn, seen, rewards, dones, ends)
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
             callback.update_locals(locals())
@@ -723,17 +724,21 @@ class DreamerTPX(Algorithm):
         if force_reset:
             self._memory = None
 
-    def save_replay_buffer(self, path: Any) -> None:
-        """Write the replay to a file (.npz).
+    def save_replay_buffer(self, path: str | Path) -> None:
+        """Write the replay to a file.
+
+        Args:
+            path: where to write; ".npz" is appended if it has no suffix.
 
         Raises:
             ValueError: there is no replay yet.
+            TypeError: the path is none.
         """
         if self.replay_buffer is None:
             raise ValueError("there is no replay yet: the first call of learn makes it")
-        self.replay_buffer.save(path)
+        self.replay_buffer.save(with_suffix(_path(path), ".npz"))
 
-    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
+    def load_replay_buffer(self, path: str | Path, truncate_last_traj: bool = True) -> None:
         """Read a replay that `save_replay_buffer` wrote; the next `learn` begins new episodes.
 
         Args:
@@ -743,13 +748,8 @@ class DreamerTPX(Algorithm):
         Raises:
             ValueError: no environment is set, or the file does not fit.
         """
-        if self.env is None:
-            raise ValueError("set an environment first: load(path, env=...) or set_env(env)")
-        if not truncate_last_traj:
-            raise ValueError(
-                "truncate_last_traj must be True: the episode that was running when the replay was "
-                "saved cannot go on"
-            )
+        self._check_replay_call(truncate_last_traj)
+        path = existing(_path(path), ".npz")
         if self.replay_buffer is not None:  # refuse a bad file before the old replay is lost
             self.replay_buffer.check(path)
         # A GPU may not hold two replays, so free the old one first.
@@ -1010,3 +1010,10 @@ class DreamerTPX(Algorithm):
             cuda_graph=self.cuda_graph and self.device.type == "cuda",  # or a model could not move
             processes=processes,
         )  # fmt: skip
+
+
+def _path(path: str | Path) -> Path:
+    """Raise TypeError for an open file: a replay is written and read in pieces, by its path."""
+    if not isinstance(path, str | Path):
+        raise TypeError(f"the path of a replay must be a str or Path, got {type(path).__name__}")
+    return Path(path)

@@ -79,7 +79,7 @@ class Round:
         for name, value in zip(self.scalars, averages, strict=True):
             record(f"train/{name}", float(value if name == COUNTED else value / self.count))
         record("time/updates_per_second", self.updates / (time.perf_counter() - self.started))
-        record("train/n_updates", self.agent._n_updates, exclude=QUIET)
+        record("train/n_updates", self.agent._n_updates, exclude="tensorboard")
         n = self.count
         if n == 0:
             return

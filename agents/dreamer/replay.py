@@ -167,6 +167,10 @@ class SequenceReplay:
     def __len__(self) -> int:
         return sum(min(count, self._ring) for count in self._count)
 
+    def size(self) -> int:
+        """Entries that are stored, over all environments, as in stable-baselines3."""
+        return len(self)
+
     def __repr__(self) -> str:
         return f"SequenceReplay({len(self):,} of {self.capacity:,} entries {self._where})"
 

@@ -16,7 +16,7 @@ import reprlib
 import stat
 import zipfile
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -361,9 +361,43 @@ def is_held(value: object) -> bool:
     return not (isinstance(encoded, dict) and "$missing" in encoded)
 
 
-def _missing(value: object) -> dict[str, str]:
+def not_held(value: object, place: str, *, read: bool = False) -> Iterator[tuple[str, str]]:
+    """The parts that files do not hold: where they are, such as name['key'][0], and their kind.
+
+    Args:
+        value: of any kind, with dictionaries, lists and tuples of others.
+        place: what it is called.
+        read: whether the value is from a file.
+    """
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from not_held(part, f"{place}[{key!r}]", read=read)
+    elif isinstance(value, list | tuple):
+        for i, part in enumerate(value):
+            yield from not_held(part, f"{place}[{i}]", read=read)
+    elif isinstance(value, NotInFile) if read else not is_held(value):
+        kind = value.kind if isinstance(value, NotInFile) else _kind(value)
+        yield place, kind.removeprefix("builtins.")
+
+
+def agrees(value: object, read: object) -> bool:
+    """Whether a value is what was read from a file, but for the parts that files do not hold."""
+    if isinstance(read, NotInFile):
+        return True
+    if isinstance(read, dict) and isinstance(value, dict):
+        return read.keys() == value.keys() and all(agrees(value[k], read[k]) for k in read)
+    if isinstance(read, list | tuple) and type(value) is type(read):
+        return len(read) == len(value) and all(map(agrees, value, read))
+    return value == read
+
+
+def _kind(value: object) -> str:
     kind = value if isinstance(value, type) else type(value)
-    return {"$missing": f"{kind.__module__}.{kind.__qualname__}"}
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _missing(value: object) -> dict[str, str]:
+    return {"$missing": _kind(value)}
 
 
 def _encode_estimator(value: Estimator) -> Any:

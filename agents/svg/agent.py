@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast
+from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch.distributions import Normal, kl_divergence
 
 import totalprop.agents.svg.gradients as gradients
 import totalprop.estimators as estimators
-from totalprop.agents.core.algorithm import Algorithm
+from totalprop.agents.core.algorithm import Algorithm, existing, with_suffix
 from totalprop.agents.core.metrics import record_gauge, record_progress
 from totalprop.agents.core.spaces import UnsupportedSpaceError, check_vectors, describe
 from totalprop.agents.core.validation import (
@@ -208,7 +208,7 @@ class SVG(Algorithm):
         self.model_learning_rate, self.adam_eps = model_learning_rate, adam_eps
         self.value_hidden, self.model_hidden = value_hidden, model_hidden
         self.activation, self.reward, self.cost_fn = activation, reward, cost_fn
-        self.replay: Replay | None = None
+        self.replay_buffer: Replay | None = None
         self._rounds = self._n_value_updates = self._since_round = 0
         self._needs_cost_fn = False
         if _init_setup_model:
@@ -323,8 +323,8 @@ class SVG(Algorithm):
         self._cost = self._find_cost()  # attributes may have been set since
         self._check_given_again()
         check_finite(self.num_timesteps, np.array(self._last_obs))
-        if self.replay is None:
-            self.replay = self._new_replay()
+        if self.replay_buffer is None:
+            self.replay_buffer = self._new_replay()
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
             # The start of the round: at its end, the last updates would have no step size left.
@@ -343,15 +343,15 @@ class SVG(Algorithm):
 
     def _is_due(self) -> bool:
         """Whether the round is complete."""
-        assert self.env is not None and self.replay is not None
+        assert self.env is not None and self.replay_buffer is not None
         if self.train_freq:
             return self._since_round >= self.train_freq * self.env.num_envs
-        enough = len(self.replay.finished) >= self.env.num_envs
+        enough = len(self.replay_buffer.finished) >= self.env.num_envs
         return enough and self._since_round >= LEAST_STEPS
 
     def _collect(self, callback: BaseCallback, until: int) -> bool:
         """Act until the round is complete; False if a callback stopped it."""
-        env, replay = self.env, self.replay
+        env, replay = self.env, self.replay_buffer
         assert env is not None and replay is not None
         callback.on_rollout_start()
         while self.num_timesteps < until and not self._is_due():
@@ -391,8 +391,8 @@ class SVG(Algorithm):
 
     def train(self) -> None:
         """Fit model and critic to the replay, improve the policy, and begin the next round."""
-        assert self.replay is not None
-        self._see(self.replay.take(self.replay.recent()))
+        assert self.replay_buffer is not None
+        self._see(self.replay_buffer.take(self.replay_buffer.recent()))
         rate = self._step_size()
         self._set_step_sizes(rate)
         log: dict[str, list[float]] = defaultdict(list)
@@ -404,7 +404,7 @@ class SVG(Algorithm):
                 self._update_critic(log)
         if self.num_timesteps >= self.learning_starts:
             self._improve_policy(log)
-        self.replay.begin_round()
+        self.replay_buffer.begin_round()
         self._since_round = 0
         for name, entries in log.items():
             self.logger.record(f"train/{name}", float(np.mean(entries)))
@@ -433,8 +433,8 @@ class SVG(Algorithm):
                 group.update(lr=value, eps=self.adam_eps)
 
     def _draw(self, *, recent: bool = False) -> Batch:
-        assert self.replay is not None
-        return self._to_batch(self.replay.draw(self.batch_size, self._rng, recent=recent))
+        assert self.replay_buffer is not None
+        return self._to_batch(self.replay_buffer.draw(self.batch_size, self._rng, recent=recent))
 
     def _priced(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Transitions whose rewards are minus the cost where it is known, for critic and policy."""
@@ -599,8 +599,8 @@ class SVG(Algorithm):
 
     def _paths(self) -> Paths:
         """The round's episodes, padded with their last state."""
-        assert self.replay is not None
-        episodes = [self._to_batch(rows) for rows in self.replay.episodes()]
+        assert self.replay_buffer is not None
+        episodes = [self._to_batch(rows) for rows in self.replay_buffer.episodes()]
         lengths = [len(episode.states) for episode in episodes]
         longest = max(lengths)
         states, actions = [], []
@@ -640,6 +640,40 @@ class SVG(Algorithm):
     # files
     # ----------------------------------------------------------------------------------------
 
+    def save_replay_buffer(self, path: str | Path | IO[bytes]) -> None:
+        """Write the replay to a file, which holds data alone.
+
+        Args:
+            path: where to write; ".zip" is appended if it has no suffix.
+
+        Raises:
+            ValueError: there is no replay yet.
+        """
+        if self.replay_buffer is None:
+            raise ValueError("there is no replay yet: the first call of learn makes it")
+        if isinstance(path, str | Path):
+            path = with_suffix(Path(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.replay_buffer.save(path)
+
+    def load_replay_buffer(
+        self, path: str | Path | IO[bytes], truncate_last_traj: bool = True
+    ) -> None:
+        """Read a replay that `save_replay_buffer` wrote; the next `learn` begins new episodes.
+
+        Args:
+            path: of the file.
+            truncate_last_traj: SB3's, which must be True here.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: no environment is set, or the file does not fit.
+        """
+        self._check_replay_call(truncate_last_traj)
+        replay = self._new_replay()
+        replay.load(existing(Path(path)) if isinstance(path, str | Path) else path)
+        self.replay_buffer, self._last_obs = replay, None
+
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Add the generators, and the replay in segments."""
         state: dict[str, Any] = {
@@ -648,8 +682,8 @@ class SVG(Algorithm):
             "rng": self._rng.bit_generator.state,
             "since_round": self._since_round,
         }
-        if self.replay is not None:
-            state |= self.replay.state_dict(folder)
+        if self.replay_buffer is not None:
+            state |= self.replay_buffer.state_dict(folder)
         return state
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
@@ -659,12 +693,12 @@ class SVG(Algorithm):
         self._rng.bit_generator.state = state["rng"]
         self._since_round = int(state["since_round"])
         if "transitions" in state:
-            self.replay = self._new_replay()
-            self.replay.load_state_dict(state, folder)
+            self.replay_buffer = self._new_replay()
+            self.replay_buffer.load_state_dict(state, folder)
 
     def _excluded_save_params(self) -> list[str]:
         own = [
-            "replay", "world_model", "critic", "cost_fn", "_cost", "_generator", "_rng",
+            "replay_buffer", "world_model", "critic", "cost_fn", "_cost", "_generator", "_rng",
             "_since_round",
         ]  # fmt: skip
         return [*super()._excluded_save_params(), *own]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from totalprop.agents.persistence import safe_file
+from totalprop.agents.persistence.safe_file import BadFileError
 from totalprop.agents.persistence.segments import Segments
 from totalprop.world_models.transitions import TransitionBuffer
+
+KIND = "replay of SVG"
 
 
 class Replay(TransitionBuffer):
@@ -101,6 +105,33 @@ class Replay(TransitionBuffer):
     def episodes(self) -> list[dict[str, np.ndarray]]:
         """The round's finished episodes, by field, in the order in which they ended."""
         return [self.take(np.arange(a, b + 1, self.n_envs)) for a, b in self.finished]
+
+    def size(self) -> int:
+        """Number of transitions, as in stable-baselines3."""
+        return len(self)
+
+    def save(self, path: Path | IO[bytes]) -> None:
+        """Write the transitions, oldest first, to one file, which is replaced atomically."""
+        safe_file.write(path, KIND, self.rows(self.count - len(self), self.count))
+
+    def load(self, path: Path | IO[bytes]) -> None:
+        """Replace the transitions by those of a file; of more than fit, the newest are kept.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no replay of SVG, or of other states and actions; nothing changes.
+        """
+        try:
+            rows = safe_file.read(path, KIND)
+            if not all(isinstance(own, np.ndarray) and own.ndim for own in rows.values()):
+                raise BadFileError("it does not hold arrays alone")
+            self.put_rows(0, {name: own[-self.capacity :] for name, own in rows.items()})
+        except BadFileError as error:
+            raise ValueError(f"cannot load a replay from {path}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is a replay of another agent: {error}") from error
+        self._segments = Segments("transitions")  # the old ones hold other transitions
+        self.begin_round()
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """The transitions in segments, files of their own in `folder`, and where episodes are."""

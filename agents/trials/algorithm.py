@@ -25,7 +25,7 @@ from torch import Tensor
 
 from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.memory import keep_freed_memory
-from totalprop.agents.core.metrics import QUIET, record_progress
+from totalprop.agents.core.metrics import record_progress
 from totalprop.agents.core.spaces import check_vectors
 from totalprop.agents.core.validation import Above, AtLeast, Within, check_arguments, check_finite
 from totalprop.agents.core.workers import explain_dead_workers
@@ -337,7 +337,7 @@ class TrialAlgorithm(Algorithm):
             new_obs, rewards, dones, infos = self.env.step(actions)
             self.num_timesteps += self.env.num_envs
             self._trial_steps += 1
-            self._trial_returns += rewards
+            self._trial_returns += np.where(finished, 0, rewards)
             next_observations = np.array(new_obs)
             for i in np.flatnonzero(dones):  # already reset: take the true end
                 next_observations[i] = infos[i]["terminal_observation"]
@@ -351,15 +351,18 @@ class TrialAlgorithm(Algorithm):
             self._last_episode_starts = dones
             finished |= dones
             self._warn_of_end(dones, infos)
+            if finished.all():  # before a callback that may save the agent
+                self._end_trial(transitions)
             callback.update_locals(locals())
             if not callback.on_step():
-                if finished.all():
-                    self._end_trial()
-                self._store(transitions)
+                if not finished.all():
+                    self._store(transitions)
                 return False
             self._update_info_buffer(infos, dones)
-        self._end_trial()
-        self._store(transitions)
+        if not finished.all():
+            self._end_trial(transitions)
+        if finished.all() or self._trial_steps >= limit:
+            self.logger.record("rollout/ep_rew", float(self._trial_returns.mean()))
         if finished.all():
             self._trial_steps = 0
         elif self._trial_steps >= limit:
@@ -370,7 +373,8 @@ class TrialAlgorithm(Algorithm):
         callback.on_rollout_end()
         return True
 
-    def _end_trial(self) -> None:
+    def _end_trial(self, transitions: Sequence[tuple[np.ndarray, ...]]) -> None:
+        self._store(transitions)
         self._n_trials += 1
         self._search_due = self._n_trials >= self.random_trials
 
@@ -426,8 +430,6 @@ class TrialAlgorithm(Algorithm):
     def dump_logs(self) -> None:
         """Write everything recorded since the last dump; called once per `log_interval` trials."""
         self.logger.record("time/fps", record_progress(self))
-        if self.ep_info_buffer:
-            self.logger.record("rollout/ep_rew", self.ep_info_buffer[-1]["r"])
         self.logger.record("time/trials", self._n_trials)
         self.logger.dump(step=self.num_timesteps)
 
@@ -452,7 +454,7 @@ class TrialAlgorithm(Algorithm):
             self._n_updates += self._search(on_step)
             self.phase = ""
         self._search_due = False
-        self.logger.record("train/n_updates", self._n_updates, exclude=QUIET)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         metrics.record_gp(self.logger, self.world_model, likelihoods)
 
     @abstractmethod

@@ -172,23 +172,26 @@ def assert_same(agent, other):
 
 
 class _SetRate(BaseCallback):
-    """Sets the attribute at a step."""
+    """Sets an attribute at a step."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, name: str, value: Any) -> None:
         super().__init__()
-        self.step = step
+        self.step, self.name, self.value = step, name, value
 
     def _on_step(self) -> bool:
         if self.num_timesteps == self.step:
-            self.model.learning_rate = 0.125
+            setattr(self.model, self.name, self.value)
         return True
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("learning_rate", 0.125), ("lr_schedule", lambda progress: 0.125)]
+)
 @pytest.mark.parametrize("agent", SIZES)
-def test_a_learning_rate_that_a_callback_sets_counts_from_the_next_round_on(agent):
+def test_a_learning_rate_that_a_callback_sets_counts_from_the_next_round_on(agent, name, value):
     made = Maker(agent)()
     dumps = logged(made)
-    made.learn(56, callback=_SetRate(29))
+    made.learn(56, callback=_SetRate(29, name, value))
     rates = [
         values["train/learning_rate"] for values, _ in dumps if "train/learning_rate" in values
     ]

@@ -28,6 +28,45 @@ from totalprop.agents.persistence.checkpoint import Checkpoints
 # What is kept of a trained agent
 
 
+def replay_sizes(agent):
+    return agent.replay_buffer.size(), len(agent.replay_buffer)
+
+
+def test_a_replay_has_a_file_of_its_own(make, trained, tmp_path):
+    """With stable-baselines3's names, in agents whose replay is theirs; a suffix is appended."""
+    if not hasattr(make.cls, "save_replay_buffer"):
+        pytest.skip("it has no replay")
+    with pytest.raises(ValueError, match="there is no replay yet"):
+        make().save_replay_buffer(tmp_path / "replay")
+    trained.save_replay_buffer(str(tmp_path / "new" / "replay"))
+    [path] = (tmp_path / "new").iterdir()
+    assert path.stem == "replay" and path.suffix
+    for name in ("replay", path.name):
+        agent = make()
+        agent.load_replay_buffer(str(tmp_path / "new" / name))
+        assert replay_sizes(agent) == replay_sizes(trained)
+    before = replay_sizes(agent)[0]
+    agent.learn(14, reset_num_timesteps=False)
+    assert agent.replay_buffer.size() >= before + 14 and agent._n_updates > 0
+    with pytest.raises(ValueError, match="truncate_last_traj"):
+        agent.load_replay_buffer(path, truncate_last_traj=False)
+    with pytest.raises(FileNotFoundError):
+        agent.load_replay_buffer(tmp_path / "none")
+    (tmp_path / "other").write_bytes(b"0" * 100)
+    before = replay_sizes(agent)
+    with pytest.raises(ValueError, match=r"other"):
+        agent.load_replay_buffer(tmp_path / "other")
+    assert replay_sizes(agent) == before
+    loaded = make.cls.load(path_of_agent(trained, tmp_path), device="cpu")
+    with pytest.raises(ValueError, match="set an environment first"):
+        loaded.load_replay_buffer(path)
+
+
+def path_of_agent(agent, folder):
+    agent.save(folder / "agent")
+    return folder / "agent.zip"
+
+
 def actions(agent, observations):
     return agent.predict(observations, deterministic=True)[0]
 
@@ -54,6 +93,15 @@ def test_the_environment_may_be_an_id_wherever_it_is_set(make, file, monkeypatch
     agent.set_env("Counting-v0")
     assert agent.get_env() is not before
     assert isinstance(agent.get_env().envs[0].unwrapped, CountingEnv)
+
+
+def test_the_window_of_averages_may_be_another(make, trained, file):
+    loaded = make.cls.load(file, device="cpu", stats_window_size=1)
+    assert list(loaded.ep_info_buffer) == list(trained.ep_info_buffer)[-1:]
+    assert loaded.ep_success_buffer.maxlen == 1
+    words = r"stats_window_size must be at least 1.*, got 0.*here stats_window_size"
+    with pytest.raises(ValueError, match=words):
+        make.cls.load(file, device="cpu", stats_window_size=0)
 
 
 def test_an_untrained_agent_is_saved_too(make, observations, tmp_path):
@@ -123,7 +171,7 @@ def test_objects_are_in_the_file_or_asked_for(make, tmp_path):
         changes["estimator"] = estimators.make("tpx", baseline=estimators.baselines.none)
     agent = make(**changes)
     agent.save(tmp_path / "agent")
-    with pytest.raises(ValueError, match=r"learning_rate was a builtins.function.*pass it again"):
+    with pytest.raises(ValueError, match=r"learning_rate was a function.*pass it again"):
         make.cls.load(tmp_path / "agent", env=CountingEnv(), device="cpu")
     schedule = {"learning_rate": lambda p: 0.1 * p}
     loaded = make.cls.load(tmp_path / "agent", CountingEnv(), "cpu", custom_objects=schedule)

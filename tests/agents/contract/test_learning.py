@@ -22,7 +22,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from tests.agents.contract.conftest import TRAINED
 from tests.agents.contract.environments import (
+    HIGH,
     LENGTH,
+    LOW,
     RETURN,
     CountingEnv,
     MeasuredEnv,
@@ -106,11 +108,15 @@ def test_continuing_is_as_if_it_had_not_stopped(make, trained):
 
 
 def test_callbacks_see_the_step_under_stable_baselines3s_names(make):
-    """`new_obs` is what the environments returned, after their reset where an episode ended."""
+    """`new_obs` is what the environments returned, after their reset where an episode ended.
+
+    `actions` are in the environments' units; DAAPPO's, like PPO's, before they are clipped.
+    """
     seen = []
 
     def look(variables, _):
-        kept = {name: variables[name] for name in ("new_obs", "rewards", "dones", "infos")}
+        names = ("new_obs", "rewards", "dones", "infos", "actions")
+        kept = {name: variables[name] for name in names}
         seen.append(copy.deepcopy(kept))
         return True
 
@@ -121,6 +127,8 @@ def test_callbacks_see_the_step_under_stable_baselines3s_names(make):
         assert (episode, time) == (1 + (i + 1) // LENGTH, (i + 1) % LENGTH)
         assert step["rewards"].tolist() == [-1 - i % LENGTH]
         assert step["dones"].tolist() == [time == 0] and len(step["infos"]) == 1
+        led_to = step["infos"][0].get("terminal_observation", step["new_obs"][0])
+        np.testing.assert_allclose(led_to[2:], np.clip(step["actions"][0], LOW, HIGH), rtol=1e-6)
 
 
 def test_events_come_in_stable_baselines3s_order(make):

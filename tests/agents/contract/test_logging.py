@@ -1,5 +1,6 @@
 """What is logged where: keys, intervals, outputs, TensorBoard's folders."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -32,6 +33,21 @@ def test_the_keys_of_stable_baselines3_are_logged(make):
     for values, _ in dumps:
         numbers = [v for v in values.values() if isinstance(v, int | float | np.number)]
         assert np.isfinite(numbers).all()
+
+
+def test_the_number_of_updates_is_printed_and_no_curve(make, tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    agent = make()
+    agent.set_logger(configure(str(tmp_path), ["csv", "tensorboard"]))
+    agent.learn(28)
+    agent.dump_logs()
+    agent.logger.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    with (tmp_path / "progress.csv").open() as file:
+        columns = next(csv.reader(file))
+    assert "train/n_updates" in columns and "train/n_updates" not in events
 
 
 def test_the_success_rate_is_logged(make):

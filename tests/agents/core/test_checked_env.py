@@ -65,3 +65,15 @@ def test_wrappers_reach_what_the_environment_offers():
         env.envs[0].env.no_such  # noqa: B018
     assert copy.deepcopy(CheckedEnv(Raw())).battery() == 3
     assert pickle.loads(pickle.dumps(CheckedEnv(Raw()))).battery() == 3
+
+
+def test_attributes_are_the_environments():
+    """Also those that a callback sets: `CheckedEnv` has none of its own."""
+    bare, inside = Raw(), Raw()
+    env = check_environments(DummyVecEnv([lambda: bare, lambda: Uses(inside)]))
+    env.set_attr("charge", 4.0, indices=0)
+    assert bare.charge == 4 and env.get_attr("charge", indices=0) == [4]
+    env.envs[0].charge, env.envs[1].env.charge = 6.0, 7.0
+    assert (bare.charge, inside.charge) == (6, 7)
+    env.envs[0].observation_space = spaces.Box(0, 1, (1,))
+    assert env.envs[0].observation_space == bare.observation_space == spaces.Box(0, 1, (1,))

@@ -898,12 +898,43 @@ def test_schedules_stay_in_their_range_where_the_last_rollout_overshoots(source)
         assert values["train/learning_rate"] == pytest.approx(1e-3 * progress)
 
 
-def test_an_extractor_of_its_own_is_the_critics():
-    class Extractor(FlattenExtractor):
-        def __init__(self, space):
-            super().__init__(space)
-            self.layer = torch.nn.Linear(3, 3)
+class Extractor(FlattenExtractor):
+    def __init__(self, space):
+        super().__init__(space)
+        self.layer = torch.nn.Linear(3, 3)
 
+
+def test_classes_in_policy_kwargs_are_passed_again(tmp_path):
+    """No file holds a user's class: `save` warns, `load` names it, and takes it."""
+    kwargs = {"features_extractor_class": Extractor, "activation_fn": torch.nn.Hardswish}
+    kwargs = {**SMALL["policy_kwargs"], **kwargs}
+    agent = make(policy_kwargs=kwargs)
+    with pytest.warns(UserWarning, match="the file does not hold policy_kwargs") as caught:
+        agent.save(tmp_path / "own")
+    said = sorted(str(warning.message) for warning in caught)
+    assert [text.split(": pass")[0] for text in said] == [
+        "the file does not hold policy_kwargs['activation_fn'], a "
+        "torch.nn.modules.activation.Hardswish",
+        f"the file does not hold policy_kwargs['features_extractor_class'], a {__name__}.Extractor",
+    ]
+    with pytest.raises(
+        ValueError, match=r"policy_kwargs\['.*'\] was a .*, which files do not hold"
+    ):
+        DAAPPO.load(tmp_path / "own")
+    wrong = {**kwargs, "net_arch": [3]}
+    with pytest.raises(ValueError, match="the file's policy_kwargs are"):
+        DAAPPO.load(tmp_path / "own", policy_kwargs=wrong)
+    loaded = DAAPPO.load(tmp_path / "own", policy_kwargs=kwargs)
+    assert isinstance(loaded.policy.features_extractor, Extractor)
+    observations = np.zeros((4, *agent.observation_space.shape), np.float32)
+    for ours, theirs in zip(
+        agent.predict(observations, deterministic=True),
+        loaded.predict(observations, deterministic=True),
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_extractor_of_its_own_is_the_critics():
     kwargs = {"features_extractor_class": Extractor, "share_features_extractor": False}
     agent = make(separate_grad_clip=True, policy_kwargs={**SMALL["policy_kwargs"], **kwargs})
     names = {id(p): name for name, p in agent.policy.named_parameters()}

@@ -77,13 +77,13 @@ def test_parameters_given_by_name_replace_the_policys_own():
 @pytest.mark.parametrize("terminates", [True, False])
 def test_time_limits_are_not_stored_as_ends(terminates):
     agent = make(vector(terminates=terminates)).learn(4 * STEPS)
-    assert agent.replay.terminated[: 4 * STEPS].sum() == (4 if terminates else 0)
-    assert len(agent.replay) == 4 * STEPS
+    assert agent.replay_buffer.terminated[: 4 * STEPS].sum() == (4 if terminates else 0)
+    assert len(agent.replay_buffer) == 4 * STEPS
 
 
 def test_transitions_are_those_of_the_environment():
     agent = make(vector(n=2)).learn(2 * STEPS)
-    rows = agent.replay.take(np.arange(2 * STEPS))
+    rows = agent.replay_buffer.take(np.arange(2 * STEPS))
     moved = rows["next_states"] - rows["states"] - np.clip(rows["actions"], -1, 1)
     assert np.abs(moved).max() < 0.1  # the noise of 0.02
     assert (np.abs(rows["actions"]) > 1).any()
@@ -96,7 +96,7 @@ def test_transitions_are_those_of_the_environment():
 def test_episodes_become_paths():
     agent = make(vector(n=3), variant="inf")
     agent.learn(3 * STEPS - 3)  # not yet complete
-    batch = agent.replay
+    batch = agent.replay_buffer
     assert batch.finished == [] and agent._n_updates == 0
     seen = []
     agent._improve_policy = lambda log: seen.append(agent._paths())
@@ -104,7 +104,7 @@ def test_episodes_become_paths():
     [paths] = seen
     assert paths.states.shape == (STEPS + 1, 3, 2) and paths.is_alive.shape == (STEPS, 3)
     assert (paths.is_alive == 1).all()
-    rows = agent.replay.take(np.arange(3 * STEPS))
+    rows = agent.replay_buffer.take(np.arange(3 * STEPS))
     scaled = agent.policy.scale(torch.as_tensor(rows["states"])).reshape(STEPS, 3, 2)
     torch.testing.assert_close(paths.states[:-1], scaled)
     np.testing.assert_array_equal(paths.actions.reshape(-1, 2), rows["actions"])
@@ -388,7 +388,7 @@ def test_episodes_of_unequal_length_are_padded_with_their_last_state(monkeypatch
 
     def spy():
         paths = original()
-        episodes = [agent._to_batch(rows) for rows in agent.replay.episodes()]
+        episodes = [agent._to_batch(rows) for rows in agent.replay_buffer.episodes()]
         seen.append((paths, episodes))
         return paths
 

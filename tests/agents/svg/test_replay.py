@@ -92,3 +92,27 @@ def test_a_copy_of_the_state_continues_alike(tmp_path):
     numbers = np.arange(replay.count - 20, replay.count)
     for name, values in replay.take(numbers).items():
         np.testing.assert_array_equal(copy.take(numbers)[name], values)
+
+
+def test_a_file_of_the_transitions_of_which_the_newest_fit(tmp_path):
+    replay, larger, smaller = make(capacity=20), make(capacity=30), make(capacity=8)
+    run(replay, (3, 5), 14)
+    replay.save(tmp_path / "file")
+    for each, n in ((larger, 20), (smaller, 8)):
+        run(each, (3, 5), 2)
+        each.load(tmp_path / "file")
+        assert (len(each), each.finished, len(each.recent())) == (n, [], 0)
+        newest = replay.take(np.arange(replay.count - n, replay.count))
+        for name, values in each.take(np.arange(n)).items():
+            np.testing.assert_array_equal(values, newest[name])
+        run(each, (3, 5), 5)
+        assert [len(episode["rewards"]) for episode in each.episodes()] == [3, 5]
+
+
+def test_a_file_of_other_transitions_changes_nothing(tmp_path):
+    Replay(20, 3, 1, n_envs=2, horizon=50).save(tmp_path / "other")
+    replay = make()
+    run(replay, (3, 5), 4)
+    with pytest.raises(ValueError, match="is a replay of another agent: states of 0 transitions"):
+        replay.load(tmp_path / "other")
+    assert len(replay) == 8 and len(replay.episodes()) == 1
