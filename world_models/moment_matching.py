@@ -133,15 +133,6 @@ class Waves(NamedTuple):
     out: Tensor | None = None  # [K, E] C, or None for the sines themselves
 
 
-def sine(x: Gaussian) -> Image:
-    """Sin of every entry.
-
-    Args:
-        x: [..., D].
-    """
-    return _waves(x, _sine(x.mean.shape[-1], x.mean.dtype, x.mean.device))
-
-
 def trigonometry(x: Gaussian) -> Image:
     """Sines of all entries, then their cosines: cos x = sin(x + π/2) makes one identity of both.
 
@@ -188,13 +179,6 @@ def _waves(x: Gaussian, waves: Waves) -> Image:
     if out is None:
         return Image(mean, symmetric(covariance / 2), gain)
     return Image(mean @ out, symmetric(out.mT @ (covariance / 2) @ out), gain @ out)
-
-
-@functools.cache
-@torch.inference_mode(False)
-def _sine(d: int, dtype: torch.dtype, device: torch.device) -> Waves:
-    eye = torch.eye(d, dtype=dtype, device=device)
-    return Waves(eye, eye.new_zeros(d))
 
 
 @functools.cache

@@ -64,7 +64,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; on wrong usage, print one line and exit with code 2."""
     parser = parser_of("chaos")
     options = parser.parse_args(arguments)
-    options.command = shlex.join(sys.argv[1:] if arguments is None else list(arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options.command = shlex.join(["totalprop", "chaos", *arguments])
     options.betas = options.betas or GRIDS[options.study]
     options.second_betas = options.second_betas or SECOND_BETAS
     options.estimators = options.estimators or names()
@@ -84,8 +85,7 @@ def measure(options: argparse.Namespace) -> None:
     names_ = ("study", "samples", "repeats", "horizon", "seed")
     settings: dict[str, Any] = {**{k: getattr(options, k) for k in names_}, "noise_std": STD}
     keys, path = KEYS[options.study], options.out / f"{options.study}.csv"
-    command = f"totalprop chaos {options.command}".strip()
-    found = Measurements(path, settings, keys=keys, values=NUMBERS, command=command)
+    found = Measurements(path, settings, keys=keys, values=NUMBERS, command=options.command)
 
     seconds = options.second_betas if options.study == "double" else [None]
     points = [(b,) if c is None else (b, c) for c in seconds for b in options.betas]

@@ -27,6 +27,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shlex
 import sys
 import threading
 import time
@@ -179,7 +180,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
                     f"{path} was measured with --{key} {found[key]}, not {value}; choose another "
                     "--out, or delete the file"
                 )
-    own = {"command": " ".join(["totalprop study gradients", *arguments])}
+    own = {"command": shlex.join(["totalprop", "study", "gradients", *arguments])}
     own |= {"commit": current_commit(), "torch": torch.__version__}
     runs = runs if own in runs else [*runs, own]
     points = [

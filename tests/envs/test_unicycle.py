@@ -419,6 +419,12 @@ def fall(**kwargs):
             return env, rewards, info
 
 
+def test_a_turntable_may_turn_as_fast_as_it_likes():
+    env = UnicycleEnv(noise=0.0)
+    env.reset(seed=0, options={"state": named(d_table=200.0)})
+    assert not env.step(np.zeros(2))[2]
+
+
 def test_a_fall_terminates_and_costs_each_step_that_is_left():
     env, rewards, info = fall()
     steps = len(rewards)

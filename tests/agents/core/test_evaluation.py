@@ -125,6 +125,14 @@ def test_a_new_best_agent_is_handed_over_and_no_other(monkeypatch):
     assert again.timesteps == [20, 30, 40, 50, 60] and found == [20, 30, 60]
 
 
+def test_a_resumed_run_is_evaluated_when_it_would_have_been():
+    first, again = evaluation(every=20), evaluation(every=20)
+    agent = make().learn(40, callback=first)
+    again.load_state_dict(first.state_dict())
+    agent.learn(40, callback=again, reset_num_timesteps=False)
+    assert again.timesteps == [20, 40, 60, 80]  # not at 50, the next round
+
+
 def test_returns_are_those_of_the_deterministic_policy():
     callback, agent = evaluation(every=1000, n_episodes=1), make()
     agent.learn(45, callback=callback)

@@ -58,6 +58,21 @@ def trace(env, steps=12):
     return found
 
 
+class EndsBothWays(Task):
+    def step(self, action):
+        observation, reward, *_, info = super().step(action)
+        return observation, reward, True, True, info
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_end_in_the_last_step_before_the_limit_is_an_end(mode):
+    """As in a DummyVecEnv: its value is 0, and not bootstrapped."""
+    env = GymnasiumVecEnv(SyncVectorEnv([EndsBothWays], autoreset_mode=mode))
+    env.reset()
+    _, _, dones, infos = env.step(np.zeros((1, 1), np.float32))
+    assert dones.tolist() == [True] and infos[0]["TimeLimit.truncated"] is False
+
+
 def test_wrappers_of_environments_in_this_process_are_seen():
     """A cost that speaks of unwrapped observations is then not used, as in a DummyVecEnv."""
 

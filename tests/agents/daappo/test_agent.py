@@ -25,7 +25,7 @@ from totalprop.agents import DAAPPO
 from totalprop.agents.daappo import loss
 from totalprop.agents.daappo.policy import TanhMeanPolicy
 from totalprop.agents.daappo.recorder import ManyActionSamples
-from totalprop.agents.daappo.sources import ExtraActions
+from totalprop.agents.daappo.sources import DynamicsSource, ExtraActions
 from totalprop.agents.persistence import safe_file
 from totalprop.world_models.transitions import UNKNOWN
 
@@ -748,16 +748,41 @@ def test_growth_after_a_warm_up_reaches_the_samples():
 # The contract
 
 
+def test_clips_follow_their_own_schedules():
+    agent, log = make(clip_range=lambda p: 0.2 * p, clip_range_vf=lambda p: 0.1 * p), Memory()
+    agent.set_logger(Logger(None, [log]))
+    agent.learn(4 * agent.n_steps)
+    found = {name: [d[f"train/{name}"] for d in log.dumps if f"train/{name}" in d]
+             for name in ("clip_range", "clip_range_vf")}  # fmt: skip
+    progress = np.array([1, 0.75, 0.5])  # those of the last round are logged with the next
+    np.testing.assert_allclose(found["clip_range"], 0.2 * progress)
+    np.testing.assert_allclose(found["clip_range_vf"], 0.1 * progress)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(6, 6), (64, 2)])
+def test_a_model_is_fitted_to_each_transition_in_each_epoch(batch_size, expected, monkeypatch):
+    """With dynamics_steps=0: ⌈16 / batch⌉ steps in each of 2 epochs, and never none."""
+    steps, fit = [], DynamicsSource.fit
+
+    def spy(self, *args, **kwargs):
+        steps.append(kwargs["steps"])
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicsSource, "fit", spy)
+    make(n_steps=16, batch_size=batch_size, n_epochs=2, dynamics_steps=0).learn(16)
+    assert steps == [expected]
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_settings_that_are_changed_count_from_then_on(source):
     """As in a callback. Sizes of networks and buffers are those they were made with."""
     agent = make(action_source=source).learn(16)
-    agent.dynamics_batch_size = agent.batch_size = 5
+    agent.dynamics_batch_size, agent.batch_size = 5, 8
     agent.dynamics_learning_rate, agent.dynamics_eps = 0.123, 0.01
     agent.timeout_bootstrap = False
     agent.learn(16, reset_num_timesteps=False)
     settings = agent.source.settings
-    assert (settings.batch_size, settings.q_batch_size) == (5, 5)
+    assert (settings.batch_size, settings.q_batch_size) == (5, 8)
     assert not settings.timeout_bootstrap and not agent._recorder.timeout_bootstrap
     if agent.value_optimizer is not None:
         groups = agent.value_optimizer.param_groups

@@ -625,6 +625,20 @@ def test_too_few_particles_to_choose_k_from_are_no_trouble():
         assert torch.isfinite(found.per_sample).all()
 
 
+def test_too_few_particles_to_fit_k_on_the_others_are_no_trouble():
+    """Four of six are left, where each half needs three: all is RP from then on."""
+    model, policy = make(cost=cost)
+    noise = draw(resample=False)
+    first = simulate(model, policy, noise, RP)[2][1, :, 0]
+    bound = float(first.sort().values[4])
+    model = replace(model, termination=lambda x: x[..., 0] >= bound)
+    meter = noise.start.new_zeros(HORIZON, STATES, requires_grad=True)
+    estimator = estimators.make("tpx", cross_fit=True)
+    found = estimated(model, policy, noise, estimator, meter=meter)
+    assert torch.isfinite(flatten(found.gradients)).all()
+    assert (found.k[1:] == 0).all() and (found.k[0] != 0).any()
+
+
 def test_an_episode_that_never_ends_is_simulated_as_before():
     model, policy = make(cost=cost)
     never = replace(model, termination=lambda x: x[..., 0] > 1e9, termination_cost=5.0)

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+import scipy.optimize
 import torch
 
 from totalprop.agents.trials.optimisers import Cooling, Evaluation, adam, quasi_newton, rmsprop2018
@@ -73,6 +74,24 @@ def cooled(signal, significance=2.0, steps=3000, p=100, seed=0):
         if cooling.is_over:
             break
     return ends
+
+
+def test_each_phase_begins_with_cosines_of_its_own():
+    """Gradients that alternate have cosines of -1: noise, as soon as there are 10 of them."""
+    cooling, phases = Cooling(2.0, 3000, window=10), [0]
+    while not cooling.is_over:
+        cooling.add(torch.tensor([(-1.0) ** len(phases)], dtype=F64))
+        phases.append(cooling.phase)
+    # Eleven gradients make ten cosines; the direction of the last one is the next phase's first.
+    assert phases == [0] * 11 + [1] * 10 + [2] * 11
+
+
+def test_noise_is_a_mean_within_so_many_standard_errors():
+    """Cosines of 0.1 ± 0.2: s = 0.202, and two errors of the mean of 50 are 0.0571."""
+    for shift, is_noise in ((0.0, False), (-0.05, True)):
+        cooling = Cooling(2.0, 3000, window=50)
+        cooling._cosines.extend(0.1 + shift + 0.2 * (-1) ** i for i in range(50))
+        assert cooling._is_noise() is is_noise
 
 
 def test_pure_noise_ends_every_phase_as_soon_as_it_can_be_tested():
@@ -215,3 +234,32 @@ def test_quasi_newton_with_a_reach_stops_where_nothing_is_gained():
     quasi_newton(found, cost, evaluations=500, reach=5.0)
     torch.testing.assert_close(flat(found), torch.zeros(3, dtype=F64), atol=1e-4, rtol=0)
     assert len(cost.losses) < 100
+
+
+def rounds(monkeypatch, costs, evaluations):
+    """The budgets of the rounds of a quasi-Newton search whose evaluations have these costs."""
+    budgets, costs = [], iter(costs)
+    parameters = [torch.zeros(1, dtype=F64, requires_grad=True)]
+
+    def minimize(function, start, *, options, **kwargs):
+        budgets.append(options["maxfun"])
+        for _ in range(next(costs)):
+            function(start + 0.1)
+
+    def evaluate():
+        return Evaluation(torch.tensor(next(costs), dtype=F64), torch.ones(1, dtype=F64))
+
+    monkeypatch.setattr(scipy.optimize, "minimize", minimize)
+    quasi_newton(parameters, evaluate, evaluations=evaluations, reach=1.0)
+    return budgets
+
+
+def test_all_rounds_of_a_quasi_newton_search_share_its_evaluations(monkeypatch):
+    costs = [4, 9.0, 8.0, 7.0, 6.0, 4, 5.0, 4.0, 3.0, 2.0, 2, 1.0, 0.5]  # of each round, after a 4
+    assert rounds(monkeypatch, costs, evaluations=10) == [10, 6, 2]
+
+
+def test_a_quasi_newton_search_goes_on_while_it_gains_a_millionth(monkeypatch):
+    gains = [1, 100.0, 1, 99.0, 1, 98.0, 1, 97.0, 1, 96.0]
+    assert rounds(monkeypatch, gains, evaluations=5) == [5, 4, 3, 2, 1]
+    assert rounds(monkeypatch, [1, 100.0, 1, 100.0 - 1e-6], evaluations=5) == [5, 4]

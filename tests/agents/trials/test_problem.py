@@ -89,6 +89,20 @@ def model(angle_dims=()):
     return found
 
 
+# Where a controller is placed
+
+
+def test_a_constant_angle_has_no_scale_of_rounding_size():
+    """2π in single precision and its neighbour: sines of 1e-7, which say nothing."""
+    found, angle = GPDynamics(2, 1, angle_dims=(1,)), np.float32(2 * np.pi)
+    angles = [float(angle), float(np.nextafter(angle, np.float32(7)))] * 5
+    states = torch.stack((torch.arange(10.0), torch.tensor(angles)), 1).to(F64)
+    found.add(states, torch.zeros(10, 1, dtype=F64), states, torch.zeros(10, dtype=F64))
+    policy = RBFPolicy(SPACE, spaces.Box(-1, 1, (1,)), angle_dims=(1,))
+    Problem(None, SPACE, device=CPU).place(policy, found)
+    assert policy.log_inverse_scale[1:].tolist() == [0.0, 0.0]
+
+
 # Cost
 
 
