@@ -732,7 +732,7 @@ class DreamerTPX(Algorithm):
 
         Raises:
             ValueError: there is no replay yet.
-            TypeError: the path is none.
+            TypeError: it is no path.
         """
         if self.replay_buffer is None:
             raise ValueError("there is no replay yet: the first call of learn makes it")

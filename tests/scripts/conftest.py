@@ -1,9 +1,19 @@
 """What the tests of several scripts share."""
 
+import signal
+
 import pytest
 
 from tests.scripts import forked
 from totalprop.scripts.studies import executors, sweep
+
+
+@pytest.fixture
+def _interruptible():
+    """A process in the background may ignore SIGINT, and its children would, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

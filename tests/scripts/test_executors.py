@@ -57,14 +57,6 @@ def wait_until(condition):
         time.sleep(0.05)
 
 
-@pytest.fixture
-def _interruptible():
-    """A process in the background may ignore SIGINT, and its children would, too."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("_interruptible")
 def test_a_killed_run_is_started_again_and_a_failed_one_is_not(trial_of):
     killed_once = trial_of(f"[ -e second ] || {{ touch second; kill -9 $$; }}; {FINISH}", "a")

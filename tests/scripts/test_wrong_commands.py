@@ -266,6 +266,7 @@ def test_an_error_of_a_file_is_a_sentence(capsys):
     assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: 'no/such/file'\n"
 
 
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_says_how_to_continue(number, code, capsys):
     before = signal.getsignal(signal.SIGTERM)
