@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import get_latest_run_id
@@ -406,6 +406,10 @@ class DreamerTPX(Algorithm):
             )
         finally:
             self._last_obs = self._memory = None
+        if progress_bar:  # the last of a list; it would advance by the number of environments
+            assert isinstance(callback, CallbackList)
+            callback.callbacks[-1] = _UpdatesBar()
+            callback.callbacks[-1].init_callback(self)
         if self.device.type == "cpu":
             keep_freed_memory()
         self._settle_offset(replay.oldest())
@@ -1010,6 +1014,14 @@ class DreamerTPX(Algorithm):
             cuda_graph=self.cuda_graph and self.device.type == "cuda",  # or a model could not move
             processes=processes,
         )  # fmt: skip
+
+
+class _UpdatesBar(ProgressBarCallback):
+    """Advances by one at each step."""
+
+    def _on_step(self) -> bool:
+        self.pbar.update(1)
+        return True
 
 
 def _path(path: str | Path) -> Path:

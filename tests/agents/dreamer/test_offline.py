@@ -11,6 +11,7 @@ import pytest
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3.common import callbacks as callbacks_module
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
@@ -350,6 +351,23 @@ def test_the_updates_are_those_of_learn(tmp_path):
     offline.learn_offline(4)
     assert acting._n_updates == 4
     assert parameters(offline).equal(parameters(acting))
+
+
+def test_a_progress_bar_counts_updates_whatever_the_number_of_environments(monkeypatch):
+    pytest.importorskip("rich")
+    bars = []
+
+    class Bar(callbacks_module.tqdm):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(callbacks_module, "tqdm", Bar)
+    agent = DreamerTPX("DreamerPolicy", DummyVecEnv([Point] * 3), **TINY)
+    agent.load_dataset(store("tests/point-v0", play(Point(), 9), Point()))
+    agent.learn_offline(5, progress_bar=True)
+    [bar] = bars
+    assert (bar.total, bar.n) == (5, 5)
 
 
 def test_vectors_are_learned_as_differences_from_the_first_observation(dataset):
