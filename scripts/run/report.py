@@ -128,7 +128,8 @@ def _replay_and_pictures(
         The names of the files written.
     """
     written = []
-    if options.save_replay and isinstance(algorithm, AGENTS["dreamer"].cls):
+    has_replay = getattr(algorithm, "replay_buffer", None) is not None
+    if options.save_replay and has_replay and isinstance(algorithm, AGENTS["dreamer"].cls):
         algorithm.save_replay_buffer(folder.replay)  # type: ignore[attr-defined]
         written.append(folder.replay.name)
     statistics = algorithm.get_vec_normalize_env()

@@ -9,7 +9,13 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from totalprop import estimators
-from totalprop.agents.pipps.particles import Noise, ParticleModel, gaussian_resample, simulate
+from totalprop.agents.pipps.particles import (
+    Noise,
+    ParticleModel,
+    gaussian_resample,
+    policy_gradient,
+    simulate,
+)
 from totalprop.agents.trials.controllers import LinearPolicy, RBFPolicy, saturate
 from totalprop.estimators import ParameterProbe, assign_credit
 from totalprop.world_models.gp_dynamics import GPDynamics, Prediction
@@ -67,16 +73,6 @@ def draw(n=PARTICLES, horizon=HORIZON, seed=3, resample=False):
 
 def flat_gradient(loss, policy):
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(policy.parameters()))])
-
-
-def estimated(model, policy, noise, estimator, **kwargs):
-    return estimators.gradient(
-        lambda e, tap: simulate(model, policy, noise, e, tap=tap, meter=kwargs.get("meter"))[0],
-        list(policy.parameters()),
-        estimator,
-        samples=len(noise.start),
-        **kwargs,
-    )
 
 
 def flatten(gradients):
@@ -211,7 +207,7 @@ def test_tps_weighs_by_the_last_layer_only():
 @pytest.mark.parametrize("name", NODEWISE)
 def test_taps_sum_to_the_gradient(name, changes):
     model, policy = make(controls=2, **changes)
-    result = estimated(model, policy, draw(n=9), estimators.make(name), per_sample=True)
+    result = policy_gradient(model, policy, draw(n=9), estimators.make(name), per_sample=True)
     assert result.per_sample.shape == (9, sum(p.numel() for p in policy.parameters()))
     flat = flatten(result.gradients)
     torch.testing.assert_close(result.per_sample.sum(0), flat, rtol=1e-9, atol=1e-12)
@@ -221,7 +217,7 @@ def test_taps_sum_to_the_gradient(name, changes):
 def test_tap_rows_are_the_gradients_of_single_particles_for_rp():
     model, policy = make(controls=1)
     noise = draw(n=3)
-    found = estimated(model, policy, noise, estimators.make("rp"), per_sample=True).per_sample
+    found = policy_gradient(model, policy, noise, estimators.make("rp"), per_sample=True).per_sample
     for i in range(3):
         one = Noise(noise.start[i : i + 1], noise.model[:, i : i + 1], None)
         alone = flat_gradient(plain_rollout(model, policy, one)[0], policy)
@@ -232,7 +228,7 @@ def test_tap_rows_are_the_gradients_of_single_particles_for_rp():
 def test_meter_measures_k(name, expected):
     model, policy = make()
     meter = torch.zeros(HORIZON, STATES, dtype=F64, requires_grad=True)
-    k = estimated(model, policy, draw(), estimators.make(name), meter=meter).k
+    k = policy_gradient(model, policy, draw(), estimators.make(name), meter=meter).k
     torch.testing.assert_close(k, torch.full_like(meter, expected).detach())
 
 
@@ -249,7 +245,7 @@ def reference():
     source = generator(99)
     gradients = torch.stack(
         [
-            flatten(estimated(model, policy, n, estimators.make("rp")).gradients)
+            flatten(policy_gradient(model, policy, n, estimators.make("rp")).gradients)
             for n in (Noise.draw(2, 300, STATES, source, resample=False) for _ in range(200))
         ]
     )
@@ -270,7 +266,7 @@ def test_estimators_agree_in_mean(name, reference):
         estimator = replace(estimator, cross_fit=True)
     gradients = torch.stack(
         [
-            flatten(estimated(model, policy, n, estimator).gradients)
+            flatten(policy_gradient(model, policy, n, estimator).gradients)
             for n in (Noise.draw(2, n_each, STATES, source, resample=False) for _ in range(DRAWS))
         ]
     )
@@ -368,7 +364,7 @@ def test_simulation_draws_nothing_from_the_global_generator():
 def test_taps_hold_what_a_cost_of_the_actions_sends_back(name, controls, policy_class):
     """That path bypasses the nodes; the taps still sum to the gradient."""
     model, policy = make(controls, cost=cost, policy_class=policy_class)
-    found = estimated(model, policy, draw(), estimators.make(name), per_sample=True)
+    found = policy_gradient(model, policy, draw(), estimators.make(name), per_sample=True)
     torch.testing.assert_close(found.per_sample.sum(0), flatten(found.gradients))
 
 
@@ -407,7 +403,7 @@ def walk_gradient(model, policy, name, n, horizon, seed):
     """Loss, d loss / d bias, and its standard error."""
     noise = Noise.draw(horizon, n, 1, generator(seed), resample=False)
     estimator = estimators.make(name)
-    found = estimated(model, policy, noise, estimator, per_sample=True)
+    found = policy_gradient(model, policy, noise, estimator, per_sample=True)
     bias = found.per_sample[:, 1]
     return float(found.loss), float(found.gradients[1]), float(bias.std() * n**0.5)
 
@@ -466,7 +462,7 @@ def test_after_the_end_costs_are_fixed_and_there_is_no_gradient(name, resample):
     one = Noise(noise.start, noise.model[:1], noise.resample[:1] if resample else None)
     estimator = estimators.make(name)
     found, expected = (
-        estimated(model, policy, each, estimator, per_sample=True) for each in (noise, one)
+        policy_gradient(model, policy, each, estimator, per_sample=True) for each in (noise, one)
     )
     torch.testing.assert_close(found.loss, expected.loss + 3 * 5.0)
     torch.testing.assert_close(flatten(found.gradients), flatten(expected.gradients))
@@ -507,7 +503,7 @@ def test_the_gradient_of_an_integrated_position_equals_the_closed_form(name):
     means = {t: 0.3 + 0.5 * (-0.2 * t + float(u.detach()) * t**2 / 2) for t in range(1, 5)}
     expected = slope * sum(2 * mean * 0.5 * t**2 / 2 for t, mean in means.items())
     noise = Noise.draw(4, 20000, 2, generator(0), resample=False)
-    found = estimated(model, policy, noise, estimators.make(name), per_sample=True)
+    found = policy_gradient(model, policy, noise, estimators.make(name), per_sample=True)
     error = float(found.per_sample[:, 2].std() * 20000**0.5)
     assert 0 < error < 0.2 * abs(expected)
     assert abs(float(found.gradients[1]) - expected) < 4 * error
@@ -575,7 +571,7 @@ def test_gradients_of_particles_know_the_dropout(controls, name):
     """What enters the tap, by the controller's Jacobian, is what reaches the parameters."""
     model, policy = make(controls, cost=cost)
     noise = kept_of(0.5, n=20)
-    found = estimated(model, policy, noise, estimators.make(name), per_sample=True)
+    found = policy_gradient(model, policy, noise, estimators.make(name), per_sample=True)
     torch.testing.assert_close(found.per_sample.sum(0), flatten(found.gradients))
 
 
@@ -601,7 +597,7 @@ def test_particles_that_ended_do_not_touch_the_others(name, controls, leg):
     for each in (noise, replace(noise, model=other)):
         meter = noise.start.new_zeros(HORIZON, STATES, requires_grad=True)
         found.append(
-            estimated(model, policy, each, estimator, per_sample=leg == "score", meter=meter)
+            policy_gradient(model, policy, each, estimator, per_sample=leg == "score", meter=meter)
         )
     assert torch.equal(found[0].loss, found[1].loss)
     assert torch.equal(flatten(found[0].gradients), flatten(found[1].gradients))
@@ -620,7 +616,7 @@ def test_too_few_particles_to_choose_k_from_are_no_trouble():
     model = replace(model, termination=lambda x: x[..., 0] >= bound)
     for resample in (False, True):
         noise = draw(resample=resample)
-        found = estimated(model, policy, noise, estimators.make("tpx"), per_sample=True)
+        found = policy_gradient(model, policy, noise, estimators.make("tpx"), per_sample=True)
         assert torch.isfinite(flatten(found.gradients)).all()
         assert torch.isfinite(found.per_sample).all()
 
@@ -634,7 +630,7 @@ def test_too_few_particles_to_fit_k_on_the_others_are_no_trouble():
     model = replace(model, termination=lambda x: x[..., 0] >= bound)
     meter = noise.start.new_zeros(HORIZON, STATES, requires_grad=True)
     estimator = estimators.make("tpx", cross_fit=True)
-    found = estimated(model, policy, noise, estimator, meter=meter)
+    found = policy_gradient(model, policy, noise, estimator, meter=meter)
     assert torch.isfinite(flatten(found.gradients)).all()
     assert (found.k[1:] == 0).all() and (found.k[0] != 0).any()
 
@@ -642,6 +638,6 @@ def test_too_few_particles_to_fit_k_on_the_others_are_no_trouble():
 def test_an_episode_that_never_ends_is_simulated_as_before():
     model, policy = make(cost=cost)
     never = replace(model, termination=lambda x: x[..., 0] > 1e9, termination_cost=5.0)
-    results = [estimated(m, policy, draw(), estimators.make("tpx")) for m in (model, never)]
+    results = [policy_gradient(m, policy, draw(), estimators.make("tpx")) for m in (model, never)]
     assert torch.equal(results[0].loss, results[1].loss)
     assert torch.equal(*(flatten(r.gradients) for r in results))
