@@ -88,7 +88,7 @@ def add_best(parser: ArgumentParser) -> None:
         "--best", action="store_true",
         help="the agent of the run's best evaluation (best_model.zip), also while it trains, "
         "instead of the last one; the best of many evaluations was partly lucky, so expect less. "
-        "What is written is called best_... by default",
+        "What is written is called best_... by default"
     )  # fmt: skip
 
 
@@ -97,14 +97,9 @@ def _evaluate(parser: ArgumentParser) -> None:
         "run", help="run folder, as printed by totalprop train, or hf://ORG/NAME of the Hub"
     )
     parser.add_argument(
-        "--episodes",
-        type=at_least(1),
-        default=30,
-        help="number of episodes to average (default: 30)",
+        "--episodes", type=at_least(1), default=30, help="number of episodes to average"
     )
-    parser.add_argument(
-        "--seed", type=seed, default=12345, help="seed of the environments (default: 12345)"
-    )
+    parser.add_argument("--seed", type=seed, default=12345, help="seed of the environments")
     parser.add_argument(
         "--gif",
         type=Path,
@@ -141,11 +136,9 @@ def _export(parser: ArgumentParser) -> None:
         "--steps",
         type=at_least(1),
         default=300,
-        help="steps of the run's environment in which the files are checked (default: 300)",
+        help="steps of the run's environment in which the files are checked",
     )
-    parser.add_argument(
-        "--seed", type=seed, default=12345, help="seed of the environment (default: 12345)"
-    )
+    parser.add_argument("--seed", type=seed, default=12345, help="seed of the environment")
     add_best(parser)
     add_import(parser)
 
@@ -168,8 +161,8 @@ def _diagnose(parser: ArgumentParser) -> None:
         nargs="+",
         default=["rp", "lr", "tps", "tpx", "tpg"],
         metavar="NAME",
-        help="estimators to compare (default: rp lr tps tpx tpg); rp is plain backpropagation, lr "
-        "the likelihood-ratio gradient, and the others mix the two",
+        help="estimators to compare; rp is plain backpropagation, lr the "
+        "likelihood-ratio gradient, and the others mix the two",
     )
     parser.add_argument(
         "--horizons",
@@ -177,31 +170,31 @@ def _diagnose(parser: ArgumentParser) -> None:
         type=at_least(2),
         default=[2, 5, 15, 30, 60],
         metavar="H",
-        help="imagination horizons (default: 2 5 15 30 60)",
+        help="imagination horizons",
     )
     parser.add_argument(
         "--starts",
         type=at_least(1),
         default=10,
-        help="encoded states to start from (default: 10; the paper uses 50)",
+        help="encoded states to start from; the paper uses 50",
     )
     parser.add_argument(
         "--repeats",
         type=at_least(4),
         default=10,
-        help="gradients per state, at least 4 (default: 10; the paper uses 50)",
+        help="gradients per state, at least 4; the paper uses 50",
     )
     parser.add_argument(
         "--trajectories",
         type=at_least(8),
         default=250,
-        help="imagined trajectories per gradient, at least 8 (default: 250; the paper uses 2500)",
+        help="imagined trajectories per gradient, at least 8; the paper uses 2500",
     )
     parser.add_argument(
         "--stop-grad-actor-input", action=BooleanOptionalAction, default=None,
-        help="stop gradients at the policy's input (default: as in training)",
+        help="stop gradients at the policy's input (default: as in training)"
     )  # fmt: skip
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
     parser.add_argument(
         "--threads",
         type=at_least(1),
@@ -225,9 +218,7 @@ def _variance(parser: ArgumentParser) -> None:
         help="run folder of totalprop train daappo; its policy and environment are used",
     )
     parser.add_argument(
-        "--env-id",
-        default="dmc/cartpole-swingup-v0",
-        help="environment of a new policy (default: dmc/cartpole-swingup-v0)",
+        "--env-id", default="dmc/cartpole-swingup-v0", help="environment of a new policy"
     )
     parser.add_argument(
         "--env-arg",
@@ -240,48 +231,37 @@ def _variance(parser: ArgumentParser) -> None:
         "--trajectories",
         type=at_least(2),
         default=40,
-        help="trajectories to sample (default: 40; the paper uses 1100)",
+        help="trajectories to sample; the paper uses 1100",
     )
     parser.add_argument(
-        "--steps",
-        type=at_least(1),
-        default=50,
-        help="T, steps per trajectory (default: 50; the paper uses 100)",
+        "--steps", type=at_least(1), default=50, help="T, steps per trajectory; the paper uses 100"
     )
     parser.add_argument(
-        "--rollouts",
-        type=at_least(2),
-        default=2,
-        help="K, rollouts per action (default: 2; the paper uses 100)",
+        "--rollouts", type=at_least(2), default=2, help="K, rollouts per action; the paper uses 100"
     )
-    parser.add_argument(
-        "--horizon", type=at_least(1), default=25, help="steps per rollout (default: 25)"
-    )
+    parser.add_argument("--horizon", type=at_least(1), default=25, help="steps per rollout")
     parser.add_argument(
         "--updates",
         type=at_least(0),
         default=0,
-        help="policy-gradient steps of a new policy (default: 0; the paper uses 20)",
+        help="policy-gradient steps of a new policy; the paper uses 20",
     )
     parser.add_argument(
         "--learning-rate",
         type=real(least=0, most=1e300),
         default=0.1,
-        help="step size of --updates (default: 0.1)",
+        help="step size of --updates",
     )
     parser.add_argument(
-        "--gamma",
-        type=real(least=0, most=1),
-        default=0.99,
-        help="discount of the rollouts (default: 0.99)",
+        "--gamma", type=real(least=0, most=1), default=0.99, help="discount of the rollouts"
     )
     parser.add_argument(
         "--delta",
         type=real(above=0, most=1e300),
         default=1.0,
-        help="cost of an extra action, in units of the cost of an extra state (default: 1)",
+        help="cost of an extra action, in units of the cost of an extra state",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="seed (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed")
     parser.add_argument(
         "--json", type=new_file, default=None, help="also write the components to this file"
     )
@@ -310,7 +290,7 @@ def _add_runs(parser: ArgumentParser, of: str, *, seeds: str = "", out: str = ""
         type=new_folder,
         default=Path(out) if out else None,
         required=not out,
-        help="folder of the results" + (f" (default: {out})" if out else ""),
+        help="folder of the results",
     )
     parser.add_argument(
         "--runs",
@@ -335,12 +315,7 @@ def _add_jobs(parser: ArgumentParser, what: str) -> None:
 
 def _add_measurements(parser: ArgumentParser, out: str) -> None:
     """The flags of a study that measures, without training, and writes figures and tables."""
-    parser.add_argument(
-        "--out",
-        type=new_folder,
-        default=Path(out),
-        help=f"folder of the results (default: {out})",
-    )
+    parser.add_argument("--out", type=new_folder, default=Path(out), help="folder of the results")
     parser.add_argument(
         "--report-only", action="store_true", help="only write the figures and the table"
     )
@@ -485,7 +460,7 @@ def _reproduce(parser: ArgumentParser) -> None:
         help=f"what to reproduce, of {', '.join(REPRODUCTIONS)} (default: list them)",
     )
     add("--list", action="store_true", help="list claims, costs, and the verdicts in --out")
-    add("--scale", choices=["small", "paper"], default="small", help="see above (default: small)")
+    add("--scale", choices=["small", "paper"], default="small", help="see above")
     add(
         "--from",
         dest="source",
@@ -501,18 +476,8 @@ def _reproduce(parser: ArgumentParser) -> None:
         metavar="SEED",
         help="seeds of what is trained (default: those of the scale)",
     )
-    add(
-        "--out",
-        type=new_folder,
-        default=Path("results/reproduce"),
-        help="folder of the results (default: results/reproduce)",
-    )
-    add(
-        "--runs",
-        type=new_folder,
-        default=Path("runs/reproduce"),
-        help="folder of the runs (default: runs/reproduce)",
-    )
+    add("--out", type=new_folder, default=Path("results/reproduce"), help="folder of the results")
+    add("--runs", type=new_folder, default=Path("runs/reproduce"), help="folder of the runs")
     _add_jobs(parser, "runs")
     add("--report-only", action="store_true", help="measure nothing, only write the report")
 
@@ -540,15 +505,15 @@ def _gradients(parser: ArgumentParser) -> None:
         type=at_least(5),
         default=[50, 300, 1000, 5000],
         metavar="N",
-        help="samples per gradient (default: 50 300 1000 5000)",
+        help="samples per gradient",
     )
     add(
         "--repeats",
         type=at_least(2),
         default=20,
-        help="gradients per point, half of them from 5000 samples on (default: 20)",
+        help="gradients per point, half of them from 5000 samples on",
     )
-    add("--seed", type=seed, default=0, help="seed of the noise (default: 0)")
+    add("--seed", type=seed, default=0, help="seed of the noise")
     _add_jobs(parser, "points")
     _add_measurements(parser, "results/gradients")
 
@@ -573,7 +538,7 @@ def _study_dreamer(parser: ArgumentParser) -> None:
         type=at_least(1),
         default=[15, 60],
         metavar="H",
-        help="imagination horizons (default: 15 60)",
+        help="imagination horizons",
     )
     _add_runs(parser, "cell")
 
@@ -588,9 +553,9 @@ def _policy_line(parser: ArgumentParser, name: str) -> None:
         help="folder of a run of totalprop train pipps, whose policy is moved (default: "
         "results/gradients/agents/pipps-300, which has seen 10 episodes of the cart-pole)",
     )
-    add("--direction", type=seed, default=8, help="seed of the line's direction (default: 8)")
-    add("--end", type=real(above=0), default=6.0, metavar="Δ", help="end of the line (default: 6)")
-    add("--seed", type=seed, default=0, help="seed of the particles' noise (default: 0)")
+    add("--direction", type=seed, default=8, help="seed of the line's direction")
+    add("--end", type=real(above=0), default=6.0, metavar="Δ", help="end of the line")
+    add("--seed", type=seed, default=0, help="seed of the particles' noise")
     _add_measurements(parser, f"results/pipps/{name}")
 
 
@@ -602,8 +567,7 @@ def _pipps_landscape(parser: ArgumentParser) -> None:
         nargs="+",
         default=default,
         metavar="ESTIMATOR",
-        help=f"estimators to measure (default: {' '.join(default)}); the gradients of the first "
-        "four are drawn",
+        help="estimators to measure; the gradients of the first four are drawn",
     )
     add(
         "--particles",
@@ -611,10 +575,10 @@ def _pipps_landscape(parser: ArgumentParser) -> None:
         default=1000,
         help="particles P (default: 1000, as in the paper)",
     )
-    add("--points", type=at_least(3), default=25, help="policies on the line (default: 25)")
+    add("--points", type=at_least(3), default=25, help="policies on the line")
     add(
         "--box-points", type=at_least(2), default=41, metavar="N",
-        help="points on each side of a box (default: 41)",
+        help="points on each side of a box"
     )  # fmt: skip
     _policy_line(parser, "landscape")
 
@@ -627,7 +591,7 @@ def _pipps_particles(parser: ArgumentParser) -> None:
         nargs="+",
         default=default,
         metavar="ESTIMATOR",
-        help=f"estimators to measure (default: {' '.join(default)})",
+        help="estimators to measure",
     )
     add(
         "--particles",
@@ -635,18 +599,18 @@ def _pipps_particles(parser: ArgumentParser) -> None:
         type=at_least(6),
         default=[25, 50, 100, 250],
         metavar="P",
-        help="numbers of particles (default: 25 50 100 250)",
+        help="numbers of particles",
     )
     add(
         "--repeats", type=at_least(3), default=30, metavar="R",
-        help="gradients of each variance (default: 30)",
+        help="gradients of each variance"
     )  # fmt: skip
     _policy_line(parser, "particles")
 
 
 def _pipps_table(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--scale", choices=["small", "paper"], default="small", help="see above (default: small)")
+    add("--scale", choices=["small", "paper"], default="small", help="see above")
     add(
         "--tasks",
         nargs="+",
@@ -701,14 +665,10 @@ def _peer(parser: ArgumentParser) -> None:
         type=at_least(1),
         default=1000,
         metavar="N",
-        help="decisions between evaluations (default: 1000)",
+        help="decisions between evaluations",
     )
     parser.add_argument(
-        "--eval-episodes",
-        type=at_least(1),
-        default=5,
-        metavar="N",
-        help="episodes per evaluation (default: 5)",
+        "--eval-episodes", type=at_least(1), default=5, metavar="N", help="episodes per evaluation"
     )
     parser.add_argument(
         "--out", type=new_file, required=True, metavar="FILE", help="JSON file of the results"
@@ -717,11 +677,7 @@ def _peer(parser: ArgumentParser) -> None:
 
 def _bench(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "what",
-        nargs="?",
-        default="pipps",
-        choices=list(BENCHMARKS),
-        help="benchmark to run (default: pipps)",
+        "what", nargs="?", default="pipps", choices=list(BENCHMARKS), help="benchmark to run"
     )
     parser.add_argument(
         "--points",
@@ -741,12 +697,12 @@ def _bench(parser: ArgumentParser) -> None:
         default=None,
         help="CPU threads of PyTorch (default: PyTorch's own choice)",
     )
-    parser.add_argument("--device", default="cpu", help="dreamer: cpu or cuda (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="dreamer: cpu or cuda")
     parser.add_argument(
-        "--batch", type=at_least(1), default=50, help="dreamer: sequences per batch (default: 50)"
+        "--batch", type=at_least(1), default=50, help="dreamer: sequences per batch"
     )
     parser.add_argument(
-        "--length", type=at_least(2), default=50, help="dreamer: steps per sequence (default: 50)"
+        "--length", type=at_least(2), default=50, help="dreamer: steps per sequence"
     )
     parser.add_argument(
         "--horizons",
@@ -754,7 +710,7 @@ def _bench(parser: ArgumentParser) -> None:
         nargs="+",
         default=[15, 60],
         metavar="H",
-        help="dreamer: imagination horizons (default: 15 60)",
+        help="dreamer: imagination horizons",
     )
     parser.add_argument(
         "--modes",
@@ -777,18 +733,15 @@ def _kill_test(parser: ArgumentParser) -> None:
         help="agents to test (default: all)",
     )
     parser.add_argument(
-        "--kills",
-        type=at_least(0),
-        default=20,
-        help="kills at random moments, per agent (default: 20)",
+        "--kills", type=at_least(0), default=20, help="kills at random moments, per agent"
     )
     parser.add_argument(
         "--kills-in-checkpoints",
         type=at_least(0),
         default=5,
-        help="kills while a checkpoint is written, per agent (default: 5)",
+        help="kills while a checkpoint is written, per agent",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the moments")
     parser.add_argument(
         "--out",
         type=new_folder,
@@ -799,12 +752,12 @@ def _kill_test(parser: ArgumentParser) -> None:
 
 def _kill_sweep(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--agent", choices=list(AGENTS), default="daappo", help="agent to train (default: daappo)")
-    add("--trials", type=at_least(1), default=12, help="runs of the sweep (default: 12)")
-    add("--workers", type=at_least(0), default=2, help="workers of Ray to kill (default: 2)")
-    add("--runs", type=at_least(0), default=2, help="training processes to kill (default: 2)")
-    add("--drivers", type=at_least(0), default=1, help="kills of the sweep itself (default: 1)")
-    add("--seed", type=seed, default=0, help="seed of the moments (default: 0)")
+    add("--agent", choices=list(AGENTS), default="daappo", help="agent to train")
+    add("--trials", type=at_least(1), default=12, help="runs of the sweep")
+    add("--workers", type=at_least(0), default=2, help="workers of Ray to kill")
+    add("--runs", type=at_least(0), default=2, help="training processes to kill")
+    add("--drivers", type=at_least(0), default=1, help="kills of the sweep itself")
+    add("--seed", type=seed, default=0, help="seed of the moments")
     add("--out", type=new_folder, help="folder for kill_sweep.json (default: not written)")
 
 
@@ -825,12 +778,8 @@ def _soak(parser: ArgumentParser) -> None:
         default=list(AGENTS),
         help="agents to train (default: all)",
     )
-    parser.add_argument(
-        "--minutes", type=real(above=0), default=60, help="minutes to train for (default: 60)"
-    )
-    parser.add_argument(
-        "--every", type=real(above=0), default=10, help="seconds between samples (default: 10)"
-    )
+    parser.add_argument("--minutes", type=real(above=0), default=60, help="minutes to train for")
+    parser.add_argument("--every", type=real(above=0), default=10, help="seconds between samples")
     parser.add_argument(
         "--out",
         type=new_folder,
@@ -841,12 +790,7 @@ def _soak(parser: ArgumentParser) -> None:
 
 def _chaos(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--study",
-        choices=["single", "double"],
-        default="single",
-        help="one chain or two (default: single)",
-    )
+    add("--study", choices=["single", "double"], default="single", help="one chain or two")
     add(
         "--betas",
         nargs="+",
@@ -865,10 +809,10 @@ def _chaos(parser: ArgumentParser) -> None:
         metavar="ESTIMATOR",
         help="estimators to measure (default: all that are registered)",
     )
-    add("--samples", type=at_least(3), default=1000, help="N, samples per gradient (default: 1000)")
-    add("--repeats", type=at_least(3), default=40, help="R, gradients per grid point (default: 40)")
-    add("--horizon", type=at_least(1), default=100, help="H, steps of a rollout (default: 100)")
-    add("--seed", type=seed, default=0, help="seed of the noise (default: 0)")
+    add("--samples", type=at_least(3), default=1000, help="N, samples per gradient")
+    add("--repeats", type=at_least(3), default=40, help="R, gradients per grid point")
+    add("--horizon", type=at_least(1), default=100, help="H, steps of a rollout")
+    add("--seed", type=seed, default=0, help="seed of the noise")
     add(
         "--redo",
         nargs="+",
@@ -881,24 +825,14 @@ def _chaos(parser: ArgumentParser) -> None:
 
 def _gpu(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--minutes",
-        type=real(above=0),
-        default=9.0,
-        help="minutes that all steps may take (default: 9)",
-    )
+    add("--minutes", type=real(above=0), default=9.0, help="minutes that all steps may take")
     add(
         "--steps",
         default=",".join(GPU_STEPS),
         metavar="NAMES",
-        help=f"what to do, in this order, separated by commas (default: {','.join(GPU_STEPS)})",
+        help="what to do, in this order, separated by commas",
     )
-    add(
-        "--out",
-        type=new_folder,
-        default=Path("results/gpu"),
-        help="folder of the results (default: results/gpu)",
-    )
+    add("--out", type=new_folder, default=Path("results/gpu"), help="folder of the results")
     add(
         "--resume",
         type=Path,
@@ -910,12 +844,12 @@ def _gpu(parser: ArgumentParser) -> None:
         "--runs",
         type=new_folder,
         default=Path("runs"),
-        help="folder in which a new run's folder is created (default: runs)",
+        help="folder in which a new run's folder is created",
     )
-    add("--device", default="cuda", help="cuda or cuda:INDEX; cpu is for tests (default: cuda)")
-    add("--batch", type=at_least(1), default=50, help="bench: sequences per batch (default: 50)")
-    add("--length", type=at_least(2), default=50, help="bench: steps per sequence (default: 50)")
-    add("--repeats", type=at_least(1), default=10, help="bench: repeats of an update (default: 10)")
+    add("--device", default="cuda", help="cuda or cuda:INDEX; cpu is for tests")
+    add("--batch", type=at_least(1), default=50, help="bench: sequences per batch")
+    add("--length", type=at_least(2), default=50, help="bench: steps per sequence")
+    add("--repeats", type=at_least(1), default=10, help="bench: repeats of an update")
 
 
 COMMANDS: dict[str, Command] = {

@@ -6,24 +6,42 @@ import contextlib
 import math
 import os
 import re
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 
 class Parser(ArgumentParser):
-    """Says what is wrong in one sentence, and takes 1e5 for an integer."""
+    """Says what is wrong in one sentence, takes 1e5 for an integer, and tells the defaults."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Like argparse's."""
         super().__init__(*args, **kwargs)
         self.register("type", int, integer)
 
+    def add_argument(self, *names: Any, **kwargs: Any) -> Action:
+        """Like argparse's, with the default at the end of a help text that does not name it."""
+        default = kwargs.get("default")
+        text = kwargs.get("help")
+        named = (
+            default in (None, SUPPRESS, "", []) or default is False or "(default: " in (text or "")
+        )
+        if text and not named:
+            kwargs["help"] = f"{text} (default: {_words(default)})"
+        return super().add_argument(*names, **kwargs)
+
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
         message = re.sub(r"^argument (\S+): (?=must )", r"\1 ", message)
         self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def _words(default: Any) -> str:
+    """A default as it is written on the command line."""
+    if isinstance(default, list):
+        return " ".join(map(_words, default))
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 class NotAnInteger(ArgumentTypeError, ValueError):

@@ -5,12 +5,14 @@ import importlib.metadata
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import totalprop
 from totalprop.agents import AGENTS
 from totalprop.scripts import cli
+from totalprop.scripts.flag_types import Parser
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -45,6 +47,24 @@ def test_a_help_is_that_of_the_command_itself(name, capsys, monkeypatch):
             main(["--help"])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and inspect.getdoc(module).splitlines()[0] in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("default", "told"),
+    [(10_000, "10000"), (0, "0"), (0.1, "0.1"), (6.0, "6"), ([2, 5], "2 5"), (Path("a/b"), "a/b")],
+)
+def test_a_help_tells_the_default(default, told):
+    parser = Parser()
+    parser.add_argument("--steps", default=default, help="steps")
+    assert parser.format_help().endswith(f"steps (default: {told})\n")
+
+
+@pytest.mark.parametrize("default", [None, False, [], ""], ids=repr)
+@pytest.mark.parametrize("text", ["steps", "steps (default: all)"])
+def test_a_help_says_nothing_of_a_default_that_stands_for_another(default, text):
+    parser = Parser()
+    parser.add_argument("--steps", default=default, help=text)
+    assert parser.format_help().endswith(f"  {text}\n")
 
 
 def test_help_names_every_command(capsys):
