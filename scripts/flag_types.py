@@ -7,7 +7,7 @@ import math
 import os
 import re
 from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +35,12 @@ class Parser(ArgumentParser):
         """Exit with code 2."""
         message = re.sub(r"^argument (\S+): (?=must )", r"\1 ", message)
         self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's own arguments, and those after --, which are for `totalprop train`."""
+    at = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:at]), list(arguments[at + 1 :])
 
 
 def _words(default: Any) -> str:

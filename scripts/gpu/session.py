@@ -38,6 +38,7 @@ import torch
 
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import GPU_STEPS, parser_of
+from totalprop.scripts.flag_types import split_flags
 from totalprop.scripts.gpu.carried import ROOT, opengl_environment
 from totalprop.scripts.gpu.summary import summary, test_results
 from totalprop.scripts.run.errors import UsageError, ending_with_a_sentence
@@ -83,9 +84,8 @@ class Ended(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = parser_of("gpu")
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, flags = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    own, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(own)
     options.steps = options.steps.split(",")
     check(parser, options, flags)
     with ending_with_a_sentence():

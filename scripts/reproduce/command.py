@@ -40,6 +40,7 @@ from typing import Any, TypeVar
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import COMMANDS, REPRODUCTIONS, parser_of
+from totalprop.scripts.flag_types import split_flags
 from totalprop.scripts.reproduce import many_actions, pipps, svg, tpx
 from totalprop.scripts.reproduce.coverage import coverage
 from totalprop.scripts.reproduce.protocol import Claim, Data, Missing, Reproduction, Scale, Step
@@ -61,8 +62,8 @@ VERDICTS, NUMBERS = "verdicts.json", "numbers.json"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, extra = parse(arguments[:split]), arguments[split + 1 :]
+    own, extra = split_flags(arguments)
+    options = parse(own)
     with ending_with_a_sentence():
         if options.name is None or options.list:
             print(listing(options.out, [options.name] if options.name else list(ENTRIES)))

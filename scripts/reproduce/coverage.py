@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from totalprop.scripts.commands import parser_of
+from totalprop.scripts.flag_types import split_flags
 from totalprop.scripts.run.arguments import parse as parse_train
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import read_json
 from totalprop.scripts.studies import dreamer, pipps_table
+from totalprop.scripts.studies.cells import read_rows
 from totalprop.scripts.studies.grid import read_grid
 from totalprop.scripts.studies.plot import swept
-from totalprop.scripts.studies.sweep import read_rows
 
 STUDIES = {"study dreamer": dreamer, "study pipps-table": pipps_table}
 
@@ -45,9 +46,8 @@ def coverage(command: str, arguments: Sequence[str], path: Path) -> Coverage:
 
 
 def _of_sweep(arguments: Sequence[str], path: Path) -> Coverage:
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser_of("sweep").parse_args(arguments[:split])
-    grid = read_grid(options, arguments[split + 1 :])
+    before, after = split_flags(arguments)
+    grid = read_grid(parser_of("sweep").parse_args(before), after)
     record = read_json(path)
     try:
         command, results = record["command"], record["results"]

@@ -28,12 +28,13 @@ from matplotlib.figure import Figure
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
-from totalprop.scripts.run.errors import UserError, continuing_later
+from totalprop.scripts.flag_types import split_flags
+from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import RunFolder, read_json
+from totalprop.scripts.studies.cells import Asked, train_cells
 from totalprop.scripts.studies.learning_curves import draw_profile, has_interval
 from totalprop.scripts.studies.scores import interval, iqm
 from totalprop.scripts.studies.styles import styles_of
-from totalprop.scripts.studies.sweep import Asked, check_runs, read_rows, train_runs
 
 
 class Task(NamedTuple):
@@ -113,9 +114,9 @@ def run_of(row: Mapping[str, Any]) -> tuple[Cell, int]:
 
 def parse(arguments: Sequence[str]) -> Asked:
     """Parse the command line; on wrong usage, exit with code 2."""
-    split = arguments.index("--") if "--" in arguments else len(arguments)
+    own, extra = split_flags(arguments)
     parser = parser_of("study dreamer")
-    options = parser.parse_args(arguments[:split])
+    options = parser.parse_args(own)
     for name, known in (("tasks", TASKS), ("gates", GATES), ("gradients", GRADIENTS)):
         if unknown := set(getattr(options, name)) - set(known):
             parser.error(f"--{name} are {', '.join(known)}, got {', '.join(sorted(unknown))}")
@@ -125,34 +126,20 @@ def parse(arguments: Sequence[str]) -> Asked:
             options.tasks, options.horizons, options.gates, options.gradients
         )
     ]
-    extra = list(arguments[split + 1 :])
-    return Asked(options, cells, extra, flags=extra)
+    jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
+    return Asked(options, cells, jobs, flags=extra)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    options, cells, extra, flags = parse(sys.argv[1:] if arguments is None else arguments)
-    runs = options.runs or Path("runs") / options.out.resolve().name
-    with continuing_later():
-        jobs = {c.name(seed): c.command(seed, extra) for seed in options.seeds for c in cells}
-        check_runs(jobs, runs, n_settings=len(cells))
-        failed, earlier = 0, read_rows(options.out, flags, run_of)
-        if not options.report_only:
-            kept = {cell.name(seed) for cell, seed in earlier}
-            failed = train_runs(jobs, runs, options.jobs, kept=kept)
-        report(options.out, runs, cells, options.seeds, flags, earlier)
-    if failed:
-        raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
+    train_cells(parse(sys.argv[1:] if arguments is None else arguments), run_of, report)
 
 
-def report(
-    out: Path, runs: Path, cells: Sequence[Cell], seeds: Sequence[int], extra: Sequence[str],
-    earlier: Mapping[tuple[Cell, int], dict[str, Any]],
-) -> None:  # fmt: skip
+def report(asked: Asked, runs: Path, earlier: Mapping[tuple[Cell, int], dict[str, Any]]) -> None:
     """Write results.json, table.md and profiles.png from the runs that are finished."""
     found = dict(earlier)
     named = {cell.name(seed): row for (cell, seed), row in earlier.items()}
-    for cell, seed in itertools.product(cells, seeds):
+    for cell, seed in itertools.product(asked.cells, asked.options.seeds):
         folder = RunFolder(runs / cell.name(seed))
         if folder.summary.exists():
             steps, returns = folder.read_evaluations()
@@ -167,8 +154,9 @@ def report(
     rows = list(found.values())
     if not rows:
         raise UserError(f"no finished run in {runs}; see the .log files there")
+    out = asked.options.out
     out.mkdir(parents=True, exist_ok=True)
-    record = {"flags": list(extra), "runs": rows}
+    record = {"flags": asked.flags, "runs": rows}
     write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
     table = _table(rows)
     write_text(out / "table.md", table)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from totalprop.agents import AGENTS
 from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.commands import parser_of
-from totalprop.scripts.flag_types import seed
+from totalprop.scripts.flag_types import seed, split_flags
 from totalprop.scripts.run.arguments import read_settings
 from totalprop.scripts.run.errors import UsageError
 from totalprop.scripts.run.folder import env_arg_flags
@@ -117,13 +117,12 @@ def grid_of(command: str) -> Grid:
     at = [i for i, word in enumerate(words) if word.rpartition(".")[2] == "sweep"]
     if not at:
         raise LookupError(f"{shown(command)} is no sweep")
-    words = words[at[0] + 1 :]
-    split = words.index("--") if "--" in words else len(words)
+    own, flags = split_flags(words[at[0] + 1 :])
     usage = io.StringIO()
     try:
         with contextlib.redirect_stderr(usage):
-            options = parser_of("sweep").parse_args(words[:split])
-        return read_grid(options, words[split + 1 :])
+            options = parser_of("sweep").parse_args(own)
+        return read_grid(options, flags)
     except SystemExit:
         reason = " ".join(usage.getvalue().rpartition("error: ")[2].split())
         raise ValueError(reason) from None

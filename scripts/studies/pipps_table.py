@@ -37,10 +37,11 @@ from matplotlib.figure import Figure
 from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import PIPPS_METHODS, PIPPS_TASKS, parser_of
-from totalprop.scripts.run.errors import UserError, continuing_later
+from totalprop.scripts.flag_types import split_flags
+from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import RunFolder, read_json
+from totalprop.scripts.studies.cells import Asked, train_cells
 from totalprop.scripts.studies.scores import Rate, rate_of
-from totalprop.scripts.studies.sweep import Asked, check_runs, read_rows, train_runs
 
 PUBLISHED_RUNS = 100  # of each published rate
 
@@ -212,31 +213,13 @@ def run_of(row: Mapping[str, Any]) -> tuple[Cell, int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    options, cells, extra, flags = parse(sys.argv[1:] if arguments is None else arguments)
-    scale = SCALES[options.scale]
-    runs = options.runs or Path("runs") / options.out.resolve().name
-    with continuing_later():
-        jobs = {
-            cell.name(seed): cell.command(seed, scale, extra)
-            for seed in options.seeds
-            for cell in cells
-        }
-        check_runs(jobs, runs, n_settings=len(cells))
-        earlier = read_rows(options.out, flags, run_of)
-        failed = 0
-        if not options.report_only:
-            kept = {cell.name(seed) for cell, seed in earlier}
-            failed = train_runs(jobs, runs, options.jobs, kept=kept)
-        report(options.out, runs, cells, options.seeds, flags, earlier)
-    if failed:
-        raise SystemExit(f"error: {failed} of the runs failed; the report covers the others")
+    train_cells(parse(sys.argv[1:] if arguments is None else arguments), run_of, report)
 
 
 def parse(arguments: Sequence[str]) -> Asked:
     """Parse the command line; on wrong usage, exit with code 2."""
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = parser_of("study pipps-table")
-    options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    own, extra = split_flags(arguments)
+    options = parser_of("study pipps-table").parse_args(own)
     scale = SCALES[options.scale]
     options.tasks = options.tasks or scale.tasks
     options.noise = options.noise or scale.noises
@@ -249,7 +232,8 @@ def parse(arguments: Sequence[str]) -> Asked:
         for method in options.methods
     ]
     flags = ["--scale", options.scale, *(["--", *extra] if extra else [])]
-    return Asked(options, cells, extra, flags)
+    jobs = {c.name(seed): c.command(seed, scale, extra) for seed in options.seeds for c in cells}
+    return Asked(options, cells, jobs, flags)
 
 
 # ---------------------------------------------------------------------------- report
@@ -266,13 +250,11 @@ def published_of(cell: Cell) -> Rate | None:
     return None if rate is None else rate_of(round(rate * PUBLISHED_RUNS), PUBLISHED_RUNS)
 
 
-def report(
-    out: Path, runs: Path, cells: Sequence[Cell], seeds: Sequence[int], flags: Sequence[str],
-    earlier: Mapping[tuple[Cell, int], dict[str, Any]],
-) -> None:  # fmt: skip
+def report(asked: Asked, runs: Path, earlier: Mapping[tuple[Cell, int], dict[str, Any]]) -> None:
     """Write results.json, table.md and success.png from the runs that are finished."""
-    found = dict(earlier)
-    for cell, seed in itertools.product(cells, seeds):
+    out, found = asked.options.out, dict(earlier)
+    wanted = list(itertools.product(asked.cells, asked.options.seeds))
+    for cell, seed in wanted:
         folder = RunFolder(runs / cell.name(seed))
         if folder.summary.exists():
             steps, returns = folder.read_evaluations()
@@ -286,12 +268,12 @@ def report(
     if not rows:
         raise UserError(f"no finished run in {runs}; see the .log files there")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "results.json", json.dumps({"flags": list(flags), "runs": rows}) + "\n")
+    write_text(out / "results.json", json.dumps({"flags": asked.flags, "runs": rows}) + "\n")
     finals: dict[Cell, list[float]] = {}
     for row in rows:
         finals.setdefault(cell_of(row), []).append(row["costs"][-1])
-    expected = len({*found, *itertools.product(cells, seeds)})
-    text = table(finals, flags, sorted({row["commit"] for row in rows}), expected)
+    expected = len({*found, *wanted})
+    text = table(finals, asked.flags, sorted({row["commit"] for row in rows}), expected)
     write_text(out / "table.md", text)
     figures.save(figure_of(finals), out / "success.png", dpi=150)
     print(f"{text}\nwritten to {out}: results.json, table.md, success.png")

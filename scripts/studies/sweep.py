@@ -44,7 +44,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -56,6 +56,7 @@ from totalprop.agents.core import figures
 from totalprop.agents.core.validation import is_finite
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
+from totalprop.scripts.flag_types import split_flags
 from totalprop.scripts.run.arguments import parse
 from totalprop.scripts.run.errors import UsageError, UserError, continuing_later
 from totalprop.scripts.run.folder import RunFolder, parse_env_args, read_json
@@ -78,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = parser_of("sweep")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, extra = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    own, extra = split_flags(arguments)
+    options = parser.parse_args(own)
     for name in ("cpus_per_run", "gpus_per_run"):
         if options.slurm and (value := getattr(options, name) or 0) != int(value):
             flag = f"--{name.replace('_', '-')}"
@@ -190,54 +191,6 @@ def read_earlier(out: Path, grid: Grid) -> Earlier:
         )
     own.joined(grid).settings()  # raises where two of them would be called the same
     return Earlier(own, results, commits)
-
-
-class Asked(NamedTuple):
-    """What the command line of a study asks for.
-
-    Attributes:
-        options: as parsed; `seeds` are those of each cell.
-        cells: what is trained.
-        extra: flags of `totalprop train`, after --.
-        flags: what results.json has as "flags".
-    """
-
-    options: argparse.Namespace
-    cells: Sequence[Any]
-    extra: Sequence[str]
-    flags: Sequence[str]
-
-
-def read_rows(
-    out: Path, flags: Sequence[str], run_of: Callable[[dict[str, Any]], Run]
-) -> dict[Run, dict[str, Any]]:
-    """The runs that a study's results.json holds; their folders may be elsewhere.
-
-    Args:
-        out: folder of results.json, with "flags" and a list of "runs".
-        flags: what the runs must have been trained with.
-        run_of: the run of a row.
-    Returns:
-        Run -> its row.
-    Raises:
-        UserError: it has results of other flags, which would be lost, or is not one of the study.
-    """
-    path = out / "results.json"
-    if not path.exists():
-        return {}
-    record = read_json(path)
-    try:
-        found, rows = record["flags"], {run_of(row): row for row in record["runs"]}
-    except (LookupError, TypeError) as error:
-        raise UserError(
-            f"{path} was not written by this study ({error!r}); move it away"
-        ) from error
-    if found != list(flags):
-        raise UserError(
-            f"{path} holds runs with the flags {shlex.join(found) or 'of the defaults'}; choose "
-            "another --out, or move it away"
-        )
-    return rows
 
 
 def train_all(options: argparse.Namespace, grid: Grid, earlier: Earlier, executor: Executor) -> int:
