@@ -19,7 +19,6 @@ the same command: points that are in the file are not measured again.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import hashlib
 import importlib
@@ -46,7 +45,7 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.estimators import Estimator, make, mixing
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.errors import UserError, continuing_later
-from totalprop.scripts.run.folder import RunFolder, current_commit, read_json, search_here
+from totalprop.scripts.run.folder import RunFolder, read_json, search_here
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.agent_problems import (
     DreamerProblem,
@@ -54,7 +53,7 @@ from totalprop.scripts.studies.agent_problems import (
     agent_problem,
 )
 from totalprop.scripts.studies.estimator_names import estimator_with_leg
-from totalprop.scripts.studies.measurements import write_measurements
+from totalprop.scripts.studies.measurements import Key, Measurements, read_measurements
 from totalprop.scripts.studies.problems import KINDS, PROBLEMS, Problem
 
 GAMMAS = (0.03, 0.3, 3.0, 30.0)  # of aobg, whose tolerated bias is in units of the gradient
@@ -67,7 +66,8 @@ OTHERS = ("lr-first-order", "tpg", "tpx-guarded", "tpg-guarded", "rp-cut")
 LIMIT = 1.1  # times the least error of a rival
 DRAWS = 1000  # of the bootstrap
 FEW = 24  # points that the figure names one by one
-COLUMNS = ("problem", "horizon", "samples", "estimator", "ms", "run", "gradients")
+KEYS, VALUES = ("problem", "horizon", "samples", "estimator"), ("ms", "gradients")
+COLUMNS = (*KEYS, *VALUES, "run")
 
 
 class Point(NamedTuple):
@@ -154,42 +154,31 @@ def kind_of(name: str) -> str:
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Measure what is missing in the files, and rewrite them after each point."""
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "gradients.csv"
-    settings: dict[str, Any] = {"repeats": options.repeats, "seed": options.seed}
     # A run that goes on, or is trained again under its name, is another agent.
     agents = {
         name: hashlib.sha256(RunFolder(Path(name)).model.read_bytes()).hexdigest()[:12]
         for name in options.problems if name not in PROBLEMS
     }  # fmt: skip
-    runs: list[dict[str, str]] = []
-    rows: dict[tuple[Point, str], list[str]] = {}
-    if path.exists():
-        found, rows = read_rows(path)
-        runs, known = found["runs"], found.get("agents", {})
-        for name in agents.keys() & known.keys():
-            if agents[name] != known[name]:
-                raise UserError(
-                    f"{path} was measured with another agent of {name}; choose another --out, or "
-                    "delete its files"
-                )
-        agents = {**known, **agents}
-        for key, value in settings.items():
-            if found[key] != value:
-                raise UserError(
-                    f"{path} was measured with --{key} {found[key]}, not {value}; choose another "
-                    "--out, or delete the file"
-                )
-    own = {"command": shlex.join(["totalprop", "study", "gradients", *arguments])}
-    own |= {"commit": current_commit(), "torch": torch.__version__}
-    runs = runs if own in runs else [*runs, own]
+    known = read_measurements(path, COLUMNS)[0].get("agents", {}) if path.exists() else {}
+    for name in agents.keys() & known.keys():
+        if agents[name] != known[name]:
+            raise UserError(
+                f"{path} was measured with another agent of {name}; choose another --out, or "
+                "delete its files"
+            )
+    found = Measurements(
+        path, {"repeats": options.repeats, "seed": options.seed}, keys=KEYS, values=VALUES,
+        command=shlex.join(["totalprop", "study", "gradients", *arguments]),
+    )  # fmt: skip
+    found.settings["agents"] = {**known, **agents}
     points = [
         Point(name, horizon, n)
         for name in options.problems
         for horizon in problem_named(name).horizons
         for n in options.samples
     ]
-    todo = {p: [e for e in options.estimators if (p, e) not in rows] for p in points}
+    todo = {p: [e for e in options.estimators if _key(p, e) not in found.rows] for p in points}
     todo = {p: missing for p, missing in todo.items() if missing}
     truths = read_truths(options.out)
     unknown = {(p.problem, p.horizon) for p in points} - truths.keys()
@@ -209,11 +198,18 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
                 for p, missing in todo.items()
             }
             for done in as_completed(pending):
-                for name, (g, ms) in done.result().items():
-                    numbers = " ".join(f"{x:.6g}" for x in g.flatten())
-                    rows[pending[done], name] = [f"{ms:.3g}", str(runs.index(own)), numbers]
-                write_rows(path, {**settings, "agents": agents, "runs": runs}, rows)
+                point = pending[done]
+                found.add_all(
+                    {
+                        _key(point, name): [f"{ms:.3g}", " ".join(f"{x:.6g}" for x in g.flatten())]
+                        for name, (g, ms) in done.result().items()
+                    }
+                )
                 advance()
+
+
+def _key(point: Point, estimator: str) -> Key:
+    return (*map(str, point), estimator)
 
 
 def _prepare(imports: Sequence[str]) -> None:
@@ -307,32 +303,6 @@ def true_gradient(name: str, horizon: int) -> Truth:
 # ---------------------------------------------------------------------------- files
 
 
-def write_rows(
-    path: Path, settings: dict[str, Any], rows: dict[tuple[Point, str], list[str]]
-) -> None:
-    """Write gradients.csv, in the order of the problems."""
-    order = {name: i for i, name in enumerate(PROBLEMS)}
-    keys = sorted(rows, key=lambda key: (order.get(key[0].problem, len(order)), key))
-    shown = [[*point, name, *rows[point, name]] for point, name in keys]
-    write_measurements(path, settings, COLUMNS, shown)
-
-
-def read_rows(path: Path) -> tuple[dict[str, Any], dict[tuple[Point, str], list[str]]]:
-    """The settings and rows of gradients.csv."""
-    try:
-        with open(path, newline="") as file:
-            settings = json.loads(file.readline().removeprefix("#"))
-            rows = {
-                (Point(r["problem"], int(r["horizon"]), int(r["samples"])), r["estimator"]):
-                [r["ms"], r["run"], r["gradients"]]
-                for r in csv.DictReader(file)
-            }  # fmt: skip
-        settings["repeats"], settings["seed"], settings["runs"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error!r}; delete it to measure again") from error
-    return settings, rows
-
-
 def read_truths(out: Path) -> dict[tuple[str, int], Truth]:
     """What truths.json holds."""
     path = out / "truths.json"
@@ -373,22 +343,21 @@ class Errors(NamedTuple):
 
 def report(out: Path) -> None:
     """Write table.md and errors.png from the files."""
-    path = out / "gradients.csv"
-    if not path.exists():
-        raise UserError(f"no gradients.csv in {out}; run without --report-only first")
-    settings, rows = read_rows(path)
+    settings, rows = read_measurements(out / "gradients.csv", COLUMNS)
     truths = read_truths(out)
     measured: Measured = {}
     ms: dict[str, dict[Point, float]] = {}
-    for (point, name), (time_ms, _, numbers) in rows.items():
+    for row in rows:
+        point = Point(row["problem"], int(row["horizon"]), int(row["samples"]))
         truth = truths.get((point.problem, point.horizon))
         if truth is not None:
-            g = np.array(numbers.split(), float).reshape(-1, len(truth.gradient))
-            measured.setdefault(point, {})[name] = g
-            ms.setdefault(name, {})[point] = float(time_ms)
+            g = np.array(row["gradients"].split(), float).reshape(-1, len(truth.gradient))
+            measured.setdefault(point, {})[row["estimator"]] = g
+            ms.setdefault(row["estimator"], {})[point] = float(row["ms"])
+    order = {name: i for i, name in enumerate(PROBLEMS)}
+    points = sorted(measured, key=lambda point: (order.get(point.problem, len(order)), point))
     found = [
-        errors_at(point, own, truths[point.problem, point.horizon])
-        for point, own in measured.items()
+        errors_at(point, measured[point], truths[point.problem, point.horizon]) for point in points
     ]
     text = table(found, ms, settings)
     write_text(out / "table.md", text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,11 @@ class Measurements:
 
     def add(self, key: Key, values: Sequence[str]) -> None:
         """Add a row in place of an earlier one of its key, and write the file."""
-        self.rows[key] = [*values, self._run]
+        self.add_all({key: values})
+
+    def add_all(self, rows: Mapping[Key, Sequence[str]]) -> None:
+        """Add rows likewise, and write the file once."""
+        self.rows |= {key: [*values, self._run] for key, values in rows.items()}
         self.write()
 
     def write(self) -> None:

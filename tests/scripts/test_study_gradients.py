@@ -209,7 +209,7 @@ def test_a_study_measures_what_is_missing_and_reports(tmp_path, capsys):
     assert {r["estimator"] for r in more if r["run"] == "1"} == {"tp", "aobg-0.3"}
     with pytest.raises(SystemExit):
         run(tmp_path, "--repeats", "6")
-    assert "was measured with --repeats 4, not 6" in capsys.readouterr().err
+    assert "was measured with repeats 4, not 6" in capsys.readouterr().err
 
 
 def test_no_worker_survives_a_killed_study(tmp_path):
