@@ -86,9 +86,6 @@ class Truth(NamedTuple):
     source: str
 
 
-Measured = dict[Point, dict[str, np.ndarray]]  # gradients [R, P] of each estimator
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -345,7 +342,7 @@ def report(out: Path) -> None:
     """Write table.md and errors.png from the files."""
     settings, rows = read_measurements(out / "gradients.csv", COLUMNS)
     truths = read_truths(out)
-    measured: Measured = {}
+    measured: dict[Point, dict[str, np.ndarray]] = {}  # gradients [R, P] of each estimator
     ms: dict[str, dict[Point, float]] = {}
     for row in rows:
         point = Point(row["problem"], int(row["horizon"]), int(row["samples"]))
