@@ -18,10 +18,12 @@ import numpy as np
 from totalprop.agents import AGENTS
 from totalprop.agents.core.evaluation import evaluate as evaluate_agent
 from totalprop.scripts.commands import parser_of
+from totalprop.scripts.run.environments import EVALUATION_ENVS, make_env
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import EVALUATION_ENVS, RunFolder, make_env, record_gif
+from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.run.hub import local
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
+from totalprop.scripts.run.video import record_gif
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -37,8 +37,9 @@ from totalprop.agents import AGENTS
 from totalprop.agents.core.deployment import Deployed
 from totalprop.agents.persistence.safe_file import atomic_write
 from totalprop.scripts.commands import parser_of
+from totalprop.scripts.run.environments import make_env
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, make_env
+from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.run.hub import local
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
 

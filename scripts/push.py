@@ -19,8 +19,9 @@ from totalprop.agents.core.validation import is_finite
 from totalprop.agents.persistence.safe_file import in_one_line
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run import hub
+from totalprop.scripts.run.environments import import_flag
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, import_flag, read_json
+from totalprop.scripts.run.folder import RunFolder, read_json
 
 CARD = """\
 # {name} on {env_id}

@@ -48,8 +48,9 @@ from totalprop.agents.persistence.safe_file import in_one_line, write_text
 from totalprop.scripts.commands import train_usage
 from totalprop.scripts.run import trackers
 from totalprop.scripts.run.arguments import parse, parse_resume
+from totalprop.scripts.run.environments import import_flag
 from totalprop.scripts.run.errors import UsageError, UserError
-from totalprop.scripts.run.folder import RunFolder, import_flag
+from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.run.interruption import locked, stopping_on_signals
 from totalprop.scripts.run.job import Job, RunOptions
 from totalprop.scripts.run.log import make_logger

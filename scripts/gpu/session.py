@@ -42,7 +42,7 @@ from totalprop.scripts.flag_types import split_flags
 from totalprop.scripts.gpu.carried import ROOT, opengl_environment
 from totalprop.scripts.gpu.summary import summary, test_results
 from totalprop.scripts.run.errors import UsageError, ending_with_a_sentence
-from totalprop.scripts.run.folder import current_commit
+from totalprop.scripts.run.program import current_commit
 
 SHARES = {"tests": 0.25, "bench": 0.4}  # of all the time, at most
 # Kept for the last checkpoint, the evaluation and the film: of all the time, or seconds if that is

@@ -29,7 +29,7 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.reliability.kill_test import differences
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import current_commit
+from totalprop.scripts.run.program import current_commit
 from totalprop.scripts.studies.executors import chosen, in_threads
 
 SETTINGS = {"eval_episodes": 2, "checkpoint_seconds": 0}

@@ -34,7 +34,8 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.reliability.preload import PRELOAD
 from totalprop.scripts.run.entry_runs import command
-from totalprop.scripts.run.folder import RunFolder, current_commit
+from totalprop.scripts.run.folder import RunFolder
+from totalprop.scripts.run.program import current_commit
 
 COMMON = ["--threads", "1", "--no-progress", "--no-tensorboard", "--checkpoint-seconds", "0"]
 COMMON += ["--eval-episodes", "2"]

@@ -33,7 +33,8 @@ from totalprop.agents.persistence.checkpoint import Checkpoints
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.entry_runs import command
-from totalprop.scripts.run.folder import RunFolder, current_commit
+from totalprop.scripts.run.folder import RunFolder
+from totalprop.scripts.run.program import current_commit
 
 WARM_UP = 1 / 3  # share of the time
 MOST_GROWTH = 0.02  # of the memory, over the remaining time

@@ -46,7 +46,8 @@ from totalprop.scripts.reproduce.coverage import coverage
 from totalprop.scripts.reproduce.protocol import Claim, Data, Missing, Reproduction, Scale, Step
 from totalprop.scripts.reproduce.verdicts import LEVEL, Part, Verdict, decide
 from totalprop.scripts.run.errors import UsageError, UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import current_commit, read_json
+from totalprop.scripts.run.folder import read_json
+from totalprop.scripts.run.program import current_commit
 
 T = TypeVar("T")
 

@@ -32,8 +32,8 @@ from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import in_one_line, shown
 from totalprop.scripts.commands import add_import
 from totalprop.scripts.flag_types import Parser, integer
+from totalprop.scripts.run.environments import check_import, env_arg_flags, our_id, parse_env_args
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import check_import, env_arg_flags, our_id, parse_env_args
 from totalprop.scripts.run.hub import local
 from totalprop.scripts.run.job import NOT_FLAGS, Job, RunOptions
 from totalprop.scripts.run.policy_kwargs import (

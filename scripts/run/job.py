@@ -22,8 +22,9 @@ from totalprop.agents.core.evaluation import MAX_STEPS
 from totalprop.agents.core.processes import ALONE, Processes
 from totalprop.agents.core.validation import AtLeast, constructor_hints, expectation
 from totalprop.agents.persistence.safe_file import shown
+from totalprop.scripts.run.environments import make_env, make_evaluation_env
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import RunFolder, current_commit, make_env, make_evaluation_env
+from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.run.normalisation import Normalised, normalise, normalise_like
 from totalprop.scripts.run.policy_kwargs import (
     accepted,
@@ -31,6 +32,7 @@ from totalprop.scripts.run.policy_kwargs import (
     default_policy_kwargs,
     policy_kwargs_from_json,
 )
+from totalprop.scripts.run.program import current_commit
 from totalprop.scripts.run.threads import owned_cores
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import totalprop.envs  # noqa: F401  (registers our environments)
 from totalprop.agents import AGENTS
 from totalprop.agents.core.datasets import SpacesOnly, check_spaces, open_dataset
 from totalprop.agents.core.processes import Processes
+from totalprop.scripts.run.environments import make_env
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import make_env
 from totalprop.scripts.run.job import Job
 
 if TYPE_CHECKING:

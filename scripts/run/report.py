@@ -21,9 +21,12 @@ from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.persistence import safe_file
 from totalprop.agents.persistence.safe_file import in_one_line
-from totalprop.scripts.run.folder import WHOLE, RunFolder, import_flag, program, record_gif
+from totalprop.scripts.run.environments import import_flag
+from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.run.job import RunOptions
 from totalprop.scripts.run.normalisation import normalise_like
+from totalprop.scripts.run.program import program
+from totalprop.scripts.run.video import WHOLE, record_gif
 
 
 def report(

@@ -16,8 +16,10 @@ from totalprop.agents.core.algorithm import Algorithm
 from totalprop.agents.core.processes import ALONE, Processes
 from totalprop.agents.core.validation import constructor_hints
 from totalprop.agents.persistence.checkpoint import Checkpoints
+from totalprop.scripts.run.environments import import_flag
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import RunFolder, import_flag, program
+from totalprop.scripts.run.folder import RunFolder
+from totalprop.scripts.run.program import program
 
 WAIT = timedelta(days=1)  # the first process evaluates alone; torchrun ends all if one dies
 

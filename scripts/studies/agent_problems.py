@@ -20,8 +20,9 @@ from totalprop.agents.dreamer.imagination import ImaginationNoise
 from totalprop.agents.dreamer.update import DreamerUpdate
 from totalprop.agents.pipps.particles import Noise, policy_gradient, simulate
 from totalprop.estimators import Estimator, make
+from totalprop.scripts.run.environments import make_env
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import RunFolder, make_env
+from totalprop.scripts.run.folder import RunFolder
 from totalprop.world_models.latent.model import State
 
 SKETCHED = 64  # numbers that stand for a gradient of more parameters

@@ -33,7 +33,7 @@ from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.estimators import make
 from totalprop.scripts.bench.pipps import random_problem
 from totalprop.scripts.flag_types import Parser
-from totalprop.scripts.run.folder import current_commit
+from totalprop.scripts.run.program import current_commit
 
 ESTIMATORS = ("tpx", "tpx-unclipped")
 STEPS = 30  # of a trial on the cart-pole

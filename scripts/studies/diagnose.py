@@ -48,8 +48,9 @@ from totalprop.estimators.analysis.diagnostics import (
     statistics_of,
 )
 from totalprop.scripts.commands import parser_of
+from totalprop.scripts.run.environments import make_env
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, make_env
+from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.agent_problems import without_bonus
 from totalprop.scripts.studies.styles import style_of

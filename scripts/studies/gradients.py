@@ -44,8 +44,9 @@ from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.estimators import Estimator, make, mixing
 from totalprop.scripts.commands import parser_of
+from totalprop.scripts.run.environments import search_here
 from totalprop.scripts.run.errors import UserError, continuing_later
-from totalprop.scripts.run.folder import RunFolder, read_json, search_here
+from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.run.progress import counted
 from totalprop.scripts.studies.agent_problems import (
     DreamerProblem,

@@ -16,8 +16,8 @@ from totalprop.agents.persistence.safe_file import shown
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.flag_types import seed, split_flags
 from totalprop.scripts.run.arguments import read_settings
+from totalprop.scripts.run.environments import env_arg_flags
 from totalprop.scripts.run.errors import UsageError
-from totalprop.scripts.run.folder import env_arg_flags
 
 T = TypeVar("T")
 

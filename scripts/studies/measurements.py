@@ -13,7 +13,7 @@ import torch
 
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import current_commit
+from totalprop.scripts.run.program import current_commit
 
 Key = tuple[str, ...]
 

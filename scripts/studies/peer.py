@@ -30,14 +30,10 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from totalprop.agents.core.evaluation import Evaluation
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
+from totalprop.scripts.run.environments import make_env, make_evaluation_env, parse_env_args
 from totalprop.scripts.run.errors import UserError, continuing_later
-from totalprop.scripts.run.folder import (
-    current_commit,
-    make_env,
-    make_evaluation_env,
-    parse_env_args,
-    read_json,
-)
+from totalprop.scripts.run.folder import read_json
+from totalprop.scripts.run.program import current_commit
 from totalprop.scripts.run.progress import said
 
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {

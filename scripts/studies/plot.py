@@ -42,8 +42,9 @@ from totalprop.agents.core.validation import is_finite, is_whole
 from totalprop.envs.dm_control import DMControlEnv
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.run.arguments import parse
+from totalprop.scripts.run.environments import our_id
 from totalprop.scripts.run.errors import UsageError, UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, our_id, read_json
+from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.run.job import Job
 from totalprop.scripts.studies import scores
 from totalprop.scripts.studies.grid import grid_of

@@ -58,8 +58,9 @@ from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.commands import parser_of
 from totalprop.scripts.flag_types import split_flags
 from totalprop.scripts.run.arguments import parse
+from totalprop.scripts.run.environments import parse_env_args
 from totalprop.scripts.run.errors import UsageError, UserError, continuing_later
-from totalprop.scripts.run.folder import RunFolder, parse_env_args, read_json
+from totalprop.scripts.run.folder import RunFolder, read_json
 from totalprop.scripts.run.job import Job
 from totalprop.scripts.run.log import STEPS, table_of
 from totalprop.scripts.studies.executors import Executor, Trial, chosen

@@ -26,8 +26,9 @@ from totalprop.agents.core import figures
 from totalprop.agents.core.validation import is_finite
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts.run.arguments import parse
+from totalprop.scripts.run.environments import import_flag
 from totalprop.scripts.run.errors import UsageError, UserError
-from totalprop.scripts.run.folder import import_flag, read_json
+from totalprop.scripts.run.folder import read_json
 from totalprop.scripts.studies.executors import Executor, Trial
 from totalprop.scripts.studies.grid import Grid, Setting
 from totalprop.scripts.studies.live import watched

@@ -40,8 +40,9 @@ from totalprop.estimators.analysis.many_actions import (
 )
 from totalprop.estimators.analysis.many_actions_data import ComponentEstimate, estimate_components
 from totalprop.scripts.commands import parser_of
+from totalprop.scripts.run.environments import make_env, our_id, parse_env_args
 from totalprop.scripts.run.errors import UserError, ending_with_a_sentence
-from totalprop.scripts.run.folder import RunFolder, make_env, our_id, parse_env_args
+from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.run.normalisation import normalise_like, statistics_of
 from totalprop.scripts.run.progress import counted
 

@@ -134,7 +134,7 @@ def test_the_bounds_that_a_help_names_are_those_of_the_code(capsys):
     """commands.py cannot import them: their modules load PyTorch."""
     from totalprop.agents.core.evaluation import MAX_STEPS
     from totalprop.scripts.commands import parser_of
-    from totalprop.scripts.run.folder import MAX_VIDEO_STEPS
+    from totalprop.scripts.run.video import MAX_VIDEO_STEPS
 
     parser = parser_of("evaluate")
     assert parser.get_default("max_steps") == MAX_STEPS

@@ -17,7 +17,7 @@ from totalprop.agents import DAAPPO, DreamerTPX
 from totalprop.agents.dreamer.presets import PRESETS
 from totalprop.scripts import train
 from totalprop.scripts.reliability import kill_test
-from totalprop.scripts.run.folder import make_env
+from totalprop.scripts.run.environments import make_env
 from totalprop.scripts.run.watchdog import HUNG, Watchdog
 
 BROKEN = textwrap.dedent("""

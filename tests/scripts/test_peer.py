@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from stable_baselines3 import SAC
 
-from totalprop.scripts.run.folder import make_env
+from totalprop.scripts.run.environments import make_env
 from totalprop.scripts.studies import peer, sweep
 
 

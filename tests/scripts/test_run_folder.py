@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from totalprop.envs.cartpole import CartPoleSwingUpEnv
-from totalprop.scripts.run import folder as run_folder
-from totalprop.scripts.run.folder import RunFolder, current_commit, make_evaluation_env, renders
+from totalprop.scripts.run import environments, program
+from totalprop.scripts.run.environments import make_evaluation_env, renders
+from totalprop.scripts.run.folder import RunFolder
+from totalprop.scripts.run.program import current_commit
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -24,10 +26,10 @@ def test_a_record_tells_changed_code_from_committed_code(tmp_path, monkeypatch):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
 
-    code = tmp_path / "scripts" / "run_folder.py"
+    code = tmp_path / "scripts" / "program.py"
     code.parent.mkdir()
     code.write_text("old")
-    monkeypatch.setattr(run_folder, "__file__", str(code))
+    monkeypatch.setattr(program, "__file__", str(code))
     assert current_commit() == "unknown"
     git("init", "--quiet")
     git("add", ".")
@@ -64,8 +66,8 @@ def test_runs_created_at_once_with_one_name_are_numbered(tmp_path):
      {"a": [1, "b c"], "b": (0.5, 1e-9)}, {"a": "it's", "b": "", "c": {"d": "1.0"}}],
 )  # fmt: skip
 def test_flags_of_an_environments_arguments_are_read_as_they_were(values):
-    flags = run_folder.env_arg_flags(values)
-    found = run_folder.parse_env_args(tuple(flag.removeprefix("--env-arg=") for flag in flags))
+    flags = environments.env_arg_flags(values)
+    found = environments.parse_env_args(tuple(flag.removeprefix("--env-arg=") for flag in flags))
     assert found == values and [*map(type, found.values())] == [*map(type, values.values())]
 
 

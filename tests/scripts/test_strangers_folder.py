@@ -16,8 +16,9 @@ from totalprop.agents.core import figures
 from totalprop.agents.persistence.safe_file import write_text
 from totalprop.scripts import evaluate, train
 from totalprop.scripts.run.arguments import parse
+from totalprop.scripts.run.environments import import_flag
 from totalprop.scripts.run.errors import UserError
-from totalprop.scripts.run.folder import RunFolder, import_flag
+from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.run.job import Job
 from totalprop.scripts.run.log import ResumableCSV
 from totalprop.scripts.run.normalisation import normalise_like, save_statistics

@@ -15,7 +15,7 @@ import torch
 from totalprop.agents import AGENTS, PIPPS
 from totalprop.envs.cartpole import CartPoleSwingUpEnv
 from totalprop.scripts import evaluate, train
-from totalprop.scripts.run import folder as run_folder
+from totalprop.scripts.run import program
 from totalprop.scripts.run import report as run_report
 from totalprop.scripts.run.errors import UserError
 from totalprop.scripts.run.folder import RunFolder
@@ -338,13 +338,13 @@ def test_a_column_of_either_table_is_watched(finished, tmp_path):
 
 def test_what_is_to_be_typed_next_runs_from_here(tmp_path, monkeypatch):
     venv = tmp_path / ".venv" / "bin"
-    monkeypatch.setattr(run_folder.sys, "executable", str(venv / "python"))
-    monkeypatch.setattr(run_folder.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert run_folder.program("python") == str(venv / "python")
+    monkeypatch.setattr(program.sys, "executable", str(venv / "python"))
+    monkeypatch.setattr(program.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert program.program("python") == str(venv / "python")
     monkeypatch.chdir(tmp_path)
-    assert run_folder.program("tensorboard") == ".venv/bin/tensorboard"
-    monkeypatch.setattr(run_folder.shutil, "which", lambda name: str(venv / name))
-    assert run_folder.program("python") == "python"
+    assert program.program("tensorboard") == ".venv/bin/tensorboard"
+    monkeypatch.setattr(program.shutil, "which", lambda name: str(venv / name))
+    assert program.program("python") == "python"
 
 
 def test_sweep_runs_reports_and_goes_on(tmp_path, monkeypatch, sweep_by_fork):

@@ -22,8 +22,9 @@ from totalprop.scripts.bench import pipps as bench
 from totalprop.scripts.bench import ppo as bench_ppo
 from totalprop.scripts.bench import sheeprl_peer
 from totalprop.scripts.run import arguments as train_arguments
-from totalprop.scripts.run import folder as run_folder
 from totalprop.scripts.run import normalisation
+from totalprop.scripts.run.environments import make_env
+from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.studies import agent_problems, diagnose, sweep, variance
 
 CART_POLE = ["--env-id", "totalprop/CartPoleSwingUp-v0", "--threads", "1", "--no-progress"]
@@ -169,7 +170,7 @@ def test_diagnose_leaves_the_entropy_bonus_out(dreamer_run, tmp_path, monkeypatc
     """It is nearly free of noise and common to all: with it, ratios of any size are the same."""
     found = []
     for scale in (0.0, 1e6):
-        agent = diagnose._load(run_folder.RunFolder.open(dreamer_run))
+        agent = diagnose._load(RunFolder.open(dreamer_run))
         imagination = dataclasses.replace(agent._update.settings.imagination, entropy_scale=scale)
         settings = dataclasses.replace(agent._update.settings, imagination=imagination)
         monkeypatch.setattr(agent._update, "settings", settings)
@@ -432,7 +433,7 @@ def test_normalised_runs_are_evaluated_in_the_trainings_units(tmp_path, capsys):
     train.main([*DAAPPO, "--runs", str(tmp_path), "--name", "n", "--normalize", "both"])
     statistics = json.loads((tmp_path / "n" / "vec_normalize.json").read_text())
     assert statistics["observation"]["count"] > 100 and statistics["return"]["var"] > 0
-    env = run_folder.make_env("totalprop/CartPoleSwingUp-v0", {}, seed=0)
+    env = make_env("totalprop/CartPoleSwingUp-v0", {}, seed=0)
     env = normalisation.normalise_like(env, tmp_path / "n" / "vec_normalize.json")
     raw = np.array([[1.0, 2.0, 3.0, 4.0]])
     mean, var = np.array(statistics["observation"]["mean"]), statistics["observation"]["var"]
