@@ -146,6 +146,8 @@ def act(predict: Callable[..., Any], see: Callable[[Any], Any], env: VecEnv, ste
 
 def inputs_of(module: Deployed, observation: Any, state: Sequence[Any], is_first: Any) -> Any:
     """What the module is called with; only a recurrent one asks where an episode begins."""
+    if isinstance(observation, dict):  # vector environments give an OrderedDict
+        observation = dict(observation)
     return (observation, *state, is_first) if module.state_names else (observation,)
 
 

@@ -48,7 +48,7 @@ from totalprop.agents.persistence.safe_file import in_one_line, write_text
 from totalprop.scripts.commands import train_usage
 from totalprop.scripts.run import trackers
 from totalprop.scripts.run.arguments import parse, parse_resume
-from totalprop.scripts.run.environments import import_flag
+from totalprop.scripts.run.environments import registered_id
 from totalprop.scripts.run.errors import UsageError, UserError
 from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.run.interruption import locked, stopping_on_signals
@@ -173,7 +173,7 @@ def train(job: Job, processes: Processes = ALONE, *, command: str = "") -> RunFo
     env, eval_env = environments(job, dataset)
     algorithm = job.algorithm(env, processes, dataset)
     method = "_".join(str(arguments[name]) for name in AGENTS[job.agent].named_by)
-    task, where = options.env_id.rsplit("/", 1)[-1], options.env_id
+    task, where = registered_id(options.env_id).rpartition("/")[2], options.env_id
     if dataset is not None:
         task = dataset.id.replace("/", "-")
         where = f"{dataset.total_steps:,} steps of {dataset.id}"
@@ -435,8 +435,7 @@ def learn_on(
             close_bars()  # above the sentence, which is the last word
             print(
                 f"stopped after {checkpoints.newest_step()} of {options.total_timesteps} steps; "
-                f"continue with: {resume_command(folder, n_processes)}"
-                f"{import_flag(options.env_id)}",
+                f"continue with: {resume_command(folder, n_processes)}",
                 file=sys.stderr,
             )
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0]) from None

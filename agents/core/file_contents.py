@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -180,9 +181,10 @@ _CHECKS: dict[str, Callable[[Any], str]] = {
 def _check_observations(attributes: Mapping[str, Any]) -> None:
     """The observations from which `learn` continues must be those of so many environments."""
     space, n = attributes["observation_space"], attributes.get("n_envs", 1)
-    for name in ("_last_obs", "_last_original_obs"):
+    # The original ones are those of VecNormalize, around which stable-baselines3 turns images.
+    for name, turned in (("_last_obs", False), ("_last_original_obs", True)):
         value = attributes.get(name)
-        if value is not None and not _is_batch(value, space, n):
+        if value is not None and not _is_batch(value, space, n, turned=turned):
             raise BadFileError(f"its {name} is not one observation of each of {n} environments")
     if attributes.get("_last_obs") is None:  # `learn` resets the environments
         return
@@ -191,17 +193,22 @@ def _check_observations(attributes: Mapping[str, Any]) -> None:
         raise BadFileError(f"its _last_episode_starts are not those of {n} environments")
 
 
-def _is_batch(value: Any, space: spaces.Space[Any], n: int) -> bool:
+def _is_batch(value: Any, space: spaces.Space[Any], n: int, *, turned: bool) -> bool:
+    """Whether it holds n observations; `turned` are images whose channels may come last."""
     if isinstance(space, spaces.Dict):
         return (
             isinstance(value, dict)
             and value.keys() == space.spaces.keys()
-            and all(_is_batch(value[key], part, n) for key, part in space.spaces.items())
+            and all(_is_batch(value[key], part, n, turned=turned) for key, part in space.items())
         )
+    shapes = [space.shape or ()]
+    if turned and is_image_space(space):
+        channels, *size = shapes[0]
+        shapes.append((*size, channels))
     return (
         isinstance(value, np.ndarray)
         and value.dtype.kind in "biuf"
-        and value.shape == (n, *(space.shape or ()))
+        and value.shape in [(n, *shape) for shape in shapes]
         and bool(np.isfinite(value).all())
     )
 

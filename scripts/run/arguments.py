@@ -13,6 +13,7 @@ import inspect
 import io
 import itertools
 import re
+import shlex
 import sys
 import types
 import typing
@@ -411,5 +412,10 @@ def parse_resume(arguments: Sequence[str]) -> tuple[Path, int | None, list[str]]
         "--total-timesteps", type=int, help="steps in all, to extend a run beyond what it was for"
     )
     add_import(parser)
-    options = parser.parse_args(arguments)
+    options, others = parser.parse_known_args(arguments)
+    if others:
+        parser.error(
+            f"a resumed run keeps its agent and settings; leave out {shlex.join(others)}, or start "
+            "a run of its own without --resume"
+        )
     return options.resume, options.total_timesteps, options.imports

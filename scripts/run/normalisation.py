@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
@@ -26,15 +27,26 @@ def normalise(env: VecEnv, what: Normalised, *, gamma: float) -> VecEnv:
 
     Args:
         env: the training environment.
-        what: what to normalise. Rewards are divided by the standard deviation of the discounted
-            return. "none" returns `env` itself.
+        what: what to normalise. Of observations those that are numbers, as stable-baselines3's
+            policies scale images and encode choices. Rewards are divided by the standard deviation
+            of the discounted return. "none" returns `env` itself.
         gamma: discount of that return.
     """
     if what == "none":
         return env
+    space, keys = env.observation_space, None
+    are_scaled = _is_scaled(space)
+    if isinstance(space, spaces.Dict):
+        keys = [name for name, part in space.items() if _is_scaled(part)] or None
+        are_scaled = keys is not None
     return VecNormalize(
-        env, norm_obs=what != "rewards", norm_reward=what != "observations", gamma=gamma
-    )
+        env, norm_obs=what != "rewards" and are_scaled, norm_obs_keys=keys,
+        norm_reward=what != "observations", gamma=gamma,
+    )  # fmt: skip
+
+
+def _is_scaled(space: spaces.Space) -> bool:
+    return isinstance(space, spaces.Box) and not is_image_space(space)
 
 
 def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEnv:
@@ -65,7 +77,10 @@ def normalise_like(env: VecEnv, statistics: VecNormalize | Path | None) -> VecEn
     else:
         norm_obs = statistics.norm_obs
         obs_rms = statistics.obs_rms if norm_obs else None
-    made = VecNormalize(env, training=False, norm_obs=norm_obs, norm_reward=False)
+    keys = list(obs_rms) if isinstance(obs_rms, dict) else None
+    made = VecNormalize(
+        env, training=False, norm_obs=norm_obs, norm_obs_keys=keys, norm_reward=False
+    )
     if obs_rms is not None:
         copied: Any = copy.deepcopy(obs_rms)
         made.obs_rms = copied
@@ -108,7 +123,7 @@ def _observation_to_json(rms: ObsRMS) -> dict[str, Any]:
 def _observation_from_json(record: Any, space: spaces.Space) -> ObsRMS:
     if not isinstance(space, spaces.Dict):
         return _from_json(record, space.shape)
-    return {name: _from_json(record[name], part.shape) for name, part in space.items()}
+    return {name: _from_json(part, space[name].shape) for name, part in record.items()}
 
 
 def _to_json(rms: RunningMeanStd) -> dict[str, Any]:

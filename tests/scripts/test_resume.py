@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -122,8 +123,12 @@ def test_a_second_process_on_a_run_is_refused(tmp_path, capsys):
     assert second.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_checkpoints_and_says_how_to_go_on(number, quiet, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "module"), [(signal.SIGINT, ""), (signal.SIGTERM, ""), (signal.SIGINT, "ast:")]
+)
+def test_a_signal_checkpoints_and_says_how_to_go_on(
+    number, module, quiet, tmp_path, capsys, monkeypatch
+):
     sent = []
 
     def send(agent, show_progress, improve=PIPPS._improve_policy):
@@ -133,12 +138,18 @@ def test_a_signal_checkpoints_and_says_how_to_go_on(number, quiet, tmp_path, cap
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(PIPPS, "_improve_policy", send)
+    env_id = f"{module}totalprop/CartPoleSwingUp-v0"
     with pytest.raises(SystemExit) as stop:
-        train.main([*LONG, "--runs", str(tmp_path), "--name", "stopped"])
+        train.main([*LONG, "--env-id", env_id, "--runs", str(tmp_path), "--name", "stopped"])
     assert stop.value.code == 128 + number
-    error = capsys.readouterr().err
-    assert "stopped after 60 of 120 steps" in error and "--resume" in error
-    train.main(["--resume", str(tmp_path / "stopped")])
+    sentence, _, command = capsys.readouterr().err.partition("; continue with: ")
+    assert sentence.endswith("stopped after 60 of 120 steps")
+    words = shlex.split(command)
+    assert words[1:] == [
+        *("-m", "totalprop", "train", "--resume", str(tmp_path / "stopped")),
+        *(["--import", "ast"] if module else []),
+    ]
+    train.main(words[4:])
     assert kill_test.differences("pipps", quiet, tmp_path / "stopped") == []
 
 

@@ -138,6 +138,12 @@ def test_what_a_usage_error_says(arguments, message, capsys):
     assert error.rstrip().endswith("totalprop train dreamer --help lists the flags")
 
 
+def test_a_resumed_run_keeps_its_settings(capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        train.main(["svg", "--resume", "runs/a", "--gamma", "0.9", "--total-timesteps", "9"])
+    assert "leave out svg --gamma 0.9, or start" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
