@@ -58,7 +58,8 @@ class RunOptions:
     gradient updates, and the environment, --env-id or the dataset's own, serves evaluations only.
     """
     normalize: Normalised = "none"
-    """Scale observations, rewards or both by running statistics (VecNormalize); daappo only."""
+    """Scale observations, rewards or both by running statistics (VecNormalize); daappo only. Images
+    and choices stay as they are."""
     total_timesteps: Annotated[int, AtLeast(1)] = 1
     """Environment steps (decisions) to learn for; with --offline, gradient updates."""
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
