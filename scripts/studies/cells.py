@@ -32,9 +32,7 @@ class Asked(NamedTuple):
     flags: Sequence[str]
 
 
-def read_rows(
-    out: Path, flags: Sequence[str], run_of: Callable[[dict[str, Any]], Run]
-) -> dict[Run, dict[str, Any]]:
+def read_rows(out: Path, flags: Sequence[str], run_of: Callable[[Row], Run]) -> dict[Run, Row]:
     """The runs that a study's results.json holds; their folders may be elsewhere.
 
     Args:

@@ -46,7 +46,7 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -72,7 +72,6 @@ from totalprop.scripts.studies.styles import styles_of
 from totalprop.scripts.studies.tune import check_installed, tune
 from totalprop.scripts.train import sentence
 
-Run = TypeVar("Run")
 BESIDE = 2.5  # success is also shown for thresholds on the final cost so far below and above
 
 
