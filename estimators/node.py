@@ -305,7 +305,7 @@ def stochastic_node(
             f"carried must be like mean and std, {[list(x.shape) for x in zeta]}, got "
             f"{[list(x.shape) for x in carried]}"
         )
-    _check_values(zeta, noise)
+    _check_values(estimator, zeta, noise)
     if tap is not None and probe is None:
         raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
     if gauge is not None and gauge.shape != SHAPE:
@@ -370,13 +370,19 @@ def _check_shapes(zeta: Zeta, noise: Tensor, credit: Tensor, value: Tensor | Non
         )
 
 
-def _check_values(zeta: Zeta, noise: Tensor) -> None:
-    """Refuse a negative std and, for a categorical, noise that is clearly not Gumbel noise."""
+def _check_values(estimator: Estimator, zeta: Zeta, noise: Tensor) -> None:
+    """Refuse a std that no score has and, for a categorical, what is clearly not Gumbel noise."""
     if len(zeta) == 2:
-        if _holds(zeta[1], lambda std: std.amin() < 0):
+        std, may_be_0 = zeta[1], not estimator.needs_score
+        if _holds(std, lambda std: std.amin() < 0 if may_be_0 else std.amin() <= 0):
+            if std.amin() < 0:
+                raise ValueError(
+                    "std must be positive, got a negative entry; exp or softplus of a network's "
+                    "output is positive"
+                )
             raise ValueError(
-                "std must be positive, got a negative entry; exp or softplus of a network's output "
-                "is positive"
+                "std must be positive, got 0, at which a sample has no score; give it a floor, as "
+                "in std.clamp(min=1e-6), or choose estimator 'rp', which needs no score"
             )
     elif _holds(noise, _looks_normal):
         raise ValueError(

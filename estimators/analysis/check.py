@@ -61,7 +61,8 @@ class Report:
         limit: the largest |z| that chance explains.
         variances: estimator -> variance of the gradient, summed over all parameters.
         relative_errors: estimator -> relative standard error of its variance.
-        best: the estimator to use, or None while a cost is uncredited.
+        best: the estimator to use, or None while a cost is uncredited, or is credited and then
+            goes through a function that is not linear.
         repeats: number of gradients of each estimator.
     """
 
@@ -122,8 +123,14 @@ class Report:
         return lines
 
     def _advice(self) -> str:
-        if self.best is None:
+        if self.best is None and self.uncredited_cost:
             return "Credit every cost with r.cost(...), then check again."
+        if self.best is None:
+            return (
+                "Call r.cost(...) last, on what is averaged to the loss, then check again: the "
+                "gradient of a logarithm or a square of a credited cost is not the sum of the "
+                "costs' gradients, and the likelihood ratio is wrong there."
+            )
         if not self.agree:
             return (
                 f"Use '{self.best}': RP misses part of the gradient (a jump, a rounding, a "
@@ -255,8 +262,10 @@ def _report(
         variances[name] = float(g.var(0).sum().nan_to_num(nan=math.inf))
         errors[name] = _relative_error(g)
     best: str | None = None
-    if not uncredited:
-        best = _best(variances, errors) if agree else "lr"
+    if not uncredited and agree:
+        best = _best(variances, errors)
+    elif uncredited is False:
+        best = "lr"
     return Report(
         loss=sum(losses) / repeats,
         credited=sum(parts) / repeats,
@@ -312,8 +321,13 @@ def _named(
 ) -> dict[str, Tensor]:
     if isinstance(parameters, nn.Module):
         return {n: p for n, p in parameters.named_parameters() if p.requires_grad}
-    if parameters is not None:
+    if isinstance(parameters, Mapping):
         return dict(parameters)
+    if parameters is not None:
+        raise TypeError(
+            "parameters must be a module or a dictionary of tensors by name, got "
+            f"{type(parameters).__name__}; dict(module.named_parameters()) is one"
+        )
     leaves = [leaf for leaf in _leaves(loss) if not any(leaf is other for other in others)]
     if not leaves:
         raise ValueError("the loss depends on no parameter: is one with requires_grad=True used?")

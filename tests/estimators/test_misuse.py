@@ -58,6 +58,19 @@ def test_a_misused_node_is_refused_when_called(name, misuse):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", NODEWISE)
+def test_a_std_of_0_is_for_estimators_without_a_score(name):
+    """Of the others the gradient would be NaN; RP's is that of the mean."""
+    arguments = gaussian_node(std=torch.zeros(N, D, dtype=F64))
+    if make(name).needs_score:
+        with pytest.raises(ValueError, match=r"got 0, at which .*std.clamp\(min=1e-6\)"):
+            make(name)(**arguments)
+        return
+    sample, _ = make(name)(**arguments)
+    (gradient,) = torch.autograd.grad(sample.sum(), arguments["mean"])
+    torch.testing.assert_close(gradient, torch.ones_like(gradient))
+
+
 CATEGORICAL = [name for name in NODEWISE if not name.startswith("tpg")]
 
 

@@ -165,7 +165,7 @@ def test_cross_fit_uses_the_other_half(name, n):
 
     estimator = make(name, cross_fit=True, legs=(leg,))
     mean = torch.zeros(n, 3, dtype=F64, requires_grad=True)
-    std = torch.zeros(n, 3, dtype=F64, requires_grad=True)
+    std = torch.ones(n, 3, dtype=F64, requires_grad=True)
     noise = rp[1] / rp[0]
     sample, credit = estimator(mean, std, noise, mean.new_zeros(n), probe=probe)
     row = torch.arange(n, dtype=F64)  # used as the return, so that the leg can identify its rows

@@ -196,3 +196,28 @@ def test_a_smooth_problem_is_never_said_to_disagree():
     """Seeds 0 to 49."""
     found = [check(*rollout_of(PROBLEMS["quadratic"], 1), estimators=(), seed=s) for s in range(50)]
     assert all(report.agree for report in found)
+
+
+def test_a_function_of_credited_costs_is_no_reason_for_lr():
+    """E[(x²)²] of one draw: LR credits the square's argument, and is off by a factor."""
+    theta = torch.tensor(0.5, requires_grad=True)
+
+    def rollout(r):
+        x = r.sample(theta.expand(1000, 1), torch.ones(1000, 1))
+        return r.cost(x.square().sum(-1)).square().mean()
+
+    report = check(rollout)
+    assert report.uncredited_cost is None and not report.agree
+    assert report.best is None and "Call r.cost(...) last" in str(report)
+
+
+def test_parameters_without_names_are_refused():
+    layer = nn.Linear(2, 2)
+
+    def rollout(r):
+        x = r.sample(layer(torch.ones(9, 2)), torch.ones(9, 2))
+        return r.cost(x.square().sum(-1)).mean()
+
+    with pytest.raises(TypeError, match=r"got generator; dict\(module.named_parameters\(\)\)"):
+        check(rollout, layer.parameters())
+    assert check(rollout, layer).means["rp"].keys() == {"weight", "bias"}
