@@ -6,7 +6,6 @@ A script is imported when it is called, and not for its help.
 from __future__ import annotations
 
 import difflib
-import itertools
 import os
 import select
 import signal
@@ -17,6 +16,7 @@ from importlib import import_module
 
 import totalprop
 from totalprop.scripts.commands import COMMANDS, parser_of, train_usage
+from totalprop.scripts.flag_types import split_flags
 from totalprop.scripts.run.threads import wait_passively
 
 _FORMAT_WARNING = warnings.formatwarning
@@ -117,8 +117,7 @@ def _can_print() -> bool:
 
 
 def _asks_for_help(arguments: Sequence[str]) -> bool:
-    own = itertools.takewhile(lambda argument: argument != "--", arguments)
-    return not {"-h", "--help"}.isdisjoint(own)
+    return not {"-h", "--help"}.isdisjoint(split_flags(arguments)[0])
 
 
 if __name__ == "__main__":

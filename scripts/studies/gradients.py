@@ -68,7 +68,6 @@ LIMIT = 1.1  # times the least error of a rival
 DRAWS = 1000  # of the bootstrap
 FEW = 24  # points that the figure names one by one
 KEYS, VALUES = ("problem", "horizon", "samples", "estimator"), ("ms", "gradients")
-COLUMNS = (*KEYS, *VALUES, "run")
 
 
 class Point(NamedTuple):
@@ -158,17 +157,17 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         name: hashlib.sha256(RunFolder(Path(name)).model.read_bytes()).hexdigest()[:12]
         for name in options.problems if name not in PROBLEMS
     }  # fmt: skip
-    known = read_measurements(path, COLUMNS)[0].get("agents", {}) if path.exists() else {}
+    found = Measurements(
+        path, {"repeats": options.repeats, "seed": options.seed}, keys=KEYS, values=VALUES,
+        command=shlex.join(["totalprop", "study", "gradients", *arguments]),
+    )  # fmt: skip
+    known = found.recorded.get("agents", {})
     for name in agents.keys() & known.keys():
         if agents[name] != known[name]:
             raise UserError(
                 f"{path} was measured with another agent of {name}; choose another --out, or "
                 "delete its files"
             )
-    found = Measurements(
-        path, {"repeats": options.repeats, "seed": options.seed}, keys=KEYS, values=VALUES,
-        command=shlex.join(["totalprop", "study", "gradients", *arguments]),
-    )  # fmt: skip
     found.settings["agents"] = {**known, **agents}
     points = [
         Point(name, horizon, n)
@@ -341,7 +340,7 @@ class Errors(NamedTuple):
 
 def report(out: Path) -> None:
     """Write table.md and errors.png from the files."""
-    settings, rows = read_measurements(out / "gradients.csv", COLUMNS)
+    settings, rows = read_measurements(out / "gradients.csv", (*KEYS, *VALUES))
     truths = read_truths(out)
     measured: dict[Point, dict[str, np.ndarray]] = {}  # gradients [R, P] of each estimator
     ms: dict[str, dict[Point, float]] = {}

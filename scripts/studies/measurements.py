@@ -29,6 +29,7 @@ class Measurements:
         command: the command that measures, recorded with the commit in the rows that it adds.
 
     Attributes:
+        recorded: all settings that the file had, with its "runs"; empty if it was not there.
         rows: the values of each key, and the number of the run that measured them.
 
     Raises:
@@ -46,16 +47,15 @@ class Measurements:
     ) -> None:
         self.path, self.settings = path, settings
         self.columns = (*keys, *values, "run")
+        self.recorded: dict[str, Any] = {}
         self.rows: dict[Key, list[str]] = {}
-        runs: list[dict[str, str]] = []
         if path.exists():
-            found, rows = read_measurements(path, self.columns)
-            runs = found["runs"]
+            self.recorded, rows = read_measurements(path, self.columns)
             for name, value in settings.items():
-                if found.get(name) != value:
+                if (found := self.recorded.get(name)) != value:
                     raise UserError(
-                        f"{path} was measured with {name} {found.get(name)}, not {value}; choose "
-                        "another --out, or delete the file"
+                        f"{path} was measured with {name} {found}, not {value}; choose another "
+                        "--out, or delete the file"
                     )
             n = len(keys)
             for row in rows:
@@ -66,7 +66,8 @@ class Measurements:
         except OSError as error:
             raise UserError(f"cannot write to {path.parent}: {error.strerror}") from error
         own = {"command": command, "commit": current_commit(), "torch": torch.__version__}
-        self._runs = runs if own in runs else [*runs, own]
+        runs = self.recorded.get("runs", [])
+        self._runs: list[dict[str, str]] = runs if own in runs else [*runs, own]
         self._run = str(self._runs.index(own))
 
     def add(self, key: Key, values: Sequence[str]) -> None:

@@ -49,11 +49,15 @@ AGENTS = {
 POLICIES = {"vector": "MlpPolicy", "choice": "MlpPolicy", "image": "CnnPolicy"}
 
 
-@pytest.mark.parametrize("kinds", ["vector", "image", "choice", "image+vector+choice"])
-@pytest.mark.parametrize("agent", list(AGENTS))
-def test_a_run_from_start_to_deployment(agent, kinds, tmp_path, monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def _kinds_env(tmp_path, monkeypatch):
     (tmp_path / "kinds_env.py").write_text(ENVIRONMENTS)
     monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("kinds", ["vector", "image", "choice", "image+vector+choice"])
+@pytest.mark.parametrize("agent", list(AGENTS))
+def test_a_run_from_start_to_deployment(agent, kinds, tmp_path, capsys):
     policy = POLICIES.get(kinds, "MultiInputPolicy")
     command = [agent, *AGENTS[agent], *COMMON, "--env-arg", f"kinds={kinds}"]
     if agent == "daappo":
@@ -68,9 +72,7 @@ def test_a_run_from_start_to_deployment(agent, kinds, tmp_path, monkeypatch, cap
     assert out.count("largest difference") == 2 and "over 2 episodes" in out
 
 
-def test_images_and_choices_are_not_normalised(tmp_path, monkeypatch):
-    (tmp_path / "kinds_env.py").write_text(ENVIRONMENTS)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_images_and_choices_are_not_normalised(tmp_path):
     command = ["daappo", *AGENTS["daappo"], *COMMON, "--normalize", "both"]
     for kinds, scaled in (("image+vector+choice", {"vector"}), ("image+choice", set())):
         flags = ["--env-arg", f"kinds={kinds}", "--policy", "MultiInputPolicy"]
