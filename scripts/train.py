@@ -52,7 +52,7 @@ from totalprop.scripts.run.environments import registered_id
 from totalprop.scripts.run.errors import UsageError, UserError
 from totalprop.scripts.run.folder import RunFolder
 from totalprop.scripts.run.interruption import locked, stopping_on_signals
-from totalprop.scripts.run.job import Job, RunOptions
+from totalprop.scripts.run.job import Job, RunOptions, naming_flags
 from totalprop.scripts.run.log import make_logger
 from totalprop.scripts.run.normalisation import save_agent
 from totalprop.scripts.run.offline import dataset_of, environments, with_environment
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         is_usage = isinstance(error, UsageError | UnsupportedSpaceError)
         raise SystemExit(2 if is_usage else 1) from None
     except KeyboardInterrupt:
-        print("\nstopped; --resume continues from the last checkpoint", file=sys.stderr)
+        print("\nstopped; --resume RUN continues one that has a checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -137,8 +137,8 @@ def sentence(error: Exception) -> str:
         )
     # Most likely raised by the environment; its author needs the traceback.
     return (
-        f"{type(error).__name__}: {text}; TOTALPROP_TRACEBACK=1 shows the traceback, --resume "
-        "continues the run from its last checkpoint"
+        f"{type(error).__name__}: {text}; TOTALPROP_TRACEBACK=1 shows the traceback, and --resume "
+        "RUN continues one that has a checkpoint"
     )
 
 
@@ -425,12 +425,13 @@ def learn_on(
         try:
             if remaining > 0:
                 name = "learn_offline" if options.offline else "learn"
-                getattr(algorithm, name)(
-                    remaining,
-                    callback=callbacks,
-                    progress_bar=is_drawn,
-                    reset_num_timesteps=False,
-                )
+                with naming_flags("total_timesteps", *job.arguments, *job.policy_kwargs):
+                    getattr(algorithm, name)(
+                        remaining,
+                        callback=callbacks,
+                        progress_bar=is_drawn,
+                        reset_num_timesteps=False,
+                    )
         except TrainingStopped:
             close_bars()  # above the sentence, which is the last word
             print(

@@ -187,6 +187,13 @@ class Algorithm(BaseAlgorithm):
     @classmethod
     def _wrap_env(cls, env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         env = maybe_make_env(env, verbose)  # `load` and `set_env` take ids, too
+        if (callable(env) and not hasattr(env, "step")) or isinstance(env, type):
+            raise ValueError(
+                f"{cls.__name__} needs an environment or its id, got {env!r}, which makes one; "
+                "call it"
+            )
+        if cls.no_vec_normalize and isinstance(env, VecEnv) and unwrap_vec_normalize(env):
+            raise ValueError(cls.no_vec_normalize)
         if isinstance(env, VectorEnv):
             env = VecMonitor(GymnasiumVecEnv(env))
         seen, actions = env.observation_space, env.action_space
@@ -224,7 +231,6 @@ class Algorithm(BaseAlgorithm):
         Raises:
             ValueError: the agent cannot work with `env`.
         """
-        self.refuse_vec_normalize(env)
         names = ("env", "n_envs", "_vec_normalize_env", "_last_obs")
         before = {name: getattr(self, name) for name in names}
         super().set_env(env, force_reset)
@@ -320,12 +326,6 @@ class Algorithm(BaseAlgorithm):
             *super()._excluded_save_params(), "_fixed", "_own_names", "_own_lr_schedule", "group",
             "phase",
         ]  # fmt: skip
-
-    def refuse_vec_normalize(self, env: GymEnv | None) -> None:
-        """Raise ValueError if `env` is in VecNormalize and the agent cannot work with that."""
-        is_normalised = isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None
-        if self.no_vec_normalize and is_normalised:
-            raise ValueError(self.no_vec_normalize)
 
     def predict(
         self,

@@ -54,7 +54,8 @@ class CheckedEnv(gym.Wrapper):
         """Like the environment's.
 
         Raises:
-            ValueError: it does not return five values, or the observation's shape is wrong.
+            ValueError: it does not return five values, the observation's shape is wrong, the reward
+                is no number, or the info no dictionary.
         """
         five = "(observation, reward, terminated, truncated, info)"
         try:
@@ -67,8 +68,18 @@ class CheckedEnv(gym.Wrapper):
             self._refuse("step", returned, five)
         observation, reward, terminated, truncated, info = returned
         self._check(observation, "step")
+        if np.asarray(reward).dtype.kind not in "biuf" or np.ndim(reward):
+            raise ValueError(
+                f"step() of {self._name} returned the reward {reward!r}, expected one number; "
+                "return float(reward)"
+            )
+        if not isinstance(info, dict):
+            raise ValueError(
+                f"step() of {self._name} returned the info {info!r}, expected a dictionary; "
+                "return {} where there is nothing to say"
+            )
         if terminated or truncated:
-            observation = copy.deepcopy(observation)
+            observation = _kept(observation, self.observation_space)
         return observation, reward, terminated, truncated, info
 
     def _refuse(
@@ -104,6 +115,15 @@ class CheckedEnv(gym.Wrapper):
     @property
     def _name(self) -> str:
         return type(self.env.unwrapped).__name__
+
+
+def _kept(observation: Any, space: spaces.Space) -> Any:
+    """A copy, as an array where it may be a list."""
+    if isinstance(space, spaces.Dict):
+        return {name: _kept(observation[name], part) for name, part in space.items()}
+    if isinstance(space, spaces.Box):
+        return np.array(observation, space.dtype)
+    return copy.deepcopy(observation)
 
 
 def _kind(observation: Any) -> str:

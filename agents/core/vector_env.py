@@ -11,7 +11,7 @@ import copy
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
@@ -117,6 +117,12 @@ class GymnasiumVecEnv(VecEnv):
             getattr(self.venv, attr_name) if envs is None else envs[i].get_wrapper_attr(attr_name)
             for i in self._get_indices(indices)
         ]
+
+    def is_out_of_reach(self, attr_name: str) -> bool:
+        """Whether workers of an AsyncVectorEnv have an attribute, which `get_attr` cannot read."""
+        workers = self.venv.unwrapped
+        is_async = isinstance(workers, AsyncVectorEnv)
+        return is_async and all(workers.call("has_wrapper_attr", attr_name))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Not possible, see `env_method`."""

@@ -587,8 +587,8 @@ class DreamerTPX(Algorithm):
             drawn = self._act(seen)
             actions = self.policy.to_env(drawn)
             new_obs, rewards, dones, infos = env.step(actions)
-            check_finite(self.num_timesteps, new_obs, rewards, infos, dones)  # type: ignore[arg-type]
             self.num_timesteps += n_envs
+            check_finite(self.num_timesteps, new_obs, rewards, infos, dones)  # type: ignore[arg-type]
             self._since_round += n_envs
             seen = to_model(new_obs)
             ends = list(infos)  # callbacks see the environment's own
@@ -960,7 +960,6 @@ class DreamerTPX(Algorithm):
 
     def _check_spaces(self) -> None:
         ObservationForm(self.observation_space)  # raises for a space that is not supported
-        self.refuse_vec_normalize(self.env)
         length = self.sequence_length
         n_envs = 0 if self.env is None else self.env.num_envs * self._processes.size
         if n_envs and self.buffer_size // n_envs < length:

@@ -9,6 +9,7 @@ loop (algorithm), the problem (cost and start), the controllers, the optimisers 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -187,7 +188,7 @@ class PIPPS(TrialAlgorithm):
         self.n_particles, self.optimizer = n_particles, optimizer
         self.adam_eps, self.momentum = adam_eps, momentum
         self.dropout, self.noise_stop, self.keep_best = dropout, noise_stop, keep_best
-        self.termination_cost = termination_cost
+        self.termination_cost, self._warned_of_free_end = termination_cost, False
         self.model_uncertainty, self.noise_multiplier = model_uncertainty, noise_multiplier
         if _init_setup_model:
             self._setup_model()
@@ -202,6 +203,22 @@ class PIPPS(TrialAlgorithm):
             self.logger.record("train/learning_rate", settings.learning_rate)
         log.record(self.logger, draw=self.tensorboard_log is not None)
         return len(log.losses)
+
+    def _warn_of_costs(self, next_states: Tensor, rewards: Tensor, done: Tensor) -> None:
+        """Say once that every step costs something, and none after the end does."""
+        super()._warn_of_costs(next_states, rewards, done)
+        cost, termination = self._problem.cost, self._problem.termination
+        if termination is None or self.termination_cost or self._warned_of_free_end:
+            return
+        costs = -rewards if cost is None else cost(next_states).detach()
+        if (costs >= 0).all() and (costs > 0).any():
+            self._warned_of_free_end = True
+            warnings.warn(
+                "steps after the end of an episode cost nothing (termination_cost=0), and steps "
+                f"before it {costs.mean():.2g} on average, so that an early end is best; unless it "
+                f"is the goal, pass termination_cost={costs.max():.2g}, what a bad step costs",
+                stacklevel=6,
+            )
 
     def _particle_model(self) -> ParticleModel:
         """The model that policies are searched in.

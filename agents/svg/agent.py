@@ -8,6 +8,7 @@ networks.py; the transitions are in replay.py.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ from totalprop.agents.svg.gradients import Actor, Nodes, Paths, Transitions
 from totalprop.agents.svg.networks import Critic, WorldModel
 from totalprop.agents.svg.policy import SVGPolicy, check_sizes
 from totalprop.agents.svg.replay import Replay
-from totalprop.agents.trials.problem import Problem
+from totalprop.agents.trials.problem import Problem, rewards_flaw
 from totalprop.estimators import Estimator, PolicyGradient
 from totalprop.estimators.gauge import SHAPE
 
@@ -116,8 +117,9 @@ class SVG(Algorithm):
         value_hidden: hidden units per layer of the critic, and of the reward network.
         model_hidden: hidden units per layer of each of the model's sub-networks.
         activation: of all networks, policy included.
-        reward: "auto" uses `cost_fn` or the environment's own differentiable `cost(states)` where
-            there is one, and else learns the reward; "learned" always learns it.
+        reward: whose gradient a step has. "auto" uses `cost_fn` or the environment's own
+            differentiable `cost(states)` where there is one, and else learns the reward; "learned"
+            always learns it. Critics learn from the rewards, but with `cost_fn`.
         cost_fn: differentiable cost of the next states, [..., S] -> [...] (torch, float64), that
             is to be low in place of high rewards. Evaluations still show the rewards.
         policy_kwargs: arguments of the policy class, for example {"net_arch": [100, 100]}.
@@ -210,7 +212,7 @@ class SVG(Algorithm):
         self.activation, self.reward, self.cost_fn = activation, reward, cost_fn
         self.replay_buffer: Replay | None = None
         self._rounds = self._n_value_updates = self._since_round = 0
-        self._needs_cost_fn = False
+        self._needs_cost_fn = self._warned_of_rewards = False
         if _init_setup_model:
             self._setup_model()
 
@@ -359,8 +361,8 @@ class SVG(Algorithm):
             drawn, log_probs = self.policy.draw(observations, self._generator)
             actions = self.policy.to_env(drawn)
             new_obs, rewards, dones, infos = env.step(actions)
-            check_finite(self.num_timesteps, new_obs, rewards, infos, dones)  # type: ignore[arg-type]
             self.num_timesteps += env.num_envs
+            check_finite(self.num_timesteps, new_obs, rewards, infos, dones)  # type: ignore[arg-type]
             self._since_round += env.num_envs
             next_observations, terminated = np.array(new_obs), np.array(dones)
             for i in np.flatnonzero(dones):  # already reset: take the true end
@@ -414,6 +416,7 @@ class SVG(Algorithm):
 
     def _see(self, rows: dict[str, np.ndarray]) -> None:
         """Take the scales of states, changes and rewards from a round's transitions."""
+        self._warn_of_rewards(rows)
         rows = self._priced(rows)
         self.policy.scale.update(rows["states"])
         if self.variant in USES_MODEL:
@@ -422,6 +425,26 @@ class SVG(Algorithm):
             self.world_model.reward.see(rows["rewards"])
         if self.variant != "inf":
             self.critic.see(rows["rewards"], self.gamma)
+
+    def _warn_of_rewards(self, rows: dict[str, np.ndarray]) -> None:
+        """Say once that the environment's own cost, whose gradient is taken, is not its rewards."""
+        if self._cost is None or self.cost_fn is not None or self._warned_of_rewards:
+            return
+        next_states, rewards, terminated = (
+            torch.as_tensor(rows[name], device=self.device)
+            for name in ("next_states", "rewards", "terminated")
+        )
+        goes_on = torch.ones_like(rewards, dtype=torch.bool)
+        if self.variant != "inf":  # whose return has costs alone; others learn what an end is worth
+            goes_on = ~terminated.bool()
+        flaw = rewards_flaw(self._cost, next_states[goes_on].double(), rewards[goes_on].double())
+        if flaw is not None:
+            self._warned_of_rewards = True
+            warnings.warn(
+                f"{flaw}; a step's gradient is the cost's. Make them agree, or pass "
+                "reward='learned', which takes it from the rewards",
+                stacklevel=4,
+            )
 
     def _set_step_sizes(self, rate: float) -> None:
         """Attributes may have been set since the optimisers were made."""
@@ -437,8 +460,11 @@ class SVG(Algorithm):
         return self._to_batch(self.replay_buffer.draw(self.batch_size, self._rng, recent=recent))
 
     def _priced(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Transitions whose rewards are minus the cost where it is known, for critic and policy."""
-        if self._cost is None:
+        """Transitions whose rewards are minus `cost_fn`, where it takes their place.
+
+        The environment's own cost does not: beyond it, rewards may say what an end is worth.
+        """
+        if self._cost is None or self.cost_fn is None:
             return rows
         states = torch.as_tensor(rows["next_states"], dtype=torch.float64, device=self.device)
         rewards = -self._cost(states).detach().cpu().numpy()
@@ -806,4 +832,3 @@ class SVG(Algorithm):
                 f"got {describe(self.observation_space)}; use variant '0', or take DreamerTPX, "
                 "which learns a latent state"
             )
-        self.refuse_vec_normalize(self.env)

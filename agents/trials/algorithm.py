@@ -31,7 +31,7 @@ from totalprop.agents.core.validation import Above, AtLeast, Within, check_argum
 from totalprop.agents.core.workers import explain_dead_workers
 from totalprop.agents.trials import metrics
 from totalprop.agents.trials.controllers import ControllerPolicy, LinearPolicy, RBFPolicy
-from totalprop.agents.trials.problem import Problem, pairs_flaw
+from totalprop.agents.trials.problem import Problem, pairs_flaw, rewards_flaw
 from totalprop.world_models.gp import ROUNDING, GaussianProcess, Kernel
 from totalprop.world_models.gp_dynamics import GPDynamics
 
@@ -126,7 +126,7 @@ class TrialAlgorithm(Algorithm):
         # Of a trial that the end of `learn` interrupts, where the environment has no time limit.
         self._trial_steps, self._trial_returns = 0, np.zeros(0)
         self._needs_cost_fn = self._needs_termination = False
-        self._warned_of_end = self._warned_of_cut = False
+        self._warned_of_end = self._warned_of_cut = self._warned_of_rewards = False
         self._start_observations: list[np.ndarray] = []
         self._predicted: np.ndarray | None = None  # [H + 1, N, S] for the next trial
 
@@ -344,7 +344,7 @@ class TrialAlgorithm(Algorithm):
             check_finite(self.num_timesteps, next_observations, rewards)
             starts = np.asarray(self._last_episode_starts, dtype=bool)
             self._start_observations.extend(observations[starts])
-            transitions.append((observations, actions, next_observations, rewards))
+            transitions.append((observations, actions, next_observations, rewards, dones))
             if not finished[0]:
                 path.append(next_observations)
             self._last_obs = new_obs  # type: ignore[assignment]
@@ -417,15 +417,30 @@ class TrialAlgorithm(Algorithm):
 
     def _store(self, transitions: Sequence[tuple[np.ndarray, ...]]) -> None:
         """Add a trial to the data of the model, which is first tested on it."""
-        x, u, x_next, reward = (np.concatenate(parts) for parts in zip(*transitions, strict=True))
+        x, u, x_next, reward, done = map(np.concatenate, zip(*transitions, strict=True))
         states, controls, next_states, rewards = (
             torch.as_tensor(part, dtype=torch.float64, device=self.device)
             for part in (x, self.policy.scale_action(u), x_next, reward)
         )
+        self._warn_of_costs(next_states, rewards, torch.as_tensor(done, device=self.device))
         model = self.world_model
         if model.is_fitted:
             metrics.record_model_fit(self.logger, model, states, controls, next_states)
         model.add(states, controls, next_states, rewards, keep=self.max_points)
+
+    def _warn_of_costs(self, next_states: Tensor, rewards: Tensor, done: Tensor) -> None:
+        """Say once that the environment's own cost, which is minimised, is not its rewards."""
+        cost = self._problem.cost
+        if cost is None or self.cost_fn is not None or self._warned_of_rewards:
+            return
+        flaw = rewards_flaw(cost, next_states[~done], rewards[~done])
+        if flaw is not None:
+            self._warned_of_rewards = True
+            warnings.warn(
+                f"{flaw}; the policy is optimised for the cost. Make them agree, or take `cost` "
+                "out of the environment: it is then learned from the rewards",
+                stacklevel=5,
+            )
 
     def dump_logs(self) -> None:
         """Write everything recorded since the last dump; called once per `log_interval` trials."""
@@ -536,7 +551,6 @@ class TrialAlgorithm(Algorithm):
 
     def _check_spaces(self) -> None:
         size = check_vectors(type(self).__name__, self.observation_space, self.action_space)
-        self.refuse_vec_normalize(self.env)
         for name in ("angle_dims", "invariant_dims"):
             dims = getattr(self, name) or ()
             wrong = [d for d in dims if not 0 <= d < size]

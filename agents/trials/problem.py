@@ -15,6 +15,7 @@ from gymnasium.wrappers import NormalizeReward
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from totalprop.agents.core.vector_env import GymnasiumVecEnv
 from totalprop.agents.persistence import env_state
 from totalprop.agents.trials.controllers import ControllerPolicy
 from totalprop.agents.trials.saturating_cost import SaturatingCost
@@ -307,7 +308,15 @@ class Problem:
         RewardWrapper (or NormalizeReward, or an unknown vector wrapper) changes these, it is not
         used, with a warning. A wrapper that changes them in its own `step` goes unnoticed.
         """
-        if self.env is None or not self.env.has_attr(name):
+        if self.env is None:
+            return None
+        if not self.env.has_attr(name):
+            base = self.env.unwrapped
+            if isinstance(base, GymnasiumVecEnv) and base.is_out_of_reach(name):
+                _warn_unused(
+                    name,
+                    "processes of an AsyncVectorEnv do not give it away (a SubprocVecEnv's do)",
+                )
             return None
         changing: list[type[Wrapper[Any, Any, Any, Any]]] = [ObservationWrapper]
         if name in ("cost", "saturating_cost"):
@@ -355,6 +364,28 @@ def cost_flaw(cost: Any, states: int, device: torch.device) -> str | None:
     if not found.requires_grad:
         return "it must be differentiable: a cost of torch operations on the states it is given"
     return None
+
+
+def rewards_flaw(cost: StateFunction, next_states: Tensor, rewards: Tensor) -> str | None:
+    """How rewards depart from minus the cost, or None where they do not by much.
+
+    A constant difference, and what observation noise makes of the cost, are none.
+
+    Args:
+        cost: of states.
+        next_states: [n, S] of real steps after which the episode went on.
+        rewards: [n] of these steps.
+    """
+    if len(rewards) < 2:
+        return None
+    differences = rewards + cost(next_states).detach()
+    spread, size = differences.std(), rewards.square().mean().sqrt()
+    if spread <= max(0.5 * rewards.std(), 0.02 * size):
+        return None
+    return (
+        "the environment's rewards are not minus its own `cost` of the next states: their sum has "
+        f"a standard deviation of {spread:.2g}, and the rewards one of {rewards.std():.2g}"
+    )
 
 
 def termination_flaw(termination: Any, states: int, device: torch.device) -> str | None:

@@ -381,7 +381,7 @@ def _as_flags(settings: dict[str, Any], config: str, defaults: Sequence[Any]) ->
     known = [field.name for part in defaults for field in dataclasses.fields(part)]
     flags = []
     for name, value in settings.items():
-        if name == "env_args":
+        if name == "env_args" or (name == "env_arg" and isinstance(value, dict)):
             if not isinstance(value, dict):
                 raise UserError(f"{config}: env_args must be a mapping, got {shown(value)}")
             flags += env_arg_flags(value)

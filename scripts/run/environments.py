@@ -82,7 +82,10 @@ def import_flag(env_id: str) -> str:
 def parse_env_args(
     arguments: tuple[str, ...], flag: str = "--env-arg", example: str = "noise=4"
 ) -> dict[str, Any]:
-    """Parse NAME=VALUE arguments: ("cost=tip", "noise=4") -> {"cost": "tip", "noise": 4}."""
+    """Parse NAME=VALUE arguments: ("cost=tip", "noise=4") -> {"cost": "tip", "noise": 4}.
+
+    Values are Python's, or `true`, `false` and `null` as YAML and JSON have them; all else is text.
+    """
     parsed: dict[str, Any] = {}
     for argument in arguments:
         name, separator, text = argument.partition("=")
@@ -91,7 +94,7 @@ def parse_env_args(
         try:
             parsed[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            parsed[name] = text
+            parsed[name] = {"true": True, "false": False, "null": None}.get(text, text)
     return parsed
 
 
@@ -142,8 +145,15 @@ def make_env(
         )
     if env_id not in gym.registry and ":" not in env_id:
         near = nearest_env(env_id)
-        hint = f"; did you mean '{near}'?" if near else ""
-        raise UsageError(f"unknown environment '{env_id}'{hint}")
+        hint = f"did you mean '{near}'?" if near else ""
+        hint = hint or f"one that arm.py registers, say, is named with its module, 'arm:{env_id}'"
+        raise UsageError(f"unknown environment '{env_id}'; {hint}")
+    module, _, own = env_id.rpartition(":")
+    if module and (module.endswith(".py") or not module.replace(".", "").isidentifier()):
+        raise UsageError(
+            f"'{env_id}' must name a module, and not a file, before its colon: "
+            f"'{Path(module).stem}:{own}', from the folder of {Path(module).stem}.py"
+        )
     if ":" in env_id:
         search_here()
     kwargs = {**env_args, "render_mode": "rgb_array"} if render else env_args

@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -127,7 +128,7 @@ class Job:
 
     def environments(self) -> tuple[VecEnv, VecEnv]:
         """Make the environments for training and for evaluation."""
-        with self._naming_flags("action_source"):  # an environment speaks of its own arguments
+        with naming_flags("action_source"):  # an environment speaks of its own arguments
             env = make_env(
                 self.options.env_id, self.env_args, seed=None,
                 step_timeout=self.options.step_timeout,
@@ -168,21 +169,11 @@ class Job:
             arguments["learning_rate"] = LinearSchedule(rate, end=0.0, end_fraction=1.0)
         cls = AGENTS[self.agent].cls
         kwargs = accepted(cls, arguments["policy"], self.policy_kwargs)
-        with self._naming_flags(*self.arguments, *self.policy_kwargs):
+        with naming_flags(*self.arguments, *self.policy_kwargs):
             made = cls(env=env, policy_kwargs=policy_kwargs_from_json(kwargs), **arguments)
             if dataset is not None:
                 made.load_dataset(dataset)  # type: ignore[attr-defined]
         return made
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _naming_flags(*names: str) -> Iterator[None]:
-        """Refusals name flags, not arguments; they stay of their kind, which exit codes tell."""
-        try:
-            yield
-        except (UserError, ValueError, AssertionError) as error:
-            error.args = (in_flags(str(error), names),)
-            raise
 
     def flags(self) -> dict[str, Any]:
         """The settings that determine what a run learns."""
@@ -257,6 +248,24 @@ class Job:
             arguments={k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()},
             policy_kwargs=policy_kwargs,
         )
+
+
+@contextlib.contextmanager
+def naming_flags(*names: str) -> Iterator[None]:
+    """Refusals and warnings name flags, not arguments; an error stays of its kind."""
+    say = warnings.formatwarning
+
+    def say_flags(message: Warning | str, *where: Any) -> str:
+        return in_flags(say(message, *where), names)
+
+    warnings.formatwarning = say_flags
+    try:
+        yield
+    except (UserError, ValueError, AssertionError, FloatingPointError) as error:
+        error.args = (in_flags(str(error), names),)
+        raise
+    finally:
+        warnings.formatwarning = say
 
 
 def in_flags(text: str, names: Iterable[str]) -> str:

@@ -282,6 +282,21 @@ def test_a_yaml_file_of_settings_and_flags_that_override_it(tmp_path):
     assert job("--config", str(path), "--preset", "laptop-pixels").arguments["free_nats"] == 3.0
 
 
+def test_arguments_of_the_environment_may_have_the_flags_name_in_a_yaml_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("agent: pipps\nenv_arg: {noise: 9, mirrored: false}\n")
+    made = job("--config", str(tmp_path / "mine.yaml"))
+    assert made.env_args == {"noise": 9, "mirrored": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("true", True), ("false", False), ("null", None), ("False", False), ("'true'", "true")],
+)
+def test_words_of_yaml_are_values_and_not_texts(text, value):
+    found = job("pipps", "--env-arg", f"cost={text}").env_args["cost"]
+    assert found == value and type(found) is type(value)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

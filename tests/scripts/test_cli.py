@@ -198,7 +198,7 @@ def test_a_command_says_a_warning_without_a_line_of_source(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     (said,) = [line for line in done.stderr.splitlines() if "less than one trial" in line]
-    assert said.startswith("warning: total_timesteps=5 are less than one trial, of 30 steps")
+    assert said.startswith("warning: --total-timesteps 5 are less than one trial, of 30 steps")
     assert "warnings.warn" not in done.stderr
 
 

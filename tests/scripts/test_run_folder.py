@@ -63,6 +63,7 @@ def test_runs_created_at_once_with_one_name_are_numbered(tmp_path):
 @pytest.mark.parametrize(
     "values",
     [{"noise": 4}, {"tag": "4"}, {"tag": "None", "on": True, "x": None}, {"cost": "tip"},
+     {"tag": "true", "b": "null"},
      {"a": [1, "b c"], "b": (0.5, 1e-9)}, {"a": "it's", "b": "", "c": {"d": "1.0"}}],
 )  # fmt: skip
 def test_flags_of_an_environments_arguments_are_read_as_they_were(values):

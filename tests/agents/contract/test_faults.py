@@ -17,7 +17,7 @@ def test_non_finite_values_of_the_environment_are_one_clear_sentence(make, where
         agent.learn(28)
     message = str(error.value)
     assert "\n" not in message and "fix the environment" in message
-    assert agent.num_timesteps <= 3
+    assert agent.num_timesteps <= 3 and f"at step {agent.num_timesteps}:" in message
 
 
 class Faulty(CountingEnv):
@@ -37,6 +37,8 @@ class Faulty(CountingEnv):
         observation, reward, terminated, truncated, info = super().step(action)
         if self.fault == "scalar":  # NumPy would broadcast it
             observation = np.zeros(1, np.float32)
+        reward = {"array": np.ones(1), "none": None, "text": "1"}.get(self.fault, reward)
+        info = None if self.fault == "no info" else info
         if self.fault == "old step":
             return observation, reward, terminated, info
         return observation, reward, terminated, truncated, info
@@ -46,6 +48,10 @@ FAULTS = {
     "old step": r"step\(\) of Faulty returned 4 values, expected \(observation, .*shimmy",
     "old reset": r"reset\(\) of Faulty returned a ndarray, expected \(observation, info\)",
     "scalar": r"step\(\) of Faulty returned an observation of shape \[1\], .* says \[4\]",
+    "array": r"step\(\) of Faulty returned the reward array\(\[1\.\]\), expected one number",
+    "none": r"step\(\) of Faulty returned the reward None, expected one number",
+    "text": r"step\(\) of Faulty returned the reward '1', expected one number",
+    "no info": r"step\(\) of Faulty returned the info None, expected a dictionary",
     "wide reset": r"reset\(\) of Faulty returned an observation of shape \[5\], .* says \[4\]",
 }
 
@@ -55,6 +61,30 @@ def test_what_is_not_gymnasiums_is_one_sentence(make, fault):
     with pytest.raises(ValueError, match=FAULTS[fault]) as error:
         make(Faulty(fault)).learn(28)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("maker", [CountingEnv, lambda: CountingEnv()], ids=["class", "function"])
+def test_what_makes_an_environment_is_none(make, maker):
+    with pytest.raises(ValueError, match=r"needs an environment or its id, got <.*; call it"):
+        make(maker)
+
+
+class Listing(CountingEnv):
+    """Observes lists of numbers."""
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        return observation.tolist(), info
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return observation.tolist(), *rest
+
+
+def test_lists_are_observations_too(make):
+    """Also the last one of an episode, which no buffer has made an array of."""
+    listed, own = make(Listing()).learn(28), make(CountingEnv()).learn(28)
+    assert_same(listed.get_parameters(), own.get_parameters())
 
 
 def test_an_old_step_inside_of_a_time_limit_is_one_sentence(make):

@@ -371,7 +371,7 @@ def test_images_are_stored_as_they_are_channel_first():
 
 @pytest.mark.parametrize("where", ["observation", "last"])
 def test_the_error_of_a_non_finite_value_names_the_step(where):
-    agent, steps = make(BrokenEnv(where)), {"observation": 2, "last": 6}[where]
+    agent, steps = make(BrokenEnv(where)), {"observation": 3, "last": LENGTH}[where]
     with pytest.raises(ValueError, match=rf"non-finite observation at step {steps}: \["):
         agent.learn(14)
     assert agent.num_timesteps == steps

@@ -329,9 +329,10 @@ def test_unbounded_actions_are_refused():
 
 
 @pytest.mark.parametrize("wrap", [lambda e: e, VecMonitor], ids=["outermost", "below another"])
-def test_vec_normalize_is_refused_by_the_constructor(wrap):
+@pytest.mark.parametrize("space", [VECTOR, spaces.Box(0, 255, (64, 64, 3), np.uint8)])
+def test_vec_normalize_is_refused_by_the_constructor(wrap, space):
     with pytest.raises(ValueError, match=r"VecNormalize.*pass the environment without"):
-        make(wrap(VecNormalize(DummyVecEnv([SpaceEnv]))))
+        make(wrap(VecNormalize(DummyVecEnv([lambda: SpaceEnv(space)]))))
 
 
 def test_vec_normalize_is_refused_by_load(tmp_path):

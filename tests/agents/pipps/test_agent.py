@@ -844,7 +844,7 @@ def test_the_first_terminated_episode_is_reported_once():
     [
         (CountingEnv(truncates=True), {}),
         (CountingEnv(), {"termination": "ignore"}),
-        (CountingEnv(), {"termination": late}),
+        (CountingEnv(), {"termination": late, "termination_cost": 7.0}),
     ],
     ids=["truncated", "ignored", "known"],
 )
@@ -865,6 +865,43 @@ def test_ended_particles_cost_what_the_user_says(monkeypatch):
         agent.learn(LENGTH)
         losses.append(memory.dumps[-1][0]["train/loss"])
     assert losses == pytest.approx([7.0, 7.0 - 2 * 3], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"),
+    [
+        ({}, True),
+        ({"termination_cost": 9.0}, False),
+        ({"termination": "ignore"}, False),
+        ({"cost_fn": lambda states: 0 * states[..., 0] - 1}, False),
+        ({"cost_fn": lambda states: 0 * states[..., 0]}, False),
+    ],
+    ids=["free", "costs", "no end", "steps are worth something", "all is free"],
+)
+def test_an_end_that_is_cheaper_than_every_step_is_reported_once(changes, warns):
+    """Rewards of CountingEnv are -1 to -7, of which the policy would spare itself some."""
+    agent = make(**{"termination": late, **changes})
+    found = [m for m in messages(lambda: agent.learn(2 * LENGTH)) if "cost nothing" in m]
+    assert len(found) == warns
+    assert not warns or ("before it 4 on average" in found[0] and "termination_cost=7" in found[0])
+
+
+@pytest.mark.parametrize(
+    ("cost", "warns"),
+    [
+        (lambda self, states: states[..., 1], False),
+        (lambda self, states: states[..., 1] + 100, False),
+        (lambda self, states: 2 * states[..., 1], True),
+        (lambda self, states: states[..., 0], True),
+    ],
+    ids=["rewards", "offset", "scale", "another"],
+)
+def test_an_own_cost_that_is_not_minus_the_rewards_is_reported_once(cost, warns, monkeypatch):
+    monkeypatch.setattr(CountingEnv, "cost", cost, raising=False)
+    found = messages(lambda: make(CountingEnv(truncates=True)).learn(2 * LENGTH))
+    assert ["rewards are not minus its own `cost`" in m for m in found] == [True] * warns
+    given = make(CountingEnv(truncates=True), cost_fn=lambda states: states[..., 0])
+    assert messages(lambda: given.learn(LENGTH)) == []
 
 
 class Falling(CountingEnv):

@@ -206,6 +206,32 @@ def test_a_cost_of_ones_own_is_what_critic_and_policy_learn(variant):
         assert agent.world_model.reward.rewards.mean == pytest.approx(-1e4, rel=1e-3)
 
 
+class Penalised(CostRegulator):
+    """Its last reward is lower by 100, of which its cost says nothing."""
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward - 100 * (terminated or truncated), terminated, truncated, info
+
+
+@pytest.mark.parametrize("variant", ["1", "1-er", "inf"])
+@pytest.mark.parametrize("terminates", [True, False])
+def test_rewards_beyond_the_environments_own_cost_reach_the_critic(variant, terminates):
+    """What an end is worth has no gradient at its own step, but the steps before it learn of it."""
+    agent = make(vector(Penalised, n=2, terminates=terminates), variant=variant)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        agent.learn(8 * STEPS)
+    assert agent._draw().rewards.min() < -90
+    found = [w for w in caught if "rewards are not minus its own `cost`" in str(w.message)]
+    # Of an end that terminates, a return with a critic tells the steps before.
+    assert len(found) == (variant == "inf" or not terminates)
+    agent = make(vector(CostRegulator, n=2, terminates=terminates), variant=variant)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        agent.learn(4 * STEPS)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

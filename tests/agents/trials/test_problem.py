@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from gymnasium.wrappers import TransformReward
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
+from totalprop.agents.core.vector_env import GymnasiumVecEnv
 from totalprop.agents.trials.controllers import RBFPolicy
 from totalprop.agents.trials.problem import Problem, cost_flaw
 from totalprop.agents.trials.saturating_cost import SaturatingCost
@@ -215,6 +217,19 @@ def test_what_a_wrapper_changes_is_not_the_environments(wrapper, changed):
         f"the environment's own `{name}` is not used, because a wrapper" for name in changed
     ]
     assert all(str(w.message).startswith(e) for w, e in zip(caught, expected, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "is_reached"), [(SyncVectorEnv, True), (AsyncVectorEnv, False)])
+def test_what_workers_of_gymnasium_keep_is_not_used_with_a_warning(kind, is_reached):
+    env = GymnasiumVecEnv(kind([Known]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        problem = Problem(VecMonitor(env), SPACE, device=CPU)
+        found = [str(w.message) for w in caught if w.category is UserWarning]
+        assert problem.termination is None  # which no environment has
+    env.close()
+    assert (problem.cost is None) != is_reached
+    assert [m for m in found if "AsyncVectorEnv" in m] == found and len(found) == (not is_reached)
 
 
 # Start
