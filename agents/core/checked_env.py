@@ -68,7 +68,8 @@ class CheckedEnv(gym.Wrapper):
             self._refuse("step", returned, five)
         observation, reward, terminated, truncated, info = returned
         self._check(observation, "step")
-        if np.asarray(reward).dtype.kind not in "biuf" or np.ndim(reward):
+        number = np.asarray(reward)
+        if number.dtype.kind not in "biuf" or number.ndim:
             raise ValueError(
                 f"step() of {self._name} returned the reward {reward!r}, expected one number; "
                 "return float(reward)"

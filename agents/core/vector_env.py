@@ -121,8 +121,9 @@ class GymnasiumVecEnv(VecEnv):
     def is_out_of_reach(self, attr_name: str) -> bool:
         """Whether workers of an AsyncVectorEnv have an attribute, which `get_attr` cannot read."""
         workers = self.venv.unwrapped
-        is_async = isinstance(workers, AsyncVectorEnv)
-        return is_async and all(workers.call("has_wrapper_attr", attr_name))
+        if not isinstance(workers, AsyncVectorEnv):
+            return False
+        return all(workers.call("has_wrapper_attr", attr_name))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Not possible, see `env_method`."""

@@ -258,7 +258,7 @@ def naming_flags(*names: str) -> Iterator[None]:
     def say_flags(message: Warning | str, *where: Any) -> str:
         return in_flags(say(message, *where), names)
 
-    warnings.formatwarning = say_flags
+    warnings.formatwarning = say_flags  # type: ignore[assignment]
     try:
         yield
     except (UserError, ValueError, AssertionError, FloatingPointError) as error:
