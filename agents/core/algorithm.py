@@ -337,15 +337,15 @@ class Algorithm(BaseAlgorithm):
         """Like SB3's.
 
         Raises:
-            ValueError: the observation is not finite, see `check_observation`.
+            ValueError: the observation is not right, see `check_observation`.
         """
         self.check_observation(observation)
         return super().predict(observation, state, episode_start, deterministic)
 
     def check_observation(self, observation: Any) -> None:
-        """Raise ValueError for an observation that is not finite; `predict` calls it.
+        """Raise ValueError for numbers that are not finite, or images in [0, 1].
 
-        It reads every entry once. Set `check_observations` to False to save that time.
+        `predict` calls it. It reads every entry once. Set `check_observations` to False to save that time.
         """
         is_pair = isinstance(observation, tuple)  # of Gymnasium's reset, which policies refuse
         if is_pair or not self.check_observations:
@@ -353,8 +353,18 @@ class Algorithm(BaseAlgorithm):
         parts = observation.items() if isinstance(observation, dict) else [("", observation)]
         for key, part in parts:
             array = np.asarray(part)
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                where = f"entry {key!r} of the observation" if key else "the observation"
+            if array.dtype.kind != "f" or not array.size:
+                continue
+            where = f"entry {key!r} of the observation" if key else "the observation"
+            own = self.observation_space
+            space = getattr(own, "spaces", {}).get(key) if key else own
+            is_image = space is not None and space.dtype == np.uint8 and array.ndim > 1
+            if is_image and 0 < array.max() <= 1:
+                raise ValueError(
+                    f"predict got {where} as numbers up to {array.max():.3g}, where an image has "
+                    "whole numbers up to 255; pass (255 * image).astype(np.uint8)"
+                )
+            if not np.isfinite(array).all():
                 raise ValueError(
                     f"predict got {np.count_nonzero(~np.isfinite(array))} non-finite number(s) in "
                     f"{where}; check the sensor or the environment that it comes from"

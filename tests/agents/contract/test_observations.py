@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.agents.contract.conftest import TRAINED, Maker, taken
-from tests.agents.contract.environments import SEEN, CountingEnv
+from tests.agents.contract.environments import SEEN, CountingEnv, Timed
 from tests.agents.contract.probes import assert_same, assert_same_agents
 from tests.agents.contract.test_checkpoints import (
     quiet,
@@ -90,6 +90,25 @@ def test_predictions_of_one_and_of_many_agree(make, trained, observations):
         one = {k: v[i] for k, v in one.items()} if isinstance(one, dict) else one[i]
         found, _ = trained.predict(one, deterministic=True)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_in_0_to_1_is_refused_and_one_of_floats_to_255_taken(make, trained, observations):
+    """A camera of one's own may scale its images, and the agent would see next to nothing."""
+    parts = observations if isinstance(observations, dict) else {"": observations}
+    images = {name for name, part in parts.items() if part.dtype == np.uint8}
+    for name in images:
+
+        def seen(image, name=name):
+            return {**parts, name: image} if name else image
+
+        floats = parts[name].astype(np.float32)
+        with pytest.raises(ValueError, match=r"as numbers up to [01].*\(255 \* image\)"):
+            trained.predict(seen(floats / 255))
+        for image in (floats, 0 * floats):
+            expected, _ = trained.predict(seen(image.astype(np.uint8)), deterministic=True)
+            found, _ = trained.predict(seen(image), deterministic=True)
+            np.testing.assert_array_equal(found, expected)
+    assert bool(images) == (make.see is not Timed)
 
 
 def test_an_environment_that_writes_into_one_array_is_learned_from_alike(make, trained):
