@@ -345,7 +345,8 @@ class Algorithm(BaseAlgorithm):
     def check_observation(self, observation: Any) -> None:
         """Raise ValueError for numbers that are not finite, or images in [0, 1].
 
-        `predict` calls it. It reads every entry once. Set `check_observations` to False to save that time.
+        `predict` calls it. It reads every entry once. Set `check_observations` to False to save
+        that time.
         """
         is_pair = isinstance(observation, tuple)  # of Gymnasium's reset, which policies refuse
         if is_pair or not self.check_observations:
