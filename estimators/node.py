@@ -373,7 +373,8 @@ def _check_shapes(zeta: Zeta, noise: Tensor, credit: Tensor, value: Tensor | Non
 def _check_values(estimator: Estimator, zeta: Zeta, noise: Tensor) -> None:
     """Refuse a std that no score has and, for a categorical, what is clearly not Gumbel noise."""
     if len(zeta) == 2:
-        std, may_be_0 = zeta[1], not estimator.needs_score
+        # A rollout without gradients forms no score and may be deterministic.
+        std, may_be_0 = zeta[1], not (estimator.needs_score and torch.is_grad_enabled())
         if _holds(std, lambda std: std.amin() < 0 if may_be_0 else std.amin() <= 0):
             if std.amin() < 0:
                 raise ValueError(

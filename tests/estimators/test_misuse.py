@@ -71,6 +71,16 @@ def test_a_std_of_0_is_for_estimators_without_a_score(name):
     torch.testing.assert_close(gradient, torch.ones_like(gradient))
 
 
+@pytest.mark.parametrize("name", NODEWISE)
+def test_a_rollout_without_gradients_may_be_deterministic(name):
+    arguments = gaussian_node(std=torch.zeros(N, D, dtype=F64))
+    with torch.no_grad():
+        sample, _ = make(name)(**arguments)
+    assert torch.equal(sample, arguments["mean"])
+    with torch.no_grad(), pytest.raises(ValueError, match="got a negative entry"):
+        make(name)(**{**arguments, "std": arguments["std"] - 1})
+
+
 CATEGORICAL = [name for name in NODEWISE if not name.startswith("tpg")]
 
 
