@@ -32,13 +32,15 @@ class _Ledger(Rollout):
         self.zeros: list[Tensor] = []  # meter, gauge and tap, which are no parameters
         self.ledger = torch.tensor(ledger, dtype=torch.float64, requires_grad=True)
         self.noise_scale = noise_scale
+        self.noises: list[Tensor] = []  # of each node, before they are scaled
 
     def sample(
         self, mean: Tensor, std: Tensor | None, *, noise: Tensor | None = None, **extra: Any
     ) -> Tensor:
         if noise is None and isinstance(mean, Tensor):
             noise = self._draw(mean, is_gaussian=std is not None)
-        if noise is not None:
+        if isinstance(noise, Tensor):
+            self.noises.append(noise)
             noise = self.noise_scale * noise
         self.zeros += [extra[name] for name in ("meter", "gauge", "tap") if name in extra]
         return super().sample(mean, std, noise=noise, **extra)
@@ -177,7 +179,8 @@ def check(
     Raises:
         TypeError: the rollout does not return a tensor.
         ValueError: the loss is no scalar, depends on no parameter or on no node, or is another one
-            in a second call with the same seed; a parameter is made in the rollout.
+            in a second call with the same seed; a node's noise is the same with another seed; a
+            parameter is made in the rollout.
     """
     if repeats < 3:
         raise ValueError(f"check needs at least 3 repeats, got {repeats}")
@@ -211,6 +214,7 @@ def check(
             )
         if parameters is None:
             _check_persistent(again, named)
+        _check_fresh(r, evaluate("rp", 1)[2])
         # What is not credited must not change with the nodes' noise, and crediting is linear.
         moved, moved_credited, _ = evaluate("rp", 0, noise_scale=-0.7)
         doubled, _, _ = evaluate("rp", 0, ledger=1.0)
@@ -342,6 +346,17 @@ def _check_persistent(loss: Tensor, named: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"{name}, of shape {list(parameter.shape)}, is not used by the next call of the "
                 "rollout: make it outside of the rollout, or pass parameters={...} to check"
+            )
+
+
+def _check_fresh(r: _Ledger, other: _Ledger) -> None:
+    """Refuse noise that two rollouts of different seeds share: no mean over it can be taken."""
+    for number, (noise, again) in enumerate(zip(r.noises, other.noises)):
+        if noise.numel() > 0 and torch.equal(noise, again):
+            raise ValueError(
+                f"node {number} of the rollout, counted from 0, has the same noise with every "
+                "seed, and RP and LR have the same mean over fresh noise alone: draw it within "
+                "the rollout, as in noise=torch.randn_like(mean), or leave noise=... to r.sample"
             )
 
 

@@ -77,13 +77,35 @@ def test_uncredited_costs_are_found_and_counted(theta):
 
 
 def test_given_noise_does_not_hide_an_uncredited_cost(theta):
-    noise = torch.randn(50, 1, dtype=F64, generator=torch.Generator().manual_seed(1))
-
     def rollout(r):
+        noise = torch.randn(50, 1, dtype=F64)
         x = r.sample(theta + 0 * noise, torch.ones_like(noise), noise=noise)
         return r.cost(x.sin().sum(-1)).mean() + x.square().mean()
 
     assert check(rollout, repeats=3).uncredited_cost
+
+
+def drawn_alike():
+    return torch.randn(50, 1, dtype=F64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("is_outside", [True, False])
+def test_noise_that_no_seed_changes_is_refused(theta, is_outside, first):
+    """At both nodes, and at the second alone: over it, RP and LR have different means."""
+    outside = drawn_alike()
+
+    def rollout(r):
+        x, loss = torch.zeros(50, 1, dtype=F64), 0.0
+        for t in range(2):
+            fixed = outside if is_outside else drawn_alike()
+            noise = torch.randn_like(x) if t < first else fixed
+            x = r.sample(x + theta, torch.ones_like(x), noise=noise)
+            loss = loss + r.cost(x.square().sum(-1)).mean()
+        return loss
+
+    with pytest.raises(ValueError, match=f"node {first} of .* draw it within the rollout"):
+        check(rollout)
 
 
 def test_a_loss_that_is_not_linear_in_its_costs_is_not_accused(theta):
