@@ -85,6 +85,23 @@ def test_given_noise_does_not_hide_an_uncredited_cost(theta):
     assert check(rollout, repeats=3).uncredited_cost
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("scale", [1.0, 1e5, 1e9])
+def test_a_small_uncredited_cost_is_found_beside_a_large_credited_one(dtype, scale):
+    theta = torch.tensor(0.7, dtype=dtype, requires_grad=True)
+
+    def rollout(r, uncredited=lambda x: x.square().mean()):
+        x, loss = torch.zeros(100, 1, dtype=dtype), 0.0
+        for _ in range(20):
+            x = r.sample(x + theta, torch.full_like(x, 0.5))
+            loss = loss + scale * r.cost(x.square().sum(-1)).mean() + uncredited(x)
+        return loss
+
+    assert check(rollout, estimators=(), repeats=3).uncredited_cost
+    report = check(lambda r: rollout(r, lambda x: theta.square()), estimators=(), repeats=3)
+    assert report.uncredited_cost is False
+
+
 def drawn_alike():
     return torch.randn(50, 1, dtype=F64, generator=torch.Generator().manual_seed(1))
 
@@ -108,8 +125,9 @@ def test_noise_that_no_seed_changes_is_refused(theta, is_outside, first):
         check(rollout)
 
 
-def test_a_loss_that_is_not_linear_in_its_costs_is_not_accused(theta):
-    report = check(lambda r: quadratic(theta)(r).exp())
+@pytest.mark.parametrize("function", [torch.exp, torch.log, torch.square, torch.reciprocal])
+def test_a_loss_that_is_not_linear_in_its_costs_is_not_accused(theta, function):
+    report = check(lambda r: function(quadratic(theta)(r)))
     assert report.uncredited_cost is None
     assert "not linear" in str(report)
 
