@@ -26,9 +26,9 @@ from torch import Tensor
 from totalprop.estimators.baselines import Baseline, leave_one_out
 from totalprop.estimators.collectives import gathered, own
 from totalprop.estimators.declarations import declared, has, least_samples
-from totalprop.estimators.gauge import SHAPE, measure
+from totalprop.estimators.gauge import LEAST, SHAPE, measure
 from totalprop.estimators.legs import Leg, broadcasts_to, draw, nothing, pathwise, score
-from totalprop.estimators.mixing import Context, Weight, largest_usable
+from totalprop.estimators.mixing import Context, Weight, largest_usable, tpx_guarded
 from totalprop.estimators.probes import GroupProbe, Probe, Zeta, restrict
 
 HALF = (torch.bfloat16, torch.float16)
@@ -531,9 +531,10 @@ class _Node(torch.autograd.Function):
             if ctx.estimator.needs_score:
                 warnings.warn(UNCREDITED, stacklevel=2)
             returns = zeta[0].new_zeros(ctx.credit_shape)
+        is_trusted = is_credited and _follows_pathwise(ctx.estimator)
+        if is_trusted and (g_sample is None or _is_blind(tuple(zeta), noise, g_sample, returns)):
+            warnings.warn(PATHLESS, stacklevel=2)
         if g_sample is None:
-            if is_credited and _follows_pathwise(ctx.estimator):
-                warnings.warn(PATHLESS, stacklevel=2)
             g_sample = torch.zeros_like(zeta[0])
         batch = _Batch(tuple(zeta), noise, g_sample, returns, value, ctx.probe)
         group = ctx.estimator.group if ctx.estimator.needs_score or ctx.has_gauge else None
@@ -573,6 +574,22 @@ class _Node(torch.autograd.Function):
 def _follows_pathwise(estimator: Estimator) -> bool:
     """Whether the rule trusts a pathwise leg that is exactly 0."""
     return estimator.needs_pathwise and not has(estimator.weight, "compares_means")
+
+
+@torch.no_grad()
+def _is_blind(zeta: Zeta, noise: Tensor, g_sample: Tensor, returns: Tensor) -> bool:
+    """Whether the pathwise signal is exactly 0, and a guarded rule would still give LR a weight.
+
+    A 0 alone is no fault: the cost may not depend on the sample.
+    """
+    if len(noise) < LEAST or not _holds(g_sample[:1], lambda g: ~g.any()):  # mostly ends here
+        return False
+    if not _holds(g_sample, lambda g: ~g.any()):
+        return False
+    zeta, noise = tuple(z.to(returns) for z in zeta), noise.to(returns)
+    rp = tuple(torch.zeros_like(z) for z in zeta)
+    (k,) = tpx_guarded(rp, [score(zeta, noise, returns, None, leave_one_out)], None)
+    return any(_holds(member, lambda k: k.any()) for member in k)
 
 
 def _score_parts(estimator: Estimator) -> tuple[tuple[Leg, ...], Baseline]:

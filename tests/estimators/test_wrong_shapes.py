@@ -201,6 +201,35 @@ def test_a_cost_without_a_path_warns_where_the_gradient_would_be_zero(name, thet
     assert not g.any()
 
 
+FLAT = {
+    "round": lambda x: x.round().sum(-1),
+    "floor": lambda x: x.floor().sum(-1),
+    "sign": lambda x: x.sign().sum(-1),
+    "a saturated clamp": lambda x: (1e9 * x).clamp(-1, 1).sum(-1),
+    "where": lambda x: torch.where(x > 0, 1.0 + 0 * x, 0 * x).sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", ["rp", "tpx"])
+@pytest.mark.parametrize("cost", FLAT)
+def test_a_derivative_of_0_warns_where_the_return_depends_on_the_sample(cost, name, theta):
+    with pytest.warns(UserWarning, match="pathwise leg is 0") as caught:
+        (g,) = torch.autograd.grad(square_of(make(name), theta, cost=FLAT[cost], n=200), theta)
+    assert len(caught) == 1 and not g.any()
+
+
+def test_a_sample_without_influence_does_not_warn(theta):
+    """The cost is that of another, independent draw; 100 batches of 50."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(100):
+            r = Rollout("rp")
+            x = r.sample(theta.expand(50, 2), torch.ones(50, 2, dtype=F64))
+            y = r.sample(0 * x, torch.ones_like(x))
+            r.cost((y.square() + 0 * x).sum(-1)).mean().backward()
+
+
 @pytest.mark.parametrize("name", ["lr", "tpx-guarded"])
 def test_rules_that_do_not_trust_the_pathwise_leg_do_not_warn(name, theta):
     with warnings.catch_warnings():
