@@ -22,7 +22,10 @@ class Rollout:
 
     Args:
         estimator: a registered name, or an `Estimator`.
-        generator: source of the noise, by default PyTorch's global one.
+        generator: source of the noise, by default PyTorch's global one. None within
+            `torch.utils.checkpoint`, which restores the global one only: the recomputation would
+            draw other noise, and LR would be wrong. Leave it out there and keep
+            `preserve_rng_state=True`, or draw the noise outside and pass it to `sample`.
     """
 
     def __init__(

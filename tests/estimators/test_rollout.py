@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from totalprop import estimators
 from totalprop.estimators import ParameterProbe, Rollout, assign_credit, make
@@ -48,6 +50,29 @@ def test_a_categorical_draws_gumbel_noise():
     r = Rollout("lr", generator=torch.Generator().manual_seed(0))
     found, p = r.sample(logits, None).mean(0), logits[0].softmax(0)
     assert ((found - p).abs() < 4 * (p * (1 - p) / 20_000).sqrt()).all()
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.parametrize("name", ["rp", "lr", "tpx"])
+def test_a_checkpointed_rollout_has_the_gradient_of_the_plain_one(name, is_given):
+    """With noise from the global generator, and with noise from outside."""
+    theta = torch.tensor(0.7, dtype=F64, requires_grad=True)
+
+    def gradient(call):
+        torch.manual_seed(0)
+        r, x, loss = Rollout(name), torch.zeros(50, 1, dtype=F64), 0.0
+
+        def step(x, noise):
+            x = r.sample(x + theta, torch.full_like(x, 0.5), noise=noise)
+            return x, r.cost(x.square().sum(-1))
+
+        for _ in range(3):
+            x, cost = call(step, x, torch.randn_like(x) if is_given else None)
+            loss = loss + cost.mean()
+        return torch.autograd.grad(loss, theta)[0]
+
+    plain = gradient(lambda step, *inputs: step(*inputs))
+    assert torch.equal(gradient(partial(checkpoint, use_reentrant=False)), plain)
 
 
 def test_wrong_arguments_get_the_nodes_sentences():
