@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vjp
 
 from totalprop.estimators.baselines import Baseline, leave_one_out, none
 from totalprop.estimators.declarations import having, of_at_least, part_named, without
@@ -155,13 +156,10 @@ def lax(critic: Callable[[Tensor], Tensor]) -> Leg:
     def lax_leg(
         zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
     ) -> Zeta:
-        with torch.enable_grad():
-            x = draw(zeta, noise).detach().requires_grad_()
-            c = _checked(critic(x), returns)
-            slope_of_c = torch.zeros_like(x)
-            if c.requires_grad:  # a constant does not
-                (slope_of_c,) = torch.autograd.grad(c.sum(), x, materialize_grads=True)
-        c = c.detach()
+        # Unlike autograd.grad, vjp works within torch.func and torch.compile, too.
+        c, pull_back = vjp(lambda x: _checked(critic(x), returns), draw(zeta, noise).detach())
+        (slope_of_c,) = pull_back(torch.ones_like(c))
+        c, slope_of_c = c.detach(), slope_of_c.detach()
         a, b = _left_out_line(c, returns)
         rest = ((returns - a * c - b).unsqueeze(-1)) / zeta[1]
         pathwise_part = a.unsqueeze(-1) * slope_of_c

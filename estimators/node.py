@@ -312,22 +312,22 @@ def stochastic_node(
         raise ValueError(
             f"gauge must be zeros {list(SHAPE)}, got {_shown(gauge)}; each node takes its own"
         )
-    is_transformed = _is_transformed()
-    if is_transformed and estimator.group is not None:
+    under_func = is_transformed()
+    if under_func and estimator.group is not None:
         raise ValueError(
             "torch.func cannot transform a node whose samples are spread over processes: set "
             "group=None, or take the gradient with torch.autograd"
         )
     if estimator.needs_score and torch.is_grad_enabled():
         _check_legs(estimator, zeta, probe, value)
-    node = _TransformedNode if is_transformed else _Node
+    node = _TransformedNode if under_func else _Node
     sample, credit = node.apply(
         estimator, probe, noise, credit, value, meter, gauge, tap, len(zeta), *zeta, *carried
     )
     return sample, credit
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func transforms (vmap, grad, ...) are active, as Function.apply asks."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 

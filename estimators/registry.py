@@ -119,6 +119,8 @@ def make(name: str | Estimator, **changes: Any) -> Estimator:
             do not work together.
         TypeError: there is no such option, or it has another type.
     """
+    if not changes:  # a compiled rollout makes its estimator, and cannot trace what follows
+        return _registered(name)
     known = [field.name for field in fields(Estimator)]
     for option in changes:
         if option not in known:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from totalprop.estimators.node import Estimator, assign_credit
+from totalprop.estimators.node import Estimator, assign_credit, is_transformed
 from totalprop.estimators.registry import make
 
 
@@ -77,7 +77,9 @@ class Rollout:
         return cost if self.credit is None else assign_credit(cost, self.credit)
 
     def _draw(self, like: Tensor, *, is_gaussian: bool) -> Tensor:
-        noise = torch.empty_like(like, requires_grad=False)
+        # A draw in place needs the axis of a vmap, which rand_like has and empty_like has not.
+        made_like = torch.rand_like if is_transformed() else torch.empty_like
+        noise = made_like(like, requires_grad=False)
         if is_gaussian:
             return noise.normal_(generator=self.generator)
         return -noise.exponential_(generator=self.generator).log()

@@ -308,6 +308,22 @@ def test_vmap_over_rollouts_equals_a_loop(name):
     torch.testing.assert_close(vmap(one)(thetas, noises), expected)
 
 
+@pytest.mark.parametrize("leg", ["lax", "mvd"])
+@pytest.mark.parametrize("critic", [lambda x: x.sin().sum(-1), lambda x: x.new_ones(len(x))])
+def test_legs_of_a_critic_work_under_torch_func(leg, critic):
+    estimator, noise = make("tpx", legs=leg), randn(4, N, D, seed=16)
+    std = torch.ones(N, D, dtype=F64)
+
+    def loss(t, noise):
+        x, credit = estimator(t.expand(N, D), std, noise, noise.new_zeros(N), critic=critic)
+        return assign_credit(x.cos().sum(-1), credit).mean()
+
+    leaves = randn(4, D, seed=17).requires_grad_()
+    total = sum(loss(*pair) for pair in zip(leaves, noise, strict=True))
+    (expected,) = torch.autograd.grad(total, leaves)
+    torch.testing.assert_close(vmap(grad(loss))(leaves.detach(), noise), expected)
+
+
 @pytest.mark.parametrize("name", NODEWISE)
 def test_second_derivatives_by_torch_func_are_refused_except_for_rp(name):
     theta, noise = randn(D, seed=12), randn(2, N, D, seed=13)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.func import vmap
 from torch.utils.checkpoint import checkpoint
 
 from totalprop import estimators
@@ -73,6 +74,19 @@ def test_a_checkpointed_rollout_has_the_gradient_of_the_plain_one(name, is_given
 
     plain = gradient(lambda step, *inputs: step(*inputs))
     assert torch.equal(gradient(partial(checkpoint, use_reentrant=False)), plain)
+
+
+@pytest.mark.parametrize("is_gaussian", [True, False])
+def test_vmap_draws_other_noise_for_each_rollout(is_gaussian):
+    """Also at a first node, whose mean or logits are the same in all."""
+
+    def samples(shift):
+        r, start = Rollout("rp"), torch.zeros(20, 2, dtype=F64)
+        x = r.sample(start, torch.ones_like(start) if is_gaussian else None)
+        return x, r.sample(x + shift, torch.ones_like(start) if is_gaussian else None)
+
+    for x in vmap(samples, randomness="different")(torch.zeros(3, dtype=F64)):
+        assert not torch.equal(x[0], x[1]) and not torch.equal(x[1], x[2])
 
 
 def test_wrong_arguments_get_the_nodes_sentences():
