@@ -107,11 +107,13 @@ class ParameterProbe:
         function: (parameters, *inputs of one sample) -> its zeta, (mean [D], std [D]) for a
             Gaussian, and logits [D], (logits,) or (logits, None) for a categorical; or an
             `nn.Module` that maps the inputs to zeta.
-        parameters: name -> tensor, or an `nn.Module` for all of its own. Leave out those that
-            should not count for the rule, as `tps` does (Parmas et al. 2023, Sec. 4).
+        parameters: name -> tensor, or an `nn.Module` for all of its own that are not frozen. Leave
+            out those that should not count for the rule, as `tps` does (Parmas et al. 2023, Sec.
+            4).
         inputs: tensors [N, ...], one slice per sample.
     Raises:
         TypeError: `parameters` has no names.
+        ValueError: there are none.
     """
 
     def __init__(
@@ -120,13 +122,7 @@ class ParameterProbe:
         parameters: Mapping[str, Tensor] | nn.Module,
         *inputs: Tensor,
     ) -> None:
-        if isinstance(parameters, nn.Module):
-            parameters = dict(parameters.named_parameters())
-        if not isinstance(parameters, Mapping):
-            raise TypeError(
-                "parameters must be a mapping of names to tensors, such as "
-                f"dict(policy.named_parameters()), or an nn.Module, got {type(parameters).__name__}"
-            )
+        parameters = trainable(parameters)
         if isinstance(function, nn.Module):
             function = functools.partial(_call_module, function)
         self.function = function
@@ -145,6 +141,32 @@ class ParameterProbe:
             return torch.cat([g.reshape(-1) for g in gradients.values()])
 
         return vmap(one_sample)(tuple(cotangent), *self.inputs)
+
+
+def trainable(parameters: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
+    """Parameters by name: those of a mapping, or those of a module that are not frozen.
+
+    Args:
+        parameters: name -> tensor, or a module.
+    Raises:
+        TypeError: it is neither.
+        ValueError: it holds none.
+    """
+    if isinstance(parameters, nn.Module):
+        found = {name: p for name, p in parameters.named_parameters() if p.requires_grad}
+    elif isinstance(parameters, Mapping):
+        found = dict(parameters)
+    else:
+        raise TypeError(
+            "parameters must be a module or a mapping of names to tensors, got "
+            f"{type(parameters).__name__}; dict(module.named_parameters()) is one"
+        )
+    if not found:
+        raise ValueError(
+            f"parameters must be at least one tensor, got {type(parameters).__name__} without one; "
+            "those of a module count where they have requires_grad=True"
+        )
+    return found
 
 
 def _members(zeta: Any) -> Zeta:

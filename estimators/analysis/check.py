@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from totalprop.estimators.node import UNCREDITED, Estimator
+from totalprop.estimators.probes import trainable
 from totalprop.estimators.registry import make
 from totalprop.estimators.rollout import Rollout
 
@@ -181,10 +182,10 @@ def check(
     Returns:
         A report to print, with its figures as attributes.
     Raises:
-        TypeError: the rollout does not return a tensor.
+        TypeError: the rollout does not return a tensor, or `parameters` has no names.
         ValueError: the loss is no scalar, depends on no parameter or on no node, or is another one
             in a second call with the same seed; a node's noise is the same with another seed; a
-            parameter is made in the rollout.
+            parameter is made in the rollout; `parameters` is empty, or there are too few repeats.
     """
     if repeats < 3:
         raise ValueError(f"check needs at least 3 repeats, got {repeats}")
@@ -328,15 +329,8 @@ def _check_loss(loss: object, r: Rollout) -> None:
 def _named(
     parameters: Mapping[str, Tensor] | nn.Module | None, loss: Tensor, others: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    if isinstance(parameters, nn.Module):
-        return {n: p for n, p in parameters.named_parameters() if p.requires_grad}
-    if isinstance(parameters, Mapping):
-        return dict(parameters)
     if parameters is not None:
-        raise TypeError(
-            "parameters must be a module or a dictionary of tensors by name, got "
-            f"{type(parameters).__name__}; dict(module.named_parameters()) is one"
-        )
+        return trainable(parameters)
     leaves = [leaf for leaf in _leaves(loss) if not any(leaf is other for other in others)]
     if not leaves:
         raise ValueError("the loss depends on no parameter: is one with requires_grad=True used?")
