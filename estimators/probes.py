@@ -107,9 +107,8 @@ class ParameterProbe:
         function: (parameters, *inputs of one sample) -> its zeta, (mean [D], std [D]) for a
             Gaussian, and logits [D], (logits,) or (logits, None) for a categorical; or an
             `nn.Module` that maps the inputs to zeta.
-        parameters: name -> tensor, or an `nn.Module` for all of its own that are not frozen. Leave
-            out those that should not count for the rule, as `tps` does (Parmas et al. 2023, Sec.
-            4).
+        parameters: name -> tensor, or an `nn.Module` for all of its own but the frozen ones. Leave
+            out what should not count for the rule, as `tps` does (Parmas et al. 2023, Sec. 4).
         inputs: tensors [N, ...], one slice per sample.
     Raises:
         TypeError: `parameters` has no names.
@@ -130,7 +129,11 @@ class ParameterProbe:
         self.inputs = tuple(x.detach() for x in inputs)
 
     def __call__(self, cotangent: Zeta) -> Tensor:
-        """[N, P] gradients of Σ cotangent·zeta, one row per sample, parameters in order."""
+        """[N, P] gradients of Σ cotangent·zeta, one row per sample, parameters in order.
+
+        Raises:
+            ValueError: the function failed on one sample.
+        """
 
         def one_sample(cotangent: Zeta, *inputs: Tensor) -> Tensor:
             zeta, pull_back, *_ = vjp(
@@ -140,7 +143,15 @@ class ParameterProbe:
             gradients = pull_back(tuple(matching))[0]
             return torch.cat([g.reshape(-1) for g in gradients.values()])
 
-        return vmap(one_sample)(tuple(cotangent), *self.inputs)
+        try:
+            return vmap(one_sample)(tuple(cotangent), *self.inputs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                "a probe's function must map one sample, a slice of each input without axis 0, to "
+                "its zeta, without noise and without other samples (module.eval() for Dropout and "
+                f"BatchNorm); it failed with: {reason}"
+            ) from error
 
 
 def trainable(parameters: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
