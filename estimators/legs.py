@@ -35,11 +35,11 @@ def draw(zeta: Zeta, noise: Tensor) -> Tensor:
     return (index == torch.arange(logits.shape[-1], device=logits.device)).to(logits.dtype)
 
 
-def broadcasts_to(x: Tensor, like: Tensor) -> bool:
+def broadcasts_to(shape: Sequence[int], like: Sequence[int]) -> bool:
     """Whether a tensor takes the shape of another in a product with it."""
-    if x.ndim > like.ndim:
+    if len(shape) > len(like):
         return False
-    return all(n in (1, m) for n, m in zip(reversed(x.shape), reversed(like.shape)))
+    return all(n in (1, m) for n, m in zip(reversed(shape), reversed(like)))
 
 
 def pathwise(zeta: Zeta, noise: Tensor, g_sample: Tensor) -> Zeta:
@@ -73,7 +73,7 @@ def score(
         The cotangent of zeta.
     """
     b = baseline(returns, value)
-    if not broadcasts_to(b, returns):
+    if not broadcasts_to(b.shape, returns.shape):
         raise ValueError(
             f"a baseline of shape {list(b.shape)} cannot be subtracted from returns "
             f"{list(returns.shape)}: it needs one number per return, e.g. value.squeeze(-1)"

@@ -64,7 +64,7 @@ def assign_credit(cost: Tensor, credit: Tensor) -> Tensor:
             f"cost and credit must be tensors, one number per sample, got {_shown(cost)} and "
             f"{_shown(credit)}; average the credited costs, not the costs"
         )
-    if not broadcasts_to(credit, cost):
+    if not broadcasts_to(credit.shape, cost.shape):
         raise ValueError(
             f"a cost of shape {list(cost.shape)} cannot take a credit of shape "
             f"{list(credit.shape)}: one number per sample is needed, e.g. cost.squeeze(-1)"
@@ -306,6 +306,11 @@ def stochastic_node(
             f"{[list(x.shape) for x in carried]}"
         )
     _check_values(estimator, zeta, noise)
+    for name, zeros in (("meter", meter), ("gauge", gauge), ("tap", tap)):
+        if zeros is not None and not isinstance(zeros, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor of zeros with requires_grad=True, got {zeros!r}"
+            )
     if tap is not None and probe is None:
         raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
     if gauge is not None and gauge.shape != SHAPE:
@@ -335,20 +340,25 @@ def is_transformed() -> bool:
 def _check_shapes(zeta: Zeta, noise: Tensor, credit: Tensor, value: Tensor | None) -> None:
     """Refuse what would raise an error later, or broadcast to another gradient."""
     mean = zeta[0]
-    if not isinstance(mean, Tensor) or mean.ndim < 2 or not mean.is_floating_point():
+    if not isinstance(mean, Tensor) or mean.ndim < 2:
         raise ValueError(
             f"mean must be a tensor [N, ..., D] of real numbers, with the samples on axis 0, got "
             f"{_shown(mean)}; a mean [N] of one coordinate needs mean.unsqueeze(-1)"
         )
+    if not mean.is_floating_point():
+        raise ValueError(f"mean must be of real numbers, got {mean.dtype}; pass mean.float()")
     shape, samples = mean.shape, mean.shape[:-1]
-    start = "start a rollout with credit = mean.new_zeros(N)"
+    start = "start a rollout with credit = mean.new_zeros(mean.shape[:-1])"
     if not isinstance(credit, Tensor):
         raise ValueError(f"credit must be a tensor {list(samples)}, got {credit!r}; {start}")
     is_joint = len(zeta) == 1 and credit.ndim > 0 and credit.shape == samples[: credit.ndim]
     if credit.shape != samples and not is_joint:
+        alike = "all nodes of a rollout count their samples alike"
+        if credit.ndim > 0 and credit.shape == samples[: credit.ndim]:
+            alike += f": flatten mean, std and noise of this one, as in mean.flatten({credit.ndim})"
         raise ValueError(
             f"credit must have the node's shape without its last axis, {list(samples)}, "
-            f"got {list(credit.shape)}; {start}"
+            f"got {list(credit.shape)}; {start}, and {alike}"
         )
     if value is not None and value.shape != credit.shape:
         raise ValueError(
@@ -557,12 +567,20 @@ class _Node(torch.autograd.Function):
             g_zeta = _Once.apply(*g_zeta, g_sample, returns, *zeta)[: len(g_zeta)]
         g_meter = None
         if ctx.meter_shape is not None:
-            g_meter = torch.where(_has_pathwise(k), k, 1.0).mean(0).expand(ctx.meter_shape)
+            g_meter = torch.where(_has_pathwise(k), k, 1.0).mean(0)
+            if not broadcasts_to(g_meter.shape, ctx.meter_shape):
+                raise ValueError(
+                    f"meter must be zeros [..., D] that a k {list(g_meter.shape)} fits, got "
+                    f"{list(ctx.meter_shape)}: torch.zeros({list(zeta[0].shape[1:])}, "
+                    "requires_grad=True)"
+                )
+            g_meter = g_meter.expand(ctx.meter_shape)
         g_tap = None if ctx.tap_shape is None else ctx.probe(g_zeta)
         if g_tap is not None and g_tap.shape != ctx.tap_shape:
             raise ValueError(
                 f"tap must be zeros {list(g_tap.shape)}, samples by parameters of the probe, got "
-                f"{list(ctx.tap_shape)}"
+                f"{list(ctx.tap_shape)}: estimators.gradient makes it from samples= and tap_size= "
+                "(by default all elements of its parameters)"
             )
         g_carried: Zeta = ()
         if ctx.is_split:
@@ -724,7 +742,7 @@ def _weights(estimator: Estimator, chosen: Any, rp: Zeta) -> list[Zeta]:
 
     def fits(ks: tuple[Any, ...]) -> bool:
         tensors = len(ks) == len(rp) and all(isinstance(k, Tensor) for k in ks)
-        return tensors and all(broadcasts_to(k, g) for k, g in zip(ks, rp))
+        return tensors and all(broadcasts_to(k.shape, g.shape) for k, g in zip(ks, rp))
 
     if isinstance(chosen, Sequence):
         weights = [k if isinstance(k, tuple) else (k,) * len(rp) for k in chosen]

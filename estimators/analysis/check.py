@@ -39,7 +39,7 @@ class _Ledger(Rollout):
     def sample(
         self, mean: Tensor, std: Tensor | None, *, noise: Tensor | None = None, **extra: Any
     ) -> Tensor:
-        if noise is None and isinstance(mean, Tensor):
+        if noise is None:
             noise = self._draw(mean, is_gaussian=std is not None)
         if isinstance(noise, Tensor):
             self.noises.append(noise)

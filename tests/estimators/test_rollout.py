@@ -93,6 +93,8 @@ def test_wrong_arguments_get_the_nodes_sentences():
     r, mean = Rollout("tpx"), torch.zeros(4, 2)
     with pytest.raises(ValueError, match="mean must be a tensor"):
         r.sample(0.5, mean)
+    with pytest.raises(ValueError, match=r"of real numbers, got torch.int64; pass mean.float\("):
+        r.sample(mean.long(), mean + 1)
     with pytest.raises(ValueError, match="std must be positive"):
         r.sample(mean, mean - 1)
     r.sample(mean, mean + 1)

@@ -96,8 +96,32 @@ def test_a_tap_of_fewer_parameters_than_the_probe_is_refused(theta):
     )
     tap = torch.zeros(N, 1, dtype=F64, requires_grad=True)
     loss = square_of(make("tpx"), theta, probe=probe, tap=tap)
-    with pytest.raises(ValueError, match=r"tap must be zeros \[20, 2\].* got \[20, 1\]"):
+    said = r"tap must be zeros \[20, 2\].* got \[20, 1\]: .* from samples= and tap_size="
+    with pytest.raises(ValueError, match=said):
         loss.backward()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_a_meter_that_no_k_fits_is_refused(shape, theta):
+    meter = torch.zeros(shape, dtype=F64, requires_grad=True)
+    said = r"meter must be zeros .* a k \[2\] fits, got .*: torch.zeros\(\[2\]"
+    with pytest.raises(ValueError, match=said):
+        square_of(make("tpx"), theta, meter=meter).backward()
+    meter = torch.zeros([2], dtype=F64, requires_grad=True)
+    square_of(make("tpx"), theta, meter=meter).backward()
+    assert meter.grad is not None
+
+
+def test_a_node_that_counts_its_samples_otherwise_is_told_to_be_flattened():
+    r, mean = Rollout("tpx"), torch.zeros(4, 3, 2)
+    r.sample(mean[:, 0], torch.ones(4, 2))
+    with pytest.raises(ValueError, match=r"\[4, 3\], got \[4\]; .* as in mean.flatten\(1\)"):
+        r.sample(mean, torch.ones(4, 3, 2))
+    r.sample(mean.flatten(1), torch.ones(4, 3, 2).flatten(1))
+    r = Rollout("tpx")
+    r.sample(mean, torch.ones(4, 3, 2))
+    with pytest.raises(ValueError, match=r"\[4\], got \[4, 3\]; .* count their samples alike$"):
+        r.sample(mean[:, 0], torch.ones(4, 2))
 
 
 @pytest.mark.parametrize(
