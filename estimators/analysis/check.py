@@ -159,7 +159,7 @@ def check(
     rollout: Callable[[Rollout], Tensor],
     parameters: Mapping[str, Tensor] | nn.Module | None = None,
     *,
-    estimators: Sequence[str | Estimator] = ("rp", "lr", "tpx"),
+    estimators: str | Estimator | Sequence[str | Estimator] = ("rp", "lr", "tpx"),
     repeats: int = 40,
     seed: int = 0,
 ) -> Report:
@@ -175,8 +175,8 @@ def check(
         rollout: r -> loss [], which samples with `r.sample(mean, std)` and credits each cost with
             `r.cost(cost)`, for an r that is passed to it, a `Rollout`.
         parameters: name -> tensor, or a module; by default all leaves that the loss depends on.
-        estimators: what to compare; RP and LR are always among them. Those that need a probe work
-            if the rollout passes one.
+        estimators: what to compare, one or several; RP and LR are always among them. Those that
+            need a probe work if the rollout passes one.
         repeats: gradients of each estimator, at least 3.
         seed: seed of the noise.
     Returns:
@@ -189,6 +189,8 @@ def check(
     """
     if repeats < 3:
         raise ValueError(f"check needs at least 3 repeats, got {repeats}")
+    if isinstance(estimators, str | Estimator):
+        estimators = (estimators,)
     chosen = _named_estimators(["rp", "lr", *estimators])
 
     def evaluate(

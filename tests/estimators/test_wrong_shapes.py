@@ -413,6 +413,12 @@ def test_estimators_of_one_rule_have_names_of_their_own():
     assert list(check_square(theta, chosen).variances) == ["rp", "lr", "tpx", "tpx 2", "tpx 3"]
 
 
+@pytest.mark.parametrize("one", ["tpx", make("tpx")])
+def test_one_estimator_needs_no_sequence(one):
+    theta = torch.zeros(1, dtype=F64, requires_grad=True)
+    assert list(check_square(theta, one).variances) == ["rp", "lr", "tpx"]
+
+
 def test_noise_that_does_not_come_from_the_global_generator_is_refused():
     theta, generator = torch.zeros(1, dtype=F64, requires_grad=True), torch.Generator()
 
