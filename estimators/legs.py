@@ -157,7 +157,7 @@ def lax(critic: Callable[[Tensor], Tensor]) -> Leg:
         zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
     ) -> Zeta:
         # Unlike autograd.grad, vjp works within torch.func and torch.compile, too.
-        c, pull_back = vjp(lambda x: _checked(critic(x), returns), draw(zeta, noise).detach())
+        c, pull_back, *_ = vjp(lambda x: _checked(critic(x), returns), draw(zeta, noise).detach())
         (slope_of_c,) = pull_back(torch.ones_like(c))
         c, slope_of_c = c.detach(), slope_of_c.detach()
         a, b = _left_out_line(c, returns)

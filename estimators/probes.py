@@ -121,11 +121,10 @@ class ParameterProbe:
         parameters: Mapping[str, Tensor] | nn.Module,
         *inputs: Tensor,
     ) -> None:
-        parameters = trainable(parameters)
         if isinstance(function, nn.Module):
             function = functools.partial(_call_module, function)
         self.function = function
-        self.parameters = {name: p.detach() for name, p in parameters.items()}
+        self.parameters = {name: p.detach() for name, p in trainable(parameters).items()}
         self.inputs = tuple(x.detach() for x in inputs)
 
     def __call__(self, cotangent: Zeta) -> Tensor:
@@ -163,6 +162,7 @@ def trainable(parameters: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]
         TypeError: it is neither.
         ValueError: it holds none.
     """
+    found: dict[str, Tensor]
     if isinstance(parameters, nn.Module):
         found = {name: p for name, p in parameters.named_parameters() if p.requires_grad}
     elif isinstance(parameters, Mapping):

@@ -58,7 +58,7 @@ class Rollout:
         Returns:
             [N, ..., D] the sample.
         """
-        if noise is None:
+        if noise is None and isinstance(mean, Tensor):
             noise = self._draw(mean, is_gaussian=std is not None)
         credit = self.credit
         if credit is None and isinstance(mean, Tensor):
@@ -76,9 +76,9 @@ class Rollout:
         """
         return cost if self.credit is None else assign_credit(cost, self.credit)
 
-    def _draw(self, like: Tensor, *, is_gaussian: bool) -> Tensor | None:
-        if not isinstance(like, Tensor) or not like.is_floating_point():  # which the node refuses
-            return None
+    def _draw(self, like: Tensor, *, is_gaussian: bool) -> Tensor:
+        if not like.is_floating_point():
+            return like  # the node refuses such a mean
         # A draw in place needs the axis of a vmap, which rand_like has and empty_like has not.
         made_like = torch.rand_like if is_transformed() else torch.empty_like
         noise = made_like(like, requires_grad=False)

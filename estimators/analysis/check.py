@@ -39,7 +39,7 @@ class _Ledger(Rollout):
     def sample(
         self, mean: Tensor, std: Tensor | None, *, noise: Tensor | None = None, **extra: Any
     ) -> Tensor:
-        if noise is None:
+        if noise is None and isinstance(mean, Tensor):
             noise = self._draw(mean, is_gaussian=std is not None)
         if isinstance(noise, Tensor):
             self.noises.append(noise)
@@ -357,7 +357,7 @@ def _check_fresh(r: _Ledger, other: _Ledger) -> None:
             raise ValueError(
                 f"node {number} of the rollout, counted from 0, has the same noise with every "
                 "seed, and RP and LR have the same mean over fresh noise alone: draw it within "
-                "the rollout, as in noise=torch.randn_like(mean), or leave noise=... to r.sample"
+                "the rollout, as in noise=torch.randn_like(mean), or call r.sample without noise="
             )
 
 
