@@ -10,9 +10,10 @@ sample variance V over the N samples. The difference of the two means in its sta
     z = d̄ / (V / N)^½.
 
 If both legs have the same mean, (N - 3) / (N - 1) z² has mean 1 for normal d, and 1 + 2 γ² / N to
-first order if d has skewness γ. If the means differ, N (E d)² / V is added to it. Of all
-coordinates together the root of the mean square is given, since that is 1, too, however they depend
-on each other; the expected largest |z| is unknown.
+first order if d has skewness γ: of a cost x² of one coordinate, z is 1.1 to 1.5 from 20 to 100
+samples, and at most 1.1 from 1000 (means from 0 to 3, std 1). If the means differ, N (E d)² / V is
+added to it. Of all coordinates together the root of the mean square is given, since that is 1, too,
+however they depend on each other; the expected largest |z| is unknown.
 
 The signal-to-noise ratio of a cotangent g_i (all coordinates of zeta) is that of its sum over the
 batch, which is what the optimiser receives:

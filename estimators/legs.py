@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vjp
 
 from totalprop.estimators.baselines import Baseline, leave_one_out, none
 from totalprop.estimators.declarations import having, of_at_least, part_named, without
@@ -34,11 +35,11 @@ def draw(zeta: Zeta, noise: Tensor) -> Tensor:
     return (index == torch.arange(logits.shape[-1], device=logits.device)).to(logits.dtype)
 
 
-def broadcasts_to(x: Tensor, like: Tensor) -> bool:
+def broadcasts_to(shape: Sequence[int], like: Sequence[int]) -> bool:
     """Whether a tensor takes the shape of another in a product with it."""
-    if x.ndim > like.ndim:
+    if len(shape) > len(like):
         return False
-    return all(n in (1, m) for n, m in zip(reversed(x.shape), reversed(like.shape)))
+    return all(n in (1, m) for n, m in zip(reversed(shape), reversed(like)))
 
 
 def pathwise(zeta: Zeta, noise: Tensor, g_sample: Tensor) -> Zeta:
@@ -72,7 +73,7 @@ def score(
         The cotangent of zeta.
     """
     b = baseline(returns, value)
-    if not broadcasts_to(b, returns):
+    if not broadcasts_to(b.shape, returns.shape):
         raise ValueError(
             f"a baseline of shape {list(b.shape)} cannot be subtracted from returns "
             f"{list(returns.shape)}: it needs one number per return, e.g. value.squeeze(-1)"
@@ -155,13 +156,10 @@ def lax(critic: Callable[[Tensor], Tensor]) -> Leg:
     def lax_leg(
         zeta: Zeta, noise: Tensor, returns: Tensor, value: Tensor | None, baseline: Baseline
     ) -> Zeta:
-        with torch.enable_grad():
-            x = draw(zeta, noise).detach().requires_grad_()
-            c = _checked(critic(x), returns)
-            slope_of_c = torch.zeros_like(x)
-            if c.requires_grad:  # a constant does not
-                (slope_of_c,) = torch.autograd.grad(c.sum(), x, materialize_grads=True)
-        c = c.detach()
+        # Unlike autograd.grad, vjp works within torch.func and torch.compile, too.
+        c, pull_back, *_ = vjp(lambda x: _checked(critic(x), returns), draw(zeta, noise).detach())
+        (slope_of_c,) = pull_back(torch.ones_like(c))
+        c, slope_of_c = c.detach(), slope_of_c.detach()
         a, b = _left_out_line(c, returns)
         rest = ((returns - a * c - b).unsqueeze(-1)) / zeta[1]
         pathwise_part = a.unsqueeze(-1) * slope_of_c

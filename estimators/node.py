@@ -26,9 +26,9 @@ from torch import Tensor
 from totalprop.estimators.baselines import Baseline, leave_one_out
 from totalprop.estimators.collectives import gathered, own
 from totalprop.estimators.declarations import declared, has, least_samples
-from totalprop.estimators.gauge import SHAPE, measure
+from totalprop.estimators.gauge import LEAST, SHAPE, measure
 from totalprop.estimators.legs import Leg, broadcasts_to, draw, nothing, pathwise, score
-from totalprop.estimators.mixing import Context, Weight, largest_usable
+from totalprop.estimators.mixing import Context, Weight, largest_usable, tpx_guarded
 from totalprop.estimators.probes import GroupProbe, Probe, Zeta, restrict
 
 HALF = (torch.bfloat16, torch.float16)
@@ -64,7 +64,7 @@ def assign_credit(cost: Tensor, credit: Tensor) -> Tensor:
             f"cost and credit must be tensors, one number per sample, got {_shown(cost)} and "
             f"{_shown(credit)}; average the credited costs, not the costs"
         )
-    if not broadcasts_to(credit, cost):
+    if not broadcasts_to(credit.shape, cost.shape):
         raise ValueError(
             f"a cost of shape {list(cost.shape)} cannot take a credit of shape "
             f"{list(credit.shape)}: one number per sample is needed, e.g. cost.squeeze(-1)"
@@ -306,28 +306,33 @@ def stochastic_node(
             f"{[list(x.shape) for x in carried]}"
         )
     _check_values(estimator, zeta, noise)
+    for name, zeros in (("meter", meter), ("gauge", gauge), ("tap", tap)):
+        if zeros is not None and not isinstance(zeros, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor of zeros with requires_grad=True, got {zeros!r}"
+            )
     if tap is not None and probe is None:
         raise ValueError("tap=... collects per-sample parameter gradients and needs probe=... too")
     if gauge is not None and gauge.shape != SHAPE:
         raise ValueError(
             f"gauge must be zeros {list(SHAPE)}, got {_shown(gauge)}; each node takes its own"
         )
-    is_transformed = _is_transformed()
-    if is_transformed and estimator.group is not None:
+    under_func = is_transformed()
+    if under_func and estimator.group is not None:
         raise ValueError(
             "torch.func cannot transform a node whose samples are spread over processes: set "
             "group=None, or take the gradient with torch.autograd"
         )
     if estimator.needs_score and torch.is_grad_enabled():
         _check_legs(estimator, zeta, probe, value)
-    node = _TransformedNode if is_transformed else _Node
+    node = _TransformedNode if under_func else _Node
     sample, credit = node.apply(
         estimator, probe, noise, credit, value, meter, gauge, tap, len(zeta), *zeta, *carried
     )
     return sample, credit
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func transforms (vmap, grad, ...) are active, as Function.apply asks."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
@@ -335,20 +340,25 @@ def _is_transformed() -> bool:
 def _check_shapes(zeta: Zeta, noise: Tensor, credit: Tensor, value: Tensor | None) -> None:
     """Refuse what would raise an error later, or broadcast to another gradient."""
     mean = zeta[0]
-    if not isinstance(mean, Tensor) or mean.ndim < 2 or not mean.is_floating_point():
+    if not isinstance(mean, Tensor) or mean.ndim < 2:
         raise ValueError(
             f"mean must be a tensor [N, ..., D] of real numbers, with the samples on axis 0, got "
             f"{_shown(mean)}; a mean [N] of one coordinate needs mean.unsqueeze(-1)"
         )
+    if not mean.is_floating_point():
+        raise ValueError(f"mean must be of real numbers, got {mean.dtype}; pass mean.float()")
     shape, samples = mean.shape, mean.shape[:-1]
-    start = "start a rollout with credit = mean.new_zeros(N)"
+    start = "start a rollout with credit = mean.new_zeros(mean.shape[:-1])"
     if not isinstance(credit, Tensor):
         raise ValueError(f"credit must be a tensor {list(samples)}, got {credit!r}; {start}")
     is_joint = len(zeta) == 1 and credit.ndim > 0 and credit.shape == samples[: credit.ndim]
     if credit.shape != samples and not is_joint:
+        alike = "all nodes of a rollout count their samples alike"
+        if credit.ndim > 0 and credit.shape == samples[: credit.ndim]:
+            alike += f": flatten mean, std and noise of this one, as in mean.flatten({credit.ndim})"
         raise ValueError(
             f"credit must have the node's shape without its last axis, {list(samples)}, "
-            f"got {list(credit.shape)}; {start}"
+            f"got {list(credit.shape)}; {start}, and {alike}"
         )
     if value is not None and value.shape != credit.shape:
         raise ValueError(
@@ -373,7 +383,8 @@ def _check_shapes(zeta: Zeta, noise: Tensor, credit: Tensor, value: Tensor | Non
 def _check_values(estimator: Estimator, zeta: Zeta, noise: Tensor) -> None:
     """Refuse a std that no score has and, for a categorical, what is clearly not Gumbel noise."""
     if len(zeta) == 2:
-        std, may_be_0 = zeta[1], not estimator.needs_score
+        # A rollout without gradients forms no score and may be deterministic.
+        std, may_be_0 = zeta[1], not (estimator.needs_score and torch.is_grad_enabled())
         if _holds(std, lambda std: std.amin() < 0 if may_be_0 else std.amin() <= 0):
             if std.amin() < 0:
                 raise ValueError(
@@ -530,9 +541,10 @@ class _Node(torch.autograd.Function):
             if ctx.estimator.needs_score:
                 warnings.warn(UNCREDITED, stacklevel=2)
             returns = zeta[0].new_zeros(ctx.credit_shape)
+        is_trusted = is_credited and _follows_pathwise(ctx.estimator)
+        if is_trusted and (g_sample is None or _is_blind(tuple(zeta), noise, g_sample, returns)):
+            warnings.warn(PATHLESS, stacklevel=2)
         if g_sample is None:
-            if is_credited and _follows_pathwise(ctx.estimator):
-                warnings.warn(PATHLESS, stacklevel=2)
             g_sample = torch.zeros_like(zeta[0])
         batch = _Batch(tuple(zeta), noise, g_sample, returns, value, ctx.probe)
         group = ctx.estimator.group if ctx.estimator.needs_score or ctx.has_gauge else None
@@ -555,12 +567,20 @@ class _Node(torch.autograd.Function):
             g_zeta = _Once.apply(*g_zeta, g_sample, returns, *zeta)[: len(g_zeta)]
         g_meter = None
         if ctx.meter_shape is not None:
-            g_meter = torch.where(_has_pathwise(k), k, 1.0).mean(0).expand(ctx.meter_shape)
+            g_meter = torch.where(_has_pathwise(k), k, 1.0).mean(0)
+            if not broadcasts_to(g_meter.shape, ctx.meter_shape):
+                raise ValueError(
+                    f"meter must be zeros [..., D] that a k {list(g_meter.shape)} fits, got "
+                    f"{list(ctx.meter_shape)}: torch.zeros({list(zeta[0].shape[1:])}, "
+                    "requires_grad=True)"
+                )
+            g_meter = g_meter.expand(ctx.meter_shape)
         g_tap = None if ctx.tap_shape is None else ctx.probe(g_zeta)
         if g_tap is not None and g_tap.shape != ctx.tap_shape:
             raise ValueError(
                 f"tap must be zeros {list(g_tap.shape)}, samples by parameters of the probe, got "
-                f"{list(ctx.tap_shape)}"
+                f"{list(ctx.tap_shape)}: estimators.gradient makes it from samples= and tap_size= "
+                "(by default all elements of its parameters)"
             )
         g_carried: Zeta = ()
         if ctx.is_split:
@@ -572,6 +592,22 @@ class _Node(torch.autograd.Function):
 def _follows_pathwise(estimator: Estimator) -> bool:
     """Whether the rule trusts a pathwise leg that is exactly 0."""
     return estimator.needs_pathwise and not has(estimator.weight, "compares_means")
+
+
+@torch.no_grad()
+def _is_blind(zeta: Zeta, noise: Tensor, g_sample: Tensor, returns: Tensor) -> bool:
+    """Whether the pathwise signal is exactly 0, and a guarded rule would still give LR a weight.
+
+    A 0 alone is no fault: the cost may not depend on the sample.
+    """
+    if len(noise) < LEAST or not _holds(g_sample[:1], lambda g: ~g.any()):  # mostly ends here
+        return False
+    if not _holds(g_sample, lambda g: ~g.any()):
+        return False
+    zeta, noise = tuple(z.to(returns) for z in zeta), noise.to(returns)
+    rp = tuple(torch.zeros_like(z) for z in zeta)
+    (k,) = tpx_guarded(rp, [score(zeta, noise, returns, None, leave_one_out)], None)
+    return any(_holds(member, lambda k: k.any()) for member in k)
 
 
 def _score_parts(estimator: Estimator) -> tuple[tuple[Leg, ...], Baseline]:
@@ -706,7 +742,7 @@ def _weights(estimator: Estimator, chosen: Any, rp: Zeta) -> list[Zeta]:
 
     def fits(ks: tuple[Any, ...]) -> bool:
         tensors = len(ks) == len(rp) and all(isinstance(k, Tensor) for k in ks)
-        return tensors and all(broadcasts_to(k, g) for k, g in zip(ks, rp))
+        return tensors and all(broadcasts_to(k.shape, g.shape) for k, g in zip(ks, rp))
 
     if isinstance(chosen, Sequence):
         weights = [k if isinstance(k, tuple) else (k,) * len(rp) for k in chosen]

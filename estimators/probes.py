@@ -107,11 +107,12 @@ class ParameterProbe:
         function: (parameters, *inputs of one sample) -> its zeta, (mean [D], std [D]) for a
             Gaussian, and logits [D], (logits,) or (logits, None) for a categorical; or an
             `nn.Module` that maps the inputs to zeta.
-        parameters: name -> tensor, or an `nn.Module` for all of its own. Leave out those that
-            should not count for the rule, as `tps` does (Parmas et al. 2023, Sec. 4).
+        parameters: name -> tensor, or an `nn.Module` for all of its own but the frozen ones. Leave
+            out what should not count for the rule, as `tps` does (Parmas et al. 2023, Sec. 4).
         inputs: tensors [N, ...], one slice per sample.
     Raises:
         TypeError: `parameters` has no names.
+        ValueError: there are none.
     """
 
     def __init__(
@@ -120,21 +121,18 @@ class ParameterProbe:
         parameters: Mapping[str, Tensor] | nn.Module,
         *inputs: Tensor,
     ) -> None:
-        if isinstance(parameters, nn.Module):
-            parameters = dict(parameters.named_parameters())
-        if not isinstance(parameters, Mapping):
-            raise TypeError(
-                "parameters must be a mapping of names to tensors, such as "
-                f"dict(policy.named_parameters()), or an nn.Module, got {type(parameters).__name__}"
-            )
         if isinstance(function, nn.Module):
             function = functools.partial(_call_module, function)
         self.function = function
-        self.parameters = {name: p.detach() for name, p in parameters.items()}
+        self.parameters = {name: p.detach() for name, p in trainable(parameters).items()}
         self.inputs = tuple(x.detach() for x in inputs)
 
     def __call__(self, cotangent: Zeta) -> Tensor:
-        """[N, P] gradients of Σ cotangent·zeta, one row per sample, parameters in order."""
+        """[N, P] gradients of Σ cotangent·zeta, one row per sample, parameters in order.
+
+        Raises:
+            ValueError: the function failed on one sample.
+        """
 
         def one_sample(cotangent: Zeta, *inputs: Tensor) -> Tensor:
             zeta, pull_back, *_ = vjp(
@@ -144,7 +142,42 @@ class ParameterProbe:
             gradients = pull_back(tuple(matching))[0]
             return torch.cat([g.reshape(-1) for g in gradients.values()])
 
-        return vmap(one_sample)(tuple(cotangent), *self.inputs)
+        try:
+            return vmap(one_sample)(tuple(cotangent), *self.inputs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                "a probe's function must map one sample, a slice of each input without axis 0, to "
+                "its zeta, without noise and without other samples (module.eval() for Dropout and "
+                f"BatchNorm); it failed with: {reason}"
+            ) from error
+
+
+def trainable(parameters: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
+    """Parameters by name: those of a mapping, or those of a module that are not frozen.
+
+    Args:
+        parameters: name -> tensor, or a module.
+    Raises:
+        TypeError: it is neither.
+        ValueError: it holds none.
+    """
+    found: dict[str, Tensor]
+    if isinstance(parameters, nn.Module):
+        found = {name: p for name, p in parameters.named_parameters() if p.requires_grad}
+    elif isinstance(parameters, Mapping):
+        found = dict(parameters)
+    else:
+        raise TypeError(
+            "parameters must be a module or a mapping of names to tensors, got "
+            f"{type(parameters).__name__}; dict(module.named_parameters()) is one"
+        )
+    if not found:
+        raise ValueError(
+            f"parameters must be at least one tensor, got {type(parameters).__name__} without one; "
+            "those of a module count where they have requires_grad=True"
+        )
+    return found
 
 
 def _members(zeta: Any) -> Zeta:

@@ -7,8 +7,8 @@ with `register`, or with an entry point in the group `totalprop.estimators` that
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from dataclasses import fields, replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -80,20 +80,23 @@ _REGISTRY: dict[str, Estimator] = {
 }
 
 
-def register(name: str, estimator: Estimator) -> None:
-    """Register an estimator under a new name, which every agent then accepts as `estimator=`.
+def register(name: str, estimator: Estimator, *, replace: bool = False) -> None:
+    """Register an estimator under a name, which every agent then accepts as `estimator=`.
 
     Args:
         name: a name that is not registered yet.
         estimator: the estimator it stands for.
+        replace: the name may be registered, and stands for this estimator from now on.
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, without `replace`.
         TypeError: `estimator` is not an `Estimator`.
     """
     if not isinstance(estimator, Estimator):
         raise TypeError(f"expected an Estimator, got {type(estimator).__name__}")
-    if name in _REGISTRY:
-        raise ValueError(f"estimator '{name}' is already registered; choose another name")
+    if name in _REGISTRY and not replace:
+        raise ValueError(
+            f"estimator '{name}' is already registered; choose another name, or pass replace=True"
+        )
     _REGISTRY[name] = estimator
 
 
@@ -119,7 +122,9 @@ def make(name: str | Estimator, **changes: Any) -> Estimator:
             do not work together.
         TypeError: there is no such option, or it has another type.
     """
-    known = [field.name for field in fields(Estimator)]
+    if not changes:  # a compiled rollout makes its estimator, and cannot trace what follows
+        return _registered(name)
+    known = [field.name for field in dataclasses.fields(Estimator)]
     for option in changes:
         if option not in known:
             raise TypeError(
@@ -129,7 +134,7 @@ def make(name: str | Estimator, **changes: Any) -> Estimator:
         changes["baseline"] = baseline_named(changes["baseline"])
     if "legs" in changes:
         changes["legs"] = legs_named(changes["legs"])
-    return replace(_registered(name), **changes)
+    return dataclasses.replace(_registered(name), **changes)
 
 
 def _registered(name: str | Estimator) -> Estimator:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from totalprop.estimators.node import Estimator, assign_credit
+from totalprop.estimators.node import Estimator, assign_credit, is_transformed
 from totalprop.estimators.registry import make
 
 
@@ -22,7 +22,10 @@ class Rollout:
 
     Args:
         estimator: a registered name, or an `Estimator`.
-        generator: source of the noise, by default PyTorch's global one.
+        generator: source of the noise, by default PyTorch's global one. None within
+            `torch.utils.checkpoint`, which restores the global one only: the recomputation would
+            draw other noise, and LR would be wrong. Leave it out there and keep
+            `preserve_rng_state=True`, or draw the noise outside and pass it to `sample`.
     """
 
     def __init__(
@@ -74,7 +77,11 @@ class Rollout:
         return cost if self.credit is None else assign_credit(cost, self.credit)
 
     def _draw(self, like: Tensor, *, is_gaussian: bool) -> Tensor:
-        noise = torch.empty_like(like, requires_grad=False)
+        if not like.is_floating_point():
+            return like  # the node refuses such a mean
+        # A draw in place needs the axis of a vmap, which rand_like has and empty_like has not.
+        made_like = torch.rand_like if is_transformed() else torch.empty_like
+        noise = made_like(like, requires_grad=False)
         if is_gaussian:
             return noise.normal_(generator=self.generator)
         return -noise.exponential_(generator=self.generator).log()

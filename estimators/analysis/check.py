@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from totalprop.estimators.node import UNCREDITED, Estimator
+from totalprop.estimators.probes import trainable
 from totalprop.estimators.registry import make
 from totalprop.estimators.rollout import Rollout
 
@@ -23,8 +24,8 @@ SHOWN = 8  # parameters in a printed report
 class _Ledger(Rollout):
     """A rollout that also records which part of the loss was credited.
 
-    Every cost is multiplied by (1 + ledger), a zero, so dL/dledger is the credited part of L if L
-    is linear in its costs.
+    Every cost is multiplied by (1 + ledger). At a ledger of 0, dL/dledger is the credited part of L
+    if L is linear in its costs; at -1 the loss is what is left without them.
     """
 
     def __init__(self, estimator: Estimator, ledger: float, noise_scale: float) -> None:
@@ -32,19 +33,25 @@ class _Ledger(Rollout):
         self.zeros: list[Tensor] = []  # meter, gauge and tap, which are no parameters
         self.ledger = torch.tensor(ledger, dtype=torch.float64, requires_grad=True)
         self.noise_scale = noise_scale
+        self.noises: list[Tensor] = []  # of each node, before they are scaled
+        self.eps = 0.0  # of the credited costs
 
     def sample(
         self, mean: Tensor, std: Tensor | None, *, noise: Tensor | None = None, **extra: Any
     ) -> Tensor:
         if noise is None and isinstance(mean, Tensor):
             noise = self._draw(mean, is_gaussian=std is not None)
-        if noise is not None:
+        if isinstance(noise, Tensor):
+            self.noises.append(noise)
             noise = self.noise_scale * noise
         self.zeros += [extra[name] for name in ("meter", "gauge", "tap") if name in extra]
         return super().sample(mean, std, noise=noise, **extra)
 
     def cost(self, cost: Tensor) -> Tensor:
-        return super().cost(cost) * (1 + self.ledger.to(cost))
+        credited = super().cost(cost)
+        if credited.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(credited.dtype).eps)
+        return credited * (1 + self.ledger.to(credited))
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,8 @@ class Report:
         if not self.uncredited_cost:
             return ["credit: every cost that depends on a sample is credited"]
         return [
-            f"credit: NOT COMPLETE. The loss is {self.loss:.4g}, but costs of only "
-            f"{self.credited:.4g} passed through r.cost, and the rest depends on the samples"
+            f"credit: NOT COMPLETE. Of the loss of {self.loss:.4g}, a part of "
+            f"{self.loss - self.credited:.2g} did not pass through r.cost, and depends on samples"
         ]
 
     def _agreement(self) -> list[str]:
@@ -152,7 +159,7 @@ def check(
     rollout: Callable[[Rollout], Tensor],
     parameters: Mapping[str, Tensor] | nn.Module | None = None,
     *,
-    estimators: Sequence[str | Estimator] = ("rp", "lr", "tpx"),
+    estimators: str | Estimator | Sequence[str | Estimator] = ("rp", "lr", "tpx"),
     repeats: int = 40,
     seed: int = 0,
 ) -> Report:
@@ -168,19 +175,22 @@ def check(
         rollout: r -> loss [], which samples with `r.sample(mean, std)` and credits each cost with
             `r.cost(cost)`, for an r that is passed to it, a `Rollout`.
         parameters: name -> tensor, or a module; by default all leaves that the loss depends on.
-        estimators: what to compare; RP and LR are always among them. Those that need a probe work
-            if the rollout passes one.
+        estimators: what to compare, one or several; RP and LR are always among them. Those that
+            need a probe work if the rollout passes one.
         repeats: gradients of each estimator, at least 3.
         seed: seed of the noise.
     Returns:
         A report to print, with its figures as attributes.
     Raises:
-        TypeError: the rollout does not return a tensor.
+        TypeError: the rollout does not return a tensor, or `parameters` has no names.
         ValueError: the loss is no scalar, depends on no parameter or on no node, or is another one
-            in a second call with the same seed; a parameter is made in the rollout.
+            in a second call with the same seed; a node's noise is the same with another seed; a
+            parameter is made in the rollout; `parameters` is empty, or there are too few repeats.
     """
     if repeats < 3:
         raise ValueError(f"check needs at least 3 repeats, got {repeats}")
+    if isinstance(estimators, str | Estimator):
+        estimators = (estimators,)
     chosen = _named_estimators(["rp", "lr", *estimators])
 
     def evaluate(
@@ -195,9 +205,6 @@ def check(
         )
         return loss, float(credited), r
 
-    def rest(loss: Tensor, credited: float) -> float:
-        return float(loss.detach()) - credited
-
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
         warnings.filterwarnings("ignore", re.escape(UNCREDITED))  # the report says it
         loss, credited, r = evaluate("rp", 0)
@@ -211,15 +218,20 @@ def check(
             )
         if parameters is None:
             _check_persistent(again, named)
-        # What is not credited must not change with the nodes' noise, and crediting is linear.
-        moved, moved_credited, _ = evaluate("rp", 0, noise_scale=-0.7)
-        doubled, _, _ = evaluate("rp", 0, ledger=1.0)
-        known = [float(loss.detach()), credited, float(moved.detach()), moved_credited]
-        round_off = 1e-4 * max(map(abs, known))
-        uncredited: bool | None = (
-            abs(rest(loss, credited) - rest(moved, moved_credited)) > round_off
+        _check_fresh(r, evaluate("rp", 1)[2])
+        # Without the credited costs (ledger -1) the loss must not change with the nodes' noise. It
+        # is then the same to the bit, but for sums in another order on a GPU.
+        total = float(loss.detach())
+        doubled, rest, rest_moved = (
+            float(evaluate("rp", 0, ledger=by, noise_scale=scale)[0].detach())
+            for by, scale in ((1.0, 1.0), (-1.0, 1.0), (-1.0, -0.7))
         )
-        if abs(rest(doubled, credited) - known[0]) > round_off:
+        eps = torch.finfo(loss.dtype).eps
+        uncredited: bool | None = abs(rest - rest_moved) > 8 * eps * max(abs(rest), abs(rest_moved))
+        # Doubled costs add to a linear loss what is credited, up to the round-off of sums over some
+        # thousand steps and samples.
+        round_off = 1e3 * max(eps, r.eps) * max(abs(total), abs(credited))
+        if abs(doubled - total - credited) > round_off:
             uncredited = None
         gradients: dict[str, list[Tensor]] = {name: [] for name in chosen}
         losses, parts = [], []
@@ -319,15 +331,8 @@ def _check_loss(loss: object, r: Rollout) -> None:
 def _named(
     parameters: Mapping[str, Tensor] | nn.Module | None, loss: Tensor, others: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    if isinstance(parameters, nn.Module):
-        return {n: p for n, p in parameters.named_parameters() if p.requires_grad}
-    if isinstance(parameters, Mapping):
-        return dict(parameters)
     if parameters is not None:
-        raise TypeError(
-            "parameters must be a module or a dictionary of tensors by name, got "
-            f"{type(parameters).__name__}; dict(module.named_parameters()) is one"
-        )
+        return trainable(parameters)
     leaves = [leaf for leaf in _leaves(loss) if not any(leaf is other for other in others)]
     if not leaves:
         raise ValueError("the loss depends on no parameter: is one with requires_grad=True used?")
@@ -342,6 +347,17 @@ def _check_persistent(loss: Tensor, named: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"{name}, of shape {list(parameter.shape)}, is not used by the next call of the "
                 "rollout: make it outside of the rollout, or pass parameters={...} to check"
+            )
+
+
+def _check_fresh(r: _Ledger, other: _Ledger) -> None:
+    """Refuse noise that two rollouts of different seeds share: no mean over it can be taken."""
+    for number, (noise, again) in enumerate(zip(r.noises, other.noises)):
+        if noise.numel() > 0 and torch.equal(noise, again):
+            raise ValueError(
+                f"node {number} of the rollout, counted from 0, has the same noise with every "
+                "seed, and RP and LR have the same mean over fresh noise alone: draw it within "
+                "the rollout, as in noise=torch.randn_like(mean), or call r.sample without noise="
             )
 
 

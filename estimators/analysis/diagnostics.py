@@ -64,7 +64,7 @@ def gradient_statistics(
         repeats: M >= 2 evaluations per start (the paper uses 50); signal-to-noise ratios need 4.
         starts: S, the number of starts (the paper uses 50).
     Raises:
-        ValueError: there are fewer than two repeats.
+        ValueError: there are fewer than two repeats, or a gradient is no vector.
     """
     if repeats < 2:
         raise ValueError(f"a variance needs repeats >= 2, got {repeats}")
@@ -73,8 +73,12 @@ def gradient_statistics(
 
 
 def statistics_of(gradients: Tensor) -> GradientStatistics:
-    """Compute the statistics of gradients [S, M, P] that were evaluated before."""
-    gradients = gradients.double()  # squares of exploding gradients overflow in float32
+    """Compute the statistics of gradients [S, M, P] that were evaluated before.
+
+    Raises:
+        ValueError: the gradients have another shape.
+    """
+    gradients = _evaluations(gradients)
     m = gradients.shape[1]
     means = gradients.mean(1)  # [S, P]
     within = gradients.var(1).sum(-1)  # [S]
@@ -101,8 +105,11 @@ def signal_to_noise(gradients: Tensor) -> Tensor:
     Returns:
         [S] ratios, which may be slightly negative where there is no signal; nan if M < 4, where
         they have no mean.
+
+    Raises:
+        ValueError: the gradients have another shape.
     """
-    gradients = gradients.double()
+    gradients = _evaluations(gradients)
     starts, m, size = gradients.shape
     if m < 4:
         return gradients.new_full((starts,), torch.nan)
@@ -135,8 +142,11 @@ def mean_difference(first: Tensor, second: Tensor) -> float:
 
     Returns:
         z, 0 ± 1 if the means are equal, at most (S M (M - 1) / 2)^½; 0 if all pairs are equal.
+
+    Raises:
+        ValueError: the gradients have another shape.
     """
-    difference = first.double() - second.double()
+    difference = _evaluations(first) - _evaluations(second)
     scale = difference.abs().amax((1, 2), keepdim=True)
     difference = difference / torch.where(scale > 0, scale, 1.0)
     products = difference @ difference.mT  # [S, M, M]
@@ -144,6 +154,16 @@ def mean_difference(first: Tensor, second: Tensor) -> float:
     spread = (2 * products.square().sum((1, 2))).sqrt()
     z = products.sum((1, 2)) / torch.where(spread > 0, spread, 1.0)
     return float(z.sum() / len(z) ** 0.5)
+
+
+def _evaluations(gradients: Tensor) -> Tensor:
+    """Gradients [S, M, P] in float64, since squares of exploding ones overflow in float32."""
+    if gradients.ndim != 3:
+        raise ValueError(
+            "gradients must be [S, M, P], a vector [P] for each start and evaluation, got "
+            f"{list(gradients.shape)}; each gradient needs .reshape(-1)"
+        )
+    return gradients.double()
 
 
 def median_interval(values: Tensor, confidence: float = 0.95) -> MedianInterval:

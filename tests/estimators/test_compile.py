@@ -8,7 +8,7 @@ import torch
 from torch.utils.cpp_extension import get_cxx_compiler
 
 from totalprop import estimators
-from totalprop.estimators import ControlProbe, DenseJacobian, assign_credit
+from totalprop.estimators import ControlProbe, DenseJacobian, Rollout, assign_credit
 from totalprop.estimators.gauge import SHAPE
 
 N, D, A, H = 12, 3, 2, 1
@@ -67,6 +67,25 @@ def test_compiled_equals_eager(name):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     if name not in ("rp", "lr"):
         assert ((expected[2] > 0) & (expected[2] < H)).any()
+
+
+@pytest.mark.parametrize("leg", ["score", "lax"])
+def test_a_rollout_can_be_made_within_the_compiled_function(leg):
+    estimator = "tpx" if leg == "score" else estimators.make("tpx", legs=leg)
+    extra = {} if leg == "score" else {"critic": lambda x: x.square().sum(-1)}
+    noise = torch.randn(H + 1, N, D, generator=torch.Generator().manual_seed(0))
+
+    def function(theta):
+        r, x, loss = Rollout(estimator), torch.zeros(N, D), 0.0
+        for noise_t in noise:
+            x = r.sample(x + theta, torch.ones_like(x), noise=noise_t, **extra)
+            loss = loss + r.cost(x.sin().sum(-1)).mean()
+        return loss
+
+    theta = torch.full((D,), 0.3, requires_grad=True)
+    (expected,) = torch.autograd.grad(function(theta), theta)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(theta), theta)[0], expected)
 
 
 @pytest.mark.parametrize("name", ["rp", "lr", "tpx"])

@@ -546,3 +546,14 @@ def test_whole_graph_ivw_has_no_mixture_at_a_node():
     assert read(ivw).snr.isnan().all()
     torch.testing.assert_close(ivw[:, [0, 2, 3]], rp[:, [0, 2, 3]])
     assert (rp[:, :, 1] > 0).all()
+
+
+@pytest.mark.parametrize(("n", "z"), [(50, 1.52), (1000, 1.11)])
+def test_few_samples_of_skewed_differences_raise_z_above_1(n, z):
+    """x² of one coordinate ~ N(0.5, 1), 4000 nodes, as the documentation says: 4 SE."""
+    theta = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    gauge, r = new_gauge(), Rollout("tpx", generator=generator(40))
+    ones = torch.ones(n, 4000, 1, dtype=F64)
+    x = r.sample(theta * ones, ones, gauge=gauge)
+    (found,) = torch.autograd.grad(r.cost(x.square().squeeze(-1)).mean(0).sum(), gauge)
+    assert read(found).z.item() == pytest.approx(z, abs=4 * 0.016)

@@ -40,7 +40,13 @@ MISUSES = {
         r"mean must be a tensor \[N, ..., D\] .* got \[6\]; .* needs mean.unsqueeze\(-1\)",
     ),
     "a mean as a number": ({"mean": 1.0}, r"mean must be a tensor .* got 1.0"),
-    "whole numbers": ({"mean": torch.ones(N, D, dtype=torch.int64)}, "of real numbers"),
+    "whole numbers": (
+        {"mean": torch.ones(N, D, dtype=torch.int64)},
+        r"of real .* torch.int64; pass mean.float\(",
+    ),
+    "meter as a number": ({"meter": 0.0}, "meter must be a tensor of zeros .* got 0.0"),
+    "gauge as a number": ({"gauge": 0.0}, "gauge must be a tensor of zeros .* got 0.0"),
+    "tap as a number": ({"tap": 0.0}, "tap must be a tensor of zeros .* got 0.0"),
     "no noise": ({"noise": None}, r"noise must have the node's shape, \[6, 3\], got None"),
     "credit of another dtype": ({"credit": torch.zeros(N)}, "node's dtype, torch.float64, got"),
     "credit with an axis": ({"credit": torch.zeros(N, 1)}, r"credit must have .* got \[6, 1\]"),
@@ -69,6 +75,16 @@ def test_a_std_of_0_is_for_estimators_without_a_score(name):
     sample, _ = make(name)(**arguments)
     (gradient,) = torch.autograd.grad(sample.sum(), arguments["mean"])
     torch.testing.assert_close(gradient, torch.ones_like(gradient))
+
+
+@pytest.mark.parametrize("name", NODEWISE)
+def test_a_rollout_without_gradients_may_be_deterministic(name):
+    arguments = gaussian_node(std=torch.zeros(N, D, dtype=F64))
+    with torch.no_grad():
+        sample, _ = make(name)(**arguments)
+    assert torch.equal(sample, arguments["mean"])
+    with torch.no_grad(), pytest.raises(ValueError, match="got a negative entry"):
+        make(name)(**{**arguments, "std": arguments["std"] - 1})
 
 
 CATEGORICAL = [name for name in NODEWISE if not name.startswith("tpg")]
@@ -296,6 +312,22 @@ def test_vmap_over_rollouts_equals_a_loop(name):
     one = grad(lambda t, noise: loss_of(name, t, noise))
     expected = torch.stack([one(*pair) for pair in zip(thetas, noises, strict=True)])
     torch.testing.assert_close(vmap(one)(thetas, noises), expected)
+
+
+@pytest.mark.parametrize("leg", ["lax", "mvd"])
+@pytest.mark.parametrize("critic", [lambda x: x.sin().sum(-1), lambda x: x.new_ones(len(x))])
+def test_legs_of_a_critic_work_under_torch_func(leg, critic):
+    estimator, noise = make("tpx", legs=leg), randn(4, N, D, seed=16)
+    std = torch.ones(N, D, dtype=F64)
+
+    def loss(t, noise):
+        x, credit = estimator(t.expand(N, D), std, noise, noise.new_zeros(N), critic=critic)
+        return assign_credit(x.cos().sum(-1), credit).mean()
+
+    leaves = randn(4, D, seed=17).requires_grad_()
+    total = sum(loss(*pair) for pair in zip(leaves, noise, strict=True))
+    (expected,) = torch.autograd.grad(total, leaves)
+    torch.testing.assert_close(vmap(grad(loss))(leaves.detach(), noise), expected)
 
 
 @pytest.mark.parametrize("name", NODEWISE)

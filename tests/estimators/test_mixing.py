@@ -8,6 +8,7 @@ from totalprop.estimators import (
     ControlProbe,
     DenseJacobian,
     ParameterProbe,
+    Rollout,
     assign_credit,
     make,
     mixing,
@@ -135,6 +136,28 @@ def test_k_of_the_same_samples_biases_a_small_batch(name):
     gradients, repeats = CROSS_FITTED[name]
     g = gradients(name, False, n=6, repeats=repeats)
     assert abs(bias_in_standard_errors(g)) > 6
+
+
+@pytest.mark.parametrize(
+    ("cross_fit", "n", "repeats", "bias"),
+    [
+        (False, 6, 8000, (-0.14, -0.37)),
+        (False, 50, 2000, (-0.041, -0.11)),
+        (True, 6, 8000, (-0.015, -0.05)),
+        (True, 50, 2000, (0.0, -0.003)),
+    ],
+)
+def test_the_bias_of_tpx_over_a_chain_is_as_documented(cross_fit, n, repeats, bias):
+    """Six steps x' ~ N(x + 0.5, 1) with cost x²: Σ t² and Σ 2 t are exact in mean and std; 4 SE."""
+    parameters = [torch.full((repeats, 1), v, dtype=F64, requires_grad=True) for v in (0.5, 1.0)]
+    r = Rollout(make("tpx", cross_fit=cross_fit), generator=generator(7))
+    x, loss = torch.zeros(n, repeats, 1, dtype=F64), 0.0
+    for _ in range(6):
+        x = r.sample(x + parameters[0], parameters[1].expand_as(x))
+        loss = loss + r.cost(x.square().squeeze(-1)).mean(0).sum()
+    for g, exact, said in zip(torch.autograd.grad(loss, parameters), (91.0, 42.0), bias):
+        error = g.std().item() / repeats**0.5 / exact
+        assert g.mean().item() / exact - 1 == pytest.approx(said, abs=4 * error)
 
 
 @pytest.mark.parametrize("name", CROSS_FITTED)

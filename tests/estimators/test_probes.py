@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call
 
 from tests.estimators.conftest import gram_by_hand
 from totalprop.estimators import ControlProbe, DenseJacobian, ParameterProbe
@@ -109,6 +111,39 @@ def test_gram_of_a_control_probe_does_not_lose_the_small_covariance_of_a_large_m
     problem.cotangents = tuple(c + shift for c in problem.cotangents)
     found = gram(problem.control_probe(), problem.cotangents)
     torch.testing.assert_close(found, problem.explicit_gram(), rtol=1e-8, atol=1e-6)
+
+
+def test_a_function_that_fails_on_one_sample_is_said_to():
+    """One that is random, one of all samples, one for a batch; and the remedies."""
+    torch.manual_seed(0)
+    x, cotangent = randn(N, S, seed=8), (randn(N, D, seed=9),)
+
+    def of_batch(parameters, x):
+        return functional_call(net, parameters, (x.unsqueeze(0),)).squeeze(0)
+
+    for layer in (nn.Dropout(0.5), nn.BatchNorm1d(D)):
+        net = nn.Sequential(nn.Linear(S, D), layer).double()
+        for function in (net, of_batch):
+            said = r"must map one sample, .* \(module.eval\(\) for Dropout and BatchNorm\)"
+            with pytest.raises(ValueError, match=said):
+                ParameterProbe(function, net, x)(cotangent)
+        net.eval()
+        assert ParameterProbe(of_batch, net, x)(cotangent).shape[0] == N
+    weight = {"w": randn(S, D, seed=10)}
+    with pytest.raises(ValueError, match=r"a slice of each input .*; it failed with: Dimension"):
+        ParameterProbe(lambda p, x: x.sum(1) + p["w"], weight, x)(cotangent)
+
+
+def test_frozen_parameters_of_a_module_do_not_count():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(S, 5), nn.Linear(5, D)).double(), randn(N, S, seed=8)
+    net[0].requires_grad_(False)
+    expected = ParameterProbe(net, {k: p for k, p in net.named_parameters() if k[0] == "1"}, x)
+    cotangent = (randn(N, D, seed=9),)
+    assert torch.equal(ParameterProbe(net, net, x)(cotangent), expected(cotangent))
+    for empty in (net.requires_grad_(False), {}):
+        with pytest.raises(ValueError, match=r"at least one tensor, got (Sequential|dict) without"):
+            ParameterProbe(net, empty, x)
 
 
 @pytest.mark.parametrize("rows", [slice(0, 3), slice(3, N)])

@@ -141,6 +141,14 @@ def test_registered_estimator_is_made_by_name():
     assert "mine" in estimators.names()
 
 
+def test_a_name_is_given_to_another_estimator_on_request():
+    register("mine", make("lr"))
+    with pytest.raises(ValueError, match=r"'mine' is already .* or pass replace=True"):
+        register("mine", MINE)
+    register("mine", MINE, replace=True)
+    assert make("mine") is MINE
+
+
 def test_register_refuses_duplicates_and_wrong_types():
     with pytest.raises(ValueError, match="'tpx' is already registered"):
         register("tpx", MINE)

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.func import vmap
+from torch.utils.checkpoint import checkpoint
 
 from totalprop import estimators
 from totalprop.estimators import ParameterProbe, Rollout, assign_credit, make
@@ -50,10 +53,48 @@ def test_a_categorical_draws_gumbel_noise():
     assert ((found - p).abs() < 4 * (p * (1 - p) / 20_000).sqrt()).all()
 
 
+@pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.parametrize("name", ["rp", "lr", "tpx"])
+def test_a_checkpointed_rollout_has_the_gradient_of_the_plain_one(name, is_given):
+    """With noise from the global generator, and with noise from outside."""
+    theta = torch.tensor(0.7, dtype=F64, requires_grad=True)
+
+    def gradient(call):
+        torch.manual_seed(0)
+        r, x, loss = Rollout(name), torch.zeros(50, 1, dtype=F64), 0.0
+
+        def step(x, noise):
+            x = r.sample(x + theta, torch.full_like(x, 0.5), noise=noise)
+            return x, r.cost(x.square().sum(-1))
+
+        for _ in range(3):
+            x, cost = call(step, x, torch.randn_like(x) if is_given else None)
+            loss = loss + cost.mean()
+        return torch.autograd.grad(loss, theta)[0]
+
+    plain = gradient(lambda step, *inputs: step(*inputs))
+    assert torch.equal(gradient(partial(checkpoint, use_reentrant=False)), plain)
+
+
+@pytest.mark.parametrize("is_gaussian", [True, False])
+def test_vmap_draws_other_noise_for_each_rollout(is_gaussian):
+    """Also at a first node, whose mean or logits are the same in all."""
+
+    def samples(shift):
+        r, start = Rollout("rp"), torch.zeros(20, 2, dtype=F64)
+        x = r.sample(start, torch.ones_like(start) if is_gaussian else None)
+        return x, r.sample(x + shift, torch.ones_like(start) if is_gaussian else None)
+
+    for x in vmap(samples, randomness="different")(torch.zeros(3, dtype=F64)):
+        assert not torch.equal(x[0], x[1]) and not torch.equal(x[1], x[2])
+
+
 def test_wrong_arguments_get_the_nodes_sentences():
     r, mean = Rollout("tpx"), torch.zeros(4, 2)
     with pytest.raises(ValueError, match="mean must be a tensor"):
         r.sample(0.5, mean)
+    with pytest.raises(ValueError, match=r"of real numbers, got torch.int64; pass mean.float\("):
+        r.sample(mean.long(), mean + 1)
     with pytest.raises(ValueError, match="std must be positive"):
         r.sample(mean, mean - 1)
     r.sample(mean, mean + 1)

@@ -96,8 +96,32 @@ def test_a_tap_of_fewer_parameters_than_the_probe_is_refused(theta):
     )
     tap = torch.zeros(N, 1, dtype=F64, requires_grad=True)
     loss = square_of(make("tpx"), theta, probe=probe, tap=tap)
-    with pytest.raises(ValueError, match=r"tap must be zeros \[20, 2\].* got \[20, 1\]"):
+    said = r"tap must be zeros \[20, 2\].* got \[20, 1\]: .* from samples= and tap_size="
+    with pytest.raises(ValueError, match=said):
         loss.backward()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_a_meter_that_no_k_fits_is_refused(shape, theta):
+    meter = torch.zeros(shape, dtype=F64, requires_grad=True)
+    said = r"meter must be zeros .* a k \[2\] fits, got .*: torch.zeros\(\[2\]"
+    with pytest.raises(ValueError, match=said):
+        square_of(make("tpx"), theta, meter=meter).backward()
+    meter = torch.zeros([2], dtype=F64, requires_grad=True)
+    square_of(make("tpx"), theta, meter=meter).backward()
+    assert meter.grad is not None
+
+
+def test_a_node_that_counts_its_samples_otherwise_is_told_to_be_flattened():
+    r, mean = Rollout("tpx"), torch.zeros(4, 3, 2)
+    r.sample(mean[:, 0], torch.ones(4, 2))
+    with pytest.raises(ValueError, match=r"\[4, 3\], got \[4\]; .* as in mean.flatten\(1\)"):
+        r.sample(mean, torch.ones(4, 3, 2))
+    r.sample(mean.flatten(1), torch.ones(4, 3, 2).flatten(1))
+    r = Rollout("tpx")
+    r.sample(mean, torch.ones(4, 3, 2))
+    with pytest.raises(ValueError, match=r"\[4\], got \[4, 3\]; .* count their samples alike$"):
+        r.sample(mean[:, 0], torch.ones(4, 2))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +223,35 @@ def test_a_cost_without_a_path_warns_where_the_gradient_would_be_zero(name, thet
     with pytest.warns(UserWarning, match="pathwise leg is 0"):
         (g,) = torch.autograd.grad(square_of(make(name), theta, **JUMP), theta)
     assert not g.any()
+
+
+FLAT = {
+    "round": lambda x: x.round().sum(-1),
+    "floor": lambda x: x.floor().sum(-1),
+    "sign": lambda x: x.sign().sum(-1),
+    "a saturated clamp": lambda x: (1e9 * x).clamp(-1, 1).sum(-1),
+    "where": lambda x: torch.where(x > 0, 1.0 + 0 * x, 0 * x).sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", ["rp", "tpx"])
+@pytest.mark.parametrize("cost", FLAT)
+def test_a_derivative_of_0_warns_where_the_return_depends_on_the_sample(cost, name, theta):
+    with pytest.warns(UserWarning, match="pathwise leg is 0") as caught:
+        (g,) = torch.autograd.grad(square_of(make(name), theta, cost=FLAT[cost], n=200), theta)
+    assert len(caught) == 1 and not g.any()
+
+
+def test_a_sample_without_influence_does_not_warn(theta):
+    """The cost is that of another, independent draw; 100 batches of 50."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(100):
+            r = Rollout("rp")
+            x = r.sample(theta.expand(50, 2), torch.ones(50, 2, dtype=F64))
+            y = r.sample(0 * x, torch.ones_like(x))
+            r.cost((y.square() + 0 * x).sum(-1)).mean().backward()
 
 
 @pytest.mark.parametrize("name", ["lr", "tpx-guarded"])
@@ -358,6 +411,12 @@ def test_estimators_of_one_rule_have_names_of_their_own():
     theta = torch.zeros(1, dtype=F64, requires_grad=True)
     chosen = ["tpx", make("tpx", legs="biw"), make("tpx", baseline="mean"), "tpx"]
     assert list(check_square(theta, chosen).variances) == ["rp", "lr", "tpx", "tpx 2", "tpx 3"]
+
+
+@pytest.mark.parametrize("one", ["tpx", make("tpx")])
+def test_one_estimator_needs_no_sequence(one):
+    theta = torch.zeros(1, dtype=F64, requires_grad=True)
+    assert list(check_square(theta, one).variances) == ["rp", "lr", "tpx"]
 
 
 def test_noise_that_does_not_come_from_the_global_generator_is_refused():

@@ -77,17 +77,57 @@ def test_uncredited_costs_are_found_and_counted(theta):
 
 
 def test_given_noise_does_not_hide_an_uncredited_cost(theta):
-    noise = torch.randn(50, 1, dtype=F64, generator=torch.Generator().manual_seed(1))
-
     def rollout(r):
+        noise = torch.randn(50, 1, dtype=F64)
         x = r.sample(theta + 0 * noise, torch.ones_like(noise), noise=noise)
         return r.cost(x.sin().sum(-1)).mean() + x.square().mean()
 
     assert check(rollout, repeats=3).uncredited_cost
 
 
-def test_a_loss_that_is_not_linear_in_its_costs_is_not_accused(theta):
-    report = check(lambda r: quadratic(theta)(r).exp())
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("scale", [1.0, 1e5, 1e9])
+def test_a_small_uncredited_cost_is_found_beside_a_large_credited_one(dtype, scale):
+    theta = torch.tensor(0.7, dtype=dtype, requires_grad=True)
+
+    def rollout(r, uncredited=lambda x: x.square().mean()):
+        x, loss = torch.zeros(100, 1, dtype=dtype), 0.0
+        for _ in range(20):
+            x = r.sample(x + theta, torch.full_like(x, 0.5))
+            loss = loss + scale * r.cost(x.square().sum(-1)).mean() + uncredited(x)
+        return loss
+
+    assert check(rollout, estimators=(), repeats=3).uncredited_cost
+    report = check(lambda r: rollout(r, lambda x: theta.square()), estimators=(), repeats=3)
+    assert report.uncredited_cost is False
+
+
+def drawn_alike():
+    return torch.randn(50, 1, dtype=F64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("is_outside", [True, False])
+def test_noise_that_no_seed_changes_is_refused(theta, is_outside, first):
+    """At both nodes, and at the second alone: over it, RP and LR have different means."""
+    outside = drawn_alike()
+
+    def rollout(r):
+        x, loss = torch.zeros(50, 1, dtype=F64), 0.0
+        for t in range(2):
+            fixed = outside if is_outside else drawn_alike()
+            noise = torch.randn_like(x) if t < first else fixed
+            x = r.sample(x + theta, torch.ones_like(x), noise=noise)
+            loss = loss + r.cost(x.square().sum(-1)).mean()
+        return loss
+
+    with pytest.raises(ValueError, match=f"node {first} of .* draw it within the rollout"):
+        check(rollout)
+
+
+@pytest.mark.parametrize("function", [torch.exp, torch.log, torch.square, torch.reciprocal])
+def test_a_loss_that_is_not_linear_in_its_costs_is_not_accused(theta, function):
+    report = check(lambda r: function(quadratic(theta)(r)))
     assert report.uncredited_cost is None
     assert "not linear" in str(report)
 

@@ -182,3 +182,17 @@ def test_gradient_is_evaluated_repeats_times_at_each_start():
 def test_one_repeat_has_no_variance():
     with pytest.raises(ValueError, match="repeats >= 2, got 1"):
         gradient_statistics(lambda start: torch.zeros(1), repeats=1)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 2)])
+def test_a_gradient_that_is_no_vector_is_refused(shape):
+    g = torch.ones(shape)
+    with pytest.raises(
+        ValueError, match=r"must be \[S, M, P\].*each gradient needs .reshape\(-1\)"
+    ):
+        gradient_statistics(lambda start: g, repeats=5)
+    stacked = g.expand(3, 5, *shape)
+    for function in (signal_to_noise, lambda x: mean_difference(x, x)):
+        with pytest.raises(ValueError, match=r"must be \[S, M, P\]"):
+            function(stacked)
+    assert gradient_statistics(lambda start: g.reshape(-1), repeats=5).within == 0
