@@ -71,18 +71,18 @@ def _record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, max_steps: int) -
     fps = env.get_attr("metadata")[0].get("render_fps", 30)
     observations = env.reset()
     state, starts, total = None, np.ones(1, dtype=bool), 0.0
-    frames = [env.render()]
+    frames = [env.get_images()[0]]
     for _ in range(max_steps):
         actions, state = agent.predict(observations, state, starts, deterministic=True)  # type: ignore[arg-type]
         observations, rewards, starts, _ = env.step(actions)
         total += float(rewards[0])
         if starts[0]:  # the environment would render the next episode's first frame
             break
-        frames.append(env.render())
+        frames.append(env.get_images()[0])
     pictures = [np.asarray(frame) for frame in frames if frame is not None]
     if not pictures:
         raise UserError(
-            "the environment rendered no frames; does it support render_mode='rgb_array'?"
+            "the environment rendered no frames: its render() must return an array [height, width, 3]"
         )
     figures.save_gif(pictures, path, fps=fps)
     return WHOLE if starts[0] else f"the first {max_steps} steps of an episode", total

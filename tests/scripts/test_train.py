@@ -252,6 +252,12 @@ def test_evaluate_says_what_is_missing(tmp_path, capsys):
         assert "is not a run folder" in capsys.readouterr().err
 
 
+def test_an_environment_that_renders_nothing_is_said_to(copied, capsys, monkeypatch):
+    monkeypatch.setattr(CartPoleSwingUpEnv, "render", lambda self: None)
+    evaluate.main([str(copied), "--episodes", "2"])
+    assert "no GIF: the environment rendered no frames" in capsys.readouterr().err
+
+
 class FatalError(Exception):
     """MuJoCo's; it is no RuntimeError."""
 
