@@ -110,8 +110,8 @@ def _evaluate(parser: ArgumentParser) -> None:
         "--max-steps",
         type=at_least(1),
         default=10_000,
-        help="steps after which an episode is cut, if the environment has not ended it; a GIF shows "
-        "1000 at most",
+        help="steps after which an episode is cut, if the environment has not ended it; a GIF "
+        "shows 1000 at most",
     )
     parser.add_argument("--no-gif", action="store_true", help="do not record a GIF")
     add_best(parser)

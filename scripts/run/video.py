@@ -82,7 +82,7 @@ def _record_gif(agent: BaseAlgorithm, env: VecEnv, path: Path, max_steps: int) -
     pictures = [np.asarray(frame) for frame in frames if frame is not None]
     if not pictures:
         raise UserError(
-            "the environment rendered no frames: its render() must return an array [height, width, 3]"
+            "the environment rendered no frames: render() must return an array [height, width, 3]"
         )
     figures.save_gif(pictures, path, fps=fps)
     return WHOLE if starts[0] else f"the first {max_steps} steps of an episode", total
