@@ -254,6 +254,13 @@ def test_a_sample_without_influence_does_not_warn(theta):
             r.cost((y.square() + 0 * x).sum(-1)).mean().backward()
 
 
+def test_the_round_off_of_a_constant_cost_does_not_warn(theta):
+    cost = lambda x: (0.1 * (1 + 1e-15 * x.detach()) + 0 * x).sum(-1)  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.autograd.grad(square_of(make("tpx"), theta, cost=cost, n=200), theta)
+
+
 @pytest.mark.parametrize("name", ["lr", "tpx-guarded"])
 def test_rules_that_do_not_trust_the_pathwise_leg_do_not_warn(name, theta):
     with warnings.catch_warnings():
