@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
 
-import totalprop.estimators as estimators
+from totalprop.agents import DreamerTPX
 from totalprop.agents.core.memory import keep_freed_memory
 from totalprop.agents.dreamer.cuda_graph import EAGER_CALLS
-from totalprop.agents.dreamer.imagination import ImaginationSettings
-from totalprop.agents.dreamer.policy import DreamerPolicy
 from totalprop.agents.dreamer.presets import PRESETS
 from totalprop.agents.dreamer.replay import SequenceBatch
-from totalprop.agents.dreamer.update import DreamerUpdate, UpdateSettings
 from totalprop.scripts.bench import sheeprl_peer
 from totalprop.scripts.bench.timing import interleaved_medians
-from totalprop.world_models.latent.model import ModelLossSettings
 
 ACTIONS = 6
 # Multiply-accumulates of a forward pass: of one frame through encoder and decoder, and of one
@@ -110,54 +106,21 @@ def make_update(
         name: of the estimator.
         horizon: H.
         data: the batch.
-        modes: fields of `UpdateSettings` to switch on.
+        modes: arguments of DreamerTPX to switch on.
         device: "cpu" or "cuda".
     """
-    on: dict[str, Any] = dict.fromkeys(modes, True)
-    step = DreamerUpdate(_policy(device), dataclasses.replace(_settings(name, horizon), **on))
+    chosen = {"estimator": name, "horizon": horizon, "seed": 0, "device": device}
+    arguments: dict[str, Any] = {**PRESETS["dreamer2020"], **chosen, **dict.fromkeys(modes, True)}
+    agent = DreamerTPX("DreamerPolicy", _Pictures(), **arguments)
     generator = torch.Generator(device).manual_seed(0)
-    return lambda: step(data, generator)
+    return lambda: agent._update(data, generator)
 
 
-def _policy(device: str) -> DreamerPolicy:
-    torch.manual_seed(0)
-    images = spaces.Box(0, 255, (3, 64, 64), np.uint8)
-    actions = spaces.Box(-1, 1, (ACTIONS,), np.float32)
-    return DreamerPolicy(images, actions).to(device)
+class _Pictures(gym.Env):
+    """Has the spaces of a task, and is never stepped."""
 
-
-def _settings(name: str, horizon: int) -> UpdateSettings:
-    v1 = PRESETS["dreamer2020"]
-    return UpdateSettings(
-        estimator=estimators.make(name),
-        imagination=ImaginationSettings(
-            gamma=v1["gamma"],
-            lam=v1["lam"],
-            stop_grad_actor_input=v1["stop_grad_actor_input"],
-            discount_weights=v1["discount_weights"],
-            entropy_scale=0.0,
-        ),
-        model=ModelLossSettings(
-            kl_scale=v1["kl_scale"],
-            representation_scale=1.0,
-            free_nats=v1["free_nats"],
-            free_nats_per_step=v1["free_nats_per_step"],
-            gamma=v1["gamma"],
-            discount_scale=10.0,
-        ),
-        horizon=horizon,
-        decoded_share=1.0,
-        imagination_starts=v1["imagination_starts"],
-        learning_rate=v1["learning_rate"],
-        model_learning_rate=v1["model_learning_rate"],
-        adam_eps=v1["adam_eps"],
-        max_grad_norm=v1["max_grad_norm"],
-        slow_critic_rate=0.0,
-        slow_actor_rate=0.0,
-        bf16=False,
-        compile=False,
-        cuda_graph=False,
-    )
+    observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    action_space = spaces.Box(-1, 1, (ACTIONS,), np.float32)
 
 
 def synthetic_batch(batch: int, length: int, device: str) -> SequenceBatch:

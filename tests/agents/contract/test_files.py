@@ -243,7 +243,8 @@ def test_a_file_with_any_other_value_is_refused_or_an_agent_that_works(
         assert text.startswith("cannot load") and "\n" not in text and len(text) < 700
         return
     agent.predict(agent.observation_space.sample())
-    if agent.n_envs == 1 and key not in ("compile", "_needs_cost_fn"):
+    takes_long = getattr(agent, "replay_ratio", 0) > 100
+    if agent.n_envs == 1 and key not in ("compile", "_needs_cost_fn") and not takes_long:
         try:
             agent.learn(14, reset_num_timesteps=False)
         except FloatingPointError:  # a step size of 9 is one
