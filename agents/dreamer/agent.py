@@ -248,7 +248,7 @@ class DreamerTPX(Algorithm):
         learning_starts: Annotated[int, AtLeast(1)] = 2500,
         train_freq: Annotated[int, AtLeast(1)] = 500,
         gradient_steps: Annotated[int, AtLeast(1)] = 100,
-        replay_ratio: Annotated[float, Within(0, 1e6)] = 0.0,  # more would not end
+        replay_ratio: Annotated[float, Within(0, 1_000_000)] = 0.0,  # more would not end
         exploration_noise: Annotated[float, AtLeast(0)] = 0.3,
         hold_exponent: Annotated[float, AtLeast(0)] = 0.0,
         kl_scale: Annotated[float, AtLeast(0)] = 1.0,
